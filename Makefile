@@ -1,0 +1,207 @@
+# Every step of the project, each a real file that depends on the files before it: done steps are not repeated,
+# an interrupted one goes on. `make` alone lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+# --- What a user may set: make TARGET NAME=value ---------------------------------------------------------------
+
+PYTHON ?= python3
+VENV ?= .venv
+# Settings for `vico train`, or further arguments for pytest under `make test`.
+ARGS ?=
+# A recipe of your own for train-stage1 and train-router; without one they run the embedded default.
+RECIPE ?=
+# Where the demo works. ARGS become part of the name, so that another seed does not meet the finished run:
+# make demo ARGS="seed=1" works in runs/demo-seed=1.
+quoted = '$(subst ','\'',$(1))'
+slug = $(shell printf %s $(call quoted,$(strip $(1))) | tr / _ | tr -cs 'A-Za-z0-9._=-' '-')
+ifeq ($(origin RUN),undefined)
+RUN := runs/demo$(if $(strip $(ARGS)),-$(call slug,$(ARGS)))
+endif
+# GlyphDocs shards of the demo: how many samples, and from which seeds. All demo runs share them.
+SHARDS ?= data/shards/glyphs
+TRAIN_SAMPLES ?= 6000
+CALIBRATION_SAMPLES ?= 400
+VALIDATION_SAMPLES ?= 600
+TRAIN_SEED ?= 1
+CALIBRATION_SEED ?= 2
+VALIDATION_SEED ?= 3
+PORT ?= 6006
+
+# --- Names -----------------------------------------------------------------------------------------------------
+
+BIN := $(VENV)/bin
+VICO := $(BIN)/vico
+INSTALLED := $(VENV)/.installed
+
+# Each marks a whole step: the command that makes it writes it last.
+DEMO_SHARDS := $(foreach part,train calibration val,$(SHARDS)/$(part)/index.json)
+CONSISTENCY := $(RUN)/consistency/model/config.json
+ROUTER := $(RUN)/router/model/config.json
+CALIBRATION := $(RUN)/router/model/calibration.json
+REPORT := $(RUN)/report/report.json
+BASE := data/base/model.safetensors
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A folder or file of the same name must not stand in for these.
+.PHONY: help env demo base train-stage1 train-router shards data tests test check
+.PHONY: format lint types tensorboard clean clean-all
+
+help: ## List the targets
+	@echo 'usage: make TARGET [ARGS="key=value ..."] [RECIPE=FILE.yaml] [RUN=FOLDER]'
+	@echo
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- Environment -----------------------------------------------------------------------------------------------
+
+env: $(INSTALLED) ## Make .venv with the tested set of versions (constraints.txt)
+	@echo "$(VENV) is ready"
+
+# A pip that was killed leaves packages without INSTALLER, the file it writes last but one: they look installed
+# and are not whole. They are forgotten, so that pip installs them again; whole ones are kept.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: vico_pl needs Python 3.11 or newer; say make PYTHON=python3.11" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do [ -e "$$info/INSTALLER" ] || rm -rf "$$info"; done
+	@echo "Installing into $(VENV): about 6 GB with PyTorch's CUDA packages, 2 to 3 minutes the first time ..."
+	@[ -t 1 ] || quiet=-q; $(BIN)/python -m pip install $${quiet:-} --no-compile -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# --- The demo: shards -> stage 1 -> stage 2 -> calibration -> report ---------------------------------------------
+
+demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded default: about ten minutes on 2 cores
+	@echo
+	@echo "$(RUN) is done:"
+	@echo "  report           $(RUN)/report/report.html"
+	@echo "  figures          $(REPORT)"
+	@echo "  training curves  make tensorboard"
+	@echo "  routed model     $(RUN)/router/model   (try: $(VICO) route $(RUN)/router/model IMAGE --output routed.png)"
+	@echo "To train anew: make clean, or another RUN=FOLDER."
+
+data: shards
+shards: $(DEMO_SHARDS) ## Draw the demo's GlyphDocs shards into data/shards/glyphs
+
+# What stands after | must exist and is never compared by age: a checkout that touches a file retrains nothing.
+$(SHARDS)/train/index.json: | $(INSTALLED)
+	$(VICO) shards glyphs --output $(@D) --num-samples $(TRAIN_SAMPLES) --seed $(TRAIN_SEED)
+
+$(SHARDS)/calibration/index.json: | $(INSTALLED)
+	$(VICO) shards glyphs --output $(@D) --num-samples $(CALIBRATION_SAMPLES) --seed $(CALIBRATION_SEED)
+
+$(SHARDS)/val/index.json: | $(INSTALLED)
+	$(VICO) shards glyphs --output $(@D) --num-samples $(VALIDATION_SAMPLES) --seed $(VALIDATION_SEED)
+
+# $(call train,RECIPE,RUN FOLDER,SETTINGS): goes on where an earlier call stopped, unless the run began from a model that
+# has since been trained again. A run that is told to stop saves and exits with 0, hence the last line.
+define train
+@if [ -n "$<" ] && [ -d $(2) ] && [ $(2)/config.yaml -ot "$<" ]; then echo "$< is newer than $(2), which starts anew"; rm -rf $(2); fi
+$(VICO) train $(1) run_dir=$(2) $(3) $(ARGS)
+@[ -e $@ ] || { echo "$(2) is not finished; the same command goes on with it" >&2; exit 1; }
+endef
+
+$(CONSISTENCY): | $(INSTALLED) $(SHARDS)/train/index.json $(BASE)
+	$(call train,recipes/demo/consistency.yaml,$(RUN)/consistency)
+
+$(ROUTER): $(CONSISTENCY) | $(INSTALLED) $(SHARDS)/train/index.json
+	$(call train,recipes/demo/router.yaml,$(RUN)/router,model.path=$(RUN)/consistency/model)
+
+$(CALIBRATION): $(ROUTER) | $(SHARDS)/calibration/index.json
+	$(VICO) calibrate $(RUN)/router/model --data $(SHARDS)/calibration
+
+$(REPORT): $(CALIBRATION) | $(SHARDS)/val/index.json
+	$(VICO) eval $(RUN)/router/model --data $(SHARDS)/val --output $(RUN)/report --compare $(RUN)/consistency $(RUN)/router
+
+ifeq ($(strip $(RECIPE)),)
+train-stage1: $(CONSISTENCY)
+train-router: $(ROUTER)
+train-stage1 train-router:
+	@echo "$(<D) holds the trained model; its curves: make tensorboard"
+else
+train-stage1 train-router: $(INSTALLED)
+	$(VICO) train $(RECIPE) $(if $(filter file,$(origin RUN)),,run_dir=$(RUN)) $(ARGS)
+endif
+train-stage1: ## Train stage 1, consistency: the demo's, or RECIPE=FILE.yaml ARGS="key=value ..."
+train-router: ## Train stage 2, the resolution router: the demo's, or RECIPE=FILE.yaml ARGS="key=value ..."
+
+# --- The base model: shipped in data/base, rebuilt only on demand -------------------------------------------------
+
+BASE_RUN := runs/base
+BASE_SHARDS := data/shards/base
+BASE_MODEL := $(BASE_RUN)/model/config.json
+
+base: $(BASE_MODEL) ## Rebuild the shipped base model: one to two hours on 2 cores, goes on if interrupted
+	mkdir -p data/base
+	cp $(BASE_RUN)/model/* $(BASE_RUN)/config.yaml $(BASE_RUN)/metrics.jsonl data/base/
+	(cd $(BASE_RUN)/model && sha256sum *) >data/base/SHA256SUMS
+
+# The repository holds this file, so only its absence counts.
+$(BASE):
+	@echo "$@ is missing and will be trained; git checkout data/base brings it back at once"
+	$(MAKE) base ARGS=
+
+# ---- shards of the base model: set this block to the curriculum of recipes/demo/pretrain.yaml ----
+$(BASE_SHARDS)/index.json: | $(INSTALLED)
+	$(VICO) shards glyphs --output $(@D) --num-samples 20000 --seed 11
+# ---- end of block ----
+
+$(BASE_MODEL): | $(INSTALLED) $(BASE_SHARDS)/index.json
+	$(call train,recipes/demo/pretrain.yaml,$(BASE_RUN))
+
+# --- Looking ---------------------------------------------------------------------------------------------------
+
+tensorboard: $(INSTALLED) ## Show the curves of all runs in a browser; PORT=6006
+	@mkdir -p runs
+	@echo "Open http://localhost:$(PORT)/ ; Ctrl-C ends it."
+	$(BIN)/tensorboard --logdir runs --port $(PORT)
+
+# --- Checks ----------------------------------------------------------------------------------------------------
+
+FORMAT_CHECK := $(BIN)/ruff format --check .
+LINT := $(BIN)/ruff check .
+TYPES := $(BIN)/mypy
+COVERAGE := $(BIN)/pytest --cov=vico_pl
+
+tests: test
+test: $(INSTALLED) ## Run the tests; ARGS="-k router", ARGS="-m slow"
+	$(BIN)/pytest $(ARGS)
+
+check: $(INSTALLED) ## Format check, lint, types, tests with coverage: all that CI runs
+	@verdict=passed; summary=; \
+	phase() { \
+	  local name=$$1 start=$$SECONDS result=passed; shift; \
+	  printf '\n==> %s: %s\n' "$$name" "$$*"; \
+	  "$$@" || { result=FAILED; verdict=FAILED; }; \
+	  summary+=$$(printf '  %-8s %s in %d s' "$$name" "$$result" $$((SECONDS - start)))$$'\n'; \
+	}; \
+	phase format $(FORMAT_CHECK); \
+	phase lint $(LINT); \
+	phase types $(TYPES); \
+	phase tests $(COVERAGE); \
+	printf '\n%s\ncheck %s\n' "$$summary" "$$verdict"; [ $$verdict = passed ]
+
+format: $(INSTALLED) ## Format the code and repair what ruff can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(INSTALLED) ## Find faults of style and likely bugs (ruff)
+	$(LINT)
+
+types: $(INSTALLED) ## Check types (mypy strict)
+	$(TYPES)
+
+# --- Cleaning: fixed names only, so that no setting can point it at your data -------------------------------------
+
+clean: ## Remove the demo's runs and shards, and caches; other runs and data/base stay
+	rm -rf runs/demo runs/demo-* data/shards/glyphs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find vico_pl tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+clean-all: clean ## Also remove .venv and the base model's shards
+	rm -rf .venv data/shards/base *.egg-info
