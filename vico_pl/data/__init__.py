@@ -1,0 +1,1 @@
+"""What is read: shard -> record -> sample -> tiles -> token ids -> batch."""

@@ -1,0 +1,42 @@
+"""Writing sets of shards: several processes, whole shards or none, and a set that is continued if interrupted."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.data.shards import INDEX_NAME, ShardIndex, read_index, side_index_path, write_index, write_shard
+
+
+def build_glyphs(
+    folder: Path, config: GlyphsConfig, *, num_samples: int, seed: int, samples_per_shard: int
+) -> ShardIndex:
+    """Draw GlyphDocs shards."""
+    write = partial(_write_glyph_shard, config=config, seed=seed)
+    return build_set(folder, write, num_samples=num_samples, samples_per_shard=samples_per_shard)
+
+
+def build_set(
+    folder: Path, write: Callable[[Path, int, int], None], *, num_samples: int, samples_per_shard: int
+) -> ShardIndex:
+    """Write a set of shards with `write(path, first sample, count)`; shards that are already whole are kept."""
+    if (folder / INDEX_NAME).exists():
+        return read_index(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, num_samples, samples_per_shard)
+    jobs = [(folder / f"{folder.name}-{i:06d}.tar", start) for i, start in enumerate(starts)]
+    todo = [(path, start) for path, start in jobs if not side_index_path(path).exists()]
+    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), desc=str(folder), unit="shard") as bar:
+        bar.update(len(jobs) - len(todo))
+        counts = [min(samples_per_shard, num_samples - start) for _, start in todo]
+        for _ in pool.map(write, [path for path, _ in todo], [start for _, start in todo], counts):
+            bar.update()
+    return write_index(folder)
+
+
+def _write_glyph_shard(path: Path, start: int, count: int, *, config: GlyphsConfig, seed: int) -> None:
+    write_shard(path, draw_records(config, seed=seed, start=start, count=count))

@@ -1,0 +1,287 @@
+"""GlyphDocs, the embedded default's data: images drawn from a seed, with questions whose answers are known.
+
+An image is a grid of 64 px tiles. Each tile is one of
+
+    dense_text   a 4 x 4 grid of cells, each a letter and its digit: "F0"
+    faint_text   the same with fewer cells and little contrast
+    shape        one large coloured shape
+    texture      noise, stripes or checks: many edges, no meaning
+    blank        plain ground or a gradient
+
+so that pixel detail is not meaning. Questions come in three skills: *perception* (the colour of a shape),
+*reasoning* (count the shapes, compare two values) and *ocr* (the digit beside a letter, or all text of a tile).
+A letter and its digit share one 16 px cell, which is one vision token at ratio 4; at ratio 16 four cells share one.
+"""
+
+import io
+import json
+import math
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 64  # px
+CELL = 16  # px
+COLOURS = {
+    "red": (205, 30, 35),
+    "green": (25, 150, 60),
+    "blue": (35, 75, 215),
+    "yellow": (240, 205, 20),
+    "purple": (135, 45, 165),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
+GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
+TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2, "blank": 0.2}  # share of tiles
+MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 4}  # letters are unique over an image: 26 do for two tiles
+READ_QUESTION = "Read the text."
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlyphsConfig:
+    """What GlyphDocs images to draw."""
+
+    max_tiles: int = 6  # without the thumbnail, 1 to 6
+    questions_per_image: int = 8
+    read_fraction: float = 0.0  # of images: one dense tile with the single request to read it (curriculum)
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no image can meet."""
+        if not 1 <= self.max_tiles <= 6:
+            raise ValueError(f"max_tiles is {self.max_tiles}; expected 1 to 6")
+        if self.questions_per_image < 1:
+            raise ValueError(f"questions_per_image is {self.questions_per_image}; expected at least 1")
+        if not 0 <= self.read_fraction <= 1:
+            raise ValueError(f"read_fraction is {self.read_fraction}; expected 0 to 1")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer and the skill it asks for."""
+
+    skill: str
+    text: str
+    answer: str
+
+
+@dataclass
+class Scene:
+    """What an image shows, which is all that questions are made from."""
+
+    grid: tuple[int, int]
+    kinds: list[str] = field(default_factory=list)
+    shapes: dict[str, str] = field(default_factory=dict)  # shape -> colour
+    values: dict[str, str] = field(default_factory=dict)  # letter -> digit, in reading order
+
+
+def draw_records(
+    config: GlyphsConfig, *, seed: int, start: int, count: int
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield `count` records from position `start` on; record i depends on (config, seed, i) alone."""
+    for position in range(start, start + count):
+        rng = np.random.default_rng([seed, position])
+        reads = bool(rng.random() < config.read_fraction)
+        image, scene = draw_image(rng, reading_page=reads, max_tiles=config.max_tiles)
+        questions = [read_question(scene)] if reads else choose_questions(rng, scene, config.questions_per_image)
+        annotation = {
+            "conversations": [turn for index, q in enumerate(questions) for turn in _turns(q, first=index == 0)],
+            "skills": [q.skill for q in questions],
+            "tile_kinds": scene.kinds,
+        }
+        files = {"jpg": _jpeg(image), "json": json.dumps(annotation, separators=(",", ":")).encode()}
+        yield f"{position:08d}", files
+
+
+def draw_image(rng: Rng, *, reading_page: bool, max_tiles: int) -> tuple[Image.Image, Scene]:
+    """Draw one image; a reading page is a single dense tile."""
+    if reading_page:
+        scene = Scene(grid=(1, 1), kinds=["dense_text"])
+    else:
+        grids = [grid for grid in GRIDS if math.prod(grid) <= max_tiles]
+        scene = Scene(grid=grids[rng.integers(len(grids))])
+        scene.kinds = _choose_kinds(rng, math.prod(scene.grid))
+    rows, columns = scene.grid
+    image = Image.new("RGB", (columns * TILE, rows * TILE))
+    for index, kind in enumerate(scene.kinds):
+        tile = PAINTERS[kind](rng, scene)
+        image.paste(tile, (index % columns * TILE, index // columns * TILE))
+    return image, scene
+
+
+def choose_questions(rng: Rng, scene: Scene, count: int) -> list[Question]:
+    """Draw up to `count` different questions, the skills in turn."""
+    pools = [_perception(scene), _reasoning(rng, scene), _ocr(scene)]
+    for pool in pools:
+        rng.shuffle(pool)  # type: ignore[arg-type]
+    chosen: list[Question] = []
+    while len(chosen) < count and any(pools):
+        chosen += [pool.pop() for pool in pools if pool]
+    chosen = chosen[:count]
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def read_question(scene: Scene) -> Question:
+    """Ask for all text of the image in reading order."""
+    return Question("ocr", READ_QUESTION, " ".join(k + v for k, v in scene.values.items()))
+
+
+def question_words() -> list[str]:
+    """Return sentences that hold every word GlyphDocs uses, to build a tokenizer from."""
+    scene = Scene(grid=(1, 1), shapes=dict(zip(SHAPES, COLOURS, strict=True)), values={"A": "0", "B": "1"})
+    questions = [*_perception(scene), *_reasoning(np.random.default_rng(0), scene), *_ocr(scene)]
+    return [q.text for q in questions] + [q.answer for q in questions] + [READ_QUESTION]
+
+
+def _perception(scene: Scene) -> list[Question]:
+    return [Question("perception", f"What colour is the {s}?", c) for s, c in scene.shapes.items()]
+
+
+def _reasoning(rng: Rng, scene: Scene) -> list[Question]:
+    questions = [Question("reasoning", "How many shapes are there?", str(len(scene.shapes)))]
+    letters = list(scene.values)
+    for _ in range(3 if len(letters) > 1 else 0):
+        a, b = (letters[i] for i in rng.choice(len(letters), 2, replace=False))
+        if scene.values[a] != scene.values[b]:
+            greater = max(a, b, key=lambda letter: scene.values[letter])
+            answer = f"{a}{scene.values[a]} {b}{scene.values[b]} {greater}"
+            questions.append(Question("reasoning", f"Which is greater, {a} or {b}?", answer))
+    return list({q.text: q for q in questions}.values())
+
+
+def _ocr(scene: Scene) -> list[Question]:
+    return [Question("ocr", f"What is the value of {k}?", v) for k, v in scene.values.items()]
+
+
+def _turns(question: Question, *, first: bool) -> list[dict[str, str]]:
+    prompt = f"<image>\n{question.text}" if first else question.text
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": question.answer}]
+
+
+def _choose_kinds(rng: Rng, num_tiles: int) -> list[str]:
+    """Draw tile kinds within the limits of letters and shapes, until there is something to ask about."""
+    names, shares = list(TILE_KINDS), list(TILE_KINDS.values())
+    while True:
+        kinds = [names[i] for i in rng.choice(len(names), num_tiles, p=shares)]
+        within = all(kinds.count(kind) <= limit for kind, limit in MAX_PER_IMAGE.items())
+        if within and any(kind in MAX_PER_IMAGE for kind in kinds):
+            return kinds
+
+
+def _paint_dense_text(rng: Rng, scene: Scene) -> Image.Image:
+    ground, ink = int(rng.integers(200, 256)), int(rng.integers(0, 70))
+    return _paint_text(rng, scene, cells=int(rng.integers(11, 15)), ground=ground, ink=ink)
+
+
+def _paint_faint_text(rng: Rng, scene: Scene) -> Image.Image:
+    ground = int(rng.integers(190, 256))
+    return _paint_text(rng, scene, cells=int(rng.integers(6, 11)), ground=ground, ink=ground - int(rng.integers(60, 90)))
+
+
+def _paint_text(rng: Rng, scene: Scene, *, cells: int, ground: int, ink: int) -> Image.Image:
+    tile = Image.new("RGB", (TILE, TILE), (ground, ground, ground))
+    draw = ImageDraw.Draw(tile)
+    per_row = TILE // CELL
+    unused = [letter for letter in string.ascii_uppercase if letter not in scene.values]
+    places = np.sort(rng.choice(per_row**2, cells, replace=False))
+    for place, letter in zip(places, rng.permutation(unused)[:cells], strict=True):
+        digit = str(rng.integers(10))
+        scene.values[str(letter)] = digit
+        x, y = place % per_row * CELL, place // per_row * CELL + int(rng.integers(-1, 2))
+        for offset, glyph in ((4, str(letter)), (12, digit)):
+            draw.text((x + offset, y + CELL // 2), glyph, fill=(ink, ink, ink), font=FONT, anchor="mm")
+    return tile
+
+
+def _paint_shape(rng: Rng, scene: Scene) -> Image.Image:
+    ground = int(rng.integers(205, 256))
+    tile = Image.new("RGB", (TILE, TILE), (ground, ground, ground))
+    shape = str(rng.choice([s for s in SHAPES if s not in scene.shapes]))
+    colour = str(rng.choice(list(COLOURS)))
+    scene.shapes[shape] = colour
+    radius = int(rng.integers(18, 27))
+    x, y = (int(rng.integers(radius + 2, TILE - radius - 1)) for _ in range(2))
+    ink = tuple(int(np.clip(v + rng.integers(-12, 13), 0, 255)) for v in COLOURS[colour])
+    _draw_shape(ImageDraw.Draw(tile), shape, centre=(x, y), radius=radius, ink=ink, ground=(ground,) * 3)
+    return tile
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    *,
+    centre: tuple[int, int],
+    radius: int,
+    ink: tuple[int, ...],
+    ground: tuple[int, ...],
+) -> None:
+    x, y = centre
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill=ink)
+    elif shape == "ring":
+        draw.ellipse(box, fill=ink)
+        inner = radius * 11 // 20
+        draw.ellipse((x - inner, y - inner, x + inner, y + inner), fill=ground)
+    elif shape == "square":
+        side = radius * 17 // 20
+        draw.rectangle((x - side, y - side, x + side, y + side), fill=ink)
+    elif shape == "cross":
+        arm = radius // 3
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=ink)
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=ink)
+    elif shape == "triangle":
+        draw.polygon(_corners(centre, [radius] * 3), fill=ink)
+    else:  # star
+        draw.polygon(_corners(centre, [radius, radius * 2 // 5] * 5), fill=ink)
+
+
+def _corners(centre: tuple[int, int], radii: list[int]) -> list[tuple[float, float]]:
+    angles = [2 * math.pi * i / len(radii) - math.pi / 2 for i in range(len(radii))]
+    return [(centre[0] + r * math.cos(a), centre[1] + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+
+
+def _paint_texture(rng: Rng, scene: Scene) -> Image.Image:  # noqa: ARG001 - all painters are called alike
+    dark, light = rng.integers(0, 110, 3), rng.integers(150, 256, 3)
+    rows, columns = np.mgrid[0:TILE, 0:TILE]
+    period = int(rng.integers(2, 7))
+    style = rng.integers(4)
+    if style == 0:
+        mask = rng.random((TILE, TILE)) < 0.5
+    elif style == 1:
+        mask = (rows // period + columns // period) % 2 == 0
+    elif style == 2:
+        mask = (rows * int(rng.integers(-2, 3)) + columns) // period % 2 == 0
+    else:
+        mask = np.kron(rng.random((TILE // 4, TILE // 4)) < 0.5, np.ones((4, 4), bool))
+    return Image.fromarray(np.where(mask[..., None], dark, light).astype(np.uint8))
+
+
+def _paint_blank(rng: Rng, scene: Scene) -> Image.Image:  # noqa: ARG001
+    corners = rng.integers(120, 256, (2, 3))
+    if rng.random() < 0.5:
+        corners[1] = corners[0]
+    ramp = np.linspace(0, 1, TILE)[:, None, None] * np.ones((1, TILE, 1))
+    if rng.random() < 0.5:
+        ramp = ramp.transpose(1, 0, 2)
+    return Image.fromarray((corners[0] * (1 - ramp) + corners[1] * ramp).astype(np.uint8))
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+FONT = ImageFont.load_default(12)
+PAINTERS: dict[str, Callable[[Rng, Scene], Image.Image]] = {
+    "dense_text": _paint_dense_text,
+    "faint_text": _paint_faint_text,
+    "shape": _paint_shape,
+    "texture": _paint_texture,
+    "blank": _paint_blank,
+}

@@ -1,0 +1,203 @@
+"""Shards on disk: WebDataset tars, and beside each a small index of where its samples lie.
+
+    train-000000.tar    members KEY.jpg, KEY.json, KEY.jpg, ... ; the members of a sample are neighbours
+    train-000000.idx    int64 array (n + 1,) in NumPy's format: sample i is the bytes [idx[i], idx[i + 1])
+    index.json          names, counts, sizes and checksums of all shards; written last, so it marks a whole set
+
+Because a sample is one range of bytes, any sample is one read away, whatever came before it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+from vico_pl.types import Record
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Where every sample of a folder of shards lies."""
+
+    folder: Path
+    names: list[str]  # tar files, in the order of the set
+    boundaries: list[np.ndarray]  # of each shard, int64 (n + 1,): byte positions between samples
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the whole set."""
+        return sum(len(bounds) - 1 for bounds in self.boundaries)
+
+    def locate(self, sample: int) -> tuple[str, int, int]:
+        """Return (shard, first byte, byte after the last) of a sample of the set."""
+        for name, bounds in zip(self.names, self.boundaries, strict=True):
+            if sample < len(bounds) - 1:
+                return name, int(bounds[sample]), int(bounds[sample + 1])
+            sample -= len(bounds) - 1
+        raise IndexError(f"{self.folder} has {self.num_samples} samples")
+
+
+def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write `(key, {extension: content})` records as one tar with its index; nothing half-written is ever visible."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, wds.TarWriter(str(temporary), encoder=False, mtime=0, user="", group="") as tar:
+        for key, files in records:
+            tar.write({"__key__": key, **files})
+    write_side_index(path)
+
+
+def write_side_index(path: Path) -> np.ndarray:
+    """Read the headers of a tar once and write where its samples begin and end."""
+    bounds = scan_boundaries(path)
+    with atomic_path(side_index_path(path)) as temporary, temporary.open("wb") as file:
+        np.save(file, bounds, allow_pickle=False)
+    return bounds
+
+
+def scan_boundaries(path: Path) -> np.ndarray:
+    """Return the byte positions between the samples of a tar, int64 (n + 1,).
+
+    Raises:
+        ValueError: the file is no readable tar.
+    """
+    starts: list[int] = []
+    end, last_key = 0, None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key = member_key(member.name)
+                if key != last_key:
+                    starts.append(member.offset)
+                    last_key = key
+                end = member.offset_data + (member.size + tarfile.BLOCKSIZE - 1) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a readable tar ({error})") from error
+    return np.array([*starts, end], dtype=np.int64)
+
+
+def member_key(name: str) -> str:
+    """Return what names a sample: a member's path up to the first dot of its file name.
+
+    >>> member_key("photos/000017.0.jpg")
+    'photos/000017'
+    """
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.split('.')[0]}".lstrip("/")
+
+
+def write_index(folder: Path) -> ShardIndex:
+    """Write `index.json` for the tars of a folder, indexing those that have no side index yet."""
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise ValueError(f"{folder}: no shard found; expected names such as train-000000.tar (see data/README.md)")
+    entries = []
+    for path in paths:
+        bounds = _read_side_index(path)
+        entries.append(
+            {
+                "name": path.name,
+                "num_samples": len(bounds) - 1,
+                "num_bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
+        )
+    content = {"version": INDEX_VERSION, "shards": entries}
+    with atomic_path(folder / INDEX_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return read_index(folder)
+
+
+def read_index(folder: Path | str) -> ShardIndex:
+    """Open a folder of shards.
+
+    Raises:
+        ValueError: the folder is absent, empty, or a shard is missing or has changed since it was indexed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of shards; make one with 'vico shards build' or 'make shards'")
+    if not (folder / INDEX_NAME).exists():
+        return write_index(folder)
+    entries = json.loads((folder / INDEX_NAME).read_text())["shards"]
+    for entry in entries:
+        path = folder / entry["name"]
+        if not path.exists():
+            raise ValueError(f"{path}: named in {INDEX_NAME} but absent; restore it or run 'vico shards index {folder}'")
+        if path.stat().st_size != entry["num_bytes"]:
+            raise ValueError(f"{path}: its size differs from {INDEX_NAME}; run 'vico shards index {folder}'")
+    names = [entry["name"] for entry in entries]
+    return ShardIndex(folder=folder, names=names, boundaries=[_read_side_index(folder / name) for name in names])
+
+
+class RecordReader:
+    """Reads any record of a set with one positioned read; files stay open for the reader's life."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        """Open nothing yet: a reader travels to worker processes before its first read."""
+        self._index = index
+        self._files: dict[str, int] = {}
+
+    def __call__(self, sample: int) -> Record:
+        """Return a record as raw bytes."""
+        shard, start, end = self._index.locate(sample)
+        content = os.pread(self._open(shard), end - start, start)
+        members = wds.tariterators.tar_file_iterator(io.BytesIO(content))
+        grouped = next(iter(wds.tariterators.group_by_keys(_named(members, shard))))
+        files = {name: data for name, data in grouped.items() if not name.startswith("__")}
+        return Record(shard=shard, key=grouped["__key__"], files=files)
+
+    def _open(self, shard: str) -> int:
+        if shard not in self._files:
+            self._files[shard] = os.open(self._index.folder / shard, os.O_RDONLY)
+        return self._files[shard]
+
+    def __del__(self) -> None:
+        """Close the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+
+def side_index_path(path: Path) -> Path:
+    """Return the path of a tar's side index."""
+    return path.with_suffix(".idx")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to; on success it is synced and takes `path`'s place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _named(members: Iterable[dict[str, object]], shard: str) -> Iterator[dict[str, object]]:
+    for member in members:
+        yield {**member, "__url__": shard}
+
+
+def _read_side_index(path: Path) -> np.ndarray:
+    side = side_index_path(path)
+    if not side.exists():
+        return write_side_index(path)
+    return np.load(side, allow_pickle=False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

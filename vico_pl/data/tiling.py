@@ -1,0 +1,85 @@
+"""Image -> square tiles, as InternVL cuts them: the grid nearest in aspect ratio, row by row, thumbnail last."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from vico_pl.types import Image, Sample, TiledSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class TilingConfig:
+    """How images become tiles."""
+
+    tile_size: int = 448  # px, side of a tile
+    min_tiles: int = 1  # per image, thumbnail not counted
+    max_tiles: int = 12
+    use_thumbnail: bool = True  # add the whole image as one more tile when it was cut
+
+    def __post_init__(self) -> None:
+        """Refuse empty ranges."""
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise ValueError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: expected 1 <= min <= max")
+
+
+def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
+    """Cut all images of a sample."""
+    tiles = [tile_image(image, config) for image in sample.images]
+    empty = torch.empty(0, 3, config.tile_size, config.tile_size, dtype=torch.uint8)
+    return TiledSample(
+        id=sample.id,
+        tiles=torch.cat([*tiles, empty]),
+        tiles_per_image=[len(t) for t in tiles],
+        turns=sample.turns,
+        metadata=sample.metadata,
+    )
+
+
+def tile_image(image: Image, config: TilingConfig) -> UInt8[Tensor, "t 3 H W"]:
+    """Cut one image: a 1000 x 500 image at 448 px becomes 2 x 1 tiles and a thumbnail."""
+    _, height, width = image.shape
+    columns, rows = choose_grid(width, height, config)
+    size = config.tile_size
+    resized = _resize(image, rows * size, columns * size)
+    tiles = resized.unflatten(1, (rows, size)).unflatten(3, (columns, size))  # 3 rows H columns W
+    tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)  # rows * columns, 3, H, W
+    if config.use_thumbnail and len(tiles) > 1:
+        tiles = torch.cat([tiles, _resize(image, size, size)[None]])
+    return tiles.contiguous()
+
+
+def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
+    """Return (columns, rows): nearest aspect ratio; on a tie the larger grid, if the image has pixels to fill half of it.
+
+    >>> choose_grid(1000, 500, TilingConfig())
+    (4, 2)
+    >>> choose_grid(600, 300, TilingConfig())
+    (2, 1)
+    """
+    aspect, area = width / height, width * height
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in _grids(config.min_tiles, config.max_tiles):
+        difference = abs(aspect - columns / rows)
+        if difference < best_difference:
+            best, best_difference = (columns, rows), difference
+        elif difference == best_difference and area > 0.5 * config.tile_size**2 * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+@lru_cache
+def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
+    sides = range(1, max_tiles + 1)
+    grids = [(i, j) for i in sides for j in sides if min_tiles <= i * j <= max_tiles]
+    return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
+def _resize(image: Image, height: int, width: int) -> Image:
+    if image.shape[1:] == (height, width):
+        return image
+    return resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)

@@ -1,0 +1,63 @@
+"""The embedded default's tokenizer, built in code, and what every tokenizer here must know.
+
+Byte-level: each string has tokens, whatever it holds. A few merges make whole words of GlyphDocs' questions, so that
+sequences stay short; letters and digits that carry values remain tokens of their own.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+IMAGE_START, IMAGE_END, PLACEHOLDER = "<img>", "</img>", "<IMG_CONTEXT>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+PADDING = "<|endoftext|>"
+SPECIAL_TOKENS = [PADDING, TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Learn merges from `texts`; the same texts and size give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    words_and_single_glyphs = Regex(r" ?[A-Za-z]?[a-z]+|[A-Za-z0-9]|\s|[^\sA-Za-z0-9]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words_and_single_glyphs, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=PADDING,
+        additional_special_tokens=[TURN_START, IMAGE_START, IMAGE_END, PLACEHOLDER],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Read a tokenizer from a model folder; nothing is fetched and no code of the folder runs.
+
+    Raises:
+        ValueError: the folder has no tokenizer, or it lacks one of the special tokens.
+    """
+    if not (Path(folder) / "tokenizer_config.json").exists():
+        raise ValueError(f"{folder}: no tokenizer_config.json; a model folder holds its tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    known = tokenizer.get_added_vocab()
+    missing = [t for t in (TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER) if t not in known]
+    if missing:
+        raise ValueError(f"{folder}: the tokenizer lacks the special tokens {', '.join(missing)}")
+    return tokenizer

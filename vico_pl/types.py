@@ -1,0 +1,121 @@
+"""The nouns that cross a boundary, and the letters that name their shapes.
+
+    B  samples in a batch              S  sequence after expansion (flat over the batch)
+    T  tiles, flat over the batch      R  response tokens, flat over the batch
+    P  patches per tile                C  width of the vision encoder
+    N  vision tokens of one tile       D  width of the language model
+    L  tokens before expansion, flat   V  vocabulary
+    H, W  height and width in pixels
+
+One sample goes through them in the order below:
+shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+Role = Literal["human", "gpt"]
+Image = UInt8[Tensor, "3 H W"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The raw bytes of one sample as a shard holds them."""
+
+    shard: str  # file name of the shard
+    key: str  # the part of the member names before the first dot
+    files: dict[str, bytes]  # member extension -> content: {"jpg": ..., "json": ...}
+
+    @property
+    def id(self) -> str:
+        """Name that is unique over a data set, for logs and audits."""
+        return f"{self.shard}/{self.key}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: Role
+    text: str
+    skill: str | None = None  # set on answers of evaluation sets: perception, reasoning or ocr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A decoded record: images and the conversation about them."""
+
+    id: str
+    images: list[Image]
+    turns: list[Turn]
+    metadata: dict[str, Any]  # further fields of the record's JSON, untouched
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledSample:
+    """A sample whose images are cut into tiles, each image's thumbnail last."""
+
+    id: str
+    tiles: UInt8[Tensor, "t 3 H W"]
+    tiles_per_image: list[int]
+    turns: list[Turn]
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSample:
+    """A sample as token ids, with one placeholder per tile."""
+
+    id: str
+    tiles: UInt8[Tensor, "t 3 H W"]
+    tiles_per_image: list[int]
+    input_ids: Int64[Tensor, " l"]
+    response_mask: Bool[Tensor, " l"]  # True: the token is part of a response and carries loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    """A record that could not be used, and why: it keeps its place in the order, not in the batch."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples laid end to end: no padding, lengths say where each one ends."""
+
+    ids: list[str]
+    tiles: UInt8[Tensor, "T 3 H W"]
+    tile_to_sample: Int64[Tensor, " T"]
+    tile_to_image: Int64[Tensor, " T"]
+    input_ids: Int64[Tensor, " L"]  # one placeholder per tile, in the order of `tiles`
+    response_mask: Bool[Tensor, " L"]
+    sample_lengths: Int64[Tensor, " B"]  # tokens before expansion
+    bad_records: list[BadRecord]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch, bad records not counted."""
+        return len(self.ids)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles in the batch, thumbnails counted."""
+        return self.tiles.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """Return the batch with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch with every tensor in pinned memory (called by the DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Any) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
