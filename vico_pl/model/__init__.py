@@ -1,0 +1,1 @@
+"""What computes: tiles -> patch features -> vision tokens -> response hidden states."""

@@ -1,0 +1,85 @@
+"""Patch features -> vision tokens: one small MLP per compression ratio."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from vico_pl.model.pixel_unshuffle import pixel_unshuffle
+
+FULL_RATIO = 4  # patches per vision token of the reference; the first entry of every list of ratios
+
+
+class Connector(nn.Module):
+    """Pixel unshuffle by the square root of the ratio, then an MLP into the language model's width.
+
+    At ratio 4 it has the layers of InternVL's `mlp1`; above, those of Flash's `mlp2` (wider, with dropout).
+    """
+
+    def __init__(self, ratio: int, *, vision_width: int, language_width: int) -> None:
+        """Build the connector of one ratio, a square number of patches per vision token."""
+        super().__init__()
+        self.factor = math.isqrt(ratio)
+        if self.factor**2 != ratio or ratio < FULL_RATIO:
+            raise ValueError(f"compression ratio {ratio}: expected a square number from {FULL_RATIO} on")
+        folded = ratio * vision_width
+        self.mlp = _short_mlp(folded, language_width) if ratio == FULL_RATIO else _long_mlp(folded, language_width)
+
+    def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T N D"]:
+        """Turn the patch features of each tile into its vision tokens."""
+        return self.mlp(pixel_unshuffle(features, self.factor))
+
+
+class Connectors(nn.Module):
+    """The connectors of all ratios; runs only the chosen one on each tile."""
+
+    def __init__(self, ratios: Sequence[int], *, vision_width: int, language_width: int) -> None:
+        """Build one connector per ratio; the first ratio means full tokens."""
+        super().__init__()
+        if list(ratios) != sorted(set(ratios)) or not ratios or ratios[0] != FULL_RATIO:
+            raise ValueError(f"ratios {list(ratios)}: expected rising square numbers that begin with {FULL_RATIO}")
+        self.ratios = list(ratios)
+        self.by_ratio = nn.ModuleDict(
+            {str(r): Connector(r, vision_width=vision_width, language_width=language_width) for r in ratios}
+        )
+
+    def forward(
+        self, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
+    ) -> tuple[Float[Tensor, "TN D"], Int64[Tensor, " T"]]:
+        """Return the vision tokens of all tiles, flat and in the order of the tiles, and how many each tile has."""
+        num_patches = features.shape[1]
+        counts = num_patches // ratios
+        starts = counts.cumsum(0) - counts
+        pieces, places = [], []
+        for ratio in self.ratios:
+            chosen = (ratios == ratio).nonzero().squeeze(1)
+            if len(chosen) == 0 and not self.training:
+                continue
+            tokens = self._run(ratio, features, chosen)
+            pieces.append(tokens)
+            places.append(starts[chosen, None] + torch.arange(num_patches // ratio, device=features.device))
+        flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        place = torch.cat([p.flatten() for p in places])
+        return flat[place.argsort()], counts
+
+    def _run(self, ratio: int, features: Tensor, chosen: Tensor) -> Tensor:
+        return self.by_ratio[str(ratio)](features[chosen])
+
+
+def _short_mlp(folded: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(folded), nn.Linear(folded, width), nn.GELU(), nn.Linear(width, width))
+
+
+def _long_mlp(folded: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(folded),
+        nn.Linear(folded, 2 * width),
+        nn.GELU(),
+        nn.Dropout(0.1),
+        nn.Linear(2 * width, 2 * width),
+        nn.GELU(),
+        nn.Dropout(0.1),
+        nn.Linear(2 * width, width),
+    )

@@ -1,0 +1,74 @@
+"""The Visual Resolution Router (ViR): chooses a compression ratio per tile from its patch features alone."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ResolutionRouter(nn.Module):
+    """Pools a tile's patch features with one learned query and classifies the result.
+
+    Output 0 means "keep ... compress" as in released checkpoints: column 0 is the logit of the *coarsest* ratio
+    (compress), the last column that of full tokens. The structure and its quirk are those of InternVL3.5-Flash: four
+    attention layers are stored, but the second one runs three times and the third and fourth never do.
+    """
+
+    def __init__(self, width: int, *, num_ratios: int = 2, num_heads: int = 16) -> None:
+        """Build a router for patch features of `width` channels."""
+        super().__init__()
+        self.pooling_before_gating = AttentionPooling(width, num_heads=num_heads)
+        self.gating = Gating(width, num_ratios=num_ratios)
+
+    def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T K"]:
+        """Return logits over ratios, coarsest first; patch features are not changed by the gradient."""
+        return self.gating(self.pooling_before_gating(features.detach()))
+
+
+class AttentionPooling(nn.Module):
+    """One learned query that attends to the patches of a tile four times."""
+
+    def __init__(self, width: int, *, num_heads: int) -> None:
+        """Build all four stored layers; see `forward` for which of them run."""
+        super().__init__()
+        self.query_token = nn.Parameter(torch.randn(1, width) * 0.02)
+        for i in range(1, 5):
+            setattr(self, f"attn{i}", nn.MultiheadAttention(width, num_heads, batch_first=True))
+            setattr(self, f"norm{i}", nn.LayerNorm(width))
+        for unused in (self.attn3, self.norm3, self.attn4, self.norm4):
+            unused.requires_grad_(False)
+
+    def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T C"]:
+        """Return the pooled vector of each tile."""
+        query = self.query_token.expand(len(features), 1, -1)  # T 1 C
+        query = self.norm1(self.attn1(query, features, features, need_weights=False)[0])
+        for _ in range(3):
+            query = self.norm2(self.attn2(query, features, features, need_weights=False)[0])
+        return query.squeeze(1)
+
+
+class Gating(nn.Module):
+    """Four residual MLP blocks and a linear classifier."""
+
+    def __init__(self, width: int, *, num_ratios: int) -> None:
+        """Build the blocks under the names of released checkpoints."""
+        super().__init__()
+        for i in range(1, 5):
+            setattr(self, f"block{i}", _block(width))
+        self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_ratios))
+
+    def forward(self, pooled: Float[Tensor, "T C"]) -> Float[Tensor, "T K"]:
+        """Classify pooled vectors."""
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            pooled = pooled + block(pooled)
+        return self.gate(pooled)
+
+
+def _block(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, 4 * width),
+        nn.GELU(),
+        nn.Dropout(0.1),
+        nn.Linear(4 * width, width),
+        nn.Dropout(0.1),
+        nn.LayerNorm(width),
+    )

@@ -1,0 +1,89 @@
+"""The whole multimodal model: tiles and token ids in, response hidden states out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from vico_pl.model.connector import FULL_RATIO, Connectors
+from vico_pl.model.language import build_language_model, run_packed
+from vico_pl.model.router import ResolutionRouter
+from vico_pl.model.splice import Spliced, splice
+from vico_pl.model.vision import VisionEncoder
+from vico_pl.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All that is needed to build a model without its weights; `config.json` of a model folder holds it."""
+
+    vision: dict[str, Any]  # an open_clip vision_cfg
+    language: dict[str, Any]  # a transformers config with its model_type
+    ratios: list[int]  # patches per vision token, rising from 4
+    router_heads: int | None = None  # attention heads of the router; none: the model has no router
+    placeholder_id: int  # token id that stands for a tile
+
+
+class VisionLanguageModel(nn.Module):
+    """Vision encoder, connectors, language model and router."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Build the model with fresh weights."""
+        super().__init__()
+        self.spec = spec
+        self.vision = VisionEncoder(spec.vision)
+        self.language = build_language_model(spec.language)
+        self.connectors = Connectors(
+            spec.ratios, vision_width=self.vision.width, language_width=self.language.config.hidden_size
+        )
+        self.router: ResolutionRouter | None = None
+        if spec.router_heads is not None:
+            width, num_ratios = self.vision.width, len(spec.ratios)
+            self.router = ResolutionRouter(width, num_ratios=num_ratios, num_heads=spec.router_heads)
+
+    @property
+    def ratios(self) -> list[int]:
+        """Compression ratios the model has connectors for, full tokens first."""
+        return self.spec.ratios
+
+    @property
+    def tokens_per_full_tile(self) -> int:
+        """Vision tokens of a tile at full tokens."""
+        return self.vision.num_patches // FULL_RATIO
+
+    @property
+    def head(self) -> Float[Tensor, "V D"]:
+        """Weight of the output layer: hidden states times its transpose are logits."""
+        return self.language.get_output_embeddings().weight
+
+    def encode_tiles(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
+        """Return the patch features of tiles."""
+        return self.vision(tiles)
+
+    def splice_batch(
+        self, batch: Batch, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
+    ) -> Spliced:
+        """Turn patch features into vision tokens at the given ratios and put them among the text."""
+        vision_tokens, counts = self.connectors(features, ratios)
+        return splice(
+            self.language.get_input_embeddings()(batch.input_ids),
+            vision_tokens,
+            counts,
+            is_placeholder=batch.input_ids == self.spec.placeholder_id,
+            response_mask=batch.response_mask,
+            sample_lengths=batch.sample_lengths,
+        )
+
+    def response_states(
+        self, batch: Batch, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
+    ) -> Float[Tensor, "R D"]:
+        """Return the hidden states that predict the response tokens."""
+        spliced = self.splice_batch(batch, features, ratios)
+        hidden = run_packed(self.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
+        return hidden[spliced.response_positions]
+
+    def full_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
+        """Return full tokens for every tile."""
+        return torch.full_like(batch.tile_to_image, FULL_RATIO)
