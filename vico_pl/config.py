@@ -1,0 +1,137 @@
+"""A recipe becomes a checked `RunConfig`: dataclass defaults <- recipe <- `key=value`."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vico_pl.trainer import STAGES, TRAINABLE_PARTS, RunConfig
+
+
+def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """Merge a recipe and `key=value` overrides over the defaults.
+
+    Raises:
+        ValueError: the recipe cannot be read, or keys, types or values are wrong; the message lists all problems.
+    """
+    if not recipe.is_file():
+        raise ValueError(f"{recipe}: no such recipe; recipes/ holds those of this project")
+    malformed = [item for item in overrides if "=" not in item]
+    if malformed:
+        raise ValueError(f"expected key=value, got {', '.join(malformed)}")
+    try:
+        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(recipe), OmegaConf.from_dotlist([*overrides])))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{recipe}: {error}") from error
+    return parse_config(settings, name=str(recipe))
+
+
+def open_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """Load a configuration and lay out its run folder, or find the same configuration already there.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    config = load_config(recipe, overrides)
+    path = Path(config.run_dir) / "config.yaml"
+    if path.exists():
+        differences = config_differences(load_config(path, []), config)
+        if differences:
+            raise ValueError(f"{config.run_dir} holds a run with other settings ({'; '.join(differences)}); set run_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+    return config
+
+
+def parse_config(settings: Any, *, name: str) -> RunConfig:
+    """Turn plain settings into a checked `RunConfig`."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name}: expected a mapping of settings")
+    problems = [*_unknown_keys(settings, RunConfig), *_missing_keys(settings)]
+    if not problems:
+        problems = list(_wrong_values(settings))
+    if problems:
+        raise ValueError(f"{name}: " + "; ".join(problems))
+    config = _build(settings)
+    problems = list(check_run(config))
+    if problems:
+        raise ValueError(f"{name}: " + "; ".join(problems))
+    return config
+
+
+def check_run(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong between sections of a configuration."""
+    if config.stage not in STAGES:
+        yield f"stage is '{config.stage}'; expected one of {', '.join(STAGES)}"
+    for part in set(config.model.trainable) - set(TRAINABLE_PARTS):
+        yield f"model.trainable names '{part}'; expected some of {', '.join(TRAINABLE_PARTS)}"
+    if config.stage != "pretrain" and config.model.path is None:
+        yield "model.path is not set; this stage starts from a model folder"
+    if config.stage in ("consistency", "router") and len(config.model.ratios) < 2:
+        yield f"model.ratios is {config.model.ratios}; stage {config.stage} needs at least two"
+    if not config.data.sources:
+        yield "data.sources is empty; name at least one folder of shards"
+    fed = sum(source.steps or 0 for source in config.data.sources[:-1])
+    if fed >= config.trainer.max_steps:
+        yield f"data.sources: the last one is never reached, the others last {fed} steps"
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a configuration as a recipe that gives the same run."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """List the settings in which two configurations differ, except those that do not change a run's result."""
+    harmless = ("data.num_workers", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every")
+    before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.structured(c)))) for c in (old, new))
+    names = [name for name in before.keys() | after.keys() if name not in harmless]
+    return sorted(f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n))
+
+
+def _build(settings: dict[str, Any]) -> RunConfig:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), settings))  # type: ignore[return-value]
+
+
+def _unknown_keys(settings: Mapping[str, Any], schema: Any, prefix: str = "") -> Iterator[str]:
+    known = {f.name for f in fields(schema)}
+    hints = get_type_hints(schema)
+    for key, value in settings.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            yield f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{close[0]}?)" if close else "")
+            continue
+        inner = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        for index, item in enumerate(value if isinstance(value, list) else [value]):
+            if inner is not None and isinstance(item, Mapping):
+                place = f"{key}.{index}" if isinstance(value, list) else key
+                yield from _unknown_keys(item, inner, f"{prefix}{place}.")
+
+
+def _missing_keys(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key} is not set" for key in ("stage", "run_dir") if settings.get(key) is None]
+
+
+def _wrong_values(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Merge section by section, so that every wrong one is told, not only the first."""
+    base = {key: settings[key] for key in ("stage", "run_dir")}
+    for key, value in settings.items():
+        try:
+            _build({**base, key: value})
+        except OmegaConfBaseException as error:
+            yield f"{error.full_key or key}: {str(error).splitlines()[0]}"
+        except ValueError as error:
+            yield str(error)
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node

@@ -1,0 +1,1 @@
+"""What is claimed: arms, metrics and the report."""

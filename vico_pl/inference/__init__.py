@@ -1,0 +1,1 @@
+"""Routed generation and the budget it keeps."""

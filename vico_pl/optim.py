@@ -1,0 +1,34 @@
+"""The optimizer and its schedule."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and the learning rate over the run."""
+
+    lr: float = 1e-5
+    weight_decay: float = 0.05  # on matrices; none on norms, biases and other vectors
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_steps: int = 0
+    schedule: str = "cosine"  # any name that transformers.get_scheduler knows
+    max_grad_norm: float = 1.0  # clip the global norm
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, num_steps: int) -> dict[str, Any]:
+    """Return optimizer and schedule in the form Lightning takes."""
+    trainable = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+    scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, num_steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

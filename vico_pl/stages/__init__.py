@@ -1,0 +1,1 @@
+"""LightningModules that conduct: one per stage of training."""

@@ -1,0 +1,142 @@
+"""Stage 2: freeze everything else and teach the router which tiles can be compressed."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import binary_auroc
+
+from vico_pl.losses.consistency import consistency_kl
+from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, loss_ratio, router_targets
+from vico_pl.model.branches import branch_per_tile
+from vico_pl.model.reference import FrozenReference
+from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.optim import OptimConfig
+from vico_pl.stages.base import Stage, StepResult
+from vico_pl.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Settings of stage 2."""
+
+    label_mode: str = "tile"  # tile: only the tile in question is compressed; image: all tiles at once (the report)
+    percentile: float = 50.0  # of recent loss ratios; tiles below it are labelled "compress"
+    window: int = 4096  # loss ratios remembered
+    min_history: int = 256  # loss ratios needed before the first labels
+    epsilon: float = 1e-3  # nats, added to both losses of a ratio
+
+    def __post_init__(self) -> None:
+        """Refuse what the stage cannot do."""
+        if self.label_mode not in ("image", "tile"):
+            raise ValueError(f"router.label_mode is '{self.label_mode}'; expected image or tile")
+        if not 0 < self.percentile < 100:
+            raise ValueError(f"router.percentile is {self.percentile}; expected between 0 and 100")
+        if self.epsilon <= 0:
+            raise ValueError(f"router.epsilon is {self.epsilon}; expected more than 0")
+        if not 1 <= self.min_history <= self.window:
+            raise ValueError(f"router.min_history {self.min_history}: expected 1 to router.window ({self.window})")
+
+
+class RouterStage(Stage):
+    """Trains the router on labels made from loss ratios of the frozen policy."""
+
+    area = "router"
+
+    def __init__(
+        self,
+        policy: FrozenReference,
+        reference: FrozenReference,
+        config: RouterConfig,
+        optim: OptimConfig,
+        *,
+        num_steps: int,
+    ) -> None:
+        """Train the router of `policy`, which stays frozen otherwise."""
+        super().__init__(optim, num_steps=num_steps)
+        if policy.model.router is None:
+            raise ValueError("the model has no router; set model.router_heads")
+        self.policy, self.reference, self.config = policy, reference, config
+        self.router = policy.model.router.requires_grad_()
+        self.window = SlidingPercentile(
+            percentile=config.percentile, window=config.window, min_history=config.min_history
+        )
+
+    def step(self, batch: Batch) -> StepResult:
+        """Label the tiles of the batch and classify them."""
+        with torch.no_grad():
+            features = self.policy.model.encode_tiles(batch.tiles)
+            ratios = tile_loss_ratios(self.policy.model, self.reference, batch, features, self.config)
+        self.window.update(self._gather(ratios))
+        threshold = self.window.threshold()
+        logits = self.router(features)
+        if threshold is None:
+            return StepResult(loss_sum=0 * logits.sum(), count=0)
+        targets = router_targets(ratios, threshold)
+        loss = cross_entropy(logits, targets, reduction="sum")
+        return StepResult(loss_sum=loss, count=len(targets), metrics=_metrics(logits, targets, threshold))
+
+    def trained_model(self) -> VisionLanguageModel:
+        """Return the policy with the trained router."""
+        return self.policy.model
+
+    def _gather(self, ratios: Tensor) -> Tensor:
+        """Collect the loss ratios of all ranks, whose tile counts differ."""
+        if self.trainer.world_size == 1:
+            return ratios
+        everywhere: list[list[float]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(everywhere, ratios.tolist())
+        return ratios.new_tensor(sum(everywhere, []))
+
+
+@torch.no_grad()
+def tile_loss_ratios(
+    policy: VisionLanguageModel,
+    reference: FrozenReference,
+    batch: Batch,
+    features: Float[Tensor, "T P C"],
+    config: RouterConfig,
+) -> Float[Tensor, " T"]:
+    """Return for every tile how much compressing it multiplies the loss of its sample.
+
+    The vision encoder and the reference run once per sample.
+    """
+    target = reference.response_states(batch)
+    full_ratios = policy.full_ratios(batch)
+    compressed_ratio = policy.ratios[-1]
+
+    def sample_loss(states: Tensor, of: Batch, wanted: Tensor) -> Tensor:
+        kl = consistency_kl(states, policy.head, wanted, reference.head)
+        return mean_per_sample(kl, of)
+
+    full = sample_loss(policy.response_states(batch, features, full_ratios), batch, target)[batch.tile_to_sample]
+    if config.label_mode == "image":
+        states = policy.response_states(batch, features, torch.full_like(full_ratios, compressed_ratio))
+        compressed = sample_loss(states, batch, target)[batch.tile_to_sample]
+    else:
+        branches = branch_per_tile(batch)
+        ratios = full_ratios[branches.tile_origin].masked_fill(branches.is_own_tile, compressed_ratio)
+        states = policy.response_states(branches.batch, features[branches.tile_origin], ratios)
+        wanted = target[branches.response_origin]
+        compressed = sample_loss(states, branches.batch, wanted)
+    return loss_ratio(compressed, full, epsilon=config.epsilon)
+
+
+def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tensor, " B"]:
+    """Average a value of response tokens over each sample; 0 for a sample without response."""
+    samples = torch.arange(batch.num_samples, device=per_token.device)
+    owner = samples.repeat_interleave(batch.sample_lengths)[batch.response_mask]
+    total = per_token.new_zeros(batch.num_samples).index_add_(0, owner, per_token)
+    return total / torch.bincount(owner, minlength=batch.num_samples).clamp(min=1)
+
+
+def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Tensor | float]:
+    keep = logits.softmax(-1)[:, KEEP]
+    return {
+        "router/accuracy": (logits.argmax(-1) == targets).float().mean(),
+        "router/auroc": binary_auroc(keep, targets),
+        "router/compressed_fraction": (logits.argmax(-1) == COMPRESS).float().mean(),
+        "router/threshold": threshold,
+    }

@@ -1,0 +1,186 @@
+"""One training run: a run folder, a stage, its data, and Lightning's loop around them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import PreTrainedTokenizerBase
+
+from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger
+from vico_pl.data.glyphs import question_words
+from vico_pl.data.module import DataConfig, DataModule
+from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, load_tokenizer
+from vico_pl.model.checkpoint import CONFIG_NAME, load_model, save_model
+from vico_pl.model.reference import FrozenReference
+from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+from vico_pl.optim import OptimConfig
+from vico_pl.stages.base import Stage
+from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
+from vico_pl.stages.pretrain import PretrainStage
+from vico_pl.stages.router import RouterConfig, RouterStage
+
+STAGES = ("pretrain", "consistency", "router")
+TRAINABLE_PARTS = ("vision", "connectors", "language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the model comes from: a folder, or for stage `pretrain` a description of fresh parts."""
+
+    path: str | None = None  # model folder to start from
+    reference: str | None = None  # model folder of the frozen reference; none: the one to start from
+    ratios: list[int] = field(default_factory=lambda: [4, 16])  # patches per vision token; missing connectors begin fresh
+    router_heads: int | None = None  # attention heads of the router to add; none: no router is added
+    trainable: list[str] = field(default_factory=lambda: list(TRAINABLE_PARTS))  # parts that stages 0 and 1 train
+    vision: dict[str, Any] = field(default_factory=dict)  # pretrain: an open_clip vision_cfg
+    language: dict[str, Any] = field(default_factory=dict)  # pretrain: a transformers config with its model_type
+    vocab_size: int = 512  # pretrain: limit of the tokenizer that is built from GlyphDocs' words
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Length, hardware and records of a run."""
+
+    max_steps: int = 1000  # optimizer steps
+    accelerator: str = "auto"  # cpu, gpu, ...
+    devices: str = "auto"  # per node
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    checkpoint_every: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is made from; `config.yaml` of its folder holds it."""
+
+    stage: str
+    run_dir: str
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def train(config: RunConfig) -> Path:
+    """Run a stage to its end, from its newest checkpoint if it has one; returns the model folder it wrote."""
+    run_dir = Path(config.run_dir)
+    L.seed_everything(config.seed, verbose=False)
+    tokenizer = _tokenizer(config.model)
+    stage = build_stage(config, tokenizer)
+    model = stage.trained_model()
+    data = DataModule(
+        config.data, tokenizer=tokenizer, full_tokens_per_tile=model.tokens_per_full_tile, seed=config.seed
+    )
+    _check_tile_size(config, model)
+    trainer = _build_trainer(config.trainer, run_dir, max_grad_norm=config.optim.max_grad_norm)
+    trainer.fit(stage, data, ckpt_path=newest_checkpoint(run_dir))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        _write_model(model, tokenizer, run_dir)
+    return run_dir / "model"
+
+
+def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
+    """Build the stage that the recipe names, with its models."""
+    num_steps = config.trainer.max_steps
+    if config.stage == "pretrain":
+        return PretrainStage(_fresh_model(config.model, tokenizer), config.optim, num_steps=num_steps)
+    path = _required(config.model.path, "model.path")
+    policy = load_model(path, ratios=config.model.ratios, router_heads=config.model.router_heads)
+    reference = FrozenReference(load_model(config.model.reference or path))
+    if config.stage == "consistency":
+        for name in set(TRAINABLE_PARTS) - set(config.model.trainable):
+            getattr(policy, name).requires_grad_(requires_grad=False)
+        return ConsistencyStage(
+            policy, reference, config.consistency, config.optim, num_steps=num_steps, seed=config.seed
+        )
+    return RouterStage(FrozenReference(policy), reference, config.router, config.optim, num_steps=num_steps)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Say whether a run has written its model."""
+    return (run_dir / "model" / CONFIG_NAME).exists()
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint of a run with the most steps."""
+    return max((run_dir / "checkpoints").glob("step-*.ckpt"), default=None, key=lambda path: path.name)
+
+
+def _build_trainer(config: TrainerConfig, run_dir: Path, *, max_grad_norm: float) -> L.Trainer:
+    checkpoints = ModelCheckpoint(
+        dirpath=run_dir / "checkpoints",
+        filename="step-{step:08d}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=config.checkpoint_every,
+        save_top_k=config.keep_checkpoints,
+        monitor="step",
+        mode="max",
+        save_last="link",
+    )
+    return L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=config.precision,
+        max_steps=config.max_steps,
+        limit_train_batches=config.max_steps,
+        log_every_n_steps=config.log_every,
+        gradient_clip_val=max_grad_norm,
+        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=5), BadRecordLog(run_dir / "bad_records.jsonl")],
+        logger=[
+            TensorBoardLogger(run_dir, name="tensorboard", version=""),
+            JsonlLogger(run_dir / "metrics.jsonl"),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
+
+
+def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    return build_tokenizer(question_words(), vocab_size=config.vocab_size)
+
+
+def _fresh_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> VisionLanguageModel:
+    spec = ModelSpec(
+        vision=config.vision,
+        language={**config.language, "vocab_size": len(tokenizer)},
+        ratios=config.ratios,
+        router_heads=config.router_heads,
+        placeholder_id=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
+    )
+    return VisionLanguageModel(spec)
+
+
+def _required(value: str | None, name: str) -> str:
+    if value is None:
+        raise ValueError(f"{name} is not set; this stage starts from a model folder")
+    return value
+
+
+def _check_tile_size(config: RunConfig, model: VisionLanguageModel) -> None:
+    tile_size = config.data.tiling.tile_size
+    if tile_size != model.vision.tile_size:
+        raise ValueError(
+            f"data.tiling.tile_size is {tile_size} but the model sees tiles of {model.vision.tile_size} pixels"
+        )
+
+
+def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    tokenizer.save_pretrained(run_dir / "model")
+    save_model(model, run_dir / "model")
