@@ -25,9 +25,9 @@ RUN := runs/demo$(if $(strip $(ARGS)),-$(call slug,$(ARGS)))
 endif
 # GlyphDocs shards of the demo: how many samples, and from which seeds. All demo runs share them.
 SHARDS ?= data/shards/glyphs
-TRAIN_SAMPLES ?= 6000
-CALIBRATION_SAMPLES ?= 400
-VALIDATION_SAMPLES ?= 600
+TRAIN_SAMPLES ?= 5000
+CALIBRATION_SAMPLES ?= 300
+VALIDATION_SAMPLES ?= 400
 TRAIN_SEED ?= 1
 CALIBRATION_SEED ?= 2
 VALIDATION_SEED ?= 3
@@ -146,12 +146,18 @@ $(BASE):
 	@echo "$@ is missing and will be trained; git checkout data/base brings it back at once"
 	$(MAKE) base ARGS=
 
-# ---- shards of the base model: set this block to the curriculum of recipes/demo/pretrain.yaml ----
-$(BASE_SHARDS)/index.json: | $(INSTALLED)
-	$(VICO) shards glyphs --output $(@D) --num-samples 20000 --seed 11
-# ---- end of block ----
+# Each part of the curriculum in recipes/demo/pretrain.yaml: images, seed, largest image in tiles, share of reading pages.
+BASE_PARTS := read one few all
+BASE_read := --num-samples 12000 --seed 101 --max-tiles 1 --read-fraction 1
+BASE_one := --num-samples 16000 --seed 102 --max-tiles 1 --read-fraction 0.3
+BASE_few := --num-samples 16000 --seed 103 --max-tiles 3 --read-fraction 0.05
+BASE_all := --num-samples 32000 --seed 104 --max-tiles 6
+BASE_SHARD_SETS := $(foreach part,$(BASE_PARTS),$(BASE_SHARDS)/$(part)/index.json)
 
-$(BASE_MODEL): | $(INSTALLED) $(BASE_SHARDS)/index.json
+$(BASE_SHARD_SETS): $(BASE_SHARDS)/%/index.json: | $(INSTALLED)
+	$(VICO) shards glyphs --output $(@D) --questions 8 $(BASE_$*)
+
+$(BASE_MODEL): | $(INSTALLED) $(BASE_SHARD_SETS)
 	$(call train,recipes/demo/pretrain.yaml,$(BASE_RUN))
 
 # --- Looking ---------------------------------------------------------------------------------------------------

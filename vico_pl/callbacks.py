@@ -1,4 +1,4 @@
-"""What watches a run: metrics as lines, bad records as lines, checkpoints that are never half there."""
+"""What goes along with a run: records of metrics and bad records, seeds, checkpoints never half there."""
 
 import json
 import os
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.loggers.logger import DummyExperiment, Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vico_pl.types import Batch
@@ -31,12 +33,6 @@ class JsonlLogger(Logger):
     def version(self) -> str:
         """Runs have no versions: a run folder is one run."""
         return ""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """There is no experiment object."""
-        return DummyExperiment()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -63,10 +59,24 @@ class BadRecordLog(L.Callback):
         if not batch.bad_records:
             return
         self._count += len(batch.bad_records)
-        lines = [{"step": trainer.global_step, "id": bad.id, "reason": bad.reason} for bad in batch.bad_records]
+        step = trainer.global_step
+        lines = [{"step": step, "id": bad.id, "reason": bad.reason} for bad in batch.bad_records]
         with self._path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         pl_module.log("data/bad_records", float(self._count), batch_size=1)
+
+
+class StepSeed(L.Callback):
+    """Seeds torch at each step from (seed, step, rank): a resumed run drops out what an unbroken one does."""
+
+    def __init__(self, seed: int) -> None:
+        """Derive all seeds from `seed`."""
+        self._seed = seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Seed the generator that dropout draws from."""
+        entropy = [self._seed, trainer.global_step, trainer.global_rank, 1]  # 1: not that of the ratio draw
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -1,7 +1,11 @@
-"""The `vico` command. Exit 0: done; 1: a check found faults; 2: the user's input is wrong."""
+"""The `vico` command. Exit 0: done; 1: a check found faults; 2: the user's input is wrong.
 
+Each command imports what it needs, so that `vico --help` and a finished run answer at once.
+"""
+
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -9,14 +13,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 shards = typer.Typer(no_args_is_help=True, help="Make and inspect folders of WebDataset shards.")
 app.add_typer(shards, name="shards")
 
+Folder = Annotated[Path, typer.Argument(help="A folder of shards.")]
+Model = Annotated[Path, typer.Argument(help="A model folder, such as runs/demo/router/model.")]
+Output = Annotated[Path, typer.Option(help="Where to write.")]
+Data = Annotated[Path, typer.Option(help="A folder of shards with questions and answers.")]
+
 
 @shards.command()
 def glyphs(
-    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    output: Output,
     num_samples: Annotated[int, typer.Option(help="Images to draw.")] = 1000,
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
     max_tiles: Annotated[int, typer.Option(help="Tiles of the largest image, 1 to 6.")] = 6,
-    questions: Annotated[int, typer.Option(help="Questions per image.")] = 8,
+    questions: Annotated[int, typer.Option(help="Questions per image.")] = 4,
     read_fraction: Annotated[float, typer.Option(help="Share of pages of text to be read aloud.")] = 0.0,
     samples_per_shard: Annotated[int, typer.Option(help="Images per tar.")] = 500,
 ) -> None:
@@ -25,32 +34,194 @@ def glyphs(
     from vico_pl.data.glyphs import GlyphsConfig
 
     config = GlyphsConfig(max_tiles=max_tiles, questions_per_image=questions, read_fraction=read_fraction)
-    build_glyphs(output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard)
+    index = build_glyphs(output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard)
+    typer.echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
 
 
-@app.command("train")
-def train_(
+@shards.command()
+def build(
+    annotations: Annotated[Path, typer.Option(help="JSONL in LLaVA's or InternVL's form.")],
+    images: Annotated[Path, typer.Option(help="Folder that the records' image paths start from.")],
+    output: Output,
+    samples_per_shard: Annotated[int, typer.Option(help="Records per tar.")] = 1000,
+) -> None:
+    """Pack a JSONL file and its images into shards; bad records are named and left out (exit code 1)."""
+    from vico_pl.data.annotations import build_from_annotations
+
+    index, faults = build_from_annotations(annotations, images, output, samples_per_shard=samples_per_shard)
+    typer.echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
+    _tell_faults(faults)
+
+
+@shards.command("index")
+def index_(folder: Folder) -> None:
+    """Write the index of a folder of tars, also of tars made by others."""
+    from vico_pl.data.shards import write_index
+
+    index = write_index(folder)
+    typer.echo(f"{folder}: {index.num_samples} samples in {len(index.names)} shards")
+
+
+@shards.command()
+def check(folder: Folder) -> None:
+    """Decode every record and name the bad ones (exit code 1)."""
+    from vico_pl.data.inspect import find_faults
+
+    _tell_faults(find_faults(folder))
+    typer.echo(f"{folder}: every record is usable")
+
+
+@shards.command()
+def stats(folder: Folder) -> None:
+    """Count samples, images, turns and skills."""
+    from vico_pl.data.inspect import count_contents
+
+    for name, value in count_contents(folder).items():
+        typer.echo(f"{name:24} {value}")
+
+
+@shards.command()
+def preview(
+    folder: Folder,
+    output: Output = Path("preview.png"),
+    count: Annotated[int, typer.Option(help="Samples to show.")] = 12,
+) -> None:
+    """Draw the first samples with their questions and answers as one picture."""
+    from itertools import islice
+
+    from vico_pl.data.inspect import read_samples
+    from vico_pl.data.preview import contact_sheet
+
+    contact_sheet(list(islice(read_samples(folder), count))).save(output)
+    typer.echo(f"{output} is written")
+
+
+@app.command()
+def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file of recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe.")] = None,
 ) -> None:
     """Run a stage of training; an interrupted run goes on where it was."""
     from vico_pl.config import open_run
-    from vico_pl.trainer import is_finished, train
+    from vico_pl.trainer import is_finished
+    from vico_pl.trainer import train as run
 
     config = open_run(recipe, overrides or [])
     if is_finished(Path(config.run_dir)):
         typer.echo(f"{config.run_dir} is finished: its model is {config.run_dir}/model")
-        return
-    typer.echo(f"{train(config)} is written")
+    else:
+        typer.echo(f"{run(config)} is written")
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Data,
+    retention: Annotated[float, typer.Option(help="Share of the full accuracy to keep.")] = 0.995,
+    budget: Annotated[float | None, typer.Option(help="Instead: largest share of the vision tokens.")] = None,
+) -> None:
+    """Choose the router's threshold; writes calibration.json, with the curve it was chosen from, into MODEL."""
+    from vico_pl.data.shards import write_json
+    from vico_pl.inference.calibrate import calibration_record, choose_point, measure_curve
+    from vico_pl.inference.session import CALIBRATION_NAME, Session
+
+    session = Session.load(model)
+    curve = measure_curve(session, data, track=lambda groups: _progress(groups, "calibrating"))
+    chosen = choose_point(curve, retention=retention, budget=budget)
+    record = calibration_record(curve, chosen, data=str(data), retention=retention, budget=budget)
+    write_json(record, model / CALIBRATION_NAME)
+    typer.echo(
+        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
+        f"{chosen.retention['mean']:.2%} of the accuracy; written to {model / CALIBRATION_NAME}"
+    )
+
+
+@app.command("eval", context_settings={"allow_extra_args": True})
+def eval_(
+    context: typer.Context,
+    model: Model,
+    data: Data,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; default: MODEL/report.")] = None,
+    compare: Annotated[list[Path] | None, typer.Option(help="Runs whose training curves the report shows.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random arm and the bootstrap.")] = 0,
+) -> None:
+    """Compare the router with other ways to spend the same tokens; writes report.json and report.html."""
+    from vico_pl.data.shards import write_json
+    from vico_pl.evaluation.evaluate import evaluate
+    from vico_pl.evaluation.gallery import build_gallery
+    from vico_pl.evaluation.report import format_table, write_html
+    from vico_pl.inference.session import Session
+
+    folder = output or model / "report"
+    runs = {run.name: run for run in [*(compare or []), *map(Path, context.args)]}
+    session = Session.load(model)
+    report, examples = evaluate(session, data, seed=seed, track=_progress)
+    report["model"] = str(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples), runs=runs)
+    write_json(report, folder / "report.json")
+    typer.echo(format_table(report))
+    typer.echo(f"{folder}/report.html and {folder}/report.json are written")
+
+
+@app.command()
+def route(
+    model: Model,
+    image: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")],
+    output: Output,
+) -> None:
+    """Draw how the model spends its vision tokens on an image."""
+    from vico_pl.data.decode import read_image
+    from vico_pl.evaluation.gallery import route_image, routing_picture
+    from vico_pl.inference.session import Session
+
+    pixels, session = read_image(image), Session.load(model)
+    if session.model.router is None or session.threshold is None:
+        raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
+    ratios = route_image(session, pixels)
+    routing_picture(session, pixels, ratios, caption=image.name).save(output)
+    num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
+    typer.echo(f"{num_compressed} of {len(ratios)} tiles compressed; {output} is written")
+
+
+@app.command()
+def generate(
+    model: Model,
+    image: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+) -> None:
+    """Answer a question about an image, routed if the model is calibrated."""
+    from vico_pl.data.decode import read_image
+    from vico_pl.inference.generate import answer_image
+    from vico_pl.inference.session import Session
+
+    pixels = read_image(image)
+    typer.echo(answer_image(Session.load(model), pixels, prompt, max_new_tokens=max_new_tokens))
 
 
 def main() -> None:
     """Run the command; what the user got wrong is one sentence and exit code 2."""
     try:
         app()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"vico: {error}", err=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         typer.echo("vico: interrupted; the same command goes on from here", err=True)
         raise SystemExit(130) from error
+
+
+def _progress(items: Iterable[Any], title: str) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=title, unit="group"))
+
+
+def _tell_faults(faults: Iterable[Any]) -> None:
+    found = False
+    for fault in faults:
+        typer.echo(f"{fault.id}: {fault.reason}", err=True)
+        found = True
+    if found:
+        raise SystemExit(1)

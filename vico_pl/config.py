@@ -17,7 +17,7 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     """Merge a recipe and `key=value` overrides over the defaults.
 
     Raises:
-        ValueError: the recipe cannot be read, or keys, types or values are wrong; the message lists all problems.
+        ValueError: the recipe cannot be read, or keys, types or values are wrong; the message lists all.
     """
     if not recipe.is_file():
         raise ValueError(f"{recipe}: no such recipe; recipes/ holds those of this project")
@@ -25,7 +25,8 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     if malformed:
         raise ValueError(f"expected key=value, got {', '.join(malformed)}")
     try:
-        settings = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(recipe), OmegaConf.from_dotlist([*overrides])))
+        merged = OmegaConf.merge(OmegaConf.load(recipe), OmegaConf.from_dotlist([*overrides]))
+        settings = OmegaConf.to_container(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{recipe}: {error}") from error
     return parse_config(settings, name=str(recipe))
@@ -42,7 +43,8 @@ def open_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     if path.exists():
         differences = config_differences(load_config(path, []), config)
         if differences:
-            raise ValueError(f"{config.run_dir} holds a run with other settings ({'; '.join(differences)}); set run_dir")
+            listed = "; ".join(differences)
+            raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_config(config, path)
     return config
@@ -87,8 +89,13 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """List the settings in which two configurations differ, except those that do not change a run's result."""
-    harmless = ("data.num_workers", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.log_every")
+    """List the settings in which two configurations differ; those that change no result do not count."""
+    harmless = (
+        "data.num_workers",
+        "trainer.checkpoint_every",
+        "trainer.keep_checkpoints",
+        "trainer.log_every",
+    )
     before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.structured(c)))) for c in (old, new))
     names = [name for name in before.keys() | after.keys() if name not in harmless]
     return sorted(f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n))

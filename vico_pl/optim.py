@@ -22,7 +22,9 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # clip the global norm
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, *, num_steps: int) -> dict[str, Any]:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, *, num_steps: int
+) -> dict[str, Any]:
     """Return optimizer and schedule in the form Lightning takes."""
     trainable = [p for p in parameters if p.requires_grad]
     groups = [

@@ -1,19 +1,24 @@
 """One training run: a run folder, a stage, its data, and Lightning's loop around them."""
 
-from dataclasses import dataclass, field
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger
+from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepSeed
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
-from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, load_tokenizer
-from vico_pl.model.checkpoint import CONFIG_NAME, load_model, save_model
+from vico_pl.data.shards import write_json
+from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, load_tokenizer, token_id
+from vico_pl.model.checkpoint import CONFIG_NAME, PROCESSING_NAME, load_model, save_model
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import OptimConfig
@@ -32,11 +37,14 @@ class ModelConfig:
 
     path: str | None = None  # model folder to start from
     reference: str | None = None  # model folder of the frozen reference; none: the one to start from
-    ratios: list[int] = field(default_factory=lambda: [4, 16])  # patches per vision token; missing connectors begin fresh
+    # Patches per vision token; connectors that the folder lacks begin fresh.
+    ratios: list[int] = field(default_factory=lambda: [4, 16])
     router_heads: int | None = None  # attention heads of the router to add; none: no router is added
-    trainable: list[str] = field(default_factory=lambda: list(TRAINABLE_PARTS))  # parts that stages 0 and 1 train
+    # Parts that stage 1 trains.
+    trainable: list[str] = field(default_factory=lambda: list(TRAINABLE_PARTS))
     vision: dict[str, Any] = field(default_factory=dict)  # pretrain: an open_clip vision_cfg
-    language: dict[str, Any] = field(default_factory=dict)  # pretrain: a transformers config with its model_type
+    # Pretrain: a transformers config with its model_type.
+    language: dict[str, Any] = field(default_factory=dict)
     vocab_size: int = 512  # pretrain: limit of the tokenizer that is built from GlyphDocs' words
 
 
@@ -81,12 +89,13 @@ def train(config: RunConfig) -> Path:
         config.data, tokenizer=tokenizer, full_tokens_per_tile=model.tokens_per_full_tile, seed=config.seed
     )
     _check_tile_size(config, model)
-    trainer = _build_trainer(config.trainer, run_dir, max_grad_norm=config.optim.max_grad_norm)
-    trainer.fit(stage, data, ckpt_path=newest_checkpoint(run_dir))
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if trainer.is_global_zero:
-        _write_model(model, tokenizer, run_dir)
+    trainer = _build_trainer(config, run_dir)
+    with _lock(run_dir):
+        trainer.fit(stage, data, ckpt_path=newest_checkpoint(run_dir))
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if trainer.is_global_zero:
+            _write_model(model, tokenizer, config)
     return run_dir / "model"
 
 
@@ -117,7 +126,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return max((run_dir / "checkpoints").glob("step-*.ckpt"), default=None, key=lambda path: path.name)
 
 
-def _build_trainer(config: TrainerConfig, run_dir: Path, *, max_grad_norm: float) -> L.Trainer:
+def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
+    config = run.trainer
     checkpoints = ModelCheckpoint(
         dirpath=run_dir / "checkpoints",
         filename="step-{step:08d}",
@@ -133,12 +143,17 @@ def _build_trainer(config: TrainerConfig, run_dir: Path, *, max_grad_norm: float
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
-        precision=config.precision,
+        precision=config.precision,  # type: ignore[arg-type]  # Lightning itself checks the name
         max_steps=config.max_steps,
         limit_train_batches=config.max_steps,
         log_every_n_steps=config.log_every,
-        gradient_clip_val=max_grad_norm,
-        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=5), BadRecordLog(run_dir / "bad_records.jsonl")],
+        gradient_clip_val=run.optim.max_grad_norm,
+        callbacks=[
+            checkpoints,
+            StepSeed(run.seed),
+            TQDMProgressBar(refresh_rate=5),
+            BadRecordLog(run_dir / "bad_records.jsonl"),
+        ],
         logger=[
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
             JsonlLogger(run_dir / "metrics.jsonl"),
@@ -162,7 +177,7 @@ def _fresh_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Vis
         language={**config.language, "vocab_size": len(tokenizer)},
         ratios=config.ratios,
         router_heads=config.router_heads,
-        placeholder_id=tokenizer.convert_tokens_to_ids(PLACEHOLDER),
+        placeholder_id=token_id(tokenizer, PLACEHOLDER),
     )
     return VisionLanguageModel(spec)
 
@@ -176,11 +191,27 @@ def _required(value: str | None, name: str) -> str:
 def _check_tile_size(config: RunConfig, model: VisionLanguageModel) -> None:
     tile_size = config.data.tiling.tile_size
     if tile_size != model.vision.tile_size:
-        raise ValueError(
-            f"data.tiling.tile_size is {tile_size} but the model sees tiles of {model.vision.tile_size} pixels"
-        )
+        seen = model.vision.tile_size
+        raise ValueError(f"data.tiling.tile_size is {tile_size} but the model sees tiles of {seen} pixels")
 
 
-def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
-    tokenizer.save_pretrained(run_dir / "model")
-    save_model(model, run_dir / "model")
+def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    folder = Path(config.run_dir) / "model"
+    tokenizer.save_pretrained(folder)
+    processing = {"tiling": asdict(config.data.tiling), "chat": asdict(config.data.chat)}
+    write_json(processing, folder / PROCESSING_NAME)
+    save_model(model, folder)  # last, as its configuration marks a finished run
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out of a run; the lock ends with the process, however it ends."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{run_dir} is being trained by another process; wait for it or stop it") from error
+        yield

@@ -1,4 +1,4 @@
-"""Writing sets of shards: several processes, whole shards or none, and a set that is continued if interrupted."""
+"""Writing sets of shards: several processes, whole shards or none; an interrupted set is continued."""
 
 import os
 from collections.abc import Callable
@@ -23,16 +23,25 @@ def build_glyphs(
 def build_set(
     folder: Path, write: Callable[[Path, int, int], None], *, num_samples: int, samples_per_shard: int
 ) -> ShardIndex:
-    """Write a set of shards with `write(path, first sample, count)`; shards that are already whole are kept."""
+    """Write a set of shards with `write(path, first sample, count)`; shards that are already whole are kept.
+
+    Raises:
+        ValueError: the folder already holds a whole set of another size.
+    """
     if (folder / INDEX_NAME).exists():
-        return read_index(folder)
+        index = read_index(folder)
+        if index.num_samples != num_samples:
+            raise ValueError(
+                f"{folder}: already holds {index.num_samples} samples, not {num_samples}; remove it"
+            )
+        return index
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, num_samples, samples_per_shard)
     jobs = [(folder / f"{folder.name}-{i:06d}.tar", start) for i, start in enumerate(starts)]
-    todo = [(path, start) for path, start in jobs if not side_index_path(path).exists()]
-    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), desc=str(folder), unit="shard") as bar:
+    todo = [(path, start) for path, start in jobs if not (path.exists() and side_index_path(path).exists())]
+    counts = [min(samples_per_shard, num_samples - start) for _, start in todo]
+    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), desc=str(folder)) as bar:
         bar.update(len(jobs) - len(todo))
-        counts = [min(samples_per_shard, num_samples - start) for _, start in todo]
         for _ in pool.map(write, [path for path, _ in todo], [start for _, start in todo], counts):
             bar.update()
     return write_index(folder)

@@ -1,4 +1,4 @@
-"""Conversation -> token ids in InternVL's chat format, with one placeholder per tile and a mask of response tokens."""
+"""Conversation -> token ids in InternVL's chat format: a placeholder per tile, a mask of response tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.decode import IMAGE_TOKEN, RecordError
-from vico_pl.data.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER, TURN_END, TURN_START
+from vico_pl.data.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER, TURN_END, TURN_START, token_id
 from vico_pl.types import EncodedSample, TiledSample, Turn
 
 
@@ -24,8 +24,8 @@ class ChatConfig:
 class ChatEncoder:
     """Encodes conversations with one tokenizer.
 
-    Template tokens are added by id and texts are split without special tokens, so that no text of a data set can
-    pose as the end of a turn or as a tile.
+    Template tokens are added by id and texts are split without special tokens, so that no text of a data set
+    can pose as the end of a turn or as a tile.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class ChatEncoder:
     @cached_property
     def _ids(self) -> dict[str, int]:
         marks = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER)
-        return {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in marks}
+        return {mark: token_id(self.tokenizer, mark) for mark in marks}
 
     def _header(self) -> list[int]:
         if self.config.system is None:
@@ -85,7 +85,9 @@ class ChatEncoder:
     def _check_length(self, num_tokens: int, sample: TiledSample) -> None:
         full = num_tokens + len(sample.tiles) * (self.full_tokens_per_tile - 1)
         if full > self.config.max_tokens:
-            raise RecordError(f"{full} tokens at full vision tokens; chat.max_tokens is {self.config.max_tokens}")
+            raise RecordError(
+                f"{full} tokens at full vision tokens; chat.max_tokens is {self.config.max_tokens}"
+            )
 
     def _encoded(self, sample: TiledSample, ids: list[int], mask: list[bool]) -> EncodedSample:
         return EncodedSample(

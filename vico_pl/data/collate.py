@@ -16,7 +16,8 @@ def collate(items: Sequence[EncodedSample | BadRecord]) -> Batch:
     samples = [item for item in items if isinstance(item, EncodedSample)]
     bad = [item for item in items if isinstance(item, BadRecord)]
     if not samples:
-        raise ValueError(f"all {len(items)} records of a batch are bad; the first: {bad[0].id}: {bad[0].reason}")
+        first = f"{bad[0].id}: {bad[0].reason}"
+        raise ValueError(f"all {len(items)} records of a batch are bad; the first: {first}")
     tiles_per_sample = torch.tensor([len(s.tiles) for s in samples])
     tiles_per_image = torch.tensor([n for s in samples for n in s.tiles_per_image], dtype=torch.int64)
     return Batch(

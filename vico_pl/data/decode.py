@@ -1,12 +1,16 @@
 """Raw record -> decoded sample: pixels and conversation, or one sentence on why not."""
 
 import json
-from typing import Any
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any, get_args
 
 import torch
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import to_dtype
 
-from vico_pl.types import Image, Record, Sample, Turn
+from vico_pl.types import Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_TOKEN = "<image>"
@@ -20,8 +24,10 @@ def decode_record(record: Record) -> Sample:
     """Decode the images and the conversation of a record.
 
     Raises:
-        RecordError: JSON or image unreadable, roles out of order, or as many `<image>` marks as images not met.
+        RecordError: the key is a path to elsewhere, JSON or an image is unreadable, roles are out of order,
+            or there are not as many `<image>` marks as images.
     """
+    _check_key(record.key)
     annotation = _parse_annotation(record)
     turns = _parse_turns(annotation)
     images = [_decode_image(name, record.files[name]) for name in _image_names(record)]
@@ -32,12 +38,32 @@ def decode_record(record: Record) -> Sample:
     return Sample(id=record.id, images=images, turns=turns, metadata=metadata)
 
 
+def read_image(path: Path) -> Image:
+    """Read an image file.
+
+    Raises:
+        ValueError: there is no such file, or it is no image.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return _decode_image(path.name, path.read_bytes())
+    except RecordError as error:
+        raise ValueError(f"{path}: {error}; expected a {', '.join(IMAGE_EXTENSIONS)} file") from error
+
+
+def _check_key(key: str) -> None:
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts:
+        raise RecordError(f"key '{key}' is an absolute path or has '..'; keys are names")
+
+
 def _parse_annotation(record: Record) -> dict[str, Any]:
     if "json" not in record.files:
         raise RecordError(f"no .json member; found {sorted(record.files)}")
     try:
         annotation = json.loads(record.files["json"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"JSON: {error}") from error
     if not isinstance(annotation, dict) or not isinstance(annotation.get("conversations"), list):
         raise RecordError("JSON has no list 'conversations'")
@@ -45,21 +71,31 @@ def _parse_annotation(record: Record) -> dict[str, Any]:
 
 
 def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:
-    conversations = annotation["conversations"]
-    skills = iter(annotation.get("skills", []))
-    turns = []
-    for index, entry in enumerate(conversations):
-        role = "human" if index % 2 == 0 else "gpt"
-        if not isinstance(entry, dict) or entry.get("from") != role or not isinstance(entry.get("value"), str):
-            raise RecordError(f"turn {index}: expected {{'from': '{role}', 'value': text}}")
-        turns.append(Turn(role=role, text=entry["value"], skill=next(skills, None) if role == "gpt" else None))
+    conversations, skills = annotation["conversations"], annotation.get("skills") or []
+    if not isinstance(skills, list) or not all(isinstance(skill, str | None) for skill in skills):
+        raise RecordError("'skills' is no list of names")
+    roles: tuple[Role, ...] = get_args(Role)  # human, gpt
+    turns = [_parse_turn(entry, index, roles[index % 2]) for index, entry in enumerate(conversations)]
     if len(turns) < 2 or turns[-1].role != "gpt":
         raise RecordError("the conversation must end with an answer of 'gpt'")
+    answers = turns[1::2]
+    turns[1::2] = [replace(turn, skill=skill) for turn, skill in zip_longest(answers, skills[: len(answers)])]
     return turns
 
 
+def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
+    if not isinstance(entry, dict) or entry.get("from") != role or not isinstance(entry.get("value"), str):
+        raise RecordError(f"turn {index}: expected {{'from': '{role}', 'value': text}}")
+    text: str = entry["value"]
+    if role == "gpt" and IMAGE_TOKEN in text:
+        raise RecordError(f"turn {index}: {IMAGE_TOKEN} in an answer; images belong to the turns of 'human'")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RecordError(f"turn {index}: half a surrogate pair, which no UTF-8 text has")
+    return Turn(role=role, text=text)
+
+
 def _image_names(record: Record) -> list[str]:
-    """Return image member names in their order: `jpg`, or `0.jpg`, `1.jpg`, ...; none for text-only samples."""
+    """Return image member names in their order: `jpg`, or `0.jpg`, `1.jpg`, ...; none if text-only."""
     names = [name for name in record.files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
     return sorted(names, key=_image_number)
 
@@ -71,7 +107,10 @@ def _image_number(name: str) -> int:
 
 def _decode_image(name: str, content: bytes) -> Image:
     try:
-        return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:  # ValueError: no bytes at all
+        reason = str(error).splitlines()[0].split(", ", 2)[-1]  # without the place in torchvision's source
         raise RecordError(f"image '{name}' ({len(content)} bytes): {reason}") from error
+    if image.ndim != 3:
+        raise RecordError(f"image '{name}': {len(image)} frames, expected one")
+    return to_dtype(image, torch.uint8, scale=True)  # PNGs may have 16 bits

@@ -9,8 +9,9 @@ An image is a grid of 64 px tiles. Each tile is one of
     blank        plain ground or a gradient
 
 so that pixel detail is not meaning. Questions come in three skills: *perception* (the colour of a shape),
-*reasoning* (count the shapes, compare two values) and *ocr* (the digit beside a letter, or all text of a tile).
-A letter and its digit share one 16 px cell, which is one vision token at ratio 4; at ratio 16 four cells share one.
+*reasoning* (count the shapes, compare two values) and *ocr* (the digit beside a letter, or all text of a
+tile). A letter and its digit share one 16 px cell, which is one vision token at ratio 4; at ratio 16 four
+cells share one.
 """
 
 import io
@@ -35,8 +36,10 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
-TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2, "blank": 0.2}  # share of tiles
-MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 4}  # letters are unique over an image: 26 do for two tiles
+# Share of tiles.
+TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2, "blank": 0.2}
+# Letters are unique over an image: 26 do for two tiles.
+MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 4}
 READ_QUESTION = "Read the text."
 
 Rng = np.random.Generator
@@ -87,9 +90,13 @@ def draw_records(
         rng = np.random.default_rng([seed, position])
         reads = bool(rng.random() < config.read_fraction)
         image, scene = draw_image(rng, reading_page=reads, max_tiles=config.max_tiles)
-        questions = [read_question(scene)] if reads else choose_questions(rng, scene, config.questions_per_image)
+        questions = (
+            [read_question(scene)] if reads else choose_questions(rng, scene, config.questions_per_image)
+        )
         annotation = {
-            "conversations": [turn for index, q in enumerate(questions) for turn in _turns(q, first=index == 0)],
+            "conversations": [
+                turn for index, q in enumerate(questions) for turn in _turns(q, first=index == 0)
+            ],
             "skills": [q.skill for q in questions],
             "tile_kinds": scene.kinds,
         }
@@ -117,7 +124,7 @@ def choose_questions(rng: Rng, scene: Scene, count: int) -> list[Question]:
     """Draw up to `count` different questions, the skills in turn."""
     pools = [_perception(scene), _reasoning(rng, scene), _ocr(scene)]
     for pool in pools:
-        rng.shuffle(pool)  # type: ignore[arg-type]
+        rng.shuffle(pool)
     chosen: list[Question] = []
     while len(chosen) < count and any(pools):
         chosen += [pool.pop() for pool in pools if pool]
@@ -179,7 +186,8 @@ def _paint_dense_text(rng: Rng, scene: Scene) -> Image.Image:
 
 def _paint_faint_text(rng: Rng, scene: Scene) -> Image.Image:
     ground = int(rng.integers(190, 256))
-    return _paint_text(rng, scene, cells=int(rng.integers(6, 11)), ground=ground, ink=ground - int(rng.integers(60, 90)))
+    cells = int(rng.integers(6, 11))
+    return _paint_text(rng, scene, cells=cells, ground=ground, ink=ground - int(rng.integers(60, 90)))
 
 
 def _paint_text(rng: Rng, scene: Scene, *, cells: int, ground: int, ink: int) -> Image.Image:
@@ -242,10 +250,12 @@ def _draw_shape(
 
 def _corners(centre: tuple[int, int], radii: list[int]) -> list[tuple[float, float]]:
     angles = [2 * math.pi * i / len(radii) - math.pi / 2 for i in range(len(radii))]
-    return [(centre[0] + r * math.cos(a), centre[1] + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+    return [
+        (centre[0] + r * math.cos(a), centre[1] + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)
+    ]
 
 
-def _paint_texture(rng: Rng, scene: Scene) -> Image.Image:  # noqa: ARG001 - all painters are called alike
+def _paint_texture(rng: Rng, scene: Scene) -> Image.Image:
     dark, light = rng.integers(0, 110, 3), rng.integers(150, 256, 3)
     rows, columns = np.mgrid[0:TILE, 0:TILE]
     period = int(rng.integers(2, 7))
@@ -261,7 +271,7 @@ def _paint_texture(rng: Rng, scene: Scene) -> Image.Image:  # noqa: ARG001 - all
     return Image.fromarray(np.where(mask[..., None], dark, light).astype(np.uint8))
 
 
-def _paint_blank(rng: Rng, scene: Scene) -> Image.Image:  # noqa: ARG001
+def _paint_blank(rng: Rng, scene: Scene) -> Image.Image:
     corners = rng.integers(120, 256, (2, 3))
     if rng.random() < 0.5:
         corners[1] = corners[0]

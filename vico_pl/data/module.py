@@ -55,6 +55,9 @@ class DataModule(L.LightningDataModule):
             raise ValueError("data.sources is empty; name at least one folder of shards")
         self.config = config
         self.indexes = [read_index(source.path) for source in config.sources]
+        for index in self.indexes:
+            if index.num_samples == 0:
+                raise ValueError(f"{index.folder}: its shards hold no samples")
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
         steps = list(itertools.accumulate(source.steps or 0 for source in config.sources[:-1]))
         self.order = SampleOrder(
@@ -68,9 +71,12 @@ class DataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the DataModule is not attached to a Trainer")
-        dataset = TrainingBatches(self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size)
+        dataset = TrainingBatches(
+            self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size
+        )
         workers = self.config.num_workers
-        return DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+        prefetch = 4 if workers else None
+        return DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=prefetch)
 
 
 class TrainingBatches(IterableDataset[Batch]):

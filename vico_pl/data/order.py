@@ -1,7 +1,8 @@
 """Which record is next: a pure function of (index size, seed, position).
 
-The order of samples does not depend on the number of ranks or workers, and the position is one integer, so a run
-resumes anywhere at once. Epoch e of a source is the permutation drawn from (seed, e); sources follow each other.
+The order of samples does not depend on the number of ranks or workers, and the position is one integer, so a
+run resumes anywhere at once. Epoch e of a source is the permutation drawn from (seed, e); sources follow each
+other.
 """
 
 from dataclasses import dataclass

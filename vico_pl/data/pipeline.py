@@ -31,15 +31,20 @@ def build_stages(
     ]
 
 
-def read(positions: Iterable[int], *, order: SampleOrder, readers: list[RecordReader]) -> Iterator[Record]:
+def read(
+    positions: Iterable[int], *, order: SampleOrder, readers: list[RecordReader]
+) -> Iterator[Record | BadRecord]:
     """Turn positions into raw records."""
     for position in positions:
         place = order(position)
-        yield readers[place.source](place.sample)
+        try:
+            yield readers[place.source](place.sample)
+        except RecordError as error:
+            yield BadRecord(id=f"source {place.source}, sample {place.sample}", reason=str(error))
 
 
 def apply(source: Iterable[Any], *, function: Callable[[Any], Any]) -> Iterator[Any]:
-    """Apply `function` to each item; one that raises `RecordError` becomes a `BadRecord` and keeps its place."""
+    """Apply `function` to each item; one that raises `RecordError` becomes a `BadRecord` in its place."""
     for item in source:
         if isinstance(item, BadRecord):
             yield item

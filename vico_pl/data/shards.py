@@ -2,7 +2,8 @@
 
     train-000000.tar    members KEY.jpg, KEY.json, KEY.jpg, ... ; the members of a sample are neighbours
     train-000000.idx    int64 array (n + 1,) in NumPy's format: sample i is the bytes [idx[i], idx[i + 1])
-    index.json          names, counts, sizes and checksums of all shards; written last, so it marks a whole set
+    index.json          names, counts, sizes and checksums of all shards; written last, so it marks a whole
+                        set
 
 Because a sample is one range of bytes, any sample is one read away, whatever came before it.
 """
@@ -11,15 +12,21 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset as wds
 
+from vico_pl.data.decode import RecordError
 from vico_pl.types import Record
 
 INDEX_NAME = "index.json"
@@ -37,21 +44,29 @@ class ShardIndex:
     @property
     def num_samples(self) -> int:
         """Samples in the whole set."""
-        return sum(len(bounds) - 1 for bounds in self.boundaries)
+        return self._starts[-1]
 
     def locate(self, sample: int) -> tuple[str, int, int]:
         """Return (shard, first byte, byte after the last) of a sample of the set."""
-        for name, bounds in zip(self.names, self.boundaries, strict=True):
-            if sample < len(bounds) - 1:
-                return name, int(bounds[sample]), int(bounds[sample + 1])
-            sample -= len(bounds) - 1
-        raise IndexError(f"{self.folder} has {self.num_samples} samples")
+        if not 0 <= sample < self.num_samples:
+            raise IndexError(f"{self.folder} has {self.num_samples} samples, no sample {sample}")
+        shard = bisect_right(self._starts, sample) - 1
+        bounds, place = self.boundaries[shard], sample - self._starts[shard]
+        return self.names[shard], int(bounds[place]), int(bounds[place + 1])
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Number of the first sample of each shard, and the number of samples."""
+        return list(accumulate((len(bounds) - 1 for bounds in self.boundaries), initial=0))
 
 
 def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """Write `(key, {extension: content})` records as one tar with its index; nothing half-written is ever visible."""
+    """Write `(key, {extension: content})` records as one tar and its index, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, wds.TarWriter(str(temporary), encoder=False, mtime=0, user="", group="") as tar:
+    with (
+        atomic_path(path) as temporary,
+        wds.TarWriter(str(temporary), encoder=False, mtime=0, user="", group="") as tar,
+    ):
         for key, files in records:
             tar.write({"__key__": key, **files})
     write_side_index(path)
@@ -68,6 +83,8 @@ def write_side_index(path: Path) -> np.ndarray:
 def scan_boundaries(path: Path) -> np.ndarray:
     """Return the byte positions between the samples of a tar, int64 (n + 1,).
 
+    Members that webdataset passes over (folders, metadata, names without a dot) begin no sample.
+
     Raises:
         ValueError: the file is no readable tar.
     """
@@ -76,34 +93,41 @@ def scan_boundaries(path: Path) -> np.ndarray:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key = member_key(member.name)
-                if key != last_key:
+                key = member_key(member.name) if member.isreg() else None
+                if key is not None and key != last_key:
                     starts.append(member.offset)
                     last_key = key
-                end = member.offset_data + (member.size + tarfile.BLOCKSIZE - 1) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+                num_blocks = -(-member.size // tarfile.BLOCKSIZE)
+                end = member.offset_data + num_blocks * tarfile.BLOCKSIZE
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not a readable tar ({error})") from error
     return np.array([*starts, end], dtype=np.int64)
 
 
-def member_key(name: str) -> str:
-    """Return what names a sample: a member's path up to the first dot of its file name.
+def member_key(name: str) -> str | None:
+    """Return what names a sample: a member's path up to the first dot of its file name; None: of no sample.
 
     >>> member_key("photos/000017.0.jpg")
     'photos/000017'
+    >>> member_key("README") is member_key("__meta__/x.json") is None
+    True
     """
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.split('.')[0]}".lstrip("/")
+    if re.match(r"__[^/]*__($|/)", name):  # webdataset's own mark of metadata
+        return None
+    key: str | None = wds.tariterators.base_plus_ext(name)[0]
+    return key
 
 
 def write_index(folder: Path) -> ShardIndex:
-    """Write `index.json` for the tars of a folder, indexing those that have no side index yet."""
+    """Write `index.json` and the side indexes of the tars of a folder anew, whatever was there."""
     paths = sorted(folder.glob("*.tar"))
     if not paths:
-        raise ValueError(f"{folder}: no shard found; expected names such as train-000000.tar (see data/README.md)")
+        raise ValueError(
+            f"{folder}: no shard found; expected names such as train-000000.tar (see data/README.md)"
+        )
     entries = []
     for path in paths:
-        bounds = _read_side_index(path)
+        bounds = write_side_index(path)
         entries.append(
             {
                 "name": path.name,
@@ -113,8 +137,7 @@ def write_index(folder: Path) -> ShardIndex:
             }
         )
     content = {"version": INDEX_VERSION, "shards": entries}
-    with atomic_path(folder / INDEX_NAME) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(content, folder / INDEX_NAME)
     return read_index(folder)
 
 
@@ -126,18 +149,26 @@ def read_index(folder: Path | str) -> ShardIndex:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of shards; make one with 'vico shards build' or 'make shards'")
+        raise ValueError(
+            f"{folder}: no such folder of shards; make one with 'vico shards build' or 'make shards'"
+        )
     if not (folder / INDEX_NAME).exists():
         return write_index(folder)
     entries = json.loads((folder / INDEX_NAME).read_text())["shards"]
     for entry in entries:
         path = folder / entry["name"]
         if not path.exists():
-            raise ValueError(f"{path}: named in {INDEX_NAME} but absent; restore it or run 'vico shards index {folder}'")
+            raise ValueError(
+                f"{path}: named in {INDEX_NAME} but absent; restore it or run 'vico shards index {folder}'"
+            )
         if path.stat().st_size != entry["num_bytes"]:
             raise ValueError(f"{path}: its size differs from {INDEX_NAME}; run 'vico shards index {folder}'")
-    names = [entry["name"] for entry in entries]
-    return ShardIndex(folder=folder, names=names, boundaries=[_read_side_index(folder / name) for name in names])
+    boundaries = [_read_side_index(folder / entry["name"]) for entry in entries]
+    for entry, bounds in zip(entries, boundaries, strict=True):
+        if len(bounds) - 1 != entry["num_samples"]:
+            path = side_index_path(folder / entry["name"])
+            raise ValueError(f"{path}: does not match {INDEX_NAME}; run 'vico shards index {folder}'")
+    return ShardIndex(folder=folder, names=[entry["name"] for entry in entries], boundaries=boundaries)
 
 
 class RecordReader:
@@ -149,11 +180,18 @@ class RecordReader:
         self._files: dict[str, int] = {}
 
     def __call__(self, sample: int) -> Record:
-        """Return a record as raw bytes."""
+        """Return a record as raw bytes.
+
+        Raises:
+            RecordError: the bytes are no readable part of a tar, or a member comes twice.
+        """
         shard, start, end = self._index.locate(sample)
         content = os.pread(self._open(shard), end - start, start)
-        members = wds.tariterators.tar_file_iterator(io.BytesIO(content))
-        grouped = next(iter(wds.tariterators.group_by_keys(_named(members, shard))))
+        try:
+            members = wds.tariterators.tar_file_iterator(io.BytesIO(content))
+            (grouped,) = wds.tariterators.group_by_keys(_named(members, shard))
+        except (tarfile.TarError, ValueError) as error:
+            raise RecordError(f"bytes {start} to {end} of {shard} are no record: {error}") from error
         files = {name: data for name, data in grouped.items() if not name.startswith("__")}
         return Record(shard=shard, key=grouped["__key__"], files=files)
 
@@ -171,6 +209,12 @@ class RecordReader:
 def side_index_path(path: Path) -> Path:
     """Return the path of a tar's side index."""
     return path.with_suffix(".idx")
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file in one step."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Image -> square tiles, as InternVL cuts them: the grid nearest in aspect ratio, row by row, thumbnail last."""
+"""Image -> square tiles, as InternVL cuts them: grid nearest in aspect ratio, row by row, thumbnail last."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,8 @@ class TilingConfig:
     def __post_init__(self) -> None:
         """Refuse empty ranges."""
         if not 1 <= self.min_tiles <= self.max_tiles:
-            raise ValueError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: expected 1 <= min <= max")
+            given = f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}"
+            raise ValueError(f"{given}: expected 1 <= min <= max")
 
 
 def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
@@ -40,7 +41,7 @@ def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
     )
 
 
-def tile_image(image: Image, config: TilingConfig) -> UInt8[Tensor, "t 3 H W"]:
+def tile_image(image: Image, config: TilingConfig) -> UInt8[Tensor, "t 3 side side"]:
     """Cut one image: a 1000 x 500 image at 448 px becomes 2 x 1 tiles and a thumbnail."""
     _, height, width = image.shape
     columns, rows = choose_grid(width, height, config)
@@ -54,12 +55,12 @@ def tile_image(image: Image, config: TilingConfig) -> UInt8[Tensor, "t 3 H W"]:
 
 
 def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
-    """Return (columns, rows): nearest aspect ratio; on a tie the larger grid, if the image has pixels to fill half of it.
+    """Return (columns, rows): nearest aspect ratio; on a tie the larger grid that the image fills to half.
 
     >>> choose_grid(1000, 500, TilingConfig())
-    (4, 2)
-    >>> choose_grid(600, 300, TilingConfig())
     (2, 1)
+    >>> choose_grid(1400, 700, TilingConfig())
+    (4, 2)
     """
     aspect, area = width / height, width * height
     best, best_difference = (1, 1), float("inf")
@@ -79,7 +80,7 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
 
-def _resize(image: Image, height: int, width: int) -> Image:
+def _resize(image: Image, height: int, width: int) -> UInt8[Tensor, "3 height width"]:
     if image.shape[1:] == (height, width):
         return image
     return resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)

@@ -1,7 +1,7 @@
 """The embedded default's tokenizer, built in code, and what every tokenizer here must know.
 
-Byte-level: each string has tokens, whatever it holds. A few merges make whole words of GlyphDocs' questions, so that
-sequences stay short; letters and digits that carry values remain tokens of their own.
+Byte-level: each string has tokens, whatever it holds. A few merges make whole words of GlyphDocs' questions,
+so that sequences stay short; letters and digits that carry values remain tokens of their own.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,9 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 PADDING = "<|endoftext|>"
 SPECIAL_TOKENS = [PADDING, TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -61,3 +63,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     if missing:
         raise ValueError(f"{folder}: the tokenizer lacks the special tokens {', '.join(missing)}")
     return tokenizer
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Return the id of a special token: ids differ between model families, so they are looked up."""
+    return tokenizer.get_added_vocab()[token]

@@ -1,5 +1,7 @@
 """The consistency loss: KL(reference || policy) per response token (InternVL3.5 report, equation 7)."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,23 +21,27 @@ def consistency_kl(
 ) -> Float[Tensor, " R"]:
     """Return the divergence of each response token in nats.
 
-    Logits exist for `chunk_size` tokens at a time and are made again in the backward pass, so no (R, V) tensor is ever
-    held. They are produced in float32 whatever the type of the states: rounded to bfloat16 they make a KL of 1e-3 nats
-    useless. `reverse` gives KL(policy || reference).
+    Logits exist for `chunk_size` tokens at a time and are made again in the backward pass: no (R, V) tensor
+    is ever held. They are produced in float32 whatever the type of the states: rounded to bfloat16 they make
+    a KL of 1e-3 nats useless. `reverse` gives KL(policy || reference).
     """
-    if len(policy_states) == 0:
-        return policy_states.new_zeros(0) + 0 * policy_head.sum()
+    chunk_kl = partial(_chunk_kl, temperature=temperature, reverse=reverse)
+    chunks = zip(policy_states.split(chunk_size), reference_states.split(chunk_size), strict=True)
     pieces = [
-        checkpoint(
-            _chunk_kl, policy, policy_head, reference, reference_head, temperature, reverse, use_reentrant=False
-        )
-        for policy, reference in zip(policy_states.split(chunk_size), reference_states.split(chunk_size), strict=True)
+        checkpoint(chunk_kl, policy, policy_head, reference, reference_head, use_reentrant=False)
+        for policy, reference in chunks
     ]
     return torch.cat(pieces)
 
 
 def _chunk_kl(
-    policy: Tensor, policy_head: Tensor, reference: Tensor, reference_head: Tensor, temperature: float, reverse: bool  # noqa: FBT001
+    policy: Tensor,
+    policy_head: Tensor,
+    reference: Tensor,
+    reference_head: Tensor,
+    *,
+    temperature: float,
+    reverse: bool,
 ) -> Tensor:
     with torch.autocast(policy.device.type, enabled=False):
         log_q = log_softmax(_logits(policy, policy_head) / temperature, dim=-1)

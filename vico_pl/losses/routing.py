@@ -10,7 +10,7 @@ COMPRESS, KEEP = 0, 1  # router targets, as in published checkpoints
 def loss_ratio(
     compressed: Float[Tensor, "..."], full: Float[Tensor, "..."], *, epsilon: float
 ) -> Float[Tensor, "..."]:
-    """Return how much compression multiplies the loss: (compressed + epsilon) / (full + epsilon), losses in nats.
+    """Return the factor of the loss under compression: (compressed + epsilon) / (full + epsilon), in nats.
 
     >>> loss_ratio(torch.tensor(0.3), torch.tensor(0.1), epsilon=0.1)
     tensor(2.)

@@ -16,7 +16,7 @@ class Branches:
     batch: Batch  # T samples; branch i belongs to tile i of the original batch
     tile_origin: Int64[Tensor, " TB"]  # tile of the original batch behind each tile of the branches
     is_own_tile: Bool[Tensor, " TB"]  # the tile that its branch stands for
-    response_origin: Int64[Tensor, " RB"]  # response token of the original batch behind each one of the branches
+    response_origin: Int64[Tensor, " RB"]  # response token of the original batch behind each of the branches
 
 
 def branch_per_tile(batch: Batch) -> Branches:

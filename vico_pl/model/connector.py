@@ -25,7 +25,8 @@ class Connector(nn.Module):
         if self.factor**2 != ratio or ratio < FULL_RATIO:
             raise ValueError(f"compression ratio {ratio}: expected a square number from {FULL_RATIO} on")
         folded = ratio * vision_width
-        self.mlp = _short_mlp(folded, language_width) if ratio == FULL_RATIO else _long_mlp(folded, language_width)
+        make_mlp = _short_mlp if ratio == FULL_RATIO else _long_mlp
+        self.mlp = make_mlp(folded, language_width)
 
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T N D"]:
         """Turn the patch features of each tile into its vision tokens."""
@@ -39,8 +40,9 @@ class Connectors(nn.Module):
         """Build one connector per ratio; the first ratio means full tokens."""
         super().__init__()
         if list(ratios) != sorted(set(ratios)) or not ratios or ratios[0] != FULL_RATIO:
-            raise ValueError(f"ratios {list(ratios)}: expected rising square numbers that begin with {FULL_RATIO}")
-        self.ratios = list(ratios)
+            expected = f"rising square numbers that begin with {FULL_RATIO}"
+            raise ValueError(f"ratios {list(ratios)}: expected {expected}")
+        self.ratios, self.language_width = list(ratios), language_width
         self.by_ratio = nn.ModuleDict(
             {str(r): Connector(r, vision_width=vision_width, language_width=language_width) for r in ratios}
         )
@@ -48,7 +50,7 @@ class Connectors(nn.Module):
     def forward(
         self, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
     ) -> tuple[Float[Tensor, "TN D"], Int64[Tensor, " T"]]:
-        """Return the vision tokens of all tiles, flat and in the order of the tiles, and how many each tile has."""
+        """Return the vision tokens of all tiles, flat and in their order, and how many each tile has."""
         num_patches = features.shape[1]
         counts = num_patches // ratios
         starts = counts.cumsum(0) - counts
@@ -60,6 +62,8 @@ class Connectors(nn.Module):
             tokens = self._run(ratio, features, chosen)
             pieces.append(tokens)
             places.append(starts[chosen, None] + torch.arange(num_patches // ratio, device=features.device))
+        if not pieces:  # a batch of text alone
+            return features.new_zeros(0, self.language_width), counts
         flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
         place = torch.cat([p.flatten() for p in places])
         return flat[place.argsort()], counts

@@ -1,7 +1,8 @@
 """The causal language model, and attention that keeps packed samples apart.
 
-Samples lie end to end in one sequence, so a sample must not see its neighbours. transformers can guess that from
-position ids, but leaks silently with `use_cache=True` or an all-ones mask; here the boundaries are passed explicitly.
+Samples lie end to end in one sequence, so a sample must not see its neighbours. transformers can guess that
+from position ids, but leaks silently with `use_cache=True` or an all-ones mask; here the boundaries are
+passed explicitly.
 """
 
 from typing import Any
@@ -10,7 +11,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 SEGMENT_ATTENTION = "vico_segments"
 
@@ -59,7 +66,9 @@ def segment_attention(
     query is (1, heads, S, width); key and value may have fewer heads.
     """
     pieces = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+        scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
         for q, k, v in zip(*(x.split(segment_lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2), None

@@ -1,7 +1,6 @@
 """A frozen model beside the trained one."""
 
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -14,8 +13,8 @@ from vico_pl.types import Batch
 class FrozenReference(nn.Module):
     """Holds a model that is never trained, never in training mode and never in a checkpoint.
 
-    It keeps these rules itself: the model inside is no registered submodule, so parameters(), state_dict() and
-    train() of a stage do not see it; only moves between devices reach it.
+    It keeps these rules itself: the model inside is no registered submodule, so parameters(), state_dict()
+    and train() of a stage do not see it; only moves between devices reach it.
     """
 
     def __init__(self, model: VisionLanguageModel) -> None:
@@ -39,6 +38,6 @@ class FrozenReference(nn.Module):
         features = self.model.encode_tiles(batch.tiles)
         return self.model.response_states(batch, features, self.model.full_ratios(batch))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenReference":  # noqa: FBT001, FBT002
         self.model._apply(fn, recurse)  # noqa: SLF001 - the hook through which nn.Module moves tensors
         return super()._apply(fn, recurse)

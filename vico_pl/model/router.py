@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class ResolutionRouter(nn.Module):
     """Pools a tile's patch features with one learned query and classifies the result.
 
-    Output 0 means "keep ... compress" as in released checkpoints: column 0 is the logit of the *coarsest* ratio
-    (compress), the last column that of full tokens. The structure and its quirk are those of InternVL3.5-Flash: four
+    Columns are ordered as in released checkpoints: column 0 is the logit of the *coarsest* ratio (compress),
+    the last column that of full tokens. The structure and its quirk are those of InternVL3.5-Flash: four
     attention layers are stored, but the second one runs three times and the third and fourth never do.
     """
 
@@ -23,9 +23,20 @@ class ResolutionRouter(nn.Module):
         """Return logits over ratios, coarsest first; patch features are not changed by the gradient."""
         return self.gating(self.pooling_before_gating(features.detach()))
 
+    def requires_grad_(self, requires_grad: bool = True) -> "ResolutionRouter":  # noqa: FBT001, FBT002
+        """Turn training on or off; the pooling keeps its unused layers off."""
+        self.pooling_before_gating.requires_grad_(requires_grad)
+        self.gating.requires_grad_(requires_grad)
+        return self
+
 
 class AttentionPooling(nn.Module):
     """One learned query that attends to the patches of a tile four times."""
+
+    attn1: nn.MultiheadAttention
+    attn2: nn.MultiheadAttention
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
 
     def __init__(self, width: int, *, num_heads: int) -> None:
         """Build all four stored layers; see `forward` for which of them run."""
@@ -34,8 +45,7 @@ class AttentionPooling(nn.Module):
         for i in range(1, 5):
             setattr(self, f"attn{i}", nn.MultiheadAttention(width, num_heads, batch_first=True))
             setattr(self, f"norm{i}", nn.LayerNorm(width))
-        for unused in (self.attn3, self.norm3, self.attn4, self.norm4):
-            unused.requires_grad_(False)
+        self.requires_grad_()
 
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T C"]:
         """Return the pooled vector of each tile."""
@@ -45,9 +55,21 @@ class AttentionPooling(nn.Module):
             query = self.norm2(self.attn2(query, features, features, need_weights=False)[0])
         return query.squeeze(1)
 
+    def requires_grad_(self, requires_grad: bool = True) -> "AttentionPooling":  # noqa: FBT001, FBT002
+        """Turn training on or off; what never runs stays off, as DDP would wait for its gradients."""
+        for name, parameter in self.named_parameters():
+            runs = not name.startswith(("attn3", "norm3", "attn4", "norm4"))
+            parameter.requires_grad_(requires_grad and runs)
+        return self
+
 
 class Gating(nn.Module):
     """Four residual MLP blocks and a linear classifier."""
+
+    block1: nn.Sequential
+    block2: nn.Sequential
+    block3: nn.Sequential
+    block4: nn.Sequential
 
     def __init__(self, width: int, *, num_ratios: int) -> None:
         """Build the blocks under the names of released checkpoints."""

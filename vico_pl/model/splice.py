@@ -1,4 +1,4 @@
-"""Put vision tokens in the place of placeholders, as late as possible: only now is each tile's ratio known."""
+"""Put vision tokens in the place of placeholders, as late as possible: only now are the ratios known."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Spliced:
     embeddings: Float[Tensor, "S D"]
     position_ids: Int64[Tensor, " S"]  # begin at 0 in every sample
     segment_lengths: list[int]  # tokens of each sample
-    response_positions: Int64[Tensor, " R"]  # of the tokens that predict the response: one before each response token
+    response_positions: Int64[Tensor, " R"]  # of the tokens that predict it: one before each response token
 
 
 def splice(
@@ -36,7 +36,8 @@ def splice(
     embeddings = text_embeddings[origin]
     embeddings[is_placeholder[origin]] = vision_tokens.to(embeddings.dtype)
 
-    sample_of_token = torch.arange(len(sample_lengths), device=expansion.device).repeat_interleave(sample_lengths)
+    samples = torch.arange(len(sample_lengths), device=expansion.device)
+    sample_of_token = samples.repeat_interleave(sample_lengths)  # (L,)
     lengths = torch.zeros_like(sample_lengths).index_add_(0, sample_of_token, expansion)
     starts = lengths.cumsum(0) - lengths
     position_ids = torch.arange(len(origin), device=expansion.device) - starts.repeat_interleave(lengths)

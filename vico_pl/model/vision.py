@@ -14,6 +14,9 @@ _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layer
 class VisionEncoder(nn.Module):
     """An open_clip vision tower that returns the normalised patch tokens of its last layer."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: dict[str, Any]) -> None:
         """Build the tower from an open_clip `vision_cfg` plus optional `image_mean` and `image_std`."""
         super().__init__()
@@ -29,9 +32,13 @@ class VisionEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
-        """Encode tiles; the class token is dropped."""
-        pixels = (tiles - self.mean) / self.std
+        """Encode tiles; the class token is dropped.
+
+        Without tiles a blank one is encoded and dropped, so that every parameter takes part on every rank.
+        """
+        some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
+        pixels = (some_tiles - self.mean) / self.std
         output = self.tower.forward_intermediates(
             pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
         )
-        return output["image_intermediates"][-1]
+        return output["image_intermediates"][-1][: len(tiles)]

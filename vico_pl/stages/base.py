@@ -44,12 +44,14 @@ class Stage(L.LightningModule):
         """Divide the loss by the count over all ranks, so that it is exact under any split of the batch."""
         result = self.step(batch)
         count = self._sum_over_ranks(result.count)
-        loss = result.loss_sum / max(count, 1)
+        # DDP averages gradients over ranks; the loss is a sum over them.
+        loss = result.loss_sum / max(count, 1) * self.trainer.world_size
         self.log(f"{self.area}/loss", loss.detach(), prog_bar=True, batch_size=batch.num_samples)
         for name, value in result.metrics.items():
             self.log(name, value, batch_size=batch.num_samples)
-        self.log("optim/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=batch.num_samples)
-        return loss * self.trainer.world_size  # DDP averages gradients over ranks; the loss is a sum over them
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("optim/lr", lr, batch_size=batch.num_samples)
+        return loss
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""

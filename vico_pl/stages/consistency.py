@@ -47,13 +47,16 @@ class ConsistencyStage(Stage):
         num_steps: int,
         seed: int,
     ) -> None:
-        """Train the parameters of `model` that require gradients."""
+        """Train the parameters of `model` that require gradients, the router's excepted: it takes no part."""
         super().__init__(optim, num_steps=num_steps)
+        if model.router is not None:
+            model.router.requires_grad_(requires_grad=False)
         self.model, self.reference, self.config, self.seed = model, reference, config, seed
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on the response tokens, where sequence lengths do not matter."""
-        ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, generator=self._generator())
+        mode, generator = self.config.ratio_draw, self._generator()
+        ratios = draw_ratios(batch, self.model.ratios, mode=mode, generator=generator)
         policy = self.model.response_states(batch, self.model.encode_tiles(batch.tiles), ratios)
         reference = self.reference.response_states(batch)
         kl = consistency_kl(
@@ -65,15 +68,14 @@ class ConsistencyStage(Stage):
             reverse=self.config.reverse_kl,
             chunk_size=self.config.chunk_size,
         )
-        fraction = (self.model.ratios[0] / ratios).mean()
-        return StepResult(loss_sum=kl.sum(), count=len(kl), metrics={"vision_tokens/fraction": fraction})
+        return StepResult(loss_sum=kl.sum(), count=len(kl), metrics=_metrics(ratios, self.model.ratios[0]))
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the policy."""
         return self.model
 
     def _generator(self) -> torch.Generator:
-        """Make the draw a function of (seed, step, rank): a resumed run draws what the unbroken one would have."""
+        """Make the draw a function of (seed, step, rank): a resumed run draws what an unbroken one would."""
         entropy = [self.seed, self.trainer.global_step, self.trainer.global_rank]
         return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
@@ -81,7 +83,7 @@ class ConsistencyStage(Stage):
 def draw_ratios(
     batch: Batch, ratios: list[int], *, mode: str, generator: torch.Generator
 ) -> Int64[Tensor, " T"]:
-    """Draw a compression ratio for each tile, all ratios alike; `image` gives all tiles of an image the same one."""
+    """Draw a ratio for each tile, all ratios alike; `image` gives all tiles of an image the same one."""
     choices = torch.tensor(ratios)
     num_tiles, images = batch.num_tiles, batch.tile_to_image.cpu()
     num_images = int(images[-1]) + 1 if num_tiles else 0
@@ -91,3 +93,9 @@ def draw_ratios(
     if tilewise is None:
         tilewise = torch.randint(2, (num_images,), generator=generator)
     return torch.where(tilewise.bool()[images], per_tile, per_image).to(batch.tile_to_image.device)
+
+
+def _metrics(ratios: Tensor, full_ratio: int) -> dict[str, Tensor | float]:
+    if len(ratios) == 0:  # a batch of text alone
+        return {}
+    return {"vision_tokens/fraction": (full_ratio / ratios).mean()}

@@ -22,7 +22,7 @@ from vico_pl.types import Batch
 class RouterConfig:
     """Settings of stage 2."""
 
-    label_mode: str = "tile"  # tile: only the tile in question is compressed; image: all tiles at once (the report)
+    label_mode: str = "tile"  # tile: only the tile in question is compressed; image: all at once (the report)
     percentile: float = 50.0  # of recent loss ratios; tiles below it are labelled "compress"
     window: int = 4096  # loss ratios remembered
     min_history: int = 256  # loss ratios needed before the first labels
@@ -37,7 +37,8 @@ class RouterConfig:
         if self.epsilon <= 0:
             raise ValueError(f"router.epsilon is {self.epsilon}; expected more than 0")
         if not 1 <= self.min_history <= self.window:
-            raise ValueError(f"router.min_history {self.min_history}: expected 1 to router.window ({self.window})")
+            expected = f"1 to router.window ({self.window})"
+            raise ValueError(f"router.min_history is {self.min_history}; expected {expected}")
 
 
 class RouterStage(Stage):
@@ -58,6 +59,10 @@ class RouterStage(Stage):
         super().__init__(optim, num_steps=num_steps)
         if policy.model.router is None:
             raise ValueError("the model has no router; set model.router_heads")
+        if len(policy.model.ratios) != 2:
+            raise ValueError(
+                f"model.ratios is {policy.model.ratios}; stage router labels the choice between two"
+            )
         self.policy, self.reference, self.config = policy, reference, config
         self.router = policy.model.router.requires_grad_()
         self.window = SlidingPercentile(
@@ -88,7 +93,7 @@ class RouterStage(Stage):
             return ratios
         everywhere: list[list[float]] = [[] for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather_object(everywhere, ratios.tolist())
-        return ratios.new_tensor(sum(everywhere, []))
+        return ratios.new_tensor([ratio for rank in everywhere for ratio in rank])
 
 
 @torch.no_grad()
@@ -111,7 +116,8 @@ def tile_loss_ratios(
         kl = consistency_kl(states, policy.head, wanted, reference.head)
         return mean_per_sample(kl, of)
 
-    full = sample_loss(policy.response_states(batch, features, full_ratios), batch, target)[batch.tile_to_sample]
+    states = policy.response_states(batch, features, full_ratios)
+    full = sample_loss(states, batch, target)[batch.tile_to_sample]
     if config.label_mode == "image":
         states = policy.response_states(batch, features, torch.full_like(full_ratios, compressed_ratio))
         compressed = sample_loss(states, batch, target)[batch.tile_to_sample]
@@ -133,10 +139,10 @@ def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tenso
 
 
 def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Tensor | float]:
-    keep = logits.softmax(-1)[:, KEEP]
-    return {
-        "router/accuracy": (logits.argmax(-1) == targets).float().mean(),
-        "router/auroc": binary_auroc(keep, targets),
-        "router/compressed_fraction": (logits.argmax(-1) == COMPRESS).float().mean(),
-        "router/threshold": threshold,
-    }
+    metrics: dict[str, Tensor | float] = {"router/threshold": threshold}
+    if len(targets):
+        metrics["router/accuracy"] = (logits.argmax(-1) == targets).float().mean()
+        metrics["router/compressed_fraction"] = (logits.argmax(-1) == COMPRESS).float().mean()
+    if len(targets.unique()) == 2:  # it takes both classes to rank one above the other
+        metrics["router/auroc"] = binary_auroc(logits.softmax(-1)[:, KEEP], targets)
+    return metrics

@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import encoded_image, record
+from vico_pl.data.decode import RecordError, decode_record
+from vico_pl.data.pipeline import apply
+from vico_pl.types import BadRecord, Sample, Turn
+
+
+def reason(broken):
+    with pytest.raises(RecordError) as caught:
+        decode_record(broken)
+    return str(caught.value)
+
+
+def with_json(**annotation):
+    return record(files={"json": json.dumps(annotation).encode()})
+
+
+def turns(*pairs):
+    return [{"from": role, "value": value} for role, value in pairs]
+
+
+@pytest.mark.parametrize(("extension", "image_format"), [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG")])
+def test_a_record_becomes_pixels_and_turns(extension, image_format):
+    image = encoded_image(image_format, size=(40, 30))
+    sample = decode_record(record(files={"jpg": None, extension: image}, skills=["ocr"], source="web"))
+    assert sample.id == "train-000000.tar/000000"
+    assert [(image.shape, image.dtype) for image in sample.images] == [((3, 30, 40), torch.uint8)]
+    assert sample.turns == [
+        Turn(role="human", text="<image>\nWhat is it?"),
+        Turn(role="gpt", text="a cat", skill="ocr"),
+    ]
+    assert sample.metadata == {"source": "web"}
+
+
+@pytest.mark.parametrize(("image_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_pixels_are_those_that_were_drawn(tmp_path, image_format, options):
+    image = encoded_image(image_format, size=(13, 9), seed=5, **options)
+    (tmp_path / "x").write_bytes(image)
+    expected = np.asarray(Image.open(tmp_path / "x").convert("RGB")).transpose(2, 0, 1)
+    sample = decode_record(record(files={"jpg": None, image_format.lower(): image}))
+    assert np.array_equal(sample.images[0].numpy(), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "1"])
+def test_every_kind_of_png_has_three_channels(tmp_path, mode):
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert(mode).save(tmp_path / "x.png")
+    sample = decode_record(record(files={"jpg": None, "png": (tmp_path / "x.png").read_bytes()}))
+    assert sample.images[0].shape == (3, 8, 8)
+
+
+def test_a_png_of_sixteen_bits_keeps_its_brightness(tmp_path):
+    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    sample = decode_record(record(files={"jpg": None, "png": (tmp_path / "x.png").read_bytes()}))
+    assert sample.images[0].dtype == torch.uint8
+    assert sample.images[0][0, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_numbered_images_stand_in_the_order_of_their_numbers():
+    files = {f"{i}.png": encoded_image("PNG", size=(10 + i, 8)) for i in (10, 2, 0, 1, 11, 9)}
+    sample = decode_record(record(text="<image>" * 6, files={"jpg": None, **files}))
+    assert [image.shape[2] - 10 for image in sample.images] == [0, 1, 2, 9, 10, 11]
+
+
+def test_a_record_of_text_alone_has_no_images():
+    assert decode_record(record(text="How many days has a leap year?", files={"jpg": None})).images == []
+
+
+def test_members_with_other_endings_are_ignored():
+    sample = decode_record(record(files={"txt": b"x", "npy": b"y", "jpg.md5": b"z"}))
+    assert len(sample.images) == 1
+
+
+def test_skills_belong_to_answers_in_their_order():
+    conversation = turns(("human", "<image>a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
+    sample = decode_record(record(conversations=conversation, skills=["ocr", None]))
+    assert [(turn.text, turn.skill) for turn in sample.turns] == [
+        ("<image>a", None),
+        ("b", "ocr"),
+        ("c", None),
+        ("d", None),
+    ]
+    without = decode_record(record(conversations=conversation, skills=None))
+    assert [turn.skill for turn in without.turns] == [None] * 4
+
+
+JPEG, PNG = encoded_image("JPEG"), encoded_image("PNG")
+PAIR = turns(("human", "<image>\nq"), ("gpt", "a"))
+FAULTS = {
+    "no JSON": (record(files={"json": None}), "no .json member; found ['jpg']"),
+    "bad JSON": (record(files={"json": b'{"conversations": ['}), "JSON: Expecting value"),
+    "not UTF-8": (record(files={"json": b'{"a": "\xff"}'}), "JSON: 'utf-8' codec can't decode"),
+    "bottomless JSON": (record(files={"json": b"[" * 100_000}), "JSON: "),
+    "a JSON list": (record(files={"json": b"[]"}), "JSON has no list 'conversations'"),
+    "no conversations": (with_json(messages=PAIR), "JSON has no list 'conversations'"),
+    "conversations of no turn": (with_json(conversations=[]), "must end with an answer of 'gpt'"),
+    "a question alone": (with_json(conversations=PAIR[:1]), "must end with an answer of 'gpt'"),
+    "no answer at the end": (with_json(conversations=[*PAIR, PAIR[0]]), "must end with an answer of 'gpt'"),
+    "an answer first": (with_json(conversations=PAIR[::-1]), "turn 0: expected {'from': 'human', 'value': text}"),
+    "two questions": (with_json(conversations=[PAIR[0], *PAIR]), "turn 1: expected {'from': 'gpt', 'value': text}"),
+    "another role": (with_json(conversations=turns(("system", "x"), ("gpt", "a"))), "turn 0: expected"),
+    "no text": (with_json(conversations=[PAIR[0], {"from": "gpt", "value": 3}]), "turn 1: expected"),
+    "a turn of text": (with_json(conversations=["q", "a"]), "turn 0: expected"),
+    "half a surrogate pair": (record(answer="\ud83d"), "turn 1: half a surrogate pair"),
+    "a mark in an answer": (record(answer="<image>"), "turn 1: <image> in an answer"),
+    "a mark too few": (record(text="q"), "0 <image> marks in the conversation but 1 images"),
+    "a mark without image": (record(files={"jpg": None}), "1 <image> marks in the conversation but 0 images"),
+    "skills of another kind": (record(skills="ocr"), "'skills' is no list of names"),
+    "a skill that is no name": (record(skills=[["ocr"]]), "'skills' is no list of names"),
+    "not an image": (record(files={"jpg": b"hello"}), "image 'jpg' (5 bytes): Unsupported image file"),
+    "an empty image": (record(files={"jpg": b""}), "image 'jpg' (0 bytes): "),
+    "a truncated JPEG": (record(files={"jpg": JPEG[: len(JPEG) // 2]}), "incomplete or truncated"),
+    "a truncated PNG": (record(files={"jpg": PNG[: len(PNG) // 2]}), f"image 'jpg' ({len(PNG) // 2} bytes): "),
+    "a moving image": (
+        record(files={"jpg": encoded_image("GIF", save_all=True, append_images=[Image.new("P", (40, 30), 3)])}),
+        "image 'jpg': 2 frames, expected one",
+    ),
+    "a key that climbs": (record(key="../../etc/passwd"), "key '../../etc/passwd' is an absolute path or has '..'"),
+    "a key inside out": (record(key="a/../../b"), "key 'a/../../b' is an absolute path or has '..'"),
+    "an absolute key": (record(key="/etc/passwd"), "key '/etc/passwd' is an absolute path or has '..'"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_told_in_one_sentence(name):
+    broken, expected = FAULTS[name]
+    told = reason(broken)
+    assert expected in told
+    assert "\n" not in told
+    assert ".cpp" not in told
+
+
+def test_bad_records_keep_their_places_and_the_others_go_through():
+    broken = [record(key="b", files={"json": b"{"}), record(key="d", answer="<image>")]
+    good = [record(key="a"), record(key="c"), record(key="e")]
+    stream = [good[0], broken[0], good[1], BadRecord(id="earlier", reason="unreadable"), broken[1], good[2]]
+    found = list(apply(stream, function=decode_record))
+    assert [type(item) for item in found] == [Sample, BadRecord, Sample, BadRecord, BadRecord, Sample]
+    assert [item.id.rpartition("/")[2] for item in found] == ["a", "b", "c", "earlier", "d", "e"]
+    assert found[1].reason.startswith("JSON: ")
+
+
+def test_a_dotted_name_inside_a_key_is_no_climb():
+    assert decode_record(record(key="photos/a..b")).id.endswith("photos/a..b")

@@ -1,0 +1,261 @@
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from tests.helpers import record
+from vico_pl.data.decode import RecordError
+from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.data.shards import (
+    INDEX_NAME,
+    RecordReader,
+    ShardIndex,
+    atomic_path,
+    read_index,
+    scan_boundaries,
+    side_index_path,
+    write_index,
+    write_shard,
+)
+
+RECORDS = [
+    ("000000", {"json": b"{}", "jpg": b"x" * 700}),
+    ("000001", {"json": b"text alone"}),
+    ("sub/000002", {"json": b"{}", "0.png": b"a", "1.png": b"b" * 512, "10.png": b""}),
+]
+
+
+def write_tar(path, members):
+    """A tar as a foreign tool writes it: `members` are (name, content); a content of None is a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def read_all(folder):
+    index = read_index(folder)
+    reader = RecordReader(index)
+    return [reader(i) for i in range(index.num_samples)]
+
+
+def test_records_read_by_number_equal_what_was_written(tmp_path):
+    write_shard(tmp_path / "a-000000.tar", RECORDS[:2])
+    write_shard(tmp_path / "a-000001.tar", RECORDS[2:])
+    found = read_all(tmp_path)
+    assert [(r.key, r.files) for r in found] == RECORDS
+    assert [r.id for r in found] == ["a-000000.tar/000000", "a-000000.tar/000001", "a-000001.tar/sub/000002"]
+
+
+def test_records_read_by_number_equal_what_plain_webdataset_reads(shards):
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    plain = list(wds.WebDataset(urls, shardshuffle=False))
+    ours = read_all(shards)
+    assert len(ours) == len(plain) == 18
+    for sample, mine in zip(plain, ours, strict=True):
+        assert mine.key == sample["__key__"]
+        assert mine.files == {k: v for k, v in sample.items() if not k.startswith("__")}
+
+
+def test_records_can_be_read_in_any_order(shards):
+    index = read_index(shards)
+    reader, in_order = RecordReader(index), read_all(shards)
+    for number in (17, 0, 7, 6, 13, 14, 0):
+        assert reader(number) == in_order[number]
+
+
+def test_a_reader_travels_to_a_worker_process_before_its_first_read(shards):
+    reader = pickle.loads(pickle.dumps(RecordReader(read_index(shards))))
+    assert reader(3).key == "00000003"
+
+
+@pytest.mark.parametrize("number", [-1, 18, 1000])
+def test_numbers_outside_the_set_are_refused(shards, number):
+    with pytest.raises(IndexError, match=f"has 18 samples, no sample {number}"):
+        read_index(shards).locate(number)
+
+
+def test_locating_over_many_shards_equals_counting(tmp_path):
+    sizes = [3, 0, 1, 5, 0, 2]
+    bounds = [np.arange(size + 1) * 1000 + shard for shard, size in enumerate(sizes)]
+    index = ShardIndex(folder=tmp_path, names=[f"{i}.tar" for i in range(6)], boundaries=bounds)
+    expected = [
+        (f"{shard}.tar", int(bounds[shard][i]), int(bounds[shard][i + 1]))
+        for shard, size in enumerate(sizes)
+        for i in range(size)
+    ]
+    assert [index.locate(i) for i in range(index.num_samples)] == expected
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    config = GlyphsConfig(max_tiles=2)
+    for name in ("a", "b"):
+        write_shard(tmp_path / name / "x.tar", draw_records(config, seed=1, start=0, count=3))
+        write_index(tmp_path / name)
+    for name in ("x.tar", "x.idx", INDEX_NAME):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
+    def failing():
+        yield RECORDS[0]
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_shard(tmp_path / "a.tar", failing())
+    assert list(tmp_path.iterdir()) == []
+    write_shard(tmp_path / "a.tar", RECORDS)
+    before = (tmp_path / "a.tar").read_bytes()
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_shard(tmp_path / "a.tar", failing())
+    assert (tmp_path / "a.tar").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar"]
+
+
+def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_side_indexes_give_the_byte_ranges_of_the_specification(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", {"jpg": b"j" * 5320, "json": b"{" * 388}), ("1", {"json": b""})])
+    # 512 header + 5320 padded to 5632, 512 header + 388 padded to 512; an empty member is a header alone
+    assert np.load(side_index_path(tmp_path / "a.tar")).tolist() == [0, 7168, 7680]
+
+
+def test_foreign_tars_are_indexed_when_first_opened(tmp_path):
+    write_tar(tmp_path / "b.tar", [("000000.json", b"{}"), ("000000.jpg", b"x"), ("000001.json", b"{}")])
+    assert [r.key for r in read_all(tmp_path)] == ["000000", "000001"]
+    assert (tmp_path / INDEX_NAME).exists()
+    assert side_index_path(tmp_path / "b.tar").exists()
+
+
+def test_members_that_webdataset_passes_over_are_no_samples(tmp_path):
+    members = [
+        ("photos", None),
+        ("__meta__/x.json", b"{}"),
+        ("README", b"no dot"),
+        ("photos/0.json", b"0"),
+        ("photos/0.extra", None),
+        ("photos/0.jpg", b"x"),
+        ("LICENSE", b"no dot"),
+        ("photos/1.json", b"1"),
+        ("more", None),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    plain = list(wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    ours = read_all(tmp_path)
+    assert [r.key for r in ours] == [s["__key__"] for s in plain] == ["photos/0", "photos/1"]
+    assert [r.files for r in ours] == [{"json": b"0", "jpg": b"x"}, {"json": b"1"}]
+
+
+def test_long_names_are_read(tmp_path):
+    name = f"{'folder/' * 30}000000.json"
+    write_tar(tmp_path / "a.tar", [("first.json", b"1"), (name, b"2")])
+    assert [r.files["json"] for r in read_all(tmp_path)] == [b"1", b"2"]
+
+
+def test_a_key_that_comes_back_later_is_another_record(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.json", b"1"), ("1.json", b"2"), ("0.json", b"3")])
+    assert [(r.key, r.files["json"]) for r in read_all(tmp_path)] == [("0", b"1"), ("1", b"2"), ("0", b"3")]
+
+
+def test_a_member_that_comes_twice_in_a_record_is_a_fault_of_that_record(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.json", b"1"), ("0.json", b"2"), ("1.json", b"3")])
+    reader = RecordReader(read_index(tmp_path))
+    with pytest.raises(RecordError, match=r"bytes 0 to 2048 of a.tar are no record: .*duplicate"):
+        reader(0)
+    assert reader(1).files == {"json": b"3"}
+
+
+def test_damage_inside_a_shard_is_a_fault_of_its_record_alone(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    first, second = read_index(tmp_path).boundaries[0][1:3]
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[first:second] = b"\xff" * (second - first)
+    (tmp_path / "a.tar").write_bytes(content)
+    reader = RecordReader(read_index(tmp_path))
+    with pytest.raises(RecordError, match="of a.tar are no record"):
+        reader(1)
+    assert reader(0).key == "000000"
+    assert reader(2).key == "sub/000002"
+
+
+@pytest.mark.parametrize("content", [b"not a tar at all" * 100, b"\x1f\x8b compressed"])
+def test_a_file_that_is_no_tar_is_named(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar: not a readable tar"):
+        read_index(tmp_path)
+    assert not (tmp_path / INDEX_NAME).exists()
+
+
+def test_a_folder_that_is_absent_or_empty_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}/x: no such folder of shards"):
+        read_index(tmp_path / "x")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no shard found; expected names such as"):
+        read_index(tmp_path)
+
+
+def test_a_shard_that_was_removed_is_one_clear_message(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS[:1])
+    write_shard(tmp_path / "b.tar", RECORDS[1:])
+    write_index(tmp_path)
+    (tmp_path / "b.tar").unlink()
+    with pytest.raises(ValueError, match=rf"b\.tar: named in {INDEX_NAME} but absent; restore it or run"):
+        read_index(tmp_path)
+
+
+def test_a_shard_that_has_changed_is_one_clear_message_whose_remedy_works(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    write_tar(tmp_path / "a.tar", [(f"{i}.json", b"new") for i in range(40)])
+    with pytest.raises(ValueError, match=r"a\.tar: its size differs from index\.json; run 'vico shards index"):
+        read_index(tmp_path)
+    write_index(tmp_path)  # what `vico shards index` does
+    assert [r.files["json"] for r in read_all(tmp_path)] == [b"new"] * 40
+
+
+def test_a_side_index_of_another_tar_is_found_out(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    with side_index_path(tmp_path / "a.tar").open("wb") as file:
+        np.save(file, np.array([0, 1024]))
+    with pytest.raises(ValueError, match=r"a\.idx: does not match index\.json"):
+        read_index(tmp_path)
+
+
+def test_the_index_names_counts_sizes_and_checksums(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    content = json.loads((tmp_path / INDEX_NAME).read_text())
+    (entry,) = content["shards"]
+    data = (tmp_path / "a.tar").read_bytes()
+    assert content["version"] == 1
+    assert (entry["name"], entry["num_samples"], entry["num_bytes"]) == ("a.tar", 3, len(data))
+    assert len(entry["sha256"]) == 64
+    (tmp_path / "a.tar").write_bytes(data[:-1] + b"x")
+    write_index(tmp_path)
+    assert json.loads((tmp_path / INDEX_NAME).read_text())["shards"][0]["sha256"] != entry["sha256"]
+
+
+def test_boundaries_end_where_the_last_record_ends(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", record().files)])
+    bounds = scan_boundaries(tmp_path / "a.tar")
+    assert bounds[-1] % 512 == 0
+    assert bounds[-1] <= (tmp_path / "a.tar").stat().st_size

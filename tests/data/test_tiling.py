@@ -1,0 +1,141 @@
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vico_pl.data.tiling import TilingConfig, choose_grid, tile_image, tile_sample
+from vico_pl.types import Sample, Turn
+
+
+def internvl_target_ratios(min_num, max_num):
+    ratios = {
+        (i, j)
+        for n in range(min_num, max_num + 1)
+        for i in range(1, n + 1)
+        for j in range(1, n + 1)
+        if min_num <= i * j <= max_num
+    }
+    return sorted(ratios, key=lambda x: x[0] * x[1])
+
+
+def internvl_closest_aspect_ratio(aspect_ratio, target_ratios, width, height, image_size):
+    """`find_closest_aspect_ratio` of InternVL's `dynamic_preprocess`."""
+    best_ratio_diff = float("inf")
+    best_ratio = (1, 1)
+    area = width * height
+    for ratio in target_ratios:
+        target_aspect_ratio = ratio[0] / ratio[1]
+        ratio_diff = abs(aspect_ratio - target_aspect_ratio)
+        if ratio_diff < best_ratio_diff:
+            best_ratio_diff = ratio_diff
+            best_ratio = ratio
+        elif ratio_diff == best_ratio_diff and area > 0.5 * image_size * image_size * ratio[0] * ratio[1]:
+            best_ratio = ratio
+    return best_ratio
+
+
+def internvl_boxes(columns, rows, size):
+    """The crops of `dynamic_preprocess`, in its order: (left, upper, right, lower)."""
+    boxes = []
+    for i in range(columns * rows):
+        left, upper = (i % columns) * size, (i // columns) * size
+        boxes.append((left, upper, left + size, upper + size))
+    return boxes
+
+
+def picture(width, height, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+@given(width=st.integers(1, 4000), height=st.integers(1, 4000), max_tiles=st.integers(1, 24), size=st.just(448))
+@example(width=1000, height=500, max_tiles=12, size=448)
+@example(width=1400, height=700, max_tiles=12, size=448)
+@example(width=1500, height=1000, max_tiles=2, size=448)
+@example(width=448, height=448, max_tiles=12, size=448)
+@example(width=896, height=448, max_tiles=12, size=448)
+def test_the_grid_is_the_one_internvl_chooses(width, height, max_tiles, size):
+    config = TilingConfig(tile_size=size, max_tiles=max_tiles)
+    expected = internvl_closest_aspect_ratio(
+        width / height, internvl_target_ratios(1, max_tiles), width, height, size
+    )
+    assert choose_grid(width, height, config) == expected
+
+
+@given(
+    scale=st.integers(1, 1200), aspect=st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 1), (3, 2), (2, 3), (1, 3)])
+)
+def test_ties_between_grids_of_one_aspect_ratio_go_as_internvls(scale, aspect):
+    width, height = scale * aspect[0], scale * aspect[1]
+    expected = internvl_closest_aspect_ratio(
+        width / height, internvl_target_ratios(1, 12), width, height, 448
+    )
+    assert choose_grid(width, height, TilingConfig()) == expected
+
+
+def test_the_worked_examples_of_the_docstrings():
+    assert choose_grid(1000, 500, TilingConfig()) == (2, 1)
+    assert choose_grid(1400, 700, TilingConfig()) == (4, 2)
+    tiles = tile_image(picture(1000, 500), TilingConfig())
+    assert tiles.shape == (3, 3, 448, 448)  # 2 x 1 tiles and a thumbnail
+
+
+def test_min_tiles_is_kept():
+    assert choose_grid(100, 100, TilingConfig(min_tiles=2)) == (2, 2)
+
+
+@given(columns=st.integers(1, 3), rows=st.integers(1, 3))
+def test_tiles_lie_row_by_row_and_the_thumbnail_is_last(columns, rows):
+    size = 8
+    config = TilingConfig(tile_size=size, min_tiles=columns * rows, max_tiles=columns * rows)
+    image = picture(columns * size, rows * size)  # needs no resizing: tiles are exact crops
+    tiles = tile_image(image, config)
+    boxes = internvl_boxes(columns, rows, size)
+    crops = [image[:, upper:lower, left:right] for left, upper, right, lower in boxes]
+    assert len(tiles) == len(crops) + (len(crops) > 1)
+    assert all(torch.equal(tile, crop) for tile, crop in zip(tiles, crops, strict=False))
+    assert tiles.is_contiguous()
+
+
+def test_the_thumbnail_is_the_whole_image():
+    image = torch.zeros(3, 16, 32, dtype=torch.uint8)
+    image[0, :, :16] = 200  # red on the left, black on the right
+    tiles = tile_image(image, TilingConfig(tile_size=16, max_tiles=2))
+    assert len(tiles) == 3
+    assert (tiles[0][0] == 200).all()
+    assert (tiles[1][0] == 0).all()
+    assert (tiles[2][0, :, :6] > 190).all()
+    assert (tiles[2][0, :, -6:] < 10).all()
+
+
+def test_one_tile_needs_no_thumbnail_and_thumbnails_can_be_left_out():
+    assert len(tile_image(picture(20, 20), TilingConfig(tile_size=16))) == 1
+    assert len(tile_image(picture(64, 32), TilingConfig(tile_size=16, use_thumbnail=False))) == 8
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 500), (500, 1), (3, 7)])
+def test_tiny_and_narrow_images_become_tiles(width, height):
+    tiles = tile_image(picture(width, height), TilingConfig(tile_size=16))
+    assert tiles.shape[1:] == (3, 16, 16)
+    assert 1 <= len(tiles) <= 13
+
+
+def test_a_sample_keeps_its_images_in_order():
+    images = [picture(32, 16), picture(16, 16, seed=1)]
+    sample = Sample(id="x", images=images, turns=[Turn(role="human", text="q")], metadata={"a": 1})
+    tiled = tile_sample(sample, TilingConfig(tile_size=16, max_tiles=2))
+    assert tiled.tiles_per_image == [3, 1]
+    assert torch.equal(tiled.tiles[3], images[1])
+    assert (tiled.id, tiled.turns, tiled.metadata) == (sample.id, sample.turns, sample.metadata)
+
+
+def test_a_sample_of_text_alone_has_no_tiles():
+    tiled = tile_sample(Sample(id="x", images=[], turns=[], metadata={}), TilingConfig(tile_size=16))
+    assert tiled.tiles.shape == (0, 3, 16, 16)
+    assert tiled.tiles_per_image == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 3), (4, 3)])
+def test_empty_ranges_of_tiles_are_refused(low, high):
+    with pytest.raises(ValueError, match=f"min_tiles {low} and max_tiles {high}: expected 1 <= min <= max"):
+        TilingConfig(min_tiles=low, max_tiles=high)

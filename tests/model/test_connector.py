@@ -1,0 +1,113 @@
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from vico_pl.model.connector import Connector, Connectors
+
+PATCHES, VISION, LANGUAGE = 64, 6, 10
+
+
+def connectors(ratios=(4, 16), *, seed=0):
+    torch.manual_seed(seed)
+    return Connectors(ratios, vision_width=VISION, language_width=LANGUAGE).eval()
+
+
+def features(num_tiles, *, seed=1):
+    return torch.randn(num_tiles, PATCHES, VISION, generator=torch.Generator().manual_seed(seed))
+
+
+def test_each_connector_has_the_layers_of_its_published_model():
+    short, long = (Connector(ratio, vision_width=VISION, language_width=LANGUAGE) for ratio in (4, 16))
+    shapes = {name: list(parameter.shape) for name, parameter in short.mlp.named_parameters()}
+    assert shapes == {  # mlp1: LayerNorm(4h), Linear(4h -> H), GELU, Linear(H -> H)
+        **{"0.weight": [24], "0.bias": [24], "1.weight": [10, 24], "1.bias": [10]},
+        **{"3.weight": [10, 10], "3.bias": [10]},
+    }
+    shapes = {name: list(parameter.shape) for name, parameter in long.mlp.named_parameters()}
+    assert shapes == {  # mlp2: LayerNorm(16h), Linear(16h -> 2H), ..., Linear(2H -> 2H), ..., Linear(2H -> H)
+        **{"0.weight": [96], "0.bias": [96], "1.weight": [20, 96], "1.bias": [20]},
+        **{"4.weight": [20, 20], "4.bias": [20], "7.weight": [10, 20], "7.bias": [10]},
+    }
+    assert [type(long.mlp[i]) for i in (2, 3, 5, 6)] == [nn.GELU, nn.Dropout, nn.GELU, nn.Dropout]
+
+
+def test_a_tile_gets_one_token_per_ratio_patches():
+    tokens, counts = connectors((4, 16, 64))(features(3), torch.tensor([16, 64, 4]))
+    assert counts.tolist() == [4, 1, 16]
+    assert tokens.shape == (21, LANGUAGE)
+
+
+@pytest.mark.parametrize("ratios", [[4, 4], [16, 16], [16, 4, 4, 16, 4], [4], [16]])
+def test_tokens_lie_in_the_order_of_the_tiles_and_equal_those_of_each_tile_alone(ratios):
+    module, x = connectors(), features(len(ratios))
+    tokens, counts = module(x, torch.tensor(ratios))
+    alone = [module.by_ratio[str(ratio)](tile[None])[0] for ratio, tile in zip(ratios, x, strict=True)]
+    assert counts.tolist() == [len(t) for t in alone]
+    torch.testing.assert_close(tokens, torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_in_eval_mode_only_the_chosen_connector_runs_on_a_tile():
+    module, x, tiles_seen = connectors(), features(3), {}
+    for ratio in (4, 16):
+        module.by_ratio[str(ratio)].register_forward_hook(
+            lambda _, args, __, ratio=ratio: tiles_seen.update({ratio: len(args[0])})
+        )
+    module(x, torch.tensor([16, 4, 16]))
+    assert tiles_seen == {4: 1, 16: 2}
+    tiles_seen.clear()
+    module(x, torch.tensor([16, 16, 16]))
+    assert tiles_seen == {16: 3}
+
+
+@pytest.mark.parametrize(("chosen", "unused"), [(4, 16), (16, 4)])
+def test_in_training_every_connector_takes_part_so_that_no_gradient_is_missing(chosen, unused):
+    module = connectors().train()
+    tokens, _ = module(features(2), torch.tensor([chosen, chosen]))
+    tokens.sum().backward()
+    for parameter in module.by_ratio[str(unused)].parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert all(p.grad.abs().sum() > 0 for p in module.by_ratio[str(chosen)].mlp[-1].parameters())
+
+
+def test_gradients_reach_the_features_of_every_tile_and_stay_in_it():
+    module, x = connectors(), features(3).requires_grad_()
+    tokens, counts = module(x, torch.tensor([4, 16, 4]))
+    first, second, third = tokens.split(counts.tolist())
+    weights = torch.randn(second.shape, generator=torch.Generator().manual_seed(2))
+    (second * weights).sum().backward()
+    assert x.grad[1].abs().sum() > 0
+    assert x.grad[[0, 2]].abs().sum() == 0
+    assert len(first) == len(third) == 16
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_of_text_alone_has_no_vision_tokens(training):
+    tokens, counts = connectors().train(training)(features(0), torch.empty(0, dtype=torch.int64))
+    assert tokens.shape == (0, LANGUAGE)
+    assert counts.shape == (0,)
+
+
+@pytest.mark.parametrize("ratio", [2, 8, 1, 12])
+def test_ratios_that_are_no_squares_from_four_on_are_refused(ratio):
+    with pytest.raises(ValueError, match=f"compression ratio {ratio}: expected a square number from 4 on"):
+        Connector(ratio, vision_width=VISION, language_width=LANGUAGE)
+
+
+@pytest.mark.parametrize("ratios", [[], [16], [16, 4], [4, 4], [4, 64, 16]])
+def test_lists_of_ratios_rise_from_four(ratios):
+    with pytest.raises(ValueError, match="expected rising square numbers that begin with 4"):
+        connectors(ratios)
+
+
+def test_the_order_of_tiles_survives_when_connectors_return_marked_tokens():
+    module = connectors()
+    marks = torch.arange(4.0).view(4, 1, 1).expand(4, PATCHES, VISION)
+
+    def marked(ratio, x, chosen):
+        return x[chosen].mean((1, 2)).view(-1, 1, 1).expand(-1, PATCHES // ratio, LANGUAGE)
+
+    with mock.patch.object(module, "_run", marked):
+        tokens, _ = module(marks, torch.tensor([16, 4, 4, 16]))
+    assert tokens[:, 0].tolist() == [0.0] * 4 + [1.0] * 16 + [2.0] * 16 + [3.0] * 4

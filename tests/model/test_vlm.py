@@ -1,0 +1,92 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model
+
+RATIOS = torch.tensor([4, 16, 4, 16, 16, 4, 16])  # of the seven tiles of `mixed_samples`
+
+
+def states(model, batch, ratios):
+    return model.response_states(batch, model.encode_tiles(batch.tiles), ratios)
+
+
+def ratios_of_samples(samples):
+    return RATIOS.split([len(sample.tiles) for sample in samples])
+
+
+@torch.no_grad()
+def test_a_packed_batch_equals_its_samples_one_by_one(model):
+    samples = mixed_samples()
+    alone = [
+        states(model, batch_of(s), r) for s, r in zip(samples, ratios_of_samples(samples), strict=True)
+    ]
+    torch.testing.assert_close(states(model, batch_of(*samples), RATIOS), torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", range(4))
+def test_changing_one_sample_leaves_the_states_of_the_others(model, place):
+    samples = mixed_samples()
+    before = states(model, batch_of(*samples), RATIOS)
+    changed = samples[place]
+    ids = torch.where(changed.input_ids > 5, (changed.input_ids - 6 + 7) % 55 + 6, changed.input_ids)
+    samples[place] = replace(changed, input_ids=ids, tiles=255 - changed.tiles)
+    after = states(model, batch_of(*samples), RATIOS)
+    own = torch.arange(4).repeat_interleave(torch.tensor([int(s.response_mask.sum()) for s in samples])) == place
+    assert (after - before)[own].abs().amax(1).min() > 1e-3
+    assert (after - before)[~own].abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_a_longer_neighbour_changes_nothing_either(model):
+    first, second = encoded_sample(1, images=(2,)), encoded_sample(2, images=(1,))
+    longer = encoded_sample(3, images=(4,), answers=(9, 9))
+    ours = states(model, batch_of(first, second), torch.tensor([4, 16, 4]))
+    theirs = states(model, batch_of(first, longer, second), torch.tensor([4, 16, 4, 16, 4, 16, 4]))
+    torch.testing.assert_close(torch.cat([theirs[:3], theirs[-3:]]), ours, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_ratio_of_a_tile_changes_how_many_tokens_stand_for_it(model, batch):
+    features = model.encode_tiles(batch.tiles)
+    full = model.splice_batch(batch, features, model.full_ratios(batch))
+    mixed = model.splice_batch(batch, features, RATIOS)
+    text = [int(n) for n in batch.sample_lengths - torch.bincount(batch.tile_to_sample, minlength=4)]
+    assert full.segment_lengths == [text[0] + 12, text[1], text[2] + 12, text[3] + 4]
+    assert mixed.segment_lengths == [text[0] + 9, text[1], text[2] + 6, text[3] + 1]
+    assert model.tokens_per_full_tile == 4
+
+
+@torch.no_grad()
+def test_both_ratios_meet_on_the_same_response_rows(model, batch):
+    assert states(model, batch, RATIOS).shape == states(model, batch, model.full_ratios(batch)).shape == (17, 32)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_of_text_alone_runs(model, training):
+    batch = batch_of(encoded_sample(1, images=(), answers=(3,)))
+    hidden = states(model.train(training), batch, model.full_ratios(batch))
+    assert hidden.shape == (3, 32)
+    hidden.sum().backward()
+    if training:  # every rank's every parameter has a gradient, whatever its batch holds
+        parts = (model.vision, model.connectors, model.language.base_model)
+        assert [n for part in parts for n, p in part.named_parameters() if p.grad is None] == []
+
+
+def test_hidden_states_times_the_head_are_the_language_models_logits(model):
+    sample = encoded_sample(5, images=(), answers=(4,))
+    batch = batch_of(sample)
+    model.language.set_attn_implementation("eager")
+    logits = model.language(input_ids=sample.input_ids[None]).logits[0]
+    predicting = sample.response_mask.nonzero().squeeze(1) - 1
+    ours = states(model, batch, model.full_ratios(batch)) @ model.head.T
+    torch.testing.assert_close(ours, logits[predicting], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_router_has_none():
+    assert tiny_model(router_heads=None).router is None
+    assert tiny_model(router_heads=2, ratios=[4, 16, 64], vision={**tiny_model().spec.vision, "patch_size": 4}).router(
+        torch.zeros(1, 64, 32)
+    ).shape == (1, 3)

@@ -1,0 +1,122 @@
+"""Find the router's threshold: as few vision tokens as the wanted accuracy allows."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vico_pl.inference.questions import (
+    Answerer,
+    Group,
+    accuracy_by_skill,
+    at_threshold,
+    read_groups,
+    threshold_for,
+    vision_tokens,
+)
+from vico_pl.inference.routing import NEVER, compress_probability
+from vico_pl.inference.session import Session
+
+COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
+SKILL_SLACK = 0.01  # a single skill may fall this far below the wanted retention, as few questions make it noisy
+
+Track = Callable[[Iterable[Group]], Iterable[Group]]  # shows progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPoint:
+    """What one threshold gives."""
+
+    threshold: float  # compress iff P(compress) is at least this
+    token_fraction: float  # vision tokens over those of full tokens
+    accuracy: dict[str, float | None]  # per skill and mean
+    retention: dict[str, float | None]  # accuracy over that of full tokens
+
+
+def measure_curve(session: Session, folder: Path, *, track: Track = iter) -> list[CalibrationPoint]:
+    """Answer the questions of a folder at thresholds that compress from no tile to all."""
+    scores = [p for group in track(read_groups(session, session.samples(folder))) for p in _probabilities(session, group)]
+    if not scores:
+        raise ValueError(f"{folder}: no sample to calibrate on")
+    thresholds = [_between(scores, fraction) for fraction in COMPRESSED_FRACTIONS]
+    skills: list[str] = []
+    correct: list[list[bool]] = [[] for _ in thresholds]
+    for group in track(read_groups(session, session.samples(folder))):
+        answerer = Answerer(session, group)
+        own = scores[group.first : group.first + len(group.samples)]
+        skills += [q.skill for q in group.questions]
+        for column, threshold in zip(correct, thresholds, strict=True):
+            column += answerer.correct(at_threshold(own, threshold, ratios=session.model.ratios))
+    if not skills:
+        raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
+    return list(_points(session, scores, thresholds, skills, correct))
+
+
+def choose_point(
+    curve: Sequence[CalibrationPoint], *, retention: float, budget: float | None = None
+) -> CalibrationPoint:
+    """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
+
+    Raises:
+        ValueError: no point is that cheap.
+    """
+    if budget is not None:
+        within = [point for point in curve if point.token_fraction <= budget]
+        if not within:
+            cheapest = min(point.token_fraction for point in curve)
+            raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest:.3f}")
+        return max(within, key=lambda point: (point.accuracy["mean"], -point.token_fraction))
+    keeping = [point for point in curve if _keeps(point, retention)]
+    return min(keeping, key=lambda point: point.token_fraction)
+
+
+def calibration_record(curve: Sequence[CalibrationPoint], chosen: CalibrationPoint, **made_with: Any) -> dict[str, Any]:
+    """Return what is written beside the weights."""
+    return {"threshold": chosen.threshold, **made_with, "chosen": asdict(chosen), "curve": [asdict(p) for p in curve]}
+
+
+@torch.no_grad()
+def _probabilities(session: Session, group: Group) -> list[torch.Tensor]:
+    return [compress_probability(session.router_logits(features)) for features in group.features]
+
+
+def _between(scores: Sequence[torch.Tensor], compressed_fraction: float) -> float:
+    """Place a threshold halfway between the last tile to compress and the first to keep."""
+    ranked = torch.cat(list(scores)).sort(descending=True).values
+    count = round(compressed_fraction * len(ranked))
+    if count == 0:
+        return NEVER
+    if count == len(ranked):
+        return 0.0
+    return float(ranked[count - 1] + ranked[count]) / 2
+
+
+def _points(
+    session: Session,
+    scores: Sequence[torch.Tensor],
+    thresholds: Sequence[float],
+    skills: Sequence[str],
+    correct: Sequence[Sequence[bool]],
+) -> Iterator[CalibrationPoint]:
+    full = accuracy_by_skill(skills, correct[0])
+    model = session.model
+    for threshold, right in zip(thresholds, correct, strict=True):
+        chosen = at_threshold(scores, threshold, ratios=model.ratios)
+        spent = sum(vision_tokens(chosen, num_patches=model.vision.num_patches))
+        accuracy = accuracy_by_skill(skills, right)
+        yield CalibrationPoint(
+            threshold=threshold,
+            token_fraction=spent / (sum(map(len, scores)) * model.tokens_per_full_tile),
+            accuracy=accuracy,
+            retention={k: v / full[k] if v is not None and full[k] else None for k, v in accuracy.items()},
+        )
+
+
+def _keeps(point: CalibrationPoint, retention: float) -> bool:
+    skills = [value for name, value in point.retention.items() if name != "mean" and value is not None]
+    mean = point.retention["mean"]
+    return point.threshold == NEVER or (
+        mean is not None and mean >= retention and min(skills) >= retention - SKILL_SLACK
+    )
