@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -42,6 +43,26 @@ class JsonlLogger(Logger):
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Settings are in the run's config.yaml."""
+
+
+class StepProgressBar(TQDMProgressBar):
+    """A bar over the steps of the whole run, also when the run goes on in the middle."""
+
+    def __init__(self, title: str) -> None:
+        """Show `title` before the bar."""
+        super().__init__(refresh_rate=5)
+        self._title = title
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the step that the run resumes from, so that speed and time left are right."""
+        super().on_train_start(trainer, pl_module)
+        bar = self.train_progress_bar
+        bar.reset(total=trainer.max_steps)
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+        bar.set_description(self._title)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """There are no epochs to show: a run is one count of steps."""
 
 
 class BadRecordLog(L.Callback):

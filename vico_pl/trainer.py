@@ -1,6 +1,7 @@
 """One training run: a run folder, a stage, its data, and Lightning's loop around them."""
 
 import fcntl
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -8,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
-from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepSeed
+from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepProgressBar, StepSeed
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
 from vico_pl.data.shards import write_json
@@ -91,9 +92,7 @@ def train(config: RunConfig) -> Path:
     _check_tile_size(config, model)
     trainer = _build_trainer(config, run_dir)
     with _lock(run_dir):
-        trainer.fit(stage, data, ckpt_path=newest_checkpoint(run_dir))
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        _fit(trainer, stage, data, checkpoint=newest_checkpoint(run_dir))
         if trainer.is_global_zero:
             _write_model(model, tokenizer, config)
     return run_dir / "model"
@@ -151,7 +150,7 @@ def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
         callbacks=[
             checkpoints,
             StepSeed(run.seed),
-            TQDMProgressBar(refresh_rate=5),
+            StepProgressBar(run.stage),
             BadRecordLog(run_dir / "bad_records.jsonl"),
         ],
         logger=[
@@ -163,6 +162,16 @@ def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+
+
+def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path | None) -> None:
+    # Lightning asks for a stateful loader; ours needs no state, as its position follows from the global step.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+    try:
+        trainer.fit(stage, data, ckpt_path=checkpoint)
+    except SystemExit as error:  # how Lightning ends after Ctrl-C
+        rank_zero_info("Interrupted. The same command goes on from the newest checkpoint.")
+        raise KeyboardInterrupt from error
 
 
 def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -213,5 +222,7 @@ def _lock(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"{run_dir} is being trained by another process; wait for it or stop it") from error
+            raise ValueError(
+                f"{run_dir} is being trained by another process; wait for it or stop it"
+            ) from error
         yield

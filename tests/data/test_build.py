@@ -50,7 +50,10 @@ def test_shards_that_are_whole_are_not_drawn_again(tmp_path):
     (tmp_path / "glyphs" / "glyphs-000002.tar").unlink()
     build(tmp_path / "glyphs")
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "glyphs").glob("*.tar")}
-    assert {name for name in times if times[name] == after[name]} == {"glyphs-000000.tar", "glyphs-000001.tar"}
+    assert {name for name in times if times[name] == after[name]} == {
+        "glyphs-000000.tar",
+        "glyphs-000001.tar",
+    }
 
 
 def test_a_whole_set_is_left_alone_and_another_size_refused(tmp_path):

@@ -11,9 +11,11 @@ START, END, IMG, IMG_END, TILE = "<|im_start|>", "<|im_end|>", "<img>", "</img>"
 
 def sample(*texts, tiles_per_image=()):
     """A sample whose turns alternate between human and gpt."""
-    turns = [Turn(role="human" if i % 2 == 0 else "gpt", text=text) for i, text in enumerate(texts)]
+    roles = ["human", "gpt"] * len(texts)
+    turns = [Turn(role=role, text=text) for role, text in zip(roles, texts, strict=False)]
     tiles = torch.zeros(sum(tiles_per_image), 3, 4, 4, dtype=torch.uint8)
-    return TiledSample(id="x", tiles=tiles, tiles_per_image=list(tiles_per_image), turns=turns, metadata={})
+    counts = list(tiles_per_image)
+    return TiledSample(id="x", tiles=tiles, tiles_per_image=counts, turns=turns, metadata={})
 
 
 def response(tokenizer, encoded):
@@ -26,7 +28,7 @@ def encoder(tokenizer):
 
 
 def test_the_exact_ids_of_a_worked_example():
-    # Without merges a token is a byte: ids 0-5 are the special tokens, then the printable bytes from "!" = 6 on.
+    # Without merges a token is a byte: ids 0-5 are the special tokens, then printable bytes from "!" = 6 on.
     tokenizer = build_tokenizer([], vocab_size=len(SPECIAL_TOKENS) + 256)
     encoded = ChatEncoder(tokenizer).encode(sample("<image>\nHi", "9", tiles_per_image=[2]))
     newline = tokenizer.convert_tokens_to_ids("Ċ")

@@ -53,7 +53,9 @@ def test_a_batch_without_a_usable_sample_says_why():
 def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest():
     batch = collate([*mixed_samples(), BAD])
     moved = batch.to("meta")
-    assert {moved.tiles.device.type, moved.sample_lengths.device.type, moved.tile_to_image.device.type} == {"meta"}
+    assert {moved.tiles.device.type, moved.sample_lengths.device.type, moved.tile_to_image.device.type} == {
+        "meta"
+    }
     assert (moved.ids, moved.bad_records) == (batch.ids, batch.bad_records)
     assert batch.tiles.device.type == "cpu"
 

@@ -102,8 +102,14 @@ FAULTS = {
     "conversations of no turn": (with_json(conversations=[]), "must end with an answer of 'gpt'"),
     "a question alone": (with_json(conversations=PAIR[:1]), "must end with an answer of 'gpt'"),
     "no answer at the end": (with_json(conversations=[*PAIR, PAIR[0]]), "must end with an answer of 'gpt'"),
-    "an answer first": (with_json(conversations=PAIR[::-1]), "turn 0: expected {'from': 'human', 'value': text}"),
-    "two questions": (with_json(conversations=[PAIR[0], *PAIR]), "turn 1: expected {'from': 'gpt', 'value': text}"),
+    "an answer first": (
+        with_json(conversations=PAIR[::-1]),
+        "turn 0: expected {'from': 'human', 'value': text}",
+    ),
+    "two questions": (
+        with_json(conversations=[PAIR[0], *PAIR]),
+        "turn 1: expected {'from': 'gpt', 'value': text}",
+    ),
     "another role": (with_json(conversations=turns(("system", "x"), ("gpt", "a"))), "turn 0: expected"),
     "no text": (with_json(conversations=[PAIR[0], {"from": "gpt", "value": 3}]), "turn 1: expected"),
     "a turn of text": (with_json(conversations=["q", "a"]), "turn 0: expected"),
@@ -116,12 +122,20 @@ FAULTS = {
     "not an image": (record(files={"jpg": b"hello"}), "image 'jpg' (5 bytes): Unsupported image file"),
     "an empty image": (record(files={"jpg": b""}), "image 'jpg' (0 bytes): "),
     "a truncated JPEG": (record(files={"jpg": JPEG[: len(JPEG) // 2]}), "incomplete or truncated"),
-    "a truncated PNG": (record(files={"jpg": PNG[: len(PNG) // 2]}), f"image 'jpg' ({len(PNG) // 2} bytes): "),
+    "a truncated PNG": (
+        record(files={"jpg": PNG[: len(PNG) // 2]}),
+        f"image 'jpg' ({len(PNG) // 2} bytes): ",
+    ),
     "a moving image": (
-        record(files={"jpg": encoded_image("GIF", save_all=True, append_images=[Image.new("P", (40, 30), 3)])}),
+        record(
+            files={"jpg": encoded_image("GIF", save_all=True, append_images=[Image.new("P", (40, 30), 3)])}
+        ),
         "image 'jpg': 2 frames, expected one",
     ),
-    "a key that climbs": (record(key="../../etc/passwd"), "key '../../etc/passwd' is an absolute path or has '..'"),
+    "a key that climbs": (
+        record(key="../../etc/passwd"),
+        "key '../../etc/passwd' is an absolute path or has '..'",
+    ),
     "a key inside out": (record(key="a/../../b"), "key 'a/../../b' is an absolute path or has '..'"),
     "an absolute key": (record(key="/etc/passwd"), "key '/etc/passwd' is an absolute path or has '..'"),
 }

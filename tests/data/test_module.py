@@ -19,7 +19,9 @@ def module(shards, tokenizer):
 
 def data_module(sources, tokenizer, **changes):
     tiling = TilingConfig(tile_size=32, max_tiles=2)
-    config = DataConfig(**{"sources": sources, "batch_size": BATCH, "tiling": tiling, "num_workers": 0, **changes})
+    config = DataConfig(
+        **{"sources": sources, "batch_size": BATCH, "tiling": tiling, "num_workers": 0, **changes}
+    )
     return DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=4, seed=1)
 
 

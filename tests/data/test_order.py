@@ -31,7 +31,9 @@ def test_a_position_gives_the_same_sample_whatever_was_asked_before():
 def test_epochs_and_seeds_have_orders_of_their_own():
     sequence = order([30])
     first, second = samples(sequence, 0, 30), samples(sequence, 30, 60)
-    assert len({tuple(first), tuple(second), tuple(samples(order([30], seed=1), 0, 30)), tuple(range(30))}) == 4
+    assert (
+        len({tuple(first), tuple(second), tuple(samples(order([30], seed=1), 0, 30)), tuple(range(30))}) == 4
+    )
 
 
 def test_sources_follow_each_other_at_their_positions():

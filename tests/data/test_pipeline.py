@@ -43,7 +43,9 @@ def test_positions_become_batches_in_their_order(sources, tokenizer):
 
 
 def test_bad_records_keep_their_slots_so_that_positions_never_shift(sources, tokenizer):
-    batches = list(run_stages(range(8), stages(sources, tokenizer, batch_size=4)))  # two epochs of four records
+    batches = list(
+        run_stages(range(8), stages(sources, tokenizer, batch_size=4))
+    )  # two epochs of four records
     assert [batch.num_samples for batch in batches] == [2, 2]
     for batch in batches:
         assert sorted(batch.ids) == ["f.tar/0", "f.tar/3"]

@@ -191,7 +191,7 @@ def test_damage_inside_a_shard_is_a_fault_of_its_record_alone(tmp_path):
     content[first:second] = b"\xff" * (second - first)
     (tmp_path / "a.tar").write_bytes(content)
     reader = RecordReader(read_index(tmp_path))
-    with pytest.raises(RecordError, match="of a.tar are no record"):
+    with pytest.raises(RecordError, match=r"of a\.tar are no record"):
         reader(1)
     assert reader(0).key == "000000"
     assert reader(2).key == "sub/000002"
@@ -225,7 +225,9 @@ def test_a_shard_that_has_changed_is_one_clear_message_whose_remedy_works(tmp_pa
     write_shard(tmp_path / "a.tar", RECORDS)
     write_index(tmp_path)
     write_tar(tmp_path / "a.tar", [(f"{i}.json", b"new") for i in range(40)])
-    with pytest.raises(ValueError, match=r"a\.tar: its size differs from index\.json; run 'vico shards index"):
+    with pytest.raises(
+        ValueError, match=r"a\.tar: its size differs from index\.json; run 'vico shards index"
+    ):
         read_index(tmp_path)
     write_index(tmp_path)  # what `vico shards index` does
     assert [r.files["json"] for r in read_all(tmp_path)] == [b"new"] * 40

@@ -48,7 +48,9 @@ def picture(width, height, *, seed=0):
     return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
 
-@given(width=st.integers(1, 4000), height=st.integers(1, 4000), max_tiles=st.integers(1, 24), size=st.just(448))
+@given(
+    width=st.integers(1, 4000), height=st.integers(1, 4000), max_tiles=st.integers(1, 24), size=st.just(448)
+)
 @example(width=1000, height=500, max_tiles=12, size=448)
 @example(width=1400, height=700, max_tiles=12, size=448)
 @example(width=1500, height=1000, max_tiles=2, size=448)
@@ -63,7 +65,8 @@ def test_the_grid_is_the_one_internvl_chooses(width, height, max_tiles, size):
 
 
 @given(
-    scale=st.integers(1, 1200), aspect=st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 1), (3, 2), (2, 3), (1, 3)])
+    scale=st.integers(1, 1200),
+    aspect=st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 1), (3, 2), (2, 3), (1, 3)]),
 )
 def test_ties_between_grids_of_one_aspect_ratio_go_as_internvls(scale, aspect):
     width, height = scale * aspect[0], scale * aspect[1]

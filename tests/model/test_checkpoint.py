@@ -101,7 +101,8 @@ def test_a_folder_without_weights_or_configuration_is_named(folder, name):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", '{"architectures": []}', '{"format": "vico_pl", "ratios": [4]}', '{"format": "vico_pl", "x": 1}']
+    "content",
+    ["{", '{"architectures": []}', '{"format": "vico_pl", "ratios": [4]}', '{"format": "vico_pl", "x": 1}'],
 )
 def test_a_configuration_that_is_not_ours_is_named(folder, content):
     (folder / CONFIG_NAME).write_text(content)

@@ -20,17 +20,17 @@ def features(num_tiles, *, seed=1):
 
 def test_each_connector_has_the_layers_of_its_published_model():
     short, long = (Connector(ratio, vision_width=VISION, language_width=LANGUAGE) for ratio in (4, 16))
+    # mlp1: LayerNorm(4h), Linear(4h -> H), GELU, Linear(H -> H)
     shapes = {name: list(parameter.shape) for name, parameter in short.mlp.named_parameters()}
-    assert shapes == {  # mlp1: LayerNorm(4h), Linear(4h -> H), GELU, Linear(H -> H)
-        **{"0.weight": [24], "0.bias": [24], "1.weight": [10, 24], "1.bias": [10]},
-        **{"3.weight": [10, 10], "3.bias": [10]},
-    }
+    expected = {"0.weight": [24], "0.bias": [24], "1.weight": [10, 24], "1.bias": [10]}
+    assert shapes == expected | {"3.weight": [10, 10], "3.bias": [10]}
+    # mlp2: LayerNorm(16h), Linear(16h -> 2H), GELU, Dropout, Linear(2H -> 2H), GELU, Dropout, Linear(2H -> H)
     shapes = {name: list(parameter.shape) for name, parameter in long.mlp.named_parameters()}
-    assert shapes == {  # mlp2: LayerNorm(16h), Linear(16h -> 2H), ..., Linear(2H -> 2H), ..., Linear(2H -> H)
-        **{"0.weight": [96], "0.bias": [96], "1.weight": [20, 96], "1.bias": [20]},
-        **{"4.weight": [20, 20], "4.bias": [20], "7.weight": [10, 20], "7.bias": [10]},
-    }
+    expected = {"0.weight": [96], "0.bias": [96], "1.weight": [20, 96], "1.bias": [20]}
+    expected |= {"4.weight": [20, 20], "4.bias": [20], "7.weight": [10, 20], "7.bias": [10]}
+    assert shapes == expected
     assert [type(long.mlp[i]) for i in (2, 3, 5, 6)] == [nn.GELU, nn.Dropout, nn.GELU, nn.Dropout]
+    assert {long.mlp[i].p for i in (3, 6)} == {0.1}
 
 
 def test_a_tile_gets_one_token_per_ratio_patches():

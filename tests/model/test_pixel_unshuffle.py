@@ -15,7 +15,9 @@ def internvl_pixel_shuffle(x, scale_factor):
     return x.permute(0, 2, 1, 3).contiguous()
 
 
-@given(tiles=st.integers(0, 3), blocks=st.integers(1, 4), factor=st.sampled_from([1, 2, 4]), c=st.integers(1, 3))
+@given(
+    tiles=st.integers(0, 3), blocks=st.integers(1, 4), factor=st.sampled_from([1, 2, 4]), c=st.integers(1, 3)
+)
 def test_it_equals_the_published_pixel_shuffle_v2(tiles, blocks, factor, c):
     side = blocks * factor
     features = torch.arange(tiles * side * side * c, dtype=torch.float32).view(tiles, side * side, c)
@@ -39,5 +41,7 @@ def test_folding_by_four_is_not_folding_twice_by_two():
 
 @pytest.mark.parametrize(("num_patches", "factor"), [(15, 1), (16, 3), (36, 4)])
 def test_grids_that_do_not_fold_are_refused(num_patches, factor):
-    with pytest.raises(ValueError, match=f"{num_patches} patches per tile do not fold by {factor} x {factor}"):
+    with pytest.raises(
+        ValueError, match=f"{num_patches} patches per tile do not fold by {factor} x {factor}"
+    ):
         pixel_unshuffle(torch.zeros(1, num_patches, 2), factor)

@@ -7,7 +7,9 @@ from vico_pl.model.splice import splice
 WIDTH = 3
 PLACEHOLDER, TEXT, RESPONSE = "#", "t", "r"
 samples_of_tokens = st.lists(
-    st.lists(st.sampled_from([PLACEHOLDER, TEXT, TEXT, RESPONSE]), max_size=12).map(lambda tokens: [TEXT, *tokens]),
+    st.lists(st.sampled_from([PLACEHOLDER, TEXT, TEXT, RESPONSE]), max_size=12).map(
+        lambda tokens: [TEXT, *tokens]
+    ),
     min_size=1,
     max_size=4,
 )

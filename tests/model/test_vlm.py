@@ -19,9 +19,7 @@ def ratios_of_samples(samples):
 @torch.no_grad()
 def test_a_packed_batch_equals_its_samples_one_by_one(model):
     samples = mixed_samples()
-    alone = [
-        states(model, batch_of(s), r) for s, r in zip(samples, ratios_of_samples(samples), strict=True)
-    ]
+    alone = [states(model, batch_of(s), r) for s, r in zip(samples, ratios_of_samples(samples), strict=True)]
     torch.testing.assert_close(states(model, batch_of(*samples), RATIOS), torch.cat(alone), rtol=0, atol=1e-5)
 
 
@@ -34,7 +32,10 @@ def test_changing_one_sample_leaves_the_states_of_the_others(model, place):
     ids = torch.where(changed.input_ids > 5, (changed.input_ids - 6 + 7) % 55 + 6, changed.input_ids)
     samples[place] = replace(changed, input_ids=ids, tiles=255 - changed.tiles)
     after = states(model, batch_of(*samples), RATIOS)
-    own = torch.arange(4).repeat_interleave(torch.tensor([int(s.response_mask.sum()) for s in samples])) == place
+    own = (
+        torch.arange(4).repeat_interleave(torch.tensor([int(s.response_mask.sum()) for s in samples]))
+        == place
+    )
     assert (after - before)[own].abs().amax(1).min() > 1e-3
     assert (after - before)[~own].abs().max() < 1e-6
 
@@ -61,7 +62,9 @@ def test_the_ratio_of_a_tile_changes_how_many_tokens_stand_for_it(model, batch):
 
 @torch.no_grad()
 def test_both_ratios_meet_on_the_same_response_rows(model, batch):
-    assert states(model, batch, RATIOS).shape == states(model, batch, model.full_ratios(batch)).shape == (17, 32)
+    assert (
+        states(model, batch, RATIOS).shape == states(model, batch, model.full_ratios(batch)).shape == (17, 32)
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -87,6 +90,6 @@ def test_hidden_states_times_the_head_are_the_language_models_logits(model):
 
 def test_a_model_without_router_has_none():
     assert tiny_model(router_heads=None).router is None
-    assert tiny_model(router_heads=2, ratios=[4, 16, 64], vision={**tiny_model().spec.vision, "patch_size": 4}).router(
-        torch.zeros(1, 64, 32)
-    ).shape == (1, 3)
+    assert tiny_model(
+        router_heads=2, ratios=[4, 16, 64], vision={**tiny_model().spec.vision, "patch_size": 4}
+    ).router(torch.zeros(1, 64, 32)).shape == (1, 3)

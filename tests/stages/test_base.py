@@ -20,14 +20,16 @@ class WeightTimesTokens(Stage):
 
     def step(self, batch):
         ids = batch.input_ids[batch.response_mask]
-        return StepResult(loss_sum=(self.weight - ids).square().sum(), count=len(ids), metrics={"toy/seen": 3.0})
+        return StepResult(
+            loss_sum=(self.weight - ids).square().sum(), count=len(ids), metrics={"toy/seen": 3.0}
+        )
 
     def trained_model(self):
         raise NotImplementedError
 
 
 def run(batch, *, world=1, everywhere=None):
-    """One training step of a rank, with `everywhere` as the count that all ranks come to; loss, gradient, log."""
+    """Loss, gradient and log of one training step of a rank; all ranks come to the count `everywhere`."""
     stage, logged = WeightTimesTokens(), {}
     stage.log = lambda name, value, **_: logged.update({name: float(value)})
     stage.trainer = SimpleNamespace(

@@ -85,9 +85,7 @@ def naive_loss(stage, samples, ratios, *, temperature=1.0, reverse=False):
         batch, policy, reference = batch_of(sample), stage.model, stage.reference.model
         logits = policy.response_states(batch, policy.encode_tiles(batch.tiles), own) @ policy.head.T
         wanted = (
-            reference.response_states(
-                batch, reference.encode_tiles(batch.tiles), torch.full_like(own, 4)
-            )
+            reference.response_states(batch, reference.encode_tiles(batch.tiles), torch.full_like(own, 4))
             @ reference.head.T
         )
         log_q, log_p = (log_softmax(x.double() / temperature, -1) for x in (logits, wanted))
@@ -104,7 +102,11 @@ def test_the_loss_is_kl_of_the_reference_at_full_tokens_from_the_policy_at_drawn
     result = stage.step(batch_of(*samples))
     ratios = drawn_by(stage, batch_of(*samples))
     expected = naive_loss(
-        stage, samples, ratios, reverse=config.get("reverse_kl", False), temperature=config.get("temperature", 1.0)
+        stage,
+        samples,
+        ratios,
+        reverse=config.get("reverse_kl", False),
+        temperature=config.get("temperature", 1.0),
     )
     assert result.count == 17
     assert result.loss_sum.item() == pytest.approx(expected, rel=1e-4)

@@ -108,17 +108,27 @@ def test_the_loss_is_cross_entropy_against_labels_below_the_percentile():
     assert 0 < targets.sum() < 7
     logits = stage.router(stage.policy.model.encode_tiles(batch.tiles))
     assert result.count == 7
-    assert result.loss_sum.item() == pytest.approx(cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5)
+    assert result.loss_sum.item() == pytest.approx(
+        cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5
+    )
     assert result.metrics["router/threshold"] == pytest.approx(threshold, rel=1e-5)
     chosen = logits.argmax(1)
-    assert result.metrics["router/accuracy"].item() == pytest.approx((chosen == targets).float().mean().item())
-    assert result.metrics["router/compressed_fraction"].item() == pytest.approx((chosen == 0).float().mean().item())
+    assert result.metrics["router/accuracy"].item() == pytest.approx(
+        (chosen == targets).float().mean().item()
+    )
+    assert result.metrics["router/compressed_fraction"].item() == pytest.approx(
+        (chosen == 0).float().mean().item()
+    )
 
 
 def test_auroc_asks_whether_tiles_to_keep_rank_above_tiles_to_compress(monkeypatch):
     stage, batch = stage_of(), batch_of(encoded_sample(1, images=(4,)))
     monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_: torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    for scores, expected in ([0.0, 1.0, 2.0, 3.0], 1.0), ([3.0, 2.0, 1.0, 0.0], 0.0), ([0.0, 2.0, 1.0, 3.0], 0.75):
+    for scores, expected in (
+        ([0.0, 1.0, 2.0, 3.0], 1.0),
+        ([3.0, 2.0, 1.0, 0.0], 0.0),
+        ([0.0, 2.0, 1.0, 3.0], 0.75),
+    ):
         keep = torch.tensor(scores)
         stage.router.forward = lambda _, keep=keep: torch.stack([-keep, keep], dim=1).requires_grad_()
         stage.window.values.zero_()
@@ -168,7 +178,9 @@ def test_models_it_cannot_train_are_refused():
 
     with pytest.raises(ValueError, match=r"the model has no router; set model\.router_heads"):
         build(router_heads=None)
-    with pytest.raises(ValueError, match=r"model\.ratios is \[4\]; stage router labels the choice between two"):
+    with pytest.raises(
+        ValueError, match=r"model\.ratios is \[4\]; stage router labels the choice between two"
+    ):
         build(ratios=[4])
 
 

@@ -22,12 +22,16 @@ def build_from_annotations(
         ValueError: the file or the image folder is absent, or no line can be packed.
     """
     if not annotations.is_file():
-        raise ValueError(f"{annotations}: no such file; expected JSONL with 'conversations' and 'image' in each line")
+        raise ValueError(
+            f"{annotations}: no such file; expected JSONL with 'conversations' and 'image' in each line"
+        )
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
     offsets, faults = _usable_lines(annotations, images)
     if not offsets:
-        raise ValueError(f"{annotations}: no usable line; the first fault: {faults[0].reason if faults else 'empty'}")
+        raise ValueError(
+            f"{annotations}: no usable line; the first fault: {faults[0].reason if faults else 'empty'}"
+        )
     write = partial(_write_shard, annotations=annotations, images=images, offsets=offsets)
     index = build_set(output, write, num_samples=len(offsets), samples_per_shard=samples_per_shard)
     return index, faults
@@ -93,5 +97,3 @@ def _record(file: Any, offset: int, number: int, images: Path) -> tuple[str, dic
         names = [f"{i}.{name}" for i, name in enumerate(names)]
     files = {name: path.read_bytes() for name, path in zip(names, paths, strict=True)}
     return f"{number:08d}", {**files, "json": json.dumps(entry, ensure_ascii=False).encode()}
-
-

@@ -1,10 +1,13 @@
 """Writing sets of shards: several processes, whole shards or none; an interrupted set is continued."""
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from tqdm import tqdm
 
@@ -36,15 +39,33 @@ def build_set(
             )
         return index
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.partial"):  # of a process that was killed
+        leftover.unlink()
     starts = range(0, num_samples, samples_per_shard)
     jobs = [(folder / f"{folder.name}-{i:06d}.tar", start) for i, start in enumerate(starts)]
     todo = [(path, start) for path, start in jobs if not (path.exists() and side_index_path(path).exists())]
     counts = [min(samples_per_shard, num_samples - start) for _, start in todo]
-    with ProcessPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(jobs), desc=str(folder)) as bar:
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent, initargs=(os.getpid(),))
+    with tqdm(total=len(jobs), desc=str(folder), unit="shard") as bar:
         bar.update(len(jobs) - len(todo))
-        for _ in pool.map(write, [path for path, _ in todo], [start for _, start in todo], counts):
-            bar.update()
+        try:
+            for _ in pool.map(write, [path for path, _ in todo], [start for _, start in todo], counts):
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
     return write_index(folder)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and end when it was killed: nobody else would end its children."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _write_glyph_shard(path: Path, start: int, count: int, *, config: GlyphsConfig, seed: int) -> None:

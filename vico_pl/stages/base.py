@@ -40,6 +40,10 @@ class Stage(L.LightningModule):
     def trained_model(self) -> VisionLanguageModel:
         """Return the model that the next stage takes over."""
 
+    def on_train_start(self) -> None:
+        """Put what is trained into training mode: models come from disk in eval mode, which Lightning keeps."""
+        self.train()
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Divide the loss by the count over all ranks, so that it is exact under any split of the batch."""
         result = self.step(batch)
@@ -59,5 +63,5 @@ class Stage(L.LightningModule):
 
     def _sum_over_ranks(self, count: int) -> float:
         if self.trainer.world_size == 1:
-            return count
+            return float(count)
         return float(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))

@@ -118,6 +118,8 @@ def tile_loss_ratios(
 
     states = policy.response_states(batch, features, full_ratios)
     full = sample_loss(states, batch, target)[batch.tile_to_sample]
+    if len(full) == 0:  # a batch of text alone
+        return full
     if config.label_mode == "image":
         states = policy.response_states(batch, features, torch.full_like(full_ratios, compressed_ratio))
         compressed = sample_loss(states, batch, target)[batch.tile_to_sample]

@@ -1,0 +1,171 @@
+import pytest
+import yaml
+
+from vico_pl.config import config_differences, load_config, open_run, save_config
+
+RECIPE = {
+    "stage": "consistency",
+    "run_dir": "runs/x",
+    "model": {"path": "data/base"},
+    "data": {"sources": [{"path": "shards"}], "batch_size": 4},
+    "trainer": {"max_steps": 20},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe: `recipe(optim={...})` adds to the one above."""
+
+    def write(**changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+        return path
+
+    return write
+
+
+def problems(path, overrides=()):
+    with pytest.raises(ValueError, match=r".+") as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
+    config = load_config(recipe(optim={"lr": 0.5, "beta1": 0.8}), ["optim.lr=0.25", "seed=7"])
+    assert (config.optim.lr, config.optim.beta1, config.optim.beta2) == (0.25, 0.8, 0.95)
+    assert (config.seed, config.data.batch_size, config.data.num_workers) == (7, 4, 1)
+    assert config.data.sources[0].path == "shards"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optimizer": {"lr": 1}}, "unknown key optimizer (did you mean optim?)"),
+        ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
+        ({"optim": {"warmup_step": 1}}, "unknown key optim.warmup_step (did you mean optim.warmup_steps?)"),
+        ({"data": {"tiling": {"max_tile": 3}}}, "unknown key data.tiling.max_tile (did you mean data.tiling.max_tiles?)"),
+        (
+            {"data": {"sources": [{"path": "a", "steps": 5}, {"paht": "b"}]}},
+            "unknown key data.sources.1.paht (did you mean data.sources.1.path?)",
+        ),
+    ],
+)
+def test_an_unknown_key_is_told_with_what_was_probably_meant(recipe, changes, told):
+    assert told in problems(recipe(**changes))
+
+
+def test_an_unknown_override_is_told_too(recipe):
+    told = problems(recipe(), ["trainer.max_step=5"])
+    assert "unknown key trainer.max_step (did you mean trainer.max_steps?)" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": "abc"}, "seed: "),
+        ({"optim": {"lr": "fast"}}, "optim.lr: "),
+        ({"trainer": {"max_steps": 1.5}}, "trainer.max_steps: "),
+        ({"model": {"path": "x", "ratios": [4, "many"]}}, "model.ratios"),
+        ({"data": {"sources": "shards"}}, "sources"),
+    ],
+)
+def test_values_of_the_wrong_type_are_told_by_their_key(recipe, changes, told):
+    assert told in problems(recipe(**changes))
+
+
+def test_all_unknown_keys_are_told_at_once(recipe):
+    told = problems(recipe(oprim={}, optim={"lrr": 1}, trainer={"max_stepz": 1}))
+    assert told.count("unknown key") == 3
+
+
+def test_all_wrong_values_are_told_at_once(recipe):
+    told = problems(recipe(seed="abc", optim={"lr": "fast"}, consistency={"temperature": 0}, router={"epsilon": 0}))
+    for part in ("seed: ", "optim.lr: ", "consistency.temperature is 0", "router.epsilon is 0"):
+        assert part in told
+
+
+def test_all_contradictions_between_sections_are_told_at_once(recipe):
+    told = problems(recipe(model={"ratios": [4], "trainable": ["vision", "brain"]}, data={"batch_size": 2}))
+    assert "model.trainable names 'brain'; expected some of vision, connectors, language" in told
+    assert "model.path is not set; this stage starts from a model folder" in told
+    assert "model.ratios is [4]; stage consistency needs at least two" in told
+    assert "data.sources is empty" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"stage": "stage1"}, "stage is 'stage1'; expected one of pretrain, consistency, router"),
+        ({"stage": None}, "stage is not set"),
+        ({"run_dir": None}, "run_dir is not set"),
+        (
+            {"data": {"sources": [{"path": "a", "steps": 20}, {"path": "b"}]}},
+            "data.sources: the last one is never reached, the others last 20 steps",
+        ),
+    ],
+)
+def test_what_no_run_can_be_made_from_is_told(recipe, changes, told):
+    assert told in problems(recipe(**changes))
+
+
+def test_stage_pretrain_needs_no_model_to_start_from(recipe):
+    config = load_config(recipe(stage="pretrain", model={"ratios": [4], "language": {"model_type": "qwen3"}}), [])
+    assert config.model.language == {"model_type": "qwen3"}
+
+
+def test_files_and_overrides_that_cannot_be_read_are_named(tmp_path, recipe):
+    assert "absent.yaml: no such recipe" in problems(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("- a list")
+    assert "broken.yaml: expected a mapping of settings" in problems(broken)
+    assert "expected key=value, got seed, x" in problems(recipe(), ["seed", "run_dir=a", "x"])
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("stage: [unclosed")
+    with pytest.raises(ValueError, match=r"broken\.yaml: "):
+        load_config(path, [])
+
+
+def test_a_saved_configuration_loads_as_the_same(recipe, tmp_path):
+    config = load_config(
+        recipe(
+            optim={"lr": 3e-5},
+            data={"sources": [{"path": "a", "steps": 3}, {"path": "b"}], "tiling": {"max_tiles": 3}},
+            model={"path": "m", "vision": {"width": 8, "image_mean": [0.5, 0.5, 0.5]}},
+        ),
+        ["consistency.reverse_kl=true"],
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", []) == config
+
+
+def test_a_run_keeps_its_settings_and_refuses_others(recipe, tmp_path):
+    run_dir = f"run_dir={tmp_path}/run"
+    config = open_run(recipe(), [run_dir])
+    assert load_config(tmp_path / "run" / "config.yaml", []) == config
+    assert open_run(recipe(), [run_dir]) == config
+    with pytest.raises(ValueError, match="holds a run with other settings") as caught:
+        open_run(recipe(), [run_dir, "optim.lr=0.5", "data.batch_size=8"])
+    assert "(data.batch_size: 4 -> 8; optim.lr: 1e-05 -> 0.5); set run_dir" in str(caught.value)
+    assert load_config(tmp_path / "run" / "config.yaml", []) == config
+
+
+def test_settings_that_change_no_result_may_change(recipe, tmp_path):
+    run_dir = f"run_dir={tmp_path}/run"
+    open_run(recipe(), [run_dir])
+    harmless = ["data.num_workers=3", "trainer.checkpoint_every=7", "trainer.keep_checkpoints=9", "trainer.log_every=1"]
+    assert open_run(recipe(), [run_dir, *harmless]).data.num_workers == 3
+
+
+def test_differences_are_listed_down_to_the_key(recipe):
+    old = load_config(recipe(), [])
+    new = load_config(recipe(model={"path": "other"}), ["seed=1", "router.window=9000"])
+    assert config_differences(old, old) == []
+    assert config_differences(old, new) == [
+        "model.path: data/base -> other",
+        "router.window: 4096 -> 9000",
+        "seed: 0 -> 1",
+    ]

@@ -1,0 +1,77 @@
+"""The parts point one way: a module may import from its own part and from those its part stands on."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vico_pl
+
+PACKAGE = Path(vico_pl.__file__).parent
+LOWEST = {"types"}
+MAKES = LOWEST | {"data", "model", "losses", "optim", "callbacks"}
+CONDUCTS = MAKES | {"stages", "inference"}
+STANDS_ON = {
+    "types": set(),
+    "data": LOWEST,
+    "model": LOWEST,
+    "losses": LOWEST,
+    "optim": LOWEST,
+    "callbacks": LOWEST,
+    "stages": MAKES,
+    "inference": MAKES,
+    "evaluation": CONDUCTS,
+    "trainer": CONDUCTS,
+    "config": CONDUCTS | {"evaluation", "trainer"},
+    "cli": CONDUCTS | {"evaluation", "trainer", "config"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Every module that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def parts_imported(path):
+    return {name.split(".")[1] for name in imported(path) if name.startswith("vico_pl.")}
+
+
+def test_there_are_modules_of_every_part():
+    assert {part_of(path) for path in MODULES} == set(STANDS_ON)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_part_stands_on(path):
+    part = part_of(path)
+    assert parts_imported(path) <= STANDS_ON[part] | {part}
+
+
+def test_losses_know_no_lightning():
+    for path in (PACKAGE / "losses").glob("*.py"):
+        assert not any(name.startswith(("lightning", "transformers")) for name in imported(path)), path
+
+
+def test_data_knows_no_compression_ratio():
+    for path in (PACKAGE / "data").glob("*.py"):
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        names |= {node.arg for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.arg)}
+        assert not any("ratio" in name.lower() and "aspect" not in name.lower() for name in names), path
+
+
+def test_stages_open_no_file():
+    for path in (PACKAGE / "stages").glob("*.py"):
+        assert not any(name.split(".")[0] in ("pathlib", "os", "io", "shutil") for name in imported(path)), path
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert "open" not in names, path

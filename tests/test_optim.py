@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from vico_pl.optim import OptimConfig, build_optimizer
+
+
+def build(module, *, num_steps=10, **settings):
+    built = build_optimizer(module.parameters(), OptimConfig(**settings), num_steps=num_steps)
+    return built["optimizer"], built["lr_scheduler"]
+
+
+def test_matrices_decay_and_vectors_do_not():
+    module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 1))
+    optimizer, _ = build(module, weight_decay=0.3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in module.named_parameters()} == {
+        "0.weight": 0.3,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "2.weight": 0.3,
+        "2.bias": 0.0,
+    }
+
+
+def test_frozen_parameters_are_left_out():
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(requires_grad=False)
+    optimizer, _ = build(module)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
+
+
+def test_the_rate_warms_up_by_steps_and_falls_to_zero_at_the_end_of_the_run():
+    optimizer, schedule = build(nn.Linear(2, 1), lr=1.0, warmup_steps=4, num_steps=12)
+    assert schedule["interval"] == "step"
+    rates = []
+    for _ in range(13):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule["scheduler"].step()
+    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert rates[8] == pytest.approx(0.5)  # half of the cosine
+    assert rates[12] == pytest.approx(0, abs=1e-9)
+
+
+def test_betas_reach_the_optimizer():
+    optimizer, _ = build(nn.Linear(2, 1), beta1=0.8, beta2=0.7)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
