@@ -44,7 +44,10 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
         ({"optimizer": {"lr": 1}}, "unknown key optimizer (did you mean optim?)"),
         ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
         ({"optim": {"warmup_step": 1}}, "unknown key optim.warmup_step (did you mean optim.warmup_steps?)"),
-        ({"data": {"tiling": {"max_tile": 3}}}, "unknown key data.tiling.max_tile (did you mean data.tiling.max_tiles?)"),
+        (
+            {"data": {"tiling": {"max_tile": 3}}},
+            "unknown key data.tiling.max_tile (did you mean data.tiling.max_tiles?)",
+        ),
         (
             {"data": {"sources": [{"path": "a", "steps": 5}, {"paht": "b"}]}},
             "unknown key data.sources.1.paht (did you mean data.sources.1.path?)",
@@ -80,7 +83,9 @@ def test_all_unknown_keys_are_told_at_once(recipe):
 
 
 def test_all_wrong_values_are_told_at_once(recipe):
-    told = problems(recipe(seed="abc", optim={"lr": "fast"}, consistency={"temperature": 0}, router={"epsilon": 0}))
+    told = problems(
+        recipe(seed="abc", optim={"lr": "fast"}, consistency={"temperature": 0}, router={"epsilon": 0})
+    )
     for part in ("seed: ", "optim.lr: ", "consistency.temperature is 0", "router.epsilon is 0"):
         assert part in told
 
@@ -110,15 +115,18 @@ def test_what_no_run_can_be_made_from_is_told(recipe, changes, told):
 
 
 def test_stage_pretrain_needs_no_model_to_start_from(recipe):
-    config = load_config(recipe(stage="pretrain", model={"ratios": [4], "language": {"model_type": "qwen3"}}), [])
+    config = load_config(
+        recipe(stage="pretrain", model={"ratios": [4], "language": {"model_type": "qwen3"}}), []
+    )
     assert config.model.language == {"model_type": "qwen3"}
 
 
 def test_files_and_overrides_that_cannot_be_read_are_named(tmp_path, recipe):
     assert "absent.yaml: no such recipe" in problems(tmp_path / "absent.yaml")
     broken = tmp_path / "broken.yaml"
-    broken.write_text("- a list")
-    assert "broken.yaml: expected a mapping of settings" in problems(broken)
+    for content in ("- a list", "word", "stage", "3"):
+        broken.write_text(content)
+        assert f"{broken}: " in problems(broken)
     assert "expected key=value, got seed, x" in problems(recipe(), ["seed", "run_dir=a", "x"])
 
 
@@ -156,7 +164,12 @@ def test_a_run_keeps_its_settings_and_refuses_others(recipe, tmp_path):
 def test_settings_that_change_no_result_may_change(recipe, tmp_path):
     run_dir = f"run_dir={tmp_path}/run"
     open_run(recipe(), [run_dir])
-    harmless = ["data.num_workers=3", "trainer.checkpoint_every=7", "trainer.keep_checkpoints=9", "trainer.log_every=1"]
+    harmless = [
+        "data.num_workers=3",
+        "trainer.checkpoint_every=7",
+        "trainer.keep_checkpoints=9",
+        "trainer.log_every=1",
+    ]
     assert open_run(recipe(), [run_dir, *harmless]).data.num_workers == 3
 
 

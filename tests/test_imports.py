@@ -72,6 +72,8 @@ def test_data_knows_no_compression_ratio():
 
 def test_stages_open_no_file():
     for path in (PACKAGE / "stages").glob("*.py"):
-        assert not any(name.split(".")[0] in ("pathlib", "os", "io", "shutil") for name in imported(path)), path
+        assert not any(name.split(".")[0] in ("pathlib", "os", "io", "shutil") for name in imported(path)), (
+            path
+        )
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert "open" not in names, path

@@ -3,7 +3,8 @@
 Each command imports what it needs, so that `vico --help` and a finished run answer at once.
 """
 
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 shards = typer.Typer(no_args_is_help=True, help="Make and inspect folders of WebDataset shards.")
 app.add_typer(shards, name="shards")
+
+INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
 Folder = Annotated[Path, typer.Argument(help="A folder of shards.")]
 Model = Annotated[Path, typer.Argument(help="A model folder, such as runs/demo/router/model.")]
@@ -22,19 +25,21 @@ Data = Annotated[Path, typer.Option(help="A folder of shards with questions and 
 @shards.command()
 def glyphs(
     output: Output,
-    num_samples: Annotated[int, typer.Option(help="Images to draw.")] = 1000,
+    num_samples: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 1000,
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
     max_tiles: Annotated[int, typer.Option(help="Tiles of the largest image, 1 to 6.")] = 6,
     questions: Annotated[int, typer.Option(help="Questions per image.")] = 4,
     read_fraction: Annotated[float, typer.Option(help="Share of pages of text to be read aloud.")] = 0.0,
-    samples_per_shard: Annotated[int, typer.Option(help="Images per tar.")] = 500,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
     """Draw GlyphDocs, the embedded default's data."""
     from vico_pl.data.build import build_glyphs
     from vico_pl.data.glyphs import GlyphsConfig
 
     config = GlyphsConfig(max_tiles=max_tiles, questions_per_image=questions, read_fraction=read_fraction)
-    index = build_glyphs(output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard)
+    index = build_glyphs(
+        output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard
+    )
     typer.echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
 
 
@@ -43,7 +48,7 @@ def build(
     annotations: Annotated[Path, typer.Option(help="JSONL in LLaVA's or InternVL's form.")],
     images: Annotated[Path, typer.Option(help="Folder that the records' image paths start from.")],
     output: Output,
-    samples_per_shard: Annotated[int, typer.Option(help="Records per tar.")] = 1000,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Records per tar.")] = 1000,
 ) -> None:
     """Pack a JSONL file and its images into shards; bad records are named and left out (exit code 1)."""
     from vico_pl.data.annotations import build_from_annotations
@@ -84,7 +89,7 @@ def stats(folder: Folder) -> None:
 def preview(
     folder: Folder,
     output: Output = Path("preview.png"),
-    count: Annotated[int, typer.Option(help="Samples to show.")] = 12,
+    count: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 12,
 ) -> None:
     """Draw the first samples with their questions and answers as one picture."""
     from itertools import islice
@@ -92,7 +97,11 @@ def preview(
     from vico_pl.data.inspect import read_samples
     from vico_pl.data.preview import contact_sheet
 
-    contact_sheet(list(islice(read_samples(folder), count))).save(output)
+    samples = list(islice(read_samples(folder), count))
+    if not samples:
+        raise ValueError(f"{folder}: no usable sample to show; see 'vico shards check {folder}'")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(samples).save(output)
     typer.echo(f"{output} is written")
 
 
@@ -109,30 +118,40 @@ def train(
     config = open_run(recipe, overrides or [])
     if is_finished(Path(config.run_dir)):
         typer.echo(f"{config.run_dir} is finished: its model is {config.run_dir}/model")
-    else:
+        return
+    try:
         typer.echo(f"{run(config)} is written")
+    except (ValueError, OSError):
+        _discard_unused(Path(config.run_dir))
+        raise
 
 
 @app.command()
 def calibrate(
     model: Model,
     data: Data,
-    retention: Annotated[float, typer.Option(help="Share of the full accuracy to keep.")] = 0.995,
-    budget: Annotated[float | None, typer.Option(help="Instead: largest share of the vision tokens.")] = None,
+    retention: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the full accuracy to keep.")
+    ] = 0.995,
+    budget: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Instead: largest share of the vision tokens.")
+    ] = None,
 ) -> None:
-    """Choose the router's threshold; writes calibration.json, with the curve it was chosen from, into MODEL."""
+    """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
     from vico_pl.data.shards import write_json
-    from vico_pl.inference.calibrate import calibration_record, choose_point, measure_curve
+    from vico_pl.inference.calibrate import calibration_record, check_budget, choose_point, measure_curve
     from vico_pl.inference.session import CALIBRATION_NAME, Session
 
     session = Session.load(model)
-    curve = measure_curve(session, data, track=lambda groups: _progress(groups, "calibrating"))
+    if budget is not None:
+        check_budget(session, budget)
+    curve = measure_curve(session, data, track=_progress)
     chosen = choose_point(curve, retention=retention, budget=budget)
     record = calibration_record(curve, chosen, data=str(data), retention=retention, budget=budget)
     write_json(record, model / CALIBRATION_NAME)
     typer.echo(
         f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
-        f"{chosen.retention['mean']:.2%} of the accuracy; written to {model / CALIBRATION_NAME}"
+        f"{chosen.retention['mean'] or 0:.2%} of the accuracy; written to {model / CALIBRATION_NAME}"
     )
 
 
@@ -142,7 +161,9 @@ def eval_(
     model: Model,
     data: Data,
     output: Annotated[Path | None, typer.Option(help="Folder of the report; default: MODEL/report.")] = None,
-    compare: Annotated[list[Path] | None, typer.Option(help="Runs whose training curves the report shows.")] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Runs whose training curves the report shows.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with other ways to spend the same tokens; writes report.json and report.html."""
@@ -153,10 +174,11 @@ def eval_(
     from vico_pl.inference.session import Session
 
     folder = output or model / "report"
-    runs = {run.name: run for run in [*(compare or []), *map(Path, context.args)]}
+    runs = _named_runs(
+        [*(compare or []), *map(Path, context.args)]
+    )  # further names after --compare are runs too
     session = Session.load(model)
     report, examples = evaluate(session, data, seed=seed, track=_progress)
-    report["model"] = str(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples), runs=runs)
     write_json(report, folder / "report.json")
@@ -179,6 +201,7 @@ def route(
     if session.model.router is None or session.threshold is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
     ratios = route_image(session, pixels)
+    output.parent.mkdir(parents=True, exist_ok=True)
     routing_picture(session, pixels, ratios, caption=image.name).save(output)
     num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
     typer.echo(f"{num_compressed} of {len(ratios)} tiles compressed; {output} is written")
@@ -189,7 +212,7 @@ def generate(
     model: Model,
     image: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
 ) -> None:
     """Answer a question about an image, routed if the model is calibrated."""
     from vico_pl.data.decode import read_image
@@ -207,15 +230,31 @@ def main() -> None:
     except (ValueError, OSError) as error:
         typer.echo(f"vico: {error}", err=True)
         raise SystemExit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("vico: interrupted; the same command goes on from here", err=True)
-        raise SystemExit(130) from error
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("vico: interrupted; the same command takes it up again", err=True)
+        raise
 
 
-def _progress(items: Iterable[Any], title: str) -> Iterator[Any]:
+def _progress(groups: Iterable[Any], title: str, total: int) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return iter(tqdm(items, desc=title, unit="group"))
+    return tqdm(groups, desc=title, total=total, unit="group")
+
+
+def _named_runs(runs: Sequence[Path]) -> dict[str, Path]:
+    """Name runs by their folder, or by the whole path where two folders have the same name."""
+    for run in runs:
+        if not run.is_dir():
+            raise ValueError(f"{run}: no such run folder; --compare shows the curves of runs")
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else str(run): run for run in runs}
+
+
+def _discard_unused(run_dir: Path) -> None:
+    """Remove a run folder in which nothing has begun, so that the corrected command may use its name."""
+    if [path.name for path in run_dir.iterdir()] == ["config.yaml"]:
+        shutil.rmtree(run_dir)
 
 
 def _tell_faults(faults: Iterable[Any]) -> None:

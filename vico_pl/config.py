@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -25,9 +25,11 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     if malformed:
         raise ValueError(f"expected key=value, got {', '.join(malformed)}")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(recipe), OmegaConf.from_dotlist([*overrides]))
-        settings = OmegaConf.to_container(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
+        content = OmegaConf.load(recipe)
+        if not isinstance(content, DictConfig):
+            raise ValueError(f"{recipe}: expected a mapping of settings")
+        settings = OmegaConf.to_container(OmegaConf.merge(content, OmegaConf.from_dotlist([*overrides])))
+    except (OmegaConfBaseException, YAMLError, OSError) as error:  # OSError: a single word or number
         raise ValueError(f"{recipe}: {error}") from error
     return parse_config(settings, name=str(recipe))
 

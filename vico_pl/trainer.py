@@ -167,6 +167,9 @@ def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
 def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path | None) -> None:
     # Lightning asks for a stateful loader; ours needs no state, as its position follows from the global step.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+    warnings.filterwarnings(
+        "ignore", message="Checkpoint directory .* exists and is not empty"
+    )  # a resumed run
     try:
         trainer.fit(stage, data, ckpt_path=checkpoint)
     except SystemExit as error:  # how Lightning ends after Ctrl-C
@@ -215,7 +218,7 @@ def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase,
 @contextmanager
 def _lock(run_dir: Path) -> Iterator[None]:
     """Keep a second process out of a run; the lock ends with the process, however it ends."""
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
     with (run_dir / ".lock").open("w") as file:

@@ -50,7 +50,7 @@ class Sample:
     """A decoded record: images and the conversation about them."""
 
     id: str
-    images: list[Image]
+    images: list[UInt8[Tensor, "3 _ _"]]  # each of its own height and width
     turns: list[Turn]
     metadata: dict[str, Any]  # further fields of the record's JSON, untouched
 

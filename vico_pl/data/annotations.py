@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vico_pl.data.build import build_set
-from vico_pl.data.decode import IMAGE_EXTENSIONS, RecordError
+from vico_pl.data.decode import IMAGE_EXTENSIONS, RecordError, parse_conversation
 from vico_pl.data.shards import ShardIndex, write_shard
 from vico_pl.types import BadRecord
 
@@ -16,7 +16,7 @@ IMAGE_FIELDS = ("image", "images")  # one path or a list of paths, relative to t
 def build_from_annotations(
     annotations: Path, images: Path, output: Path, *, samples_per_shard: int
 ) -> tuple[ShardIndex, list[BadRecord]]:
-    """Pack a JSONL file and its images into shards; returns their index and the lines that could not be packed.
+    """Pack a JSONL file and its images into shards; returns their index and the lines that were left out.
 
     Raises:
         ValueError: the file or the image folder is absent, or no line can be packed.
@@ -43,8 +43,9 @@ def _usable_lines(annotations: Path, images: Path) -> tuple[list[int], list[BadR
     with annotations.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                _parse_line(line, images)
-                offsets.append(position)
+                if line.strip():
+                    _parse_line(line, images)
+                    offsets.append(position)
             except RecordError as error:
                 faults.append(BadRecord(id=f"{annotations.name}:{number}", reason=str(error)))
             position += len(line)
@@ -54,18 +55,19 @@ def _usable_lines(annotations: Path, images: Path) -> tuple[list[int], list[BadR
 def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"JSON: {error}") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        raise RecordError("JSON has no list 'conversations'")
+    if not isinstance(entry, dict):
+        raise RecordError("expected a JSON object in each line")
     named = [name for field in IMAGE_FIELDS for name in _as_list(entry.get(field))]
     paths = [_image_path(name, images) for name in named]
+    parse_conversation(entry, num_images=len(paths))
     return {k: v for k, v in entry.items() if k not in IMAGE_FIELDS}, paths
 
 
 def _image_path(name: Any, images: Path) -> Path:
-    if not isinstance(name, str):
-        raise RecordError(f"image path {name!r} is no text")
+    if not isinstance(name, str) or "\0" in name:
+        raise RecordError(f"image path {name!r} is no path")
     path = (images / name).resolve()
     if not path.is_relative_to(images.resolve()):
         raise RecordError(f"image path '{name}' leads out of {images}")
@@ -96,4 +98,5 @@ def _record(file: Any, offset: int, number: int, images: Path) -> tuple[str, dic
     if len(paths) > 1:
         names = [f"{i}.{name}" for i, name in enumerate(names)]
     files = {name: path.read_bytes() for name, path in zip(names, paths, strict=True)}
-    return f"{number:08d}", {**files, "json": json.dumps(entry, ensure_ascii=False).encode()}
+    annotation = json.dumps(entry, ensure_ascii=False).encode(errors="surrogatepass")
+    return f"{number:08d}", {**files, "json": annotation}

@@ -28,14 +28,26 @@ def decode_record(record: Record) -> Sample:
             or there are not as many `<image>` marks as images.
     """
     _check_key(record.key)
-    annotation = _parse_annotation(record)
-    turns = _parse_turns(annotation)
-    images = [_decode_image(name, record.files[name]) for name in _image_names(record)]
-    num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-    if num_marks != len(images):
-        raise RecordError(f"{num_marks} {IMAGE_TOKEN} marks in the conversation but {len(images)} images")
+    annotation, names = _parse_annotation(record), _image_names(record)
+    turns = parse_conversation(annotation, num_images=len(names))
+    images = [_decode_image(name, record.files[name]) for name in names]
     metadata = {key: value for key, value in annotation.items() if key not in ("conversations", "skills")}
     return Sample(id=record.id, images=images, turns=turns, metadata=metadata)
+
+
+def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
+    """Read the turns of a record's JSON.
+
+    Raises:
+        RecordError: no conversation, roles out of order, or not as many `<image>` marks as images.
+    """
+    if not isinstance(annotation, dict) or not isinstance(annotation.get("conversations"), list):
+        raise RecordError("JSON has no list 'conversations'")
+    turns = _parse_turns(annotation)
+    num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if num_marks != num_images:
+        raise RecordError(f"{num_marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images")
+    return turns
 
 
 def read_image(path: Path) -> Image:
@@ -58,16 +70,13 @@ def _check_key(key: str) -> None:
         raise RecordError(f"key '{key}' is an absolute path or has '..'; keys are names")
 
 
-def _parse_annotation(record: Record) -> dict[str, Any]:
+def _parse_annotation(record: Record) -> Any:
     if "json" not in record.files:
         raise RecordError(f"no .json member; found {sorted(record.files)}")
     try:
-        annotation = json.loads(record.files["json"])
+        return json.loads(record.files["json"])
     except (ValueError, RecursionError) as error:
         raise RecordError(f"JSON: {error}") from error
-    if not isinstance(annotation, dict) or not isinstance(annotation.get("conversations"), list):
-        raise RecordError("JSON has no list 'conversations'")
-    return annotation
 
 
 def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:

@@ -37,8 +37,12 @@ def count_contents(folder: Path) -> dict[str, int]:
 
 def _read_all(folder: Path) -> Iterator[Sample | BadRecord]:
     index = read_index(folder)
-    for record in map(RecordReader(index), range(index.num_samples)):
+    reader = RecordReader(index)
+    for position in range(index.num_samples):
+        name = f"{index.locate(position)[0]}, sample {position} of the set"  # until its key is known
         try:
+            record = reader(position)
+            name = record.id
             yield decode_record(record)
         except RecordError as error:
-            yield BadRecord(id=record.id, reason=str(error))
+            yield BadRecord(id=name, reason=str(error))

@@ -1,7 +1,9 @@
-"""Other ways to choose the tiles to compress, as scores per tile: the higher, the sooner a tile is compressed."""
+"""Other ways to choose the tiles to compress, as scores per tile: the highest are compressed first."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -15,7 +17,8 @@ from vico_pl.inference.session import Session
 from vico_pl.model.reference import FrozenReference
 from vico_pl.stages.router import RouterConfig, tile_loss_ratios
 
-TileScores = list[Float[Tensor, " t"]]  # one entry per sample
+TileScores = list[Float[Tensor, " _"]]  # one entry per sample
+Size = tuple[int, int]  # width and height of an image in pixels
 
 
 @torch.no_grad()
@@ -41,7 +44,8 @@ def oracle_scores(session: Session, group: Group) -> TileScores:
 
     The score is minus the loss ratio of the tile, with the model at full tokens as its own reference.
     """
-    batch = collate([session.chat.encode(sample) for sample in group.samples])
+    chat = replace(session.chat, config=replace(session.chat.config, max_tokens=sys.maxsize))
+    batch = collate([chat.encode(sample) for sample in group.samples])
     reference = FrozenReference(session.model)
     harm = tile_loss_ratios(
         session.model, reference, batch, torch.cat(group.features), RouterConfig(epsilon=1e-6)
@@ -49,33 +53,72 @@ def oracle_scores(session: Session, group: Group) -> TileScores:
     return list((-harm).split([len(sample.tiles) for sample in group.samples]))
 
 
-def shrunken_tilings(
-    sizes: Sequence[tuple[int, int]], tiling: TilingConfig, *, budget: float
-) -> list[TilingConfig]:
-    """Give images (width, height) fewer tiles, so that full tokens for all cost at most `budget` of the original.
+def ranked(scores: TileScores) -> TileScores:
+    """Replace scores by their ranks over all tiles, 1 / n to 1: without ties any number can be chosen.
 
-    Every image gets the same fraction of its tiles, rounded down to a grid it can have, but at least one tile.
+    Of equal scores the one of the earlier tile counts as higher.
     """
-    original = sum(_num_tiles(size, tiling) for size in sizes)
-    fraction = 1.0
-    while fraction > 0:
-        tilings = [_shrink(size, tiling, fraction=fraction) for size in sizes]
-        if sum(_num_tiles(s, t) for s, t in zip(sizes, tilings, strict=True)) <= budget * original:
-            return tilings
-        fraction -= 0.02
-    return [replace(tiling, min_tiles=1, max_tiles=1) for _ in sizes]
+    flat = torch.cat(scores)
+    ranks = torch.empty(len(flat), dtype=torch.float64)
+    ranks[flat.argsort(descending=True, stable=True)] = torch.arange(len(flat), 0, -1).double() / len(flat)
+    return list(ranks.split([len(of_sample) for of_sample in scores]))
 
 
-def _shrink(size: tuple[int, int], tiling: TilingConfig, *, fraction: float) -> TilingConfig:
-    allowed = fraction * _num_tiles(size, tiling)
+def shrunken_tilings(
+    samples: Sequence[Sequence[Size]], tiling: TilingConfig, *, budget: float
+) -> list[TilingConfig]:
+    """Give samples fewer tiles, so that full tokens for all cost at most `budget` of the original.
+
+    Every sample gets the same fraction of its tiles, rounded down to grids its images can have, but at least
+    one tile per image. What the budget has left goes to the first samples that can use it.
+    """
+    unchanged = [tiling for _ in samples]
+    allowed = budget * sum(_costs(samples, unchanged))
+    looser = unchanged
+    for percent in range(100, -1, -2):
+        tilings = [_shrink(sizes, tiling, fraction=percent / 100) for sizes in samples]
+        spare = allowed - sum(_costs(samples, tilings))
+        if spare >= 0:
+            return _spend(spare, samples, tilings, looser)
+        looser = tilings
+    return looser
+
+
+def _shrink(sizes: Sequence[Size], tiling: TilingConfig, *, fraction: float) -> TilingConfig:
+    allowed = fraction * _num_tiles(sizes, tiling)
     for max_tiles in range(tiling.max_tiles, 1, -1):
         smaller = replace(tiling, min_tiles=min(tiling.min_tiles, max_tiles), max_tiles=max_tiles)
-        if _num_tiles(size, smaller) <= allowed:
+        if _num_tiles(sizes, smaller) <= allowed:
             return smaller
     return replace(tiling, min_tiles=1, max_tiles=1)
 
 
-def _num_tiles(size: tuple[int, int], tiling: TilingConfig) -> int:
+def _spend(
+    spare: float,
+    samples: Sequence[Sequence[Size]],
+    tilings: Sequence[TilingConfig],
+    looser: Sequence[TilingConfig],
+) -> list[TilingConfig]:
+    """Give samples their looser tiling for as long as there are tiles to spare."""
+    chosen = list(tilings)
+    extra = [b - a for a, b in zip(_costs(samples, tilings), _costs(samples, looser), strict=True)]
+    for place, more in enumerate(extra):
+        if 0 < more <= spare:
+            chosen[place] = looser[place]
+            spare -= more
+    return chosen
+
+
+def _costs(samples: Sequence[Sequence[Size]], tilings: Iterable[TilingConfig]) -> list[int]:
+    return [_num_tiles(sizes, tiling) for sizes, tiling in zip(samples, tilings, strict=True)]
+
+
+def _num_tiles(sizes: Sequence[Size], tiling: TilingConfig) -> int:
+    return sum(_tiles_of_image(size, tiling) for size in sizes)
+
+
+@lru_cache(maxsize=65536)
+def _tiles_of_image(size: Size, tiling: TilingConfig) -> int:
     columns, rows = choose_grid(*size, tiling)
     return columns * rows + (tiling.use_thumbnail and columns * rows > 1)
 

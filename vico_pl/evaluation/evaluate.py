@@ -1,53 +1,64 @@
 """Hold the router against other ways to spend the same vision tokens: the arms of `report.json`."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
+from vico_pl.data.inspect import read_samples
 from vico_pl.data.tiling import tile_sample
 from vico_pl.evaluation.baselines import (
     TileScores,
     oracle_scores,
     pixel_detail_scores,
     random_scores,
+    ranked,
     router_scores,
     shrunken_tilings,
 )
-from vico_pl.evaluation.metrics import Scores, accuracy_tables, mean_accuracy
-from vico_pl.inference.questions import Answerer, Group, at_threshold, read_groups, threshold_for, vision_tokens
-from vico_pl.inference.routing import NEVER
+from vico_pl.evaluation.metrics import Scores, accuracy_tables
+from vico_pl.inference.questions import (
+    Answerer,
+    Group,
+    Question,
+    Track,
+    accuracy_by_skill,
+    at_threshold,
+    count_groups,
+    read_groups,
+    silent,
+    threshold_for,
+    vision_tokens,
+)
 from vico_pl.inference.session import Session
 
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed
 TIMED_SAMPLES = 12
+EXAMPLES_PER_GROUP = 2
+EXAMPLE_TILES = 4  # at least, thumbnail counted: fewer show little of a choice
 
-Track = Callable[[Iterable[Group], str], Iterable[Group]]  # shows progress under a title
 
+class Setting(NamedTuple):
+    """A way to choose tiles: compress those whose score reaches a threshold."""
 
-@dataclass
-class ArmResult:
-    """What one arm spent and got right."""
-
-    tokens: list[int] = field(default_factory=list)  # vision tokens of each image
-    correct: list[bool] = field(default_factory=list)
-    first_token_ms: list[float] = field(default_factory=list)
+    scores: str  # router, random, pixel_detail or oracle
+    threshold: float
 
 
 @dataclass
-class Results:
-    """Everything measured on an evaluation set."""
+class Outcome:
+    """What one setting spent and got right."""
 
-    arms: dict[str, ArmResult] = field(default_factory=dict)
-    pareto: dict[tuple[str, float], ArmResult] = field(default_factory=dict)
-    skills: list[str] = field(default_factory=list)
-    sample_of_question: list[int] = field(default_factory=list)
-    full_tokens: list[int] = field(default_factory=list)  # of each image
+    tokens: list[int] = field(default_factory=list)  # vision tokens of each sample
+    correct: list[bool] = field(default_factory=list)  # of each question
+    first_token_ms: list[float] = field(default_factory=list)  # of some samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,117 +73,140 @@ class RoutedExample:
     router_answer: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything measured on an evaluation set, filled group by group."""
+
+    arms: dict[str, Setting]
+    pareto: list[Setting]
+    outcomes: dict[Setting, Outcome]
+    questions: list[Question] = field(default_factory=list)
+    examples: list[RoutedExample] = field(default_factory=list)
+
+    def of_arms(self) -> dict[str, Outcome]:
+        """Return the outcome of each arm."""
+        return {arm: self.outcomes[setting] for arm, setting in self.arms.items()}
+
+
 def evaluate(
-    session: Session, folder: Path, *, seed: int, track: Track, num_examples: int = 8
+    session: Session, folder: Path, *, seed: int, track: Track = silent, num_examples: int = 8
 ) -> tuple[dict[str, Any], list[RoutedExample]]:
-    """Evaluate all arms at the router's budget; returns the report (contract C7) and examples for its gallery.
+    """Evaluate all arms at the router's budget; returns the report (contract C7) and examples to show.
 
     Raises:
         ValueError: no calibrated router, or nothing to evaluate on.
     """
     if session.threshold is None:
-        raise ValueError("the model is not calibrated; run 'vico calibrate' on it first")
-    scores = _score_tiles(session, track(read_groups(session, session.samples(folder)), "scoring tiles"), seed=seed)
-    thresholds = _thresholds(scores, session.threshold)
-    results, examples = Results(), []
-    for group in track(read_groups(session, session.samples(folder)), "answering"):
-        answerer = Answerer(session, group)
-        choices = _choices(session, group, scores, thresholds)
-        _record_group(results, session, group, answerer, choices)
-        _record_pareto(results, session, group, answerer, scores)
-        if len(examples) < num_examples:
-            examples += _examples(group, answerer, choices, limit=2)
-    if not results.skills:
+        raise ValueError(f"{session.folder}: the model is not calibrated; run 'vico calibrate' on it first")
+    num_groups = count_groups(folder)
+    groups = track(read_groups(session, session.samples(folder)), "scoring tiles", num_groups)
+    scores = _score_tiles(session, groups, seed=seed)
+    if not sum(map(len, scores["router"])):
+        raise ValueError(f"{folder}: no image to evaluate on")
+    results = _no_results(scores, session.threshold)
+    for group in track(read_groups(session, session.samples(folder)), "answering", num_groups):
+        _answer_group(results, session, group, scores)
+    if not results.questions:
         raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
-    budget = sum(results.arms["router"].tokens) / sum(results.full_tokens)
-    _record_downsampled(results, session, folder, track, budget=budget)
-    return _report(results, folder, seed=seed), examples[:num_examples]
+    arms = results.of_arms()
+    budget = sum(arms["router"].tokens) / sum(arms["full"].tokens)
+    tilings = shrunken_tilings(_image_sizes(folder), session.tiling, budget=budget)
+    shrunk = (tile_sample(s, t) for s, t in zip(read_samples(folder), tilings, strict=True))
+    arms["downsample"] = _answer_at_full_tokens(
+        session, track(read_groups(session, shrunk), "downsampled", num_groups)
+    )
+    return _report(session, folder, results, arms, seed=seed), results.examples[:num_examples]
 
 
 def _score_tiles(session: Session, groups: Iterable[Group], *, seed: int) -> dict[str, TileScores]:
+    """Score the tiles of the whole set; all but the router's scores become ranks."""
     scores: dict[str, TileScores] = {"router": [], "random": [], "pixel_detail": [], "oracle": []}
     for group in groups:
         scores["router"] += router_scores(session, group)
         scores["random"] += random_scores(group, seed=seed)
         scores["pixel_detail"] += pixel_detail_scores(group)
         scores["oracle"] += oracle_scores(session, group)
-    return scores
-
-
-def _thresholds(scores: Mapping[str, TileScores], threshold: float) -> dict[str, float]:
-    """Give every arm the threshold at which it compresses as many tiles as the router does."""
-    fraction = float((torch.cat(scores["router"]) >= threshold).float().mean())
-    same_budget = {arm: threshold_for(scores[arm], compressed_fraction=fraction) for arm in scores}
-    return {**same_budget, "router": threshold}
-
-
-def _choices(
-    session: Session, group: Group, scores: Mapping[str, TileScores], thresholds: Mapping[str, float]
-) -> dict[str, list[Tensor]]:
-    ratios = session.model.ratios
-    own = {arm: _own(of_set, group) for arm, of_set in scores.items()}
     return {
-        "full": at_threshold(own["random"], NEVER, ratios=ratios),
-        "all_compressed": at_threshold(own["random"], 0.0, ratios=ratios),
-        **{arm: at_threshold(own[arm], thresholds[arm], ratios=ratios) for arm in own},
+        arm: of_set if arm == "router" or not of_set else ranked(of_set) for arm, of_set in scores.items()
     }
 
 
-def _record_group(
-    results: Results, session: Session, group: Group, answerer: Answerer, choices: Mapping[str, list[Tensor]]
+def _no_results(scores: Mapping[str, TileScores], threshold: float) -> Results:
+    """Give every arm the threshold at which it compresses as many tiles as the router does."""
+    fraction = float((torch.cat(scores["router"]) >= threshold).double().mean())
+    arms = {
+        "full": Setting("router", math.inf),
+        "all_compressed": Setting("router", 0.0),
+        **{arm: Setting(arm, threshold_for(scores[arm], compressed_fraction=fraction)) for arm in scores},
+        "router": Setting("router", threshold),
+    }
+    swept = [
+        Setting(arm, threshold_for(of_set, compressed_fraction=share))
+        for arm, of_set in scores.items()
+        for share in PARETO_FRACTIONS
+    ]
+    pareto = list(dict.fromkeys(swept))  # in a small set two shares may be the same number of tiles
+    return Results(arms=arms, pareto=pareto, outcomes={s: Outcome() for s in [*arms.values(), *pareto]})
+
+
+def _answer_group(results: Results, session: Session, group: Group, scores: Mapping[str, TileScores]) -> None:
+    members = slice(group.first, group.first + len(group.samples))
+    choices = {
+        setting: at_threshold(scores[setting.scores][members], setting.threshold, ratios=session.model.ratios)
+        for setting in results.outcomes
+    }
+    answerer = Answerer(session, group)
+    answerer.prepare(choices.values())
+    for setting, ratios in choices.items():
+        _record(results.outcomes[setting], session, answerer, ratios)
+    if group.first == 0:
+        for arm, setting in results.arms.items():
+            times = _time_first_tokens(session, group, choices[setting], routes=arm == "router")
+            results.outcomes[setting].first_token_ms[:] = times
+    results.questions.extend(group.questions)
+    results.examples.extend(_examples(results, group, answerer, choices))
+
+
+def _record(
+    outcome: Outcome, session: Session, answerer: Answerer, ratios: Sequence[Int64[Tensor, " _"]]
 ) -> None:
-    num_patches = session.model.vision.num_patches
-    results.skills += [q.skill for q in group.questions]
-    results.sample_of_question += [q.sample for q in group.questions]
-    results.full_tokens += vision_tokens(choices["full"], num_patches=num_patches)
-    for arm, ratios in choices.items():
-        result = results.arms.setdefault(arm, ArmResult())
-        result.tokens += vision_tokens(ratios, num_patches=num_patches)
-        result.correct += answerer.correct(ratios)
-        if group.first == 0:
-            result.first_token_ms += _time_first_tokens(session, group, ratios, routes=arm == "router")
+    outcome.tokens += vision_tokens(ratios, num_patches=session.model.vision.num_patches)
+    outcome.correct += answerer.correct(ratios)
 
 
-def _record_pareto(
-    results: Results, session: Session, group: Group, answerer: Answerer, scores: Mapping[str, TileScores]
-) -> None:
-    for arm, of_set in scores.items():
-        for fraction in PARETO_FRACTIONS:
-            threshold = threshold_for(of_set, compressed_fraction=fraction)
-            ratios = at_threshold(_own(of_set, group), threshold, ratios=session.model.ratios)
-            result = results.pareto.setdefault((arm, threshold), ArmResult())
-            result.tokens += vision_tokens(ratios, num_patches=session.model.vision.num_patches)
-            result.correct += answerer.correct(ratios)
-
-
-def _record_downsampled(results: Results, session: Session, folder: Path, track: Track, *, budget: float) -> None:
-    """Shrink images instead of compressing tiles, to the same total of vision tokens."""
-    sizes = [(s.images[0].shape[2], s.images[0].shape[1]) if s.images else (1, 1) for s in session.decoded(folder)]
-    tilings = shrunken_tilings(sizes, session.tiling, budget=budget)
-    shrunk = (tile_sample(s, t) for s, t in zip(session.decoded(folder), tilings, strict=True))
-    result = results.arms["downsample"] = ArmResult()
-    for group in track(read_groups(session, shrunk), "downsampled"):
+def _answer_at_full_tokens(session: Session, groups: Iterable[Group]) -> Outcome:
+    outcome = Outcome()
+    for group in groups:
         ratios = [torch.full((len(f),), session.model.ratios[0]) for f in group.features]
-        result.tokens += vision_tokens(ratios, num_patches=session.model.vision.num_patches)
-        result.correct += Answerer(session, group).correct(ratios)
+        _record(outcome, session, Answerer(session, group), ratios)
         if group.first == 0:
-            result.first_token_ms += _time_first_tokens(session, group, ratios, routes=False)
+            outcome.first_token_ms += _time_first_tokens(session, group, ratios, routes=False)
+    return outcome
+
+
+def _image_sizes(folder: Path) -> list[list[tuple[int, int]]]:
+    return [[(image.shape[2], image.shape[1]) for image in s.images] for s in read_samples(folder)]
 
 
 def _examples(
-    group: Group, answerer: Answerer, choices: Mapping[str, list[Tensor]], *, limit: int
+    results: Results, group: Group, answerer: Answerer, choices: Mapping[Setting, Sequence[Tensor]]
 ) -> Iterator[RoutedExample]:
-    """Pick questions about images of several tiles, one per image."""
-    full, routed = answerer(choices["full"]), answerer(choices["router"])
+    """Pick questions about single images of several tiles, one per image."""
+    routed = choices[results.arms["router"]]
+    full_answers, router_answers = answerer(choices[results.arms["full"]]), answerer(routed)
     seen: set[int] = set()
-    for question, full_answer, router_answer in zip(group.questions, full, routed, strict=True):
+    for question, full_answer, router_answer in zip(
+        group.questions, full_answers, router_answers, strict=True
+    ):
         place = question.sample - group.first
-        if len(seen) == limit or place in seen or len(group.samples[place].tiles) < 4:
+        sample = group.samples[place]
+        is_shown = len(sample.tiles) >= EXAMPLE_TILES and len(sample.tiles_per_image) == 1
+        if len(seen) == EXAMPLES_PER_GROUP or place in seen or not is_shown:
             continue
         seen.add(place)
         yield RoutedExample(
             sample=question.sample,
-            ratios=choices["router"][place].tolist(),
+            ratios=routed[place].tolist(),
             question=question.text,
             expected=question.expected,
             full_answer=full_answer,
@@ -181,45 +215,51 @@ def _examples(
 
 
 @torch.no_grad()
-def _time_first_tokens(session: Session, group: Group, ratios: Sequence[Tensor], *, routes: bool) -> list[float]:
-    """Time tiles -> first answer token for single samples, in milliseconds; the first one warms up."""
+def _time_first_tokens(
+    session: Session, group: Group, ratios: Sequence[Int64[Tensor, " _"]], *, routes: bool
+) -> list[float]:
+    """Time tiles -> first answer token for single samples, in milliseconds; one more run warms up."""
     times = []
-    for sample, choice in list(zip(group.samples, ratios, strict=True))[: TIMED_SAMPLES + 1]:
+    samples = list(zip(group.samples, ratios, strict=True))[:TIMED_SAMPLES]
+    for sample, choice in [samples[0], *samples]:
         start = time.perf_counter()
         session.first_token(sample, choice, routes=routes)
         times.append((time.perf_counter() - start) * 1000)
     return times[1:]
 
 
-def _report(results: Results, folder: Path, *, seed: int) -> dict[str, Any]:
+def _report(
+    session: Session, folder: Path, results: Results, arms: Mapping[str, Outcome], *, seed: int
+) -> dict[str, Any]:
+    skills = [q.skill for q in results.questions]
     scores = Scores(
-        sample=np.array(results.sample_of_question),
-        skill=np.array(results.skills),
-        correct={arm: np.array(result.correct) for arm, result in results.arms.items()},
+        sample=np.array([q.sample for q in results.questions]),
+        skill=np.array(skills),
+        correct={arm: np.array(outcome.correct) for arm, outcome in arms.items()},
     )
     tables = accuracy_tables(scores, seed=seed)
-    total = sum(results.full_tokens)
-    arms = {
-        arm: {
-            "vision_tokens_per_image": round(float(np.mean(result.tokens)), 3),
-            "token_fraction": round(sum(result.tokens) / total, 5),
-            **tables[arm],
-            "first_token_ms": round(float(np.median(result.first_token_ms)), 3),
-        }
-        for arm, result in results.arms.items()
+    full_tokens = sum(arms["full"].tokens)
+    return {
+        "model": str(session.folder),
+        "dataset": str(folder),
+        "num_samples": len(arms["full"].tokens),
+        "seed": seed,
+        "arms": {
+            arm: {
+                "vision_tokens_per_image": round(float(np.mean(outcome.tokens)), 3),
+                "token_fraction": round(sum(outcome.tokens) / full_tokens, 5),
+                **tables[arm],
+                "first_token_ms": round(float(np.median(outcome.first_token_ms)), 3),
+            }
+            for arm, outcome in arms.items()
+        },
+        "pareto": [
+            {
+                "arm": setting.scores,
+                "threshold": setting.threshold if math.isfinite(setting.threshold) else None,
+                "token_fraction": round(sum(results.outcomes[setting].tokens) / full_tokens, 5),
+                "accuracy_mean": accuracy_by_skill(skills, results.outcomes[setting].correct)["mean"],
+            }
+            for setting in results.pareto
+        ],
     }
-    pareto = [
-        {
-            "arm": arm,
-            "threshold": threshold if np.isfinite(threshold) else None,
-            "token_fraction": round(sum(result.tokens) / total, 5),
-            "accuracy_mean": mean_accuracy(scores.skill, np.array(result.correct))["mean"],
-        }
-        for (arm, threshold), result in results.pareto.items()
-    ]
-    num_samples = len(results.full_tokens)
-    return {"model": "", "dataset": str(folder), "num_samples": num_samples, "seed": seed, "arms": arms, "pareto": pareto}
-
-
-def _own(of_set: TileScores, group: Group) -> TileScores:
-    return of_set[group.first : group.first + len(group.samples)]

@@ -7,6 +7,7 @@ import PIL.Image
 import torch
 
 from vico_pl.data.decode import IMAGE_TOKEN
+from vico_pl.data.inspect import read_samples
 from vico_pl.data.tiling import choose_grid, tile_image
 from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.picture import draw_routing
@@ -21,7 +22,9 @@ def route_image(session: Session, image: Image) -> list[int]:
     return session.route(session.model.encode_tiles(tile_image(image, session.tiling))).tolist()
 
 
-def routing_picture(session: Session, image: Image, ratios: Sequence[int], *, caption: str = "") -> PIL.Image.Image:
+def routing_picture(
+    session: Session, image: Image, ratios: Sequence[int], *, caption: str = ""
+) -> PIL.Image.Image:
     """Draw an image with its compressed tiles dimmed."""
     tokens = [session.model.vision.num_patches // ratio for ratio in ratios]
     grid = choose_grid(image.shape[2], image.shape[1], session.tiling)
@@ -33,7 +36,7 @@ def build_gallery(session: Session, folder: Path, examples: Sequence[RoutedExamp
     wanted = {example.sample: example for example in examples}
     return [
         _item(session, sample.images[0], wanted[position])
-        for position, sample in enumerate(session.decoded(folder))
+        for position, sample in enumerate(read_samples(folder))
         if position in wanted
     ]
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from vico_pl.inference.questions import SKILLS
+
 NUM_RESAMPLES = 2000
-SKILL_NAMES = ("perception", "reasoning", "ocr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,19 +17,22 @@ class Scores:
 
     sample: np.ndarray  # int (Q,): the image of each question
     skill: np.ndarray  # str (Q,)
-    correct: Mapping[str, np.ndarray]  # arm -> bool (Q,)
+    correct: Mapping[str, np.ndarray]  # arm -> bool (Q,); one arm is `full`
 
 
 def accuracy_tables(scores: Scores, *, seed: int) -> dict[str, dict[str, Any]]:
     """Return for every arm accuracy and retention per skill and on average, each with its 95 % interval.
 
-    Images are resampled with replacement, the same ones for all arms; the mean is over skills, so that a skill with
-    more questions weighs no more. A skill without questions is None.
+    Images are resampled with replacement, the same ones for all arms; the mean is over skills, so that a
+    skill with more questions weighs no more. A skill without questions is None.
     """
-    weights = _resampled_weights(scores.sample, seed=seed)
-    plain = np.ones((1, len(scores.sample)))
-    point = {arm: _by_skill(scores.skill, correct, plain) for arm, correct in scores.correct.items()}
-    drawn = {arm: _by_skill(scores.skill, correct, weights) for arm, correct in scores.correct.items()}
+    images, owner = np.unique(scores.sample, return_inverse=True)
+    draws = np.random.default_rng(seed).multinomial(
+        len(images), np.full(len(images), 1 / len(images)), NUM_RESAMPLES
+    )
+    once = np.ones((1, len(images)), dtype=int)
+    point = {arm: _by_skill(owner, scores.skill, correct, once) for arm, correct in scores.correct.items()}
+    drawn = {arm: _by_skill(owner, scores.skill, correct, draws) for arm, correct in scores.correct.items()}
     return {
         arm: {
             "accuracy": {k: _number(v[0]) for k, v in point[arm].items()},
@@ -40,28 +44,25 @@ def accuracy_tables(scores: Scores, *, seed: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def mean_accuracy(skill: np.ndarray, correct: np.ndarray) -> dict[str, float | None]:
-    """Return accuracy per skill and their mean."""
-    return {k: _number(v[0]) for k, v in _by_skill(skill, correct, np.ones((1, len(skill)))).items()}
+def _by_skill(
+    owner: np.ndarray, skill: np.ndarray, correct: np.ndarray, draws: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return accuracy per skill and their mean for every resample.
 
-
-def _resampled_weights(sample: np.ndarray, *, seed: int) -> np.ndarray:
-    """Return how often each question is drawn in each resample, (resamples, Q)."""
-    images, owner = np.unique(sample, return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(images), np.full(len(images), 1 / len(images)), NUM_RESAMPLES
-    )
-    return draws[:, owner].astype(float)
-
-
-def _by_skill(skill: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    Args:
+        owner: place of each question's image, (Q,).
+        skill: name of each question's skill, (Q,).
+        correct: what was answered as expected, (Q,).
+        draws: how often each image is in each resample, (resamples, images).
+    """
+    num_images = draws.shape[1]
     table = {}
-    for name in SKILL_NAMES:
+    for name in SKILLS:
         mine = skill == name
-        total = weights[:, mine].sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            table[name] = (weights[:, mine] * correct[mine]).sum(1) / total
-    present = [v for name, v in table.items() if (skill == name).any()]
+        asked = draws @ np.bincount(owner[mine], minlength=num_images)
+        right = draws @ np.bincount(owner[mine & correct], minlength=num_images)
+        table[name] = _ratio(right, asked)
+    present = [table[name] for name in SKILLS if (skill == name).any()]
     return {**table, "mean": np.nanmean(present, axis=0)}
 
 

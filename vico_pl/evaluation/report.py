@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from vico_pl.data.shards import atomic_path
-from vico_pl.evaluation.metrics import NUM_RESAMPLES, SKILL_NAMES
-from vico_pl.inference.questions import is_correct
+from vico_pl.evaluation.metrics import NUM_RESAMPLES
+from vico_pl.inference.questions import SKILLS, is_correct
 
 NOTHING = "\N{EN DASH}"
-COLUMNS = (*SKILL_NAMES, "mean")
+COLUMNS = (*SKILLS, "mean")
 MAX_POINTS = 400  # per curve: more cannot be told apart
 CURVES_PER_ROW = 3
 UNITS = {"loss": "nats", "kl": "nats", "tiles_per_s": "tiles/s", "samples_per_s": "samples/s", "step_s": "s"}

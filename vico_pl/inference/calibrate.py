@@ -1,6 +1,6 @@
 """Find the router's threshold: as few vision tokens as the wanted accuracy allows."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,21 @@ import torch
 from vico_pl.inference.questions import (
     Answerer,
     Group,
+    Track,
     accuracy_by_skill,
     at_threshold,
+    count_groups,
     read_groups,
-    threshold_for,
+    silent,
     vision_tokens,
 )
 from vico_pl.inference.routing import NEVER, compress_probability
 from vico_pl.inference.session import Session
 
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
-SKILL_SLACK = 0.01  # a single skill may fall this far below the wanted retention, as few questions make it noisy
-
-Track = Callable[[Iterable[Group]], Iterable[Group]]  # shows progress
+SKILL_SLACK = (
+    0.01  # a single skill may fall this far below the wanted retention, as few questions make it noisy
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +37,40 @@ class CalibrationPoint:
     retention: dict[str, float | None]  # accuracy over that of full tokens
 
 
-def measure_curve(session: Session, folder: Path, *, track: Track = iter) -> list[CalibrationPoint]:
-    """Answer the questions of a folder at thresholds that compress from no tile to all."""
-    scores = [p for group in track(read_groups(session, session.samples(folder))) for p in _probabilities(session, group)]
-    if not scores:
-        raise ValueError(f"{folder}: no sample to calibrate on")
-    thresholds = [_between(scores, fraction) for fraction in COMPRESSED_FRACTIONS]
+def measure_curve(session: Session, folder: Path, *, track: Track = silent) -> list[CalibrationPoint]:
+    """Answer the questions of a folder at thresholds that compress from no tile to all.
+
+    Raises:
+        ValueError: the folder has no image, or no question with a skill.
+    """
+
+    def groups(title: str) -> Iterable[Group]:
+        return track(read_groups(session, session.samples(folder)), title, count_groups(folder))
+
+    scores = [p for group in groups("scoring tiles") for p in _probabilities(session, group)]
+    if not sum(map(len, scores)):
+        raise ValueError(f"{folder}: no image to calibrate on")
+    thresholds = list(dict.fromkeys(_between(scores, fraction) for fraction in COMPRESSED_FRACTIONS))
     skills: list[str] = []
     correct: list[list[bool]] = [[] for _ in thresholds]
-    for group in track(read_groups(session, session.samples(folder))):
-        answerer = Answerer(session, group)
+    for group in groups("answering"):
         own = scores[group.first : group.first + len(group.samples)]
+        choices = [at_threshold(own, threshold, ratios=session.model.ratios) for threshold in thresholds]
+        answerer = Answerer(session, group)
+        answerer.prepare(choices)
         skills += [q.skill for q in group.questions]
-        for column, threshold in zip(correct, thresholds, strict=True):
-            column += answerer.correct(at_threshold(own, threshold, ratios=session.model.ratios))
+        for column, ratios in zip(correct, choices, strict=True):
+            column += answerer.correct(ratios)
     if not skills:
         raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
     return list(_points(session, scores, thresholds, skills, correct))
+
+
+def check_budget(session: Session, budget: float) -> None:
+    """Raise ValueError if even compressing all tiles costs more than `budget`: known before any measuring."""
+    cheapest = session.model.ratios[0] / session.model.ratios[-1]
+    if budget < cheapest:
+        raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest}")
 
 
 def choose_point(
@@ -67,14 +86,21 @@ def choose_point(
         if not within:
             cheapest = min(point.token_fraction for point in curve)
             raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest:.3f}")
-        return max(within, key=lambda point: (point.accuracy["mean"], -point.token_fraction))
+        return max(within, key=lambda point: (point.accuracy["mean"] or 0.0, -point.token_fraction))
     keeping = [point for point in curve if _keeps(point, retention)]
     return min(keeping, key=lambda point: point.token_fraction)
 
 
-def calibration_record(curve: Sequence[CalibrationPoint], chosen: CalibrationPoint, **made_with: Any) -> dict[str, Any]:
+def calibration_record(
+    curve: Sequence[CalibrationPoint], chosen: CalibrationPoint, **made_with: Any
+) -> dict[str, Any]:
     """Return what is written beside the weights."""
-    return {"threshold": chosen.threshold, **made_with, "chosen": asdict(chosen), "curve": [asdict(p) for p in curve]}
+    return {
+        "threshold": chosen.threshold,
+        **made_with,
+        "chosen": asdict(chosen),
+        "curve": [asdict(p) for p in curve],
+    }
 
 
 @torch.no_grad()
@@ -110,8 +136,12 @@ def _points(
             threshold=threshold,
             token_fraction=spent / (sum(map(len, scores)) * model.tokens_per_full_tile),
             accuracy=accuracy,
-            retention={k: v / full[k] if v is not None and full[k] else None for k, v in accuracy.items()},
+            retention={skill: _share(value, full[skill]) for skill, value in accuracy.items()},
         )
+
+
+def _share(value: float | None, full: float | None) -> float | None:
+    return value / full if value is not None and full else None
 
 
 def _keeps(point: CalibrationPoint, retention: float) -> bool:

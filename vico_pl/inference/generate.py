@@ -1,6 +1,7 @@
 """Routed, batched, greedy generation with a key-value cache."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,35 +15,22 @@ from vico_pl.model.splice import Spliced
 from vico_pl.types import Image, Sample, TiledSample
 
 
-@torch.no_grad()
 def answer(
     session: Session,
     samples: Sequence[TiledSample],
     questions: Sequence[str],
     *,
-    features: Sequence[Float[Tensor, "t P C"]],
-    ratios: Sequence[Int64[Tensor, " t"]],
+    features: Sequence[Float[Tensor, "_ P C"]],
+    ratios: Sequence[Int64[Tensor, " _"]],
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Answer question i about sample i, whose tiles have patch features `features[i]` and are seen at `ratios[i]`.
+    """Answer question i about sample i, whose tiles have `features[i]` and are seen at `ratios[i]`.
 
-    Samples of any number of tiles, none included, share a batch; each answer is what the sample alone would get.
+    Samples of any number of tiles, none included, share a batch; each answer is what the sample alone
+    would get.
     """
-    prompts = [
-        session.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
-        for sample, question in zip(samples, questions, strict=True)
-    ]
-    spliced = session.model.splice_batch(collate(prompts), torch.cat(list(features)), torch.cat(list(ratios)))
-    embeddings, attention_mask = pad_left(spliced)
-    language = session.model.language
-    language.set_attn_implementation("sdpa")
-    ids = language.generate(
-        inputs_embeds=embeddings,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=session.tokenizer.eos_token_id,
-        pad_token_id=session.tokenizer.pad_token_id,
+    ids = generate_ids(
+        session, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
     )
     return [text.strip() for text in session.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -53,7 +41,39 @@ def answer_image(session: Session, image: Image, question: str, *, max_new_token
     sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), session.tiling)
     features = session.model.encode_tiles(sample.tiles)
     ratios = session.route(features)
-    return answer(session, [sample], [question], features=[features], ratios=[ratios], max_new_tokens=max_new_tokens)[0]
+    (text,) = answer(
+        session, [sample], [question], features=[features], ratios=[ratios], max_new_tokens=max_new_tokens
+    )
+    return text
+
+
+@torch.no_grad()
+def generate_ids(
+    session: Session,
+    samples: Sequence[TiledSample],
+    questions: Sequence[str],
+    *,
+    features: Sequence[Float[Tensor, "_ P C"]],
+    ratios: Sequence[Int64[Tensor, " _"]],
+    max_new_tokens: int,
+) -> Int64[Tensor, "B n"]:
+    """Return the token ids of the answers, each up to the end of its turn and padded behind it."""
+    prompts = [
+        session.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+        for sample, question in zip(samples, questions, strict=True)
+    ]
+    spliced = session.model.splice_batch(collate(prompts), torch.cat(list(features)), torch.cat(list(ratios)))
+    embeddings, attention_mask = pad_left(spliced)
+    session.model.language.set_attn_implementation("sdpa")
+    generate: Any = session.model.language.generate  # typed by its mixin alone
+    return generate(
+        inputs_embeds=embeddings,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=session.tokenizer.eos_token_id,
+        pad_token_id=session.tokenizer.pad_token_id,
+    )
 
 
 def pad_left(spliced: Spliced) -> tuple[Float[Tensor, "B S D"], Int64[Tensor, "B S"]]:

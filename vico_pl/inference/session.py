@@ -13,16 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.collate import collate
-from vico_pl.data.decode import IMAGE_TOKEN, decode_record
-from vico_pl.data.pipeline import apply
-from vico_pl.data.shards import RecordReader, read_index
+from vico_pl.data.decode import IMAGE_TOKEN
+from vico_pl.data.inspect import read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.data.tokenizer import load_tokenizer
 from vico_pl.inference.routing import NEVER, choose_ratios
 from vico_pl.model.checkpoint import PROCESSING_NAME, load_model
 from vico_pl.model.language import run_packed
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.types import Sample, TiledSample
+from vico_pl.types import TiledSample
 
 CALIBRATION_NAME = "calibration.json"
 
@@ -31,6 +30,7 @@ CALIBRATION_NAME = "calibration.json"
 class Session:
     """What is needed to answer questions about images."""
 
+    folder: Path  # what was opened
     model: VisionLanguageModel
     tokenizer: PreTrainedTokenizerBase
     tiling: TilingConfig
@@ -45,14 +45,14 @@ class Session:
             ValueError: a part of the folder is missing or does not fit.
         """
         model, tokenizer = load_model(folder), load_tokenizer(folder)
-        processing = _read_json(folder / PROCESSING_NAME)
-        calibration = folder / CALIBRATION_NAME
+        tiling, chat = _read_processing(folder / PROCESSING_NAME)
         return cls(
+            folder=folder,
             model=model,
             tokenizer=tokenizer,
-            tiling=TilingConfig(**processing["tiling"]),
-            chat=ChatEncoder(tokenizer, ChatConfig(**processing["chat"]), model.tokens_per_full_tile),
-            threshold=_read_json(calibration)["threshold"] if calibration.exists() else None,
+            tiling=tiling,
+            chat=ChatEncoder(tokenizer, chat, model.tokens_per_full_tile),
+            threshold=_read_threshold(folder / CALIBRATION_NAME),
         )
 
     def router_logits(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T K"]:
@@ -63,7 +63,7 @@ class Session:
         """
         if self.model.router is None:
             raise ValueError(
-                "the model has no router; train one with 'vico train' and a recipe of stage router"
+                f"{self.folder}: the model has no router; train one with a recipe of stage router"
             )
         return self.model.router(features)
 
@@ -80,32 +80,58 @@ class Session:
         features = self.model.encode_tiles(sample.tiles)
         if routes:
             self.router_logits(features)
-        batch = collate([self.chat.encode_prompt(sample, sample.turns[0].text)])
+        question = question_text(sample.turns[0].text, num_images=len(sample.tiles_per_image))
+        batch = collate([self.chat.encode_prompt(sample, question)])
         spliced = self.model.splice_batch(batch, features, ratios)
-        states = run_packed(self.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
+        states = run_packed(
+            self.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
+        )
         return int((states[-1] @ self.model.head.T).argmax())
 
-    def decoded(self, folder: Path) -> Iterator[Sample]:
-        """Read the samples of a folder of shards in their order; bad records are left out."""
-        index = read_index(folder)
-        records = map(RecordReader(index), range(index.num_samples))
-        return (s for s in apply(records, function=decode_record) if isinstance(s, Sample))
-
     def samples(self, folder: Path) -> Iterator[TiledSample]:
-        """Read samples and cut them as the model was trained."""
-        return (tile_sample(sample, self.tiling) for sample in self.decoded(folder))
+        """Read the usable samples of a folder of shards, cut as the model was trained."""
+        return (tile_sample(sample, self.tiling) for sample in read_samples(folder))
 
 
 def question_text(prompt: str, *, num_images: int) -> str:
-    """Put one image mark per image before a question that has none.
+    r"""Put all images before a question that does not say where each of them belongs.
 
     >>> question_text("How many?", num_images=1)
-    '<image>\\nHow many?'
+    '<image>\nHow many?'
+    >>> question_text("From <image> to <image>, what changed?", num_images=2)
+    'From <image> to <image>, what changed?'
     """
+    if prompt.count(IMAGE_TOKEN) == num_images:
+        return prompt
     return f"{IMAGE_TOKEN}\n" * num_images + prompt.replace(IMAGE_TOKEN, "").strip()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_processing(path: Path) -> tuple[TilingConfig, ChatConfig]:
+    content = _read_json(path)
+    try:
+        return TilingConfig(**content["tiling"]), ChatConfig(**content["chat"])
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from error
+    except (TypeError, ValueError) as error:  # unknown settings, or values that do not fit
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_threshold(path: Path) -> float | None:
     if not path.exists():
+        return None
+    threshold = _read_json(path).get("threshold")
+    if not isinstance(threshold, float | int):
+        raise ValueError(f"{path}: its threshold is {threshold!r}, no number; run 'vico calibrate' again")
+    return float(threshold)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
         raise ValueError(f"{path.parent}: no {path.name}; 'vico train' writes it beside the weights")
-    return json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content

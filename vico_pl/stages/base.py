@@ -40,8 +40,8 @@ class Stage(L.LightningModule):
     def trained_model(self) -> VisionLanguageModel:
         """Return the model that the next stage takes over."""
 
-    def on_train_start(self) -> None:
-        """Put what is trained into training mode: models come from disk in eval mode, which Lightning keeps."""
+    def setup(self, stage: str) -> None:
+        """Put what is trained into training mode: models are loaded in eval mode, which Lightning keeps."""
         self.train()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:

@@ -1,0 +1,23 @@
+"""A tiny model folder and an evaluation set that it answers."""
+
+import pytest
+
+from tests.sessions import answered_records, write_model_folder, write_set
+from vico_pl.inference.session import Session
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    return write_model_folder(tmp_path_factory.mktemp("inference") / "model", tokenizer)
+
+
+@pytest.fixture
+def session(model_folder):
+    return Session.load(model_folder)
+
+
+@pytest.fixture(scope="session")
+def answered(tmp_path_factory, model_folder):
+    """A set of 16 samples whose expected answers are those of the model at full tokens."""
+    records = answered_records(Session.load(model_folder), count=16)
+    return write_set(tmp_path_factory.mktemp("answered") / "val", records)

@@ -1,0 +1,219 @@
+import json
+
+import pytest
+import torch
+
+from tests.sessions import router_probabilities, tiled, write_model_folder, write_set
+from vico_pl.data.shards import write_json
+from vico_pl.inference.calibrate import (
+    SKILL_SLACK,
+    CalibrationPoint,
+    calibration_record,
+    check_budget,
+    choose_point,
+    measure_curve,
+)
+from vico_pl.inference.questions import silent
+from vico_pl.inference.routing import NEVER
+from vico_pl.inference.session import CALIBRATION_NAME, Session
+
+
+def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None):
+    kept = {"perception": mean, "reasoning": None, "ocr": mean if ocr is None else ocr, "mean": mean}
+    right = {skill: accuracy if accuracy is not None else value for skill, value in kept.items()}
+    return CalibrationPoint(threshold=threshold, token_fraction=fraction, accuracy=right, retention=kept)
+
+
+FULL = point(NEVER, 1.0)
+
+
+def chosen(*points, retention=0.99, budget=None):
+    return choose_point([FULL, *points], retention=retention, budget=budget).threshold
+
+
+def test_the_cheapest_point_that_keeps_the_accuracy_is_chosen():
+    curve = [point(0.9, 0.8, mean=1.0), point(0.5, 0.5, mean=0.99), point(0.2, 0.3, mean=0.98)]
+    assert chosen(*curve) == 0.5
+    assert chosen(*reversed(curve)) == 0.5
+    assert chosen(*curve, retention=0.98) == 0.2
+    assert chosen(*curve, retention=0.995) == 0.9
+
+
+def test_full_tokens_are_kept_where_no_compressed_point_keeps_the_accuracy():
+    assert chosen(point(0.9, 0.8, mean=0.9), point(0.0, 0.25, mean=0.1)) == NEVER
+
+
+def test_full_tokens_are_kept_where_nothing_is_right_at_all():
+    nothing = CalibrationPoint(
+        threshold=0.1, token_fraction=0.5, accuracy={"mean": 0.0}, retention={"ocr": None, "mean": None}
+    )
+    assert chosen(nothing) == NEVER
+
+
+def test_one_skill_may_fall_a_little_below_the_mean_but_not_far():
+    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 0.9 * SKILL_SLACK)) == 0.5
+    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * SKILL_SLACK)) == NEVER
+
+
+def test_a_skill_without_questions_decides_nothing():
+    assert point(0.5, 0.5).retention["reasoning"] is None
+    assert chosen(point(0.5, 0.5)) == 0.5
+
+
+def test_within_a_budget_the_most_accurate_point_is_chosen_and_of_equals_the_cheapest():
+    curve = [
+        point(0.9, 0.8, accuracy=0.95),
+        point(0.6, 0.5, accuracy=0.9),
+        point(0.5, 0.45, accuracy=0.9),
+        point(0.0, 0.25, accuracy=0.5),
+    ]
+    assert chosen(*curve, budget=0.5) == 0.5
+    assert chosen(*curve, budget=0.8) == 0.9
+    assert chosen(*curve, budget=0.25) == 0.0
+    assert chosen(*curve, budget=1.0, retention=0.1) == NEVER  # the budget alone counts
+
+
+def test_a_budget_that_no_point_meets_is_refused():
+    with pytest.raises(ValueError, match=r"budget 0\.2 cannot be met: all tiles compressed cost 0\.250"):
+        chosen(point(0.0, 0.25), budget=0.2)
+
+
+def test_a_budget_below_that_of_all_tiles_compressed_is_refused_before_measuring(session):
+    check_budget(session, 0.25)
+    with pytest.raises(ValueError, match=r"budget 0\.24 cannot be met: all tiles compressed cost 0\.25"):
+        check_budget(session, 0.24)
+
+
+@pytest.fixture(scope="module")
+def curve(model_folder, answered):
+    return measure_curve(Session.load(model_folder), answered)
+
+
+def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve):
+    fractions = [p.token_fraction for p in curve]
+    assert (fractions[0], fractions[-1]) == (1.0, 0.25)
+    assert fractions == sorted(set(fractions), reverse=True)
+    assert (curve[0].threshold, curve[-1].threshold) == (NEVER, 0.0)
+    thresholds = [p.threshold for p in curve]
+    assert thresholds == sorted(set(thresholds), reverse=True)
+    assert len(curve) >= 10
+
+
+def test_each_point_spends_what_its_threshold_says(curve, model_folder, answered):
+    probabilities = router_probabilities(Session.load(model_folder), answered)
+    for p in curve:
+        compressed = (probabilities >= p.threshold).mean()
+        assert p.token_fraction == pytest.approx(1 - 0.75 * compressed)
+
+
+def test_a_model_that_answers_itself_is_right_at_full_tokens_and_less_so_below(curve):
+    assert curve[0].accuracy == {"perception": 1.0, "reasoning": 1.0, "ocr": 1.0, "mean": 1.0}
+    assert curve[-1].accuracy["mean"] < 0.8
+    for p in curve:
+        assert p.retention == p.accuracy  # as the full accuracy is 1
+    assert len({p.accuracy["mean"] for p in curve}) > 4
+
+
+def test_retention_is_relative_to_full_tokens(session, answered, tmp_path):
+    """With one of two answers expected wrongly, what is kept of the other still counts in full."""
+    records = []
+    for number, sample in enumerate(session.samples(answered)):
+        turns = [turn for turn in sample.turns if turn.skill is not None][:1]
+        if turns:
+            texts = [("human", sample.turns[0].text), ("gpt", turns[0].text), ("human", "Why?"), ("gpt", "no: zz")]
+            conversations = [{"from": role, "value": text} for role, text in texts]
+            annotation = {"conversations": conversations, "skills": ["ocr", "ocr"]}
+            files = {"png": original_image(answered, sample.id), "json": json.dumps(annotation).encode()}
+            records.append((f"{number:04d}", files))
+    curve = measure_curve(session, write_set(tmp_path / "half", records))
+    assert curve[0].accuracy["mean"] == 0.5
+    assert curve[0].retention == {"perception": None, "reasoning": None, "ocr": 1.0, "mean": 1.0}
+    for p in curve:
+        assert p.retention["ocr"] == pytest.approx(2 * p.accuracy["ocr"])
+
+
+def original_image(folder, sample_id):
+    from vico_pl.data.shards import RecordReader, read_index
+
+    index = read_index(folder)
+    records = map(RecordReader(index), range(index.num_samples))
+    return next(record.files["png"] for record in records if record.id == sample_id)
+
+
+def test_the_choice_is_read_back_by_a_session(curve, tmp_path, tokenizer):
+    folder = write_model_folder(tmp_path / "model", tokenizer)
+    chosen = choose_point(curve, retention=0.8)
+    assert chosen.threshold not in (NEVER, 0.0)
+    record = calibration_record(curve, chosen, data="val", retention=0.8, budget=None)
+    write_json(record, folder / CALIBRATION_NAME)
+    session = Session.load(folder)
+    assert session.threshold == chosen.threshold
+    stored = json.loads((folder / CALIBRATION_NAME).read_text())
+    assert stored["chosen"]["token_fraction"] == chosen.token_fraction
+    assert [p["threshold"] for p in stored["curve"]] == [p.threshold for p in curve]
+    assert (stored["data"], stored["retention"], stored["budget"]) == ("val", 0.8, None)
+
+
+@torch.no_grad()
+def test_the_calibrated_session_spends_what_the_curve_promised(curve, session, answered):
+    point = curve[len(curve) // 2]
+    object.__setattr__(session, "threshold", point.threshold)
+    ratios = torch.cat([session.route(session.model.encode_tiles(s.tiles)) for s in session.samples(answered)])
+    assert (4 / ratios).mean().item() == pytest.approx(point.token_fraction)
+
+
+def test_progress_is_shown_with_the_number_of_groups(session, answered):
+    shown = []
+
+    def track(groups, title, total):
+        shown.append((title, total))
+        return silent(groups, title, total)
+
+    measure_curve(session, answered, track=track)
+    assert shown == [("scoring tiles", 1), ("answering", 1)]
+
+
+def text_record(answer_skill=None):
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}]
+    return {"json": json.dumps({"conversations": turns, "skills": [answer_skill]}).encode()}
+
+
+def test_a_set_without_images_cannot_calibrate(session, tmp_path):
+    folder = write_set(tmp_path / "text", [("0", text_record("ocr"))])
+    with pytest.raises(ValueError, match="no image to calibrate on"):
+        measure_curve(session, folder)
+
+
+def test_a_set_without_usable_records_cannot_calibrate(session, tmp_path):
+    with pytest.raises(ValueError, match="no image to calibrate on"):
+        measure_curve(session, write_set(tmp_path / "bad", [("0", {"json": b"{"})]))
+
+
+def test_a_set_without_skills_cannot_calibrate(session, tmp_path, shards):
+    record = json.loads(text_record()["json"])
+    record["conversations"][0]["value"] = "<image>"
+    files = {"png": png(), "json": json.dumps(record).encode()}
+    with pytest.raises(ValueError, match="no question with a skill"):
+        measure_curve(session, write_set(tmp_path / "set", [("0", files)]))
+
+
+def png():
+    from tests.helpers import encoded_image
+
+    return encoded_image("PNG", size=(32, 32))
+
+
+def test_a_model_without_router_cannot_be_calibrated(tmp_path, tokenizer, answered):
+    folder = write_model_folder(tmp_path / "model", tokenizer, router_heads=None)
+    with pytest.raises(ValueError, match="has no router"):
+        measure_curve(Session.load(folder), answered)
+
+
+def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(session, answered):
+    gate = session.model.router.gating.gate[1]
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.bias.zero_()
+    curve = measure_curve(session, answered)
+    assert [(p.threshold, p.token_fraction) for p in curve] == [(NEVER, 1.0), (0.5, 0.25), (0.0, 0.25)]
+    assert tiled(session, (64, 64)).tiles.shape[0] == 5

@@ -1,0 +1,157 @@
+import pytest
+import torch
+
+from tests.helpers import encoded_image
+from tests.sessions import full_ratios, tiled
+from vico_pl.data.collate import collate
+from vico_pl.data.decode import read_image
+from vico_pl.inference.generate import answer, answer_image, generate_ids, pad_left
+from vico_pl.inference.session import question_text
+from vico_pl.model.language import run_packed
+from vico_pl.model.splice import Spliced
+
+MAX_NEW = 9
+
+
+def naive_ids(session, sample, question, ratios, max_new_tokens=MAX_NEW):
+    """Greedy tokens of one sample alone, the whole sequence anew for each token."""
+    text = question_text(question, num_images=len(sample.tiles_per_image))
+    batch = collate([session.chat.encode_prompt(sample, text)])
+    features = session.model.encode_tiles(sample.tiles)
+    embeddings = session.model.splice_batch(batch, features, ratios).embeddings
+    embed = session.model.language.get_input_embeddings()
+    ids = []
+    while len(ids) < max_new_tokens and session.tokenizer.eos_token_id not in ids:
+        length = len(embeddings)
+        states = run_packed(session.model.language, embeddings, torch.arange(length), [length])
+        ids.append(int((states[-1] @ session.model.head.T).argmax()))
+        embeddings = torch.cat([embeddings, embed(torch.tensor(ids[-1:]))])
+    return ids
+
+
+def batched_ids(session, samples, questions, ratios, max_new_tokens=MAX_NEW):
+    features = [session.model.encode_tiles(sample.tiles) for sample in samples]
+    return generate_ids(
+        session, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
+    )
+
+
+@pytest.fixture
+def mixed(session):
+    """Samples of every sort, a question for each, and mixed ratios inside an image."""
+    samples = [
+        tiled(session, (64, 64), seed=1),
+        tiled(session, seed=2),
+        tiled(session, (32, 32), seed=3),
+        tiled(session, (64, 32), (32, 32), seed=4),
+        tiled(session, (32, 64), seed=5),
+        tiled(session, (32, 32), (32, 32), (64, 64), seed=6),
+    ]
+    questions = ["What is A?", "Who?", "<image>\nHow many shapes are there?", "Which?", "What?", "Why is it red?"]
+    ratios = [
+        torch.tensor(r, dtype=torch.int64)
+        for r in ([4, 16, 16, 4, 16], [], [16], [16, 4, 4, 4], [4, 4, 16], [4, 16, 16, 16, 4, 4, 16])
+    ]
+    return samples, questions, ratios
+
+
+def never_ends(session):
+    """Make the end of a turn the last thing the model would say."""
+    with torch.no_grad():
+        session.model.head[session.tokenizer.eos_token_id] = 0
+    return session
+
+
+@torch.no_grad()
+def test_a_batch_with_cache_gives_every_sample_the_tokens_it_gets_alone_without(session, mixed):
+    samples, questions, ratios = mixed
+    together = batched_ids(never_ends(session), samples, questions, ratios)
+    alone = [naive_ids(session, *one) for one in zip(samples, questions, ratios, strict=True)]
+    assert together.tolist() == alone
+    assert len({tuple(ids) for ids in alone}) > len(samples) // 2, "the example tells samples apart"
+
+
+@torch.no_grad()
+def test_ratios_and_pixels_and_the_question_each_make_a_difference(session):
+    never_ends(session)
+    one, other = tiled(session, (64, 64), seed=1), tiled(session, (64, 64), seed=7)
+    asked = [
+        (one, "What is A?", torch.tensor([4, 4, 4, 4, 4])),
+        (one, "What is A?", torch.tensor([16, 4, 16, 4, 4])),
+        (other, "What is A?", torch.tensor([4, 4, 4, 4, 4])),
+        (one, "Which letter is F?", torch.tensor([4, 4, 4, 4, 4])),
+    ]
+    ids = batched_ids(session, *(list(column) for column in zip(*asked, strict=True)))
+    assert len({tuple(row) for row in ids.tolist()}) == 4
+
+
+@torch.no_grad()
+def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(session, mixed):
+    samples, questions, ratios = mixed
+    free = [naive_ids(never_ends(session), *one) for one in zip(samples, questions, ratios, strict=True)]
+    early = next(token for token in free[0][2:] if token not in free[0][:2] and token not in free[1])
+    session.model.head[session.tokenizer.eos_token_id] = 1.5 * session.model.head[early]  # beats that token
+    alone = [naive_ids(session, *one) for one in zip(samples, questions, ratios, strict=True)]
+    lengths = [len(ids) for ids in alone]
+    assert 2 < lengths[0] < MAX_NEW
+    assert max(lengths) == MAX_NEW
+    pad = session.tokenizer.pad_token_id
+    expected = [ids + [pad] * (MAX_NEW - len(ids)) for ids in alone]
+    assert batched_ids(session, samples, questions, ratios).tolist() == expected
+    texts = answer(
+        session,
+        samples,
+        questions,
+        features=[session.model.encode_tiles(s.tiles) for s in samples],
+        ratios=ratios,
+        max_new_tokens=MAX_NEW,
+    )
+    decode = session.tokenizer.decode
+    assert texts == [decode(ids, skip_special_tokens=True).strip() for ids in alone]
+    assert "<|im_end|>" not in texts[0]
+
+
+@pytest.mark.parametrize("limit", [1, 4])
+def test_no_answer_is_longer_than_max_new_tokens(session, mixed, limit):
+    samples, questions, ratios = mixed
+    assert batched_ids(never_ends(session), samples, questions, ratios, limit).shape == (len(samples), limit)
+
+
+@torch.no_grad()
+def test_an_image_is_answered_at_the_ratios_the_router_chooses(session, tmp_path, monkeypatch):
+    never_ends(session)
+    (tmp_path / "photo.png").write_bytes(encoded_image("PNG", size=(64, 64), seed=100))
+    image, sample = read_image(tmp_path / "photo.png"), tiled(session, (64, 64), seed=1)
+    answers = []
+    for ratios in ([4, 4, 4, 4, 4], [16, 4, 16, 4, 4]):
+        monkeypatch.setattr(type(session), "route", lambda *_, ratios=ratios: torch.tensor(ratios))
+        answers.append(answer_image(session, image, "What is A?", max_new_tokens=MAX_NEW))
+        ids = naive_ids(session, sample, "What is A?", torch.tensor(ratios))
+        assert answers[-1] == session.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answers[0] != answers[1]
+
+
+def test_training_time_attention_does_not_leak_into_generation(session, mixed):
+    samples, questions, ratios = mixed
+    first = batched_ids(session, samples, questions, ratios)
+    session.first_token(samples[0], ratios[0], routes=False)  # runs packed attention on the same model
+    assert torch.equal(batched_ids(session, samples, questions, ratios), first)
+
+
+def test_rows_end_together_and_padding_is_masked():
+    rows = torch.arange(1.0, 7.0)[:, None]  # two samples of 4 and 2 tokens, width 1
+    spliced = Spliced(
+        embeddings=rows,
+        position_ids=torch.tensor([0, 1, 2, 3, 0, 1]),
+        segment_lengths=[4, 2],
+        response_positions=torch.empty(0, dtype=torch.int64),
+    )
+    embeddings, mask = pad_left(spliced)
+    assert embeddings.squeeze(2).tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
+    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_questions_and_samples_must_pair_up(session):
+    sample = tiled(session, (32, 32))
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        batched_ids(session, [sample, sample], ["Who?"], full_ratios(sample, sample))

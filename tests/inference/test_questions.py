@@ -1,0 +1,204 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vico_pl.inference.questions as questions_module
+from tests.sessions import full_ratios, tiled
+from vico_pl.inference.generate import generate_ids
+from vico_pl.inference.questions import (
+    EXTRA_TOKENS,
+    SAMPLES_PER_GROUP,
+    Answerer,
+    Group,
+    Question,
+    accuracy_by_skill,
+    at_threshold,
+    count_groups,
+    read_groups,
+    threshold_for,
+    vision_tokens,
+)
+from vico_pl.types import Turn
+
+
+@pytest.fixture
+def samples(session):
+    return [tiled(session, (32, 32), seed=1), tiled(session, (64, 64), seed=2), tiled(session, seed=3)]
+
+
+@pytest.fixture
+def group(session, samples):
+    """Questions about the second, the first, the third and again the second sample of a group that begins at 64."""
+    asked = [(65, "long question about it?", "red"), (64, "Who?", "a b c d e f"), (66, "Why?", "x"), (65, "B?", "y")]
+    return Group(
+        samples=samples,
+        features=[session.model.encode_tiles(s.tiles).detach() for s in samples],
+        questions=[Question(sample=s, skill="ocr", text=text, expected=e) for s, text, e in asked],
+        first=64,
+    )
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Replace the model by one that tells what it was asked; collects the batches it got."""
+    seen = []
+
+    def fake(session, samples, questions, *, features, ratios, max_new_tokens):
+        seen.append((list(questions), [r.tolist() for r in ratios], max_new_tokens))
+        assert [len(f) for f in features] == [len(s.tiles) for s in samples] == [len(r) for r in ratios]
+        return [f"{q} {r.tolist()}" for q, r in zip(questions, ratios, strict=True)]
+
+    monkeypatch.setattr(questions_module, "answer", fake)
+    return seen
+
+
+def choice(*of_samples):
+    return [torch.tensor(ratios, dtype=torch.int64) for ratios in of_samples]
+
+
+def test_answers_come_in_the_order_of_the_questions_whatever_the_order_of_the_batch(session, group, batches):
+    given = Answerer(session, group)(choice([4], [4, 16, 4, 4, 4], []))
+    assert given == ["long question about it? [4, 16, 4, 4, 4]", "Who? [4]", "Why? []", "B? [4, 16, 4, 4, 4]"]
+    assert batches[0][0] != [q.text for q in group.questions], "the batch was sorted by length"
+
+
+def test_equal_choices_are_answered_once(session, group, batches):
+    answerer = Answerer(session, group)
+    full, one_tile = choice([4], [4, 4, 4, 4, 4], []), choice([16], [4, 4, 4, 4, 4], [])
+    first = answerer(full)
+    assert answerer(full) == first
+    assert len(batches) == 1
+    answerer(one_tile)  # the first sample alone looks different
+    assert batches[1][0] == ["Who?"]
+    assert len(batches) == 2
+
+
+def test_several_choices_are_prepared_in_one_batch(session, group, batches):
+    answerer = Answerer(session, group)
+    several = [choice([a], [b, 4, 4, 4, 4], []) for a in (4, 16) for b in (4, 16)]
+    answerer.prepare(several)
+    assert len(batches) == 1
+    assert len(batches[0][0]) == 2 + 4 + 1  # first sample: 2 ways, second: 2 ways x 2 questions, text alone: 1
+    for ratios in several:
+        answerer(ratios)
+    assert len(batches) == 1
+
+
+def test_batches_keep_within_the_token_budget_but_a_long_prompt_is_asked_alone(
+    session, group, batches, monkeypatch
+):
+    monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 60)
+    expected = Answerer(session, group)(choice([4], [4] * 5, []))
+    assert len(batches) > 1
+    for asked, ratios, limit in batches:
+        lengths = [sum(16 // r for r in rs) + len(q) for q, rs in zip(asked, ratios, strict=True)]
+        assert len(asked) == 1 or len(asked) * (max(lengths) + limit) <= 60 + len(asked) * limit
+    assert sorted(q for asked, _, _ in batches for q in asked) == sorted(q.text for q in group.questions)
+    monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 1)
+    batches.clear()
+    assert Answerer(session, group)(choice([4], [4] * 5, [])) == expected
+    assert [len(asked) for asked, _, _ in batches] == [1, 1, 1, 1]
+
+
+def test_answers_may_be_longer_than_the_longest_expected_one_by_a_margin(session, group, batches):
+    Answerer(session, group)(choice([4], [4] * 5, []))
+    longest = len(session.tokenizer.encode("a b c d e f", add_special_tokens=False))
+    assert longest > 6
+    assert batches[0][2] == longest + EXTRA_TOKENS
+
+
+@torch.no_grad()
+def test_a_long_expected_answer_can_be_right(session, samples):
+    """With a fixed limit of tokens it never was."""
+    session.model.head[session.tokenizer.eos_token_id] = 0  # goes on for ever
+    sample = samples[1]
+    features = [session.model.encode_tiles(sample.tiles)]
+    settings = {"features": features, "ratios": full_ratios(sample)}
+    expected = "x" * 40
+    length = len(session.tokenizer.encode(expected, add_special_tokens=False)) + EXTRA_TOKENS
+    ids = generate_ids(session, [sample], ["A?"], **settings, max_new_tokens=length)
+    question = Question(sample=0, skill="ocr", text="A?", expected=expected)
+    group = Group(samples=[sample], features=features, questions=[question], first=0)
+    (given,) = Answerer(session, group)(full_ratios(sample))
+    assert given == session.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    assert length > 40
+
+
+def test_right_and_wrong_follow_the_questions(session, group, monkeypatch):
+    replies = {"long question about it?": " RED", "Who?": "a b", "Why?": "x", "B?": "x"}
+    monkeypatch.setattr(questions_module, "answer", lambda _, __, asked, **___: [replies[q] for q in asked])
+    assert Answerer(session, group).correct(choice([4], [4] * 5, [])) == [True, False, True, False]
+
+
+def test_groups_number_samples_through_and_hold_their_own_features(session, monkeypatch):
+    monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 2)
+    sizes = [((32, 32),), ((64, 64),), (), ((64, 32), (32, 32)), ((32, 64),)]
+    samples = [tiled(session, *size, seed=i) for i, size in enumerate(sizes)]
+    samples = [replace(s, turns=[s.turns[0], replace(s.turns[1], skill="ocr")]) for s in samples]
+    groups = list(read_groups(session, samples))
+    assert [(g.first, len(g.samples)) for g in groups] == [(0, 2), (2, 2), (4, 1)]
+    assert [q.sample for g in groups for q in g.questions] == [0, 1, 2, 3, 4]
+    with torch.no_grad():
+        for features, sample in zip((f for g in groups for f in g.features), samples, strict=True):
+            torch.testing.assert_close(features, session.model.encode_tiles(sample.tiles))
+
+
+def test_only_turns_with_a_known_skill_are_questions(session):
+    turns = [
+        Turn(role=role, text=text, skill=skill)
+        for role, text, skill in (
+            ("human", "<image>\nA?", None),
+            ("gpt", "a", "perception"),
+            ("human", "B?", None),
+            ("gpt", "b", None),
+            ("human", "C?", None),
+            ("gpt", "c", "smell"),
+            ("human", "D?", None),
+            ("gpt", "d", "ocr"),
+        )
+    ]
+    (group,) = read_groups(session, [replace(tiled(session, (32, 32)), turns=turns)])
+    expected = [("<image>\nA?", "a", "perception"), ("D?", "d", "ocr")]
+    assert [(q.text, q.expected, q.skill) for q in group.questions] == expected
+
+
+def test_the_number_of_groups_is_known_before_they_are_read(session, answered, monkeypatch):
+    assert count_groups(answered) == math.ceil(16 / SAMPLES_PER_GROUP) == 1
+    monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 5)
+    assert count_groups(answered) == 4 == len(list(read_groups(session, session.samples(answered))))
+
+
+def scores(*of_samples):
+    return [torch.tensor(values) for values in of_samples]
+
+
+@pytest.mark.parametrize(("fraction", "compressed"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_a_threshold_compresses_the_asked_share_of_all_tiles(fraction, compressed):
+    given = scores([0.1, 0.9], [0.4], [0.6])
+    threshold = threshold_for(given, compressed_fraction=fraction)
+    chosen = torch.cat(at_threshold(given, threshold, ratios=[4, 16]))
+    assert int((chosen == 16).sum()) == compressed
+    ranked = sorted(torch.cat(given).tolist(), reverse=True)
+    assert {float(s) for s in torch.cat(given)[chosen == 16]} == set(ranked[:compressed])
+
+
+def test_tiles_of_equal_score_share_their_fate():
+    given = scores([0.5, 0.5], [0.5, 0.1])
+    threshold = threshold_for(given, compressed_fraction=0.25)
+    assert [r.tolist() for r in at_threshold(given, threshold, ratios=[4, 16])] == [[16, 16], [16, 4]]
+
+
+def test_vision_tokens_are_counted_per_sample():
+    assert vision_tokens(choice([4, 16, 16], [], [4]), num_patches=1024) == [256 + 64 + 64, 0, 256]
+
+
+def test_accuracy_is_per_skill_and_its_mean_is_over_skills():
+    skills = ["ocr", "ocr", "ocr", "ocr", "perception"]
+    table = accuracy_by_skill(skills, [True, True, True, False, False])
+    assert table == {"perception": 0.0, "reasoning": None, "ocr": 0.75, "mean": 0.375}
+
+
+def test_without_questions_there_is_no_accuracy():
+    assert accuracy_by_skill([], []) == {"perception": None, "reasoning": None, "ocr": None, "mean": None}

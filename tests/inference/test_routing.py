@@ -1,0 +1,95 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.sessions import tiled
+from vico_pl.inference.routing import NEVER, choose_ratios, compress_probability
+
+LOGIT = st.floats(-30, 30, width=32)
+
+
+def logits_of(num_ratios):
+    return st.lists(st.lists(LOGIT, min_size=num_ratios, max_size=num_ratios), min_size=1, max_size=6)
+
+
+def from_probabilities(*rows):
+    return torch.tensor(rows).log()
+
+
+def test_a_probability_that_equals_the_threshold_compresses():
+    logits = torch.zeros(1, 2)  # P(compress) is exactly one half
+    assert choose_ratios(logits, ratios=[4, 16], threshold=0.5).tolist() == [16]
+    assert choose_ratios(logits, ratios=[4, 16], threshold=0.5000001).tolist() == [4]
+
+
+def test_column_zero_speaks_for_the_coarsest_ratio_and_the_last_for_full_tokens():
+    logits = from_probabilities([0.9, 0.1], [0.1, 0.9])
+    assert compress_probability(logits).tolist() == pytest.approx([0.9, 0.1])
+    assert choose_ratios(logits, ratios=[4, 16], threshold=0.5).tolist() == [16, 4]
+
+
+def test_of_three_ratios_the_coarsest_wins_whose_probability_with_coarser_ones_reaches_the_threshold():
+    rows = from_probabilities([0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.2, 0.1, 0.7], [0.0, 0.6, 0.4])
+    assert compress_probability(rows).tolist() == pytest.approx([0.9, 0.7, 0.3, 0.6])
+    assert choose_ratios(rows, ratios=[4, 16, 64], threshold=0.5).tolist() == [64, 16, 4, 16]
+    assert choose_ratios(rows, ratios=[4, 16, 64], threshold=0.25).tolist() == [64, 64, 16, 16]
+
+
+@pytest.mark.parametrize("num_ratios", [2, 3])
+@given(data=st.data(), threshold=st.floats(0, 1))
+def test_a_tile_is_compressed_if_and_only_if_its_probability_reaches_the_threshold(num_ratios, data, threshold):
+    logits = torch.tensor(data.draw(logits_of(num_ratios)))
+    chosen = choose_ratios(logits, ratios=[4, 16, 64][:num_ratios], threshold=threshold)
+    assert (chosen > 4).tolist() == (compress_probability(logits) >= threshold).tolist()
+
+
+@pytest.mark.parametrize("num_ratios", [2, 3])
+@given(data=st.data(), threshold=st.floats(0, 1))
+def test_the_choice_for_a_tile_never_depends_on_its_neighbours(num_ratios, data, threshold):
+    logits = torch.tensor(data.draw(logits_of(num_ratios)))
+    settings = {"ratios": [4, 16, 64][:num_ratios], "threshold": threshold}
+    together = choose_ratios(logits, **settings)
+    alone = torch.cat([choose_ratios(row[None], **settings) for row in logits])
+    assert together.tolist() == alone.tolist()
+
+
+@given(logits=logits_of(2))
+def test_never_keeps_every_tile_and_zero_compresses_every_tile(logits):
+    logits = torch.tensor([*logits, [40.0, -40.0]])  # the last is certain to compress
+    assert set(choose_ratios(logits, ratios=[4, 16], threshold=NEVER).tolist()) == {4}
+    assert set(choose_ratios(logits, ratios=[4, 16], threshold=0.0).tolist()) == {16}
+
+
+def test_a_tiny_probability_is_no_zero():
+    logits = torch.tensor([[-20.0, 0.0]])  # P(compress) is 2e-9: 1 - P(keep) would round it away
+    assert compress_probability(logits).item() == pytest.approx(2.06e-9, rel=1e-2)
+    assert choose_ratios(logits, ratios=[4, 16], threshold=1e-9).tolist() == [16]
+
+
+def test_no_tiles_no_choices():
+    assert choose_ratios(torch.empty(0, 2), ratios=[4, 16], threshold=0.5).tolist() == []
+
+
+@torch.no_grad()
+def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(session):
+    samples = [tiled(session, size, seed=i) for i, size in enumerate([(32, 32), (64, 64), (64, 32)])]
+    features = session.model.encode_tiles(torch.cat([s.tiles for s in samples]))
+    probabilities = compress_probability(session.router_logits(features)).sort().values
+    gap = probabilities.diff().argmax()
+    threshold = probabilities[gap : gap + 2].mean().item()
+    object.__setattr__(session, "threshold", threshold)  # in the widest gap: no rounding decides
+    together = session.route(features).tolist()
+    alone = [ratio for f in features.split([len(s.tiles) for s in samples]) for ratio in session.route(f).tolist()]
+    assert together == alone
+    assert set(together) == {4, 16}
+
+
+@torch.no_grad()
+def test_an_image_of_one_tile_is_routed_like_any_other(session):
+    sample = tiled(session, (32, 32))
+    features = session.model.encode_tiles(sample.tiles)
+    probability = compress_probability(session.router_logits(features)).item()
+    for threshold, expected in ((probability, [16]), (probability * 1.01, [4])):
+        object.__setattr__(session, "threshold", threshold)
+        assert session.route(features).tolist() == expected
