@@ -1,0 +1,34 @@
+"""A tiny calibrated model folder and an evaluation set that it answers."""
+
+import numpy as np
+import pytest
+
+from tests.sessions import answered_records, router_probabilities, write_model_folder, write_set
+from vico_pl.data.shards import write_json
+from vico_pl.inference.session import CALIBRATION_NAME, Session
+
+
+@pytest.fixture(scope="session")
+def answered_by_folder(tmp_path_factory, tokenizer):
+    """A model folder, calibrated to compress half of the tiles of a set whose answers are the model's own."""
+    folder = write_model_folder(tmp_path_factory.mktemp("evaluation") / "model", tokenizer)
+    records = answered_records(Session.load(folder), count=14)
+    answered = write_set(tmp_path_factory.mktemp("answered") / "val", records)
+    threshold = float(np.median(router_probabilities(Session.load(folder), answered)))
+    write_json({"threshold": threshold}, folder / CALIBRATION_NAME)
+    return folder, answered
+
+
+@pytest.fixture(scope="session")
+def model_folder(answered_by_folder):
+    return answered_by_folder[0]
+
+
+@pytest.fixture(scope="session")
+def answered(answered_by_folder):
+    return answered_by_folder[1]
+
+
+@pytest.fixture
+def session(model_folder):
+    return Session.load(model_folder)

@@ -1,0 +1,182 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import kl_div, log_softmax
+
+from tests.helpers import TILE
+from tests.sessions import tiled
+from vico_pl.data.chat import ChatConfig
+from vico_pl.data.collate import collate
+from vico_pl.data.tiling import TilingConfig, choose_grid
+from vico_pl.evaluation.baselines import (
+    oracle_scores,
+    pixel_detail_scores,
+    random_scores,
+    ranked,
+    router_scores,
+    shrunken_tilings,
+)
+from vico_pl.inference.questions import read_groups
+from vico_pl.model.language import run_packed
+
+
+@pytest.fixture
+def group(session):
+    samples = [tiled(session, (64, 64), seed=1), tiled(session, seed=2), tiled(session, (64, 32), seed=3)]
+    return next(read_groups(session, samples))
+
+
+def test_every_arm_scores_every_tile(session, group):
+    for scores in (
+        router_scores(session, group),
+        random_scores(group, seed=0),
+        pixel_detail_scores(group),
+        oracle_scores(session, group),
+    ):
+        assert [len(s) for s in scores] == [5, 0, 3]
+        assert torch.cat(scores).isfinite().all()
+        assert not torch.cat(scores).requires_grad
+
+
+def test_router_scores_are_the_routers_probabilities(session, group):
+    with torch.no_grad():
+        logits = session.model.router(session.model.encode_tiles(group.samples[0].tiles))
+    torch.testing.assert_close(router_scores(session, group)[0], logits.softmax(-1)[:, 0])
+
+
+def test_random_scores_are_those_of_the_seed(group):
+    first, again, other = (torch.cat(random_scores(group, seed=seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    later = replace(group, first=32)
+    assert not torch.equal(first, torch.cat(random_scores(later, seed=5))), "groups do not repeat each other"
+
+
+def test_pixel_detail_compresses_the_blank_before_the_faint_before_the_busy(session, group):
+    ramp = torch.arange(TILE, dtype=torch.uint8).expand(3, TILE, TILE)
+    checks = (ramp % 2) * 255
+    blank = torch.full((3, TILE, TILE), 200, dtype=torch.uint8)
+    sample = replace(group.samples[0], tiles=torch.stack([checks, blank, ramp, ramp.mT, checks.mT]))
+    (scores,) = pixel_detail_scores(replace(group, samples=[sample]))
+    assert scores.argsort(descending=True, stable=True).tolist() == [1, 2, 3, 0, 4]
+    assert scores[2] == scores[3], "rows and columns count alike"
+    assert scores[1] == 0
+
+
+def harm_by_hand(session, sample):
+    """Mean divergence of the answers when one tile is compressed, from one forward pass for each."""
+    batch = collate([session.chat.encode(sample)])
+    features = session.model.encode_tiles(sample.tiles)
+
+    def log_probabilities(ratios):
+        spliced = session.model.splice_batch(batch, features, ratios)
+        states = run_packed(
+            session.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
+        )
+        return log_softmax((states[spliced.response_positions] @ session.model.head.T).double(), -1)
+
+    full = torch.full((len(sample.tiles),), 4)
+    wanted = log_probabilities(full)
+    harm = []
+    for tile in range(len(full)):
+        ratios = full.clone()
+        ratios[tile] = 16
+        got = log_probabilities(ratios)
+        harm.append(kl_div(got, wanted, reduction="none", log_target=True).sum(-1).mean().item())
+    return harm
+
+
+@torch.no_grad()
+def test_oracle_ranks_tiles_by_the_harm_of_compressing_them(session, group):
+    scores = oracle_scores(session, group)
+    for place in (0, 2):
+        harm = harm_by_hand(session, group.samples[place])
+        ranks = scores[place].argsort(descending=True).tolist()
+        assert ranks == sorted(range(len(harm)), key=harm.__getitem__)
+        assert scores[place].tolist() == pytest.approx([-(h + 1e-6) / 1e-6 for h in harm], rel=1e-2)
+        assert max(harm) > 1.2 * min(harm), "the example tells tiles apart"
+
+
+@torch.no_grad()
+def test_oracle_gives_the_highest_score_to_tiles_that_the_answer_does_not_depend_on(session, group):
+    """A language model whose layers write nothing answers from the last token alone."""
+    attending = torch.cat(oracle_scores(session, group))
+    assert (attending < -10).all()
+    for layer in session.model.language.base_model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+    blind = torch.cat(oracle_scores(session, group))
+    assert blind.tolist() == pytest.approx([-1.0] * 8, abs=1e-3)
+
+
+def test_oracle_takes_conversations_of_any_length(session, group):
+    """Evaluation data is not held against the limit of training."""
+    chat = replace(session.chat, config=ChatConfig(max_tokens=5))
+    assert torch.equal(
+        torch.cat(oracle_scores(replace(session, chat=chat), group)), torch.cat(oracle_scores(session, group))
+    )
+
+
+def test_ranks_keep_the_order_and_have_no_ties():
+    scores = [torch.tensor([0.0, -5.0]), torch.tensor([]), torch.tensor([0.0, 3.0, 0.0])]
+    assert [r.tolist() for r in ranked(scores)] == [[0.8, 0.2], [], [0.6, 1.0, 0.4]]
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), max_size=5), min_size=1, max_size=6))
+def test_ranks_are_a_permutation_that_respects_the_scores(values):
+    scores = [torch.tensor(v, dtype=torch.float32) for v in values]
+    if not sum(map(len, scores)):
+        return
+    before, after = torch.cat(scores), torch.cat(ranked(scores))
+    count = len(before)
+    assert (after * count).round().long().sort().values.tolist() == list(range(1, count + 1))
+    assert (before[after.argsort()].diff() >= 0).all()
+
+
+TILING = TilingConfig(tile_size=TILE, max_tiles=6)
+SIZE = st.tuples(st.integers(20, 400), st.integers(20, 400))
+SETS = st.lists(st.lists(SIZE, max_size=3), min_size=1, max_size=12)
+
+
+def num_tiles(sizes, tiling):
+    """Tiles of a sample's images, thumbnails counted."""
+    grids = [choose_grid(*size, tiling) for size in sizes]
+    return sum(c * r + (c * r > 1) for c, r in grids)
+
+
+def total(samples, tilings):
+    return sum(num_tiles(sizes, tiling) for sizes, tiling in zip(samples, tilings, strict=True))
+
+
+@given(samples=SETS, budget=st.floats(0.05, 1))
+def test_shrunken_images_meet_the_budget_or_have_one_tile_each(samples, budget):
+    tilings = shrunken_tilings(samples, TILING, budget=budget)
+    spent, original = total(samples, tilings), total(samples, [TILING] * len(samples))
+    num_images = sum(map(len, samples))
+    assert spent <= budget * original or spent == num_images
+    assert spent >= num_images, "every image keeps a tile"
+    for sizes, tiling in zip(samples, tilings, strict=True):
+        assert num_tiles(sizes, tiling) <= num_tiles(sizes, TILING)
+
+
+@given(samples=SETS)
+def test_a_budget_of_one_changes_nothing(samples):
+    assert shrunken_tilings(samples, TILING, budget=1.0) == [TILING] * len(samples)
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.62, 0.8])
+def test_what_a_uniform_fraction_leaves_over_is_spent(budget):
+    """Sixty images of 7 tiles can be shrunk to 5, 4, 3 or 1: one fraction for all would miss the budget by far."""
+    samples = [[(96, 64)]] * 60
+    tilings = shrunken_tilings(samples, TILING, budget=budget)
+    spent = total(samples, tilings) / (7 * 60)
+    assert budget - 6 / (7 * 60) < spent <= budget
+
+
+def test_a_sample_without_images_costs_nothing_and_one_with_two_costs_both():
+    samples = [[], [(64, 64), (64, 64)], [(64, 64)]]
+    assert total(samples, [TILING] * 3) == 15
+    tilings = shrunken_tilings(samples, TILING, budget=7 / 15)
+    assert [num_tiles(sizes, t) for sizes, t in zip(samples, tilings, strict=True)] == [0, 2, 5]

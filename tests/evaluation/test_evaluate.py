@@ -1,0 +1,250 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import encoded_image
+from tests.sessions import write_model_folder, write_set
+from vico_pl.data.shards import RecordReader, read_index, scan_boundaries
+from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
+from vico_pl.evaluation.report import format_table, write_html
+from vico_pl.inference import questions
+from vico_pl.inference.questions import silent
+from vico_pl.inference.routing import NEVER
+from vico_pl.inference.session import Session
+
+ARMS = {"full", "all_compressed", "router", "random", "pixel_detail", "downsample", "oracle"}
+COLUMNS = {"perception", "reasoning", "ocr", "mean"}
+
+
+@pytest.fixture(scope="module")
+def evaluated(answered_by_folder):
+    folder, answered = answered_by_folder
+    return evaluate(Session.load(folder), answered, seed=0)
+
+
+@pytest.fixture
+def report(evaluated):
+    return evaluated[0]
+
+
+def test_the_report_has_the_keys_of_the_contract_and_no_others(report, model_folder, answered):
+    assert report.keys() == {"model", "dataset", "num_samples", "seed", "arms", "pareto"}
+    assert (report["model"], report["dataset"]) == (str(model_folder), str(answered))
+    assert (report["num_samples"], report["seed"]) == (14, 0)
+    assert report["arms"].keys() == ARMS
+    for arm in report["arms"].values():
+        assert arm.keys() == {
+            "vision_tokens_per_image",
+            "token_fraction",
+            "accuracy",
+            "accuracy_ci",
+            "retention",
+            "retention_ci",
+            "first_token_ms",
+        }
+        for name in ("accuracy", "retention"):
+            assert arm[name].keys() == arm[f"{name}_ci"].keys() == COLUMNS
+            for column, (low, high) in arm[f"{name}_ci"].items():
+                assert low <= arm[name][column] <= high
+        assert arm["first_token_ms"] > 0
+    for point in report["pareto"]:
+        assert point.keys() == {"arm", "threshold", "token_fraction", "accuracy_mean"}
+        assert point["arm"] in ARMS
+
+
+def test_the_report_is_plain_json_without_nan(report):
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_the_report_can_be_shown(report, tmp_path):
+    write_html(report, path=tmp_path / "report.html", gallery=[], runs={})
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert report["dataset"] in page
+    assert len(format_table(report).splitlines()) == 1 + len(ARMS)
+
+
+def test_a_model_that_answers_itself_is_right_at_full_tokens_alone(report):
+    arms = report["arms"]
+    assert arms["full"]["accuracy"]["mean"] == 1
+    assert arms["full"]["retention_ci"]["mean"] == [1, 1]
+    assert arms["all_compressed"]["accuracy"]["mean"] < arms["router"]["accuracy"]["mean"] < 1
+
+
+def test_arms_spend_what_they_claim(report):
+    fractions = {arm: entry["token_fraction"] for arm, entry in report["arms"].items()}
+    assert (fractions["full"], fractions["all_compressed"]) == (1, 0.25)
+    assert 0.5 < fractions["router"] < 0.75
+    assert fractions["random"] == fractions["pixel_detail"] == fractions["oracle"] == fractions["router"]
+    assert fractions["router"] - 0.2 < fractions["downsample"] <= fractions["router"]
+    full = report["arms"]["full"]["vision_tokens_per_image"]
+    for arm, entry in report["arms"].items():
+        assert entry["vision_tokens_per_image"] == pytest.approx(fractions[arm] * full, abs=2e-3)
+
+
+def test_the_tokens_of_full_are_four_per_tile(report, session, answered):
+    tiles = [len(sample.tiles) for sample in session.samples(answered)]
+    assert report["arms"]["full"]["vision_tokens_per_image"] == pytest.approx(4 * sum(tiles) / 14, abs=1e-3)
+
+
+def test_pareto_sweeps_every_arm_from_full_tokens_to_all_compressed(report):
+    for arm in ("router", "random", "pixel_detail", "oracle"):
+        points = [p for p in report["pareto"] if p["arm"] == arm]
+        fractions = [p["token_fraction"] for p in points]
+        assert (fractions[0], fractions[-1]) == (1, 0.25)
+        assert fractions == sorted(fractions, reverse=True)
+        assert len(points) == len(PARETO_FRACTIONS)
+        assert points[0]["accuracy_mean"] == 1
+        assert points[-1]["accuracy_mean"] == pytest.approx(
+            report["arms"]["all_compressed"]["accuracy"]["mean"], abs=1e-6
+        )
+
+
+def test_the_oracle_does_better_than_chance(report):
+    """Its scores look at the very answers: on the model's own answers they must show."""
+    assert report["arms"]["oracle"]["accuracy"]["mean"] > report["arms"]["random"]["accuracy"]["mean"]
+
+
+def without_times(report):
+    arms = {arm: {k: v for k, v in e.items() if k != "first_token_ms"} for arm, e in report["arms"].items()}
+    return {**report, "arms": arms, "dataset": ""}
+
+
+def test_the_same_seed_gives_the_same_report_and_another_seed_another_lot(session, answered, report):
+    again, _ = evaluate(session, answered, seed=0)
+    assert without_times(again) == without_times(report)
+    other, _ = evaluate(session, answered, seed=1)
+    assert other["arms"]["full"]["accuracy"] == report["arms"]["full"]["accuracy"]
+    assert other["arms"]["router"]["accuracy"] == report["arms"]["router"]["accuracy"]
+    lots = [[p["accuracy_mean"] for p in r["pareto"] if p["arm"] == "random"] for r in (report, other)]
+    assert lots[0] != lots[1]
+
+
+def records_of(folder):
+    index = read_index(folder)
+    return [(record.key, record.files) for record in map(RecordReader(index), range(index.num_samples))]
+
+
+def test_bad_records_shift_nothing(session, answered, evaluated, tmp_path):
+    """Each sample keeps its scores, ratios and answers, whatever unusable records stand between."""
+    report, examples = evaluated
+    records = records_of(answered)
+    annotation = records[0][1]["json"]
+    truncated = {"png": encoded_image("PNG", size=(64, 64))[:200], "json": annotation}
+    mixed = [("bad0", truncated), *records[:5], ("bad1", {"json": b"{"}), ("bad2", records[5][1]), *records[5:]]
+    folder = write_set(tmp_path / "val", mixed)
+    overwrite_header(folder, sample=7)  # bad2: no longer a tar member at all
+    found, shown = evaluate(session, folder, seed=0)
+    assert without_times(found) == without_times(report)
+    assert shown == examples
+
+
+def overwrite_header(folder, *, sample):
+    (path,) = folder.glob("*.tar")
+    start = scan_boundaries(path)[sample]
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * 512)
+
+
+def test_groups_do_not_change_the_figures(session, answered, report, monkeypatch):
+    monkeypatch.setattr(questions, "SAMPLES_PER_GROUP", 4)
+    found, _ = evaluate(session, answered, seed=0)
+    for arm in ARMS - {"random"}:  # whose lots are drawn per group
+        assert found["arms"][arm]["accuracy"] == report["arms"][arm]["accuracy"], arm
+        assert found["arms"][arm]["token_fraction"] == report["arms"][arm]["token_fraction"], arm
+
+
+def test_examples_tell_what_was_asked_answered_and_compressed(session, answered, evaluated):
+    report, examples = evaluated
+    assert examples
+    samples = list(session.samples(answered))
+    for example in examples:
+        sample = samples[example.sample]
+        assert len(sample.tiles) >= 4
+        with torch.no_grad():
+            assert example.ratios == session.route(session.model.encode_tiles(sample.tiles)).tolist()
+        asked = dict(zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True))
+        assert asked[example.question] == example.expected == example.full_answer
+    assert len({example.sample for example in examples}) == len(examples)
+
+
+def test_no_more_examples_than_asked_for(session, answered):
+    assert len(evaluate(session, answered, seed=0, num_examples=1)[1]) == 1
+
+
+def first_records(answered, count):
+    return [record for record in records_of(answered) if json.loads(record[1]["json"])["skills"]][:count]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_set_of_very_few_samples_is_evaluated_too(session, answered, tmp_path, count):
+    """Several shares of so few tiles are the same number of tiles, and there is one sample to time."""
+    report, _ = evaluate(session, write_set(tmp_path / "few", first_records(answered, count)), seed=0)
+    json.dumps(report, allow_nan=False)
+    assert report["num_samples"] == count
+    for arm in report["arms"].values():
+        assert 0.25 <= arm["token_fraction"] <= 1
+        assert arm["first_token_ms"] > 0
+    points = [(p["arm"], p["token_fraction"]) for p in report["pareto"]]
+    assert len(points) == len(set(points))
+
+
+@pytest.mark.parametrize(("threshold", "fraction"), [(NEVER, 1), (0.0, 0.25)])
+def test_a_router_that_keeps_or_compresses_everything_is_evaluated_too(session, answered, threshold, fraction):
+    report, _ = evaluate(replace(session, threshold=threshold), answered, seed=0)
+    for arm in ("router", "random", "pixel_detail", "oracle"):
+        assert report["arms"][arm]["token_fraction"] == fraction
+
+
+def annotation(turns, skills):
+    conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    return json.dumps({"conversations": conversations, "skills": skills}).encode()
+
+
+def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(session, answered, tmp_path):
+    images = {f"{i}.png": encoded_image("PNG", size=(64, 64), seed=i) for i in range(2)}
+    records = [
+        ("two", {**images, "json": annotation(["<image>\n<image>\nA?", "a"], ["ocr"])}),
+        ("later", {**images, "json": annotation(["<image>\nA?", "a", "<image>\nB?", "b"], ["ocr", "reasoning"])}),
+        ("none", {"json": annotation(["Who?", "me"], ["perception"])}),
+        *first_records(answered, 1),
+    ]
+    report, examples = evaluate(session, write_set(tmp_path / "mixed", records), seed=0)
+    assert report["num_samples"] == 4
+    assert report["arms"]["downsample"]["token_fraction"] <= report["arms"]["router"]["token_fraction"]
+    assert {example.sample for example in examples} <= {3}, "the gallery draws single images"
+
+
+def test_progress_is_shown_with_the_number_of_groups(session, answered, tmp_path):
+    shown = []
+
+    def track(groups, title, total):
+        shown.append((title, total))
+        return silent(groups, title, total)
+
+    evaluate(session, write_set(tmp_path / "few", first_records(answered, 1)), seed=0, track=track)
+    assert shown == [("scoring tiles", 1), ("answering", 1), ("downsampled", 1)]
+
+
+def refusal(session, folder):
+    with pytest.raises(ValueError, match=r".+") as caught:
+        evaluate(session, Path(folder), seed=0)
+    return str(caught.value)
+
+
+def test_what_cannot_be_evaluated_is_refused(session, answered, tmp_path, tokenizer):
+    uncalibrated = write_model_folder(tmp_path / "model", tokenizer)
+    told = refusal(Session.load(uncalibrated), answered)
+    assert told == f"{uncalibrated}: the model is not calibrated; run 'vico calibrate' on it first"
+    assert "no such folder of shards" in refusal(session, tmp_path / "absent")
+    text = write_set(tmp_path / "text", [("0", {"json": annotation(["Who?", "me"], ["ocr"])})])
+    assert "no image to evaluate on" in refusal(session, text)
+    bad = write_set(tmp_path / "bad", [("0", {"json": b"{"})])
+    assert "no image to evaluate on" in refusal(session, bad)
+    image = encoded_image("PNG", size=(32, 32))
+    plain = write_set(tmp_path / "plain", [("0", {"png": image, "json": annotation(["<image>", "a"], [])})])
+    assert "no question with a skill" in refusal(session, plain)

@@ -1,0 +1,82 @@
+import json
+
+import PIL.Image
+import pytest
+import torch
+
+from tests.sessions import write_set
+from vico_pl.data.decode import read_image
+from vico_pl.data.tiling import tile_image
+from vico_pl.evaluation.evaluate import RoutedExample
+from vico_pl.evaluation.gallery import build_gallery, route_image, routing_picture
+
+COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
+
+
+def png(folder, colour, size=(64, 64)):
+    path = folder / f"{colour[1:]}.png"
+    PIL.Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    """A set of a red, a broken, a green and a blue image."""
+    turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "?"}]
+    annotation = json.dumps({"conversations": turns}).encode()
+    images = [png(tmp_path, colour).read_bytes() for colour in COLOURS]
+    images.insert(1, b"broken")
+    records = [(str(i), {"png": image, "json": annotation}) for i, image in enumerate(images)]
+    return write_set(tmp_path / "coloured", records)
+
+
+def example(sample, ratios):
+    return RoutedExample(
+        sample=sample,
+        ratios=ratios,
+        question="<image>\nWhich colour?",
+        expected="green",
+        full_answer="green",
+        router_answer="grey",
+    )
+
+
+def share_of(picture, colour):
+    pixels = torch.tensor(list(picture.convert("RGB").get_flattened_data()))
+    return (pixels == torch.tensor(PIL.ImageColor.getrgb(colour))).all(1).float().mean().item()
+
+
+def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(session, coloured):
+    items = build_gallery(session, coloured, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
+    green, blue = items  # in the order of the set
+    assert share_of(green.picture, COLOURS[1]) > 0.1
+    assert share_of(blue.picture, COLOURS[2]) > 0.1
+    for item, others in ((green, (COLOURS[0], COLOURS[2])), (blue, COLOURS[:2])):
+        assert [share_of(item.picture, colour) for colour in others] == [0, 0]
+
+
+def test_an_item_tells_question_answers_and_cost(session, coloured):
+    (item,) = build_gallery(session, coloured, [example(1, [4, 16, 4, 16, 16])])
+    assert item.question == "Which colour?"
+    assert (item.expected, item.full_answer, item.router_answer) == ("green", "green", "grey")
+    assert item.token_fraction == pytest.approx((2 + 3 / 4) / 5)
+
+
+def test_compressed_tiles_are_dimmed_in_their_place(session, tmp_path):
+    image = read_image(png(tmp_path, COLOURS[1]))
+    none, one, all_but_thumbnail = (
+        share_of(routing_picture(session, image, ratios), COLOURS[1])
+        for ratios in ([4] * 5, [16, 4, 4, 4, 4], [16, 16, 16, 16, 4])
+    )
+    assert none > one > all_but_thumbnail > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "tiles"), [((32, 32), 1), ((64, 32), 3), ((64, 64), 5)])
+def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(session, tmp_path, size, tiles):
+    image = read_image(png(tmp_path, COLOURS[0], size))
+    features = session.model.encode_tiles(tile_image(image, session.tiling))
+    ratios = route_image(session, image)
+    assert ratios == session.route(features).tolist()
+    assert len(ratios) == tiles
+    assert routing_picture(session, image, ratios).width > 100
