@@ -18,7 +18,12 @@ from vico_pl.model.checkpoint import PROCESSING_NAME, save_model
 from vico_pl.types import Record
 
 SKILLS = ("perception", "reasoning", "ocr")
-SIZES = ((32, 32), (64, 64), (64, 32), (32, 64))  # width, height: 1 tile, 2 x 2, 2 x 1 and 1 x 2 with thumbnail
+SIZES = (
+    (32, 32),
+    (64, 64),
+    (64, 32),
+    (32, 64),
+)  # width, height: 1 tile, 2 x 2, 2 x 1 and 1 x 2 with thumbnail
 QUESTIONS = [f"What is {letter}?" for letter in "ABCDEFGH"]
 
 
@@ -106,3 +111,8 @@ def router_probabilities(session, folder):
             logits = session.model.router(session.model.encode_tiles(sample.tiles))
         found += (1 - logits.softmax(-1)[:, -1]).tolist()
     return np.array(found)
+
+
+def tree(folder):
+    """Every file below a folder with its content."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

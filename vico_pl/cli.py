@@ -4,7 +4,7 @@ Each command imports what it needs, so that `vico --help` and a finished run ans
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -155,11 +155,11 @@ def calibrate(
     )
 
 
-@app.command("eval", context_settings={"allow_extra_args": True})
+@app.command("eval")
 def eval_(
-    context: typer.Context,
     model: Model,
     data: Data,
+    more_runs: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,  # the B of --compare A B
     output: Annotated[Path | None, typer.Option(help="Folder of the report; default: MODEL/report.")] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Runs whose training curves the report shows.")
@@ -174,9 +174,9 @@ def eval_(
     from vico_pl.inference.session import Session
 
     folder = output or model / "report"
-    runs = _named_runs(
-        [*(compare or []), *map(Path, context.args)]
-    )  # further names after --compare are runs too
+    if more_runs and not compare:
+        raise ValueError(f"unexpected argument {more_runs[0]}; runs to compare follow --compare")
+    runs = _named_runs([*(compare or []), *(more_runs or [])])
     session = Session.load(model)
     report, examples = evaluate(session, data, seed=seed, track=_progress)
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,10 +236,10 @@ def main() -> None:
         raise
 
 
-def _progress(groups: Iterable[Any], title: str, total: int) -> Iterable[Any]:
+def _progress(groups: Iterable[Any], title: str, total: int) -> Iterator[Any]:
     from tqdm import tqdm
 
-    return tqdm(groups, desc=title, total=total, unit="group")
+    yield from tqdm(groups, desc=title, total=total, unit="group")
 
 
 def _named_runs(runs: Sequence[Path]) -> dict[str, Path]:

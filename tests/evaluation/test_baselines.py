@@ -168,7 +168,7 @@ def test_a_budget_of_one_changes_nothing(samples):
 
 @pytest.mark.parametrize("budget", [0.35, 0.5, 0.62, 0.8])
 def test_what_a_uniform_fraction_leaves_over_is_spent(budget):
-    """Sixty images of 7 tiles can be shrunk to 5, 4, 3 or 1: one fraction for all would miss the budget by far."""
+    """Images of 7 tiles shrink to 5, 4, 3 or 1: one fraction for all would miss the budget by far."""
     samples = [[(96, 64)]] * 60
     tilings = shrunken_tilings(samples, TILING, budget=budget)
     spent = total(samples, tilings) / (7 * 60)

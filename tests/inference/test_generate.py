@@ -47,7 +47,14 @@ def mixed(session):
         tiled(session, (32, 64), seed=5),
         tiled(session, (32, 32), (32, 32), (64, 64), seed=6),
     ]
-    questions = ["What is A?", "Who?", "<image>\nHow many shapes are there?", "Which?", "What?", "Why is it red?"]
+    questions = [
+        "What is A?",
+        "Who?",
+        "<image>\nHow many shapes are there?",
+        "Which?",
+        "What?",
+        "Why is it red?",
+    ]
     ratios = [
         torch.tensor(r, dtype=torch.int64)
         for r in ([4, 16, 16, 4, 16], [], [16], [16, 4, 4, 4], [4, 4, 16], [4, 16, 16, 16, 4, 4, 16])

@@ -30,8 +30,13 @@ def samples(session):
 
 @pytest.fixture
 def group(session, samples):
-    """Questions about the second, the first, the third and again the second sample of a group that begins at 64."""
-    asked = [(65, "long question about it?", "red"), (64, "Who?", "a b c d e f"), (66, "Why?", "x"), (65, "B?", "y")]
+    """A group that begins at 64, with questions about its second, first, third and again second sample."""
+    asked = [
+        (65, "long question about it?", "red"),
+        (64, "Who?", "a b c d e f"),
+        (66, "Why?", "x"),
+        (65, "B?", "y"),
+    ]
     return Group(
         samples=samples,
         features=[session.model.encode_tiles(s.tiles).detach() for s in samples],
@@ -80,7 +85,9 @@ def test_several_choices_are_prepared_in_one_batch(session, group, batches):
     several = [choice([a], [b, 4, 4, 4, 4], []) for a in (4, 16) for b in (4, 16)]
     answerer.prepare(several)
     assert len(batches) == 1
-    assert len(batches[0][0]) == 2 + 4 + 1  # first sample: 2 ways, second: 2 ways x 2 questions, text alone: 1
+    assert (
+        len(batches[0][0]) == 2 + 4 + 1
+    )  # first sample: 2 ways, second: 2 ways x 2 questions, text alone: 1
     for ratios in several:
         answerer(ratios)
     assert len(batches) == 1

@@ -38,7 +38,9 @@ def test_of_three_ratios_the_coarsest_wins_whose_probability_with_coarser_ones_r
 
 @pytest.mark.parametrize("num_ratios", [2, 3])
 @given(data=st.data(), threshold=st.floats(0, 1))
-def test_a_tile_is_compressed_if_and_only_if_its_probability_reaches_the_threshold(num_ratios, data, threshold):
+def test_a_tile_is_compressed_if_and_only_if_its_probability_reaches_the_threshold(
+    num_ratios, data, threshold
+):
     logits = torch.tensor(data.draw(logits_of(num_ratios)))
     chosen = choose_ratios(logits, ratios=[4, 16, 64][:num_ratios], threshold=threshold)
     assert (chosen > 4).tolist() == (compress_probability(logits) >= threshold).tolist()
@@ -80,7 +82,9 @@ def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(session):
     threshold = probabilities[gap : gap + 2].mean().item()
     object.__setattr__(session, "threshold", threshold)  # in the widest gap: no rounding decides
     together = session.route(features).tolist()
-    alone = [ratio for f in features.split([len(s.tiles) for s in samples]) for ratio in session.route(f).tolist()]
+    alone = [
+        ratio for f in features.split([len(s.tiles) for s in samples]) for ratio in session.route(f).tolist()
+    ]
     assert together == alone
     assert set(together) == {4, 16}
 

@@ -138,7 +138,9 @@ def test_first_token_is_the_first_token_of_the_answer(session, sizes):
 
 def test_first_token_can_be_had_when_a_later_turn_brings_an_image(session):
     sample = tiled(session, (32, 32), (32, 32), question="What is it?")
-    sample.turns[0] = type(sample.turns[0])(role="human", text="<image>\nWhat is it?")  # the other one comes later
+    sample.turns[0] = type(sample.turns[0])(
+        role="human", text="<image>\nWhat is it?"
+    )  # the other one comes later
     ratios = torch.tensor([4, 16])
     token = session.first_token(sample, ratios, routes=True)
     session.model.language.set_attn_implementation("sdpa")

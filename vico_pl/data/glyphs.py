@@ -39,7 +39,7 @@ GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows
 # Share of tiles.
 TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2, "blank": 0.2}
 # Letters are unique over an image: 26 do for two tiles.
-MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 4}
+MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 2}
 READ_QUESTION = "Read the text."
 
 Rng = np.random.Generator
@@ -139,19 +139,24 @@ def read_question(scene: Scene) -> Question:
 
 def question_words() -> list[str]:
     """Return sentences that hold every word GlyphDocs uses, to build a tokenizer from."""
-    scene = Scene(grid=(1, 1), shapes=dict(zip(SHAPES, COLOURS, strict=True)), values={"A": "0", "B": "1"})
-    questions = [*_perception(scene), *_reasoning(np.random.default_rng(0), scene), *_ocr(scene)]
+    shapes = dict(zip(SHAPES, COLOURS, strict=True))
+    scene = Scene(grid=(1, 1), shapes=shapes, values={"A": "0", "B": "1"})
+    colours = [q for pair in shapes.items() for q in _perception(Scene(grid=(1, 1), shapes=dict([pair])))]
+    questions = [*colours, *_reasoning(np.random.default_rng(0), scene), *_ocr(scene)]
     return [q.text for q in questions] + [q.answer for q in questions] + [READ_QUESTION]
 
 
 def _perception(scene: Scene) -> list[Question]:
+    """Ask for a colour where there is one shape: the tiny model does not learn which of two has which."""
+    if len(scene.shapes) > 1:
+        return []
     return [Question("perception", f"What colour is the {s}?", c) for s, c in scene.shapes.items()]
 
 
 def _reasoning(rng: Rng, scene: Scene) -> list[Question]:
     questions = [Question("reasoning", "How many shapes are there?", str(len(scene.shapes)))]
     letters = list(scene.values)
-    for _ in range(3 if len(letters) > 1 else 0):
+    for _ in range(2 if len(letters) > 1 else 0):
         a, b = (letters[i] for i in rng.choice(len(letters), 2, replace=False))
         if scene.values[a] != scene.values[b]:
             greater = max(a, b, key=lambda letter: scene.values[letter])

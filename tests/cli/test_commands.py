@@ -1,0 +1,215 @@
+"""What the commands print, write and end with."""
+
+import json
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import vico_pl.cli
+import vico_pl.data.shards
+from tests.helpers import record
+from tests.sessions import tree, write_set
+from vico_pl.config import open_run
+from vico_pl.data.inspect import read_samples
+from vico_pl.data.shards import write_json
+from vico_pl.inference.session import CALIBRATION_NAME, Session
+from vico_pl.model.checkpoint import CONFIG_NAME
+
+# Shards are drawn by several processes at once, as users have it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+def pixels(path):
+    with PIL.Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_glyphs_are_drawn_counted_checked_and_shown(vico, tmp_path):
+    folder = tmp_path / "glyphs"
+    settings = ["--num-samples", "5", "--samples-per-shard", "3", "--max-tiles", "2", "--questions", "2"]
+    assert vico("shards", "glyphs", "--output", folder, *settings)[:2] == (
+        0,
+        f"{folder}: 5 samples in 2 shards\n",
+    )
+    code, out, _ = vico("shards", "stats", folder)
+    counts = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
+    assert (code, counts["shards"], counts["samples"], counts["answers"]) == (0, "2", "5", "10")
+    assert vico("shards", "check", folder)[:2] == (0, f"{folder}: every record is usable\n")
+    picture = tmp_path / "new" / "sheet.png"
+    assert vico("shards", "preview", folder, "--output", picture, "--count", "3")[0] == 0
+    shown, everything = pixels(picture), tmp_path / "all.png"
+    vico("shards", "preview", folder, "--output", everything)
+    assert pixels(everything).shape[0] > shown.shape[0], "three samples take one row, five take two"
+
+
+def test_a_set_of_another_seed_is_another_set(vico, tmp_path):
+    for seed in (1, 2):
+        vico(
+            "shards", "glyphs", "--output", tmp_path / f"{seed}" / "set", "--num-samples", "2", "--seed", seed
+        )
+    first, second = (next(iter(read_samples(tmp_path / f"{seed}" / "set"))) for seed in (1, 2))
+    assert first.turns != second.turns
+
+
+def test_check_names_every_bad_record_and_fails(vico, tmp_path):
+    entries = [
+        ("good", record().files),
+        ("cut", record(files={"jpg": b"\xff\xd8"}).files),
+        ("0", {"json": b"["}),
+    ]
+    folder = write_set(tmp_path / "set", entries)
+    code, out, err = vico("shards", "check", folder)
+    assert (code, out) == (1, "")
+    first, second = err.splitlines()
+    assert first.startswith("set-000000.tar/cut: image 'jpg' (2 bytes)")
+    assert second.startswith("set-000000.tar/0: JSON")
+
+
+def test_foreign_tars_are_indexed(vico, tmp_path, shards):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for path in shards.glob("*.tar"):
+        shutil.copy(path, folder)
+    assert vico("shards", "index", folder)[:2] == (0, f"{folder}: 18 samples in 3 shards\n")
+    assert (folder / "index.json").exists()
+
+
+def test_build_packs_what_is_usable_and_names_the_rest(vico, tmp_path, photo):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(photo, images / name)
+
+    def entry(text, **fields):
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]
+        return json.dumps({"conversations": turns, **fields})
+
+    lines = [
+        entry("<image>\nOne?", image="a.png"),
+        entry("<image>\nAbsent?", image="absent.png"),
+        entry("<image>\nOutside?", image="../photo.png"),
+        entry("<image><image>\nTwo?", image=["a.png", "b.png"]),
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    arguments = ["--annotations", tmp_path / "train.jsonl", "--images", images, "--output", tmp_path / "out"]
+    code, out, err = vico("shards", "build", *arguments)
+    assert (code, out) == (1, f"{tmp_path}/out: 2 samples in 1 shards\n")
+    faults = [line for line in err.splitlines() if line.startswith("train.jsonl:")]
+    assert faults[0] == "train.jsonl:2: image 'absent.png' is absent"
+    assert faults[1].startswith("train.jsonl:3: image path '../photo.png' leads out of")
+    assert len(faults) == 2
+    assert [len(sample.images) for sample in read_samples(tmp_path / "out")] == [1, 2]
+    assert vico("shards", "check", tmp_path / "out")[0] == 0
+
+
+def test_a_finished_run_says_so_and_trains_nothing(vico, recipe, tmp_path, monkeypatch):
+    open_run(recipe(), [])
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / CONFIG_NAME).write_text("{}")
+    before = tree(tmp_path)
+    code, out, _ = vico("train", recipe())
+    assert (code, out) == (0, f"{tmp_path}/run is finished: its model is {tmp_path}/run/model\n")
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_run_with_other_settings_is_refused(refused, recipe, tmp_path):
+    open_run(recipe(), [])
+    assert "seed: 0 -> 3" in refused("train", recipe(), "seed=3")
+
+
+def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered):
+    code, out, _ = vico("calibrate", model, "--data", answered, "--budget", "0.6")
+    stored = json.loads((model / CALIBRATION_NAME).read_text())
+    assert code == 0
+    assert f"threshold {stored['threshold']:.4f}" in out
+    assert Session.load(model).threshold == stored["threshold"]
+    assert stored["chosen"]["token_fraction"] <= 0.6
+    assert (stored["budget"], stored["data"]) == (0.6, str(answered))
+
+
+def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered, monkeypatch):
+    before = tree(model)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vico_pl.data.shards.os, "fsync", full)
+    monkeypatch.setattr(vico_pl.cli, "_progress", lambda groups, *_: groups)
+    assert "No space left on device" in refused("calibrate", model, "--data", answered)
+    assert tree(model) == before
+
+
+def metrics(folder, value):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "router/loss": value}) + "\n")
+    return folder
+
+
+def test_eval_writes_report_and_page_with_the_curves_of_all_runs(vico, model, answered, tmp_path):
+    runs = [metrics(tmp_path / "one" / name, 0.5) for name in ("consistency", "router")]
+    runs.append(metrics(tmp_path / "two" / "router", 0.7))
+    output = tmp_path / "report"
+    arguments = [
+        "eval",
+        model,
+        "--data",
+        answered,
+        "--output",
+        output,
+        "--compare",
+        *runs[:2],
+        "--compare",
+        runs[2],
+    ]
+    code, out, err = vico(*arguments)
+    assert code == 0
+    assert "scoring tiles: 100%" in err, "progress knows its end"
+    report = json.loads((output / "report.json").read_text())
+    assert (report["model"], report["dataset"]) == (str(model), str(answered))
+    assert len(report["arms"]) == 7
+    page = (output / "report.html").read_text()
+    for name in ("consistency", f"{tmp_path}/one/router", f"{tmp_path}/two/router"):
+        assert name in page
+    assert "What is" in page, "the gallery shows questions"
+    assert "all compressed" in out
+    assert sorted(path.name for path in output.iterdir()) == ["report.html", "report.json"]
+
+
+def test_comparing_with_a_run_that_is_absent_is_refused_before_evaluating(refused, model, answered, tmp_path):
+    told = refused("eval", model, "--data", answered, "--compare", tmp_path / "absent")
+    assert told == f"{tmp_path}/absent: no such run folder; --compare shows the curves of runs"
+    assert not (model / "report").exists()
+
+
+def test_route_draws_the_picture_and_counts_compressed_tiles(vico, model, photo, tmp_path):
+    counts = []
+    for threshold in (0.0, 1.1):
+        write_json({"threshold": threshold}, model / CALIBRATION_NAME)
+        picture = tmp_path / "new" / f"{threshold}.png"
+        code, out, _ = vico("route", model, photo, "--output", picture)
+        counts.append(out.split(";")[0])
+        assert code == 0
+        assert min(pixels(picture).shape[:2]) > 100
+    assert counts == ["5 of 5 tiles compressed", "0 of 5 tiles compressed"]
+    dimmed, bright = (pixels(tmp_path / "new" / f"{threshold}.png") for threshold in (0.0, 1.1))
+    assert dimmed.shape == bright.shape
+    assert (dimmed != bright).mean() > 0.1
+
+
+def test_generate_answers_with_at_most_the_asked_tokens(vico, model, photo):
+    code, out, _ = vico("generate", model, photo, "--prompt", "What is A?", "--max-new-tokens", "1")
+    _, longer, _ = vico("generate", model, photo, "--prompt", "What is A?", "--max-new-tokens", "6")
+    assert code == 0
+    assert longer.strip() == longer.rstrip("\n")
+    assert len(longer) > len(out)
+    assert longer.startswith(out.strip().rstrip("\ufffd"))
+
+
+def test_generate_follows_the_router_of_a_calibrated_model(vico, model, photo):
+    answers = set()
+    for threshold in (0.0, 1.1):
+        write_json({"threshold": threshold}, model / CALIBRATION_NAME)
+        answers.add(vico("generate", model, photo, "--prompt", "What is B?", "--max-new-tokens", "6")[1])
+    assert len(answers) == 2

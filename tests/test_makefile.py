@@ -1,0 +1,166 @@
+"""The Makefile's promises, from what `make -n` says it would do."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "Makefile").read_text()
+PHONY = {name for line in re.findall(r"^\.PHONY: (.*)", TEXT, re.MULTILINE) for name in line.split()}
+ALIASES = {"data": "shards", "tests": "test"}  # of folders' names; not listed by `make help`
+STEPS = [
+    "shards glyphs --output SHARDS/train",
+    "shards glyphs --output SHARDS/calibration",
+    "shards glyphs --output SHARDS/val",
+    "train recipes/demo/consistency.yaml run_dir=RUN/consistency",
+    "train recipes/demo/router.yaml run_dir=RUN/router model.path=RUN/consistency/model",
+    "calibrate RUN/router/model --data SHARDS/calibration",
+    "eval RUN/router/model --data SHARDS/val --output RUN/report --compare RUN/consistency RUN/router",
+]
+
+
+def make(*arguments):
+    """What make prints; settings of a `make test` around this one are not passed on."""
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "RECIPE", "RUN", "SHARDS")
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    command = ["make", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def vico_commands(printed):
+    return re.findall(r"^\S*/bin/vico (.*?)\s*$", printed, re.MULTILINE)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Settings that let make work in a folder of its own."""
+    return [f"RUN={tmp_path}/run", f"SHARDS={tmp_path}/shards"]
+
+
+def planned(tmp_path, folders, *arguments):
+    """The `vico` commands of a plan, the folders by their setting's name."""
+    lines = vico_commands(make("-n", *folders, *arguments))
+    return [line.replace(f"{tmp_path}/run", "RUN").replace(f"{tmp_path}/shards", "SHARDS") for line in lines]
+
+
+def finish(tmp_path):
+    """Write what the steps of a whole demo write, each a minute after the one before."""
+    names = [f"shards/{part}/index.json" for part in ("train", "calibration", "val")]
+    names += ["run/consistency/config.yaml", "run/consistency/model/config.json", "run/router/config.yaml"]
+    names += ["run/router/model/config.json", "run/router/model/calibration.json", "run/report/report.json"]
+    for minute, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (1e9 + 60 * minute,) * 2)
+
+
+def test_the_demo_takes_its_steps_in_order(tmp_path, folders):
+    plan = planned(tmp_path, folders, "demo")
+    assert [next((s for s in STEPS if line.startswith(s)), line) for line in plan] == STEPS
+
+
+def test_calibration_and_report_see_other_images_than_training(tmp_path, folders):
+    drawn = [line for line in planned(tmp_path, folders, "demo") if line.startswith("shards glyphs")]
+    seeds = [re.search(r"--seed (\d+)", line).group(1) for line in drawn]
+    assert len(set(seeds)) == 3
+
+
+def test_a_finished_demo_repeats_nothing(tmp_path, folders):
+    finish(tmp_path)
+    assert planned(tmp_path, folders, "demo") == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "first_step"),
+    [
+        ("run/report/report.json", 6),
+        ("run/router/model/calibration.json", 5),
+        ("run/router/model/config.json", 4),
+        ("run/consistency/model/config.json", 3),
+    ],
+)
+def test_an_interrupted_demo_goes_on_with_the_step_it_was_in(tmp_path, folders, lost, first_step):
+    finish(tmp_path)
+    (tmp_path / lost).unlink()
+    plan = planned(tmp_path, folders, "demo")
+    assert [next((s for s in STEPS if line.startswith(s)), line) for line in plan] == STEPS[first_step:]
+
+
+def test_new_shards_do_not_retrain(tmp_path, folders):
+    finish(tmp_path)
+    os.utime(tmp_path / "shards" / "train" / "index.json", (2e9, 2e9))
+    assert planned(tmp_path, folders, "demo") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "run"),
+    [
+        ("", "runs/demo"),
+        ("seed=1", "runs/demo-seed=1"),
+        ("seed=1 optim.lr=1e-3", "runs/demo-seed=1-optim.lr=1e-3"),
+        ("model.path=a/b", "runs/demo-model.path=a_b"),
+        ("x='; echo no'", "runs/demo-x=-echo-no-"),
+    ],
+)
+def test_settings_go_to_training_and_name_the_run(settings, run):
+    plan = vico_commands(make("-n", "demo", f"ARGS={settings}"))
+    trained = [line for line in plan if line.startswith("train ")]
+    others = [line for line in plan if not line.startswith("train ")]
+    if not trained:  # the demo of this folder is done
+        assert settings == ""
+        assert (ROOT / run / "router" / "model" / "config.json").exists()
+    for line in trained:
+        assert re.search(r"run_dir=(\S+)/(consistency|router) ", f"{line} ").group(1) == run
+        assert line.endswith(settings)
+    for line in others:
+        assert not set(settings.split()) & set(line.split())
+
+
+def test_a_run_folder_of_ones_own_wins(tmp_path, folders):
+    plan = planned(tmp_path, folders, "demo", "ARGS=seed=1")
+    assert plan[3].split() == [*STEPS[3].split(), "seed=1"]
+
+
+def test_stages_can_be_trained_by_themselves(tmp_path, folders):
+    for target, last in (("train-stage1", 3), ("train-router", 4)):
+        plan = planned(tmp_path, folders, target, "ARGS=seed=1")
+        assert plan[-1].split() == [*STEPS[last].split(), "seed=1"]
+        assert plan[0].startswith(STEPS[0]), "what it depends on is made first"
+
+
+@pytest.mark.parametrize("target", ["train-stage1", "train-router"])
+def test_a_recipe_of_ones_own_is_trained_alone(target):
+    plan = vico_commands(make("-n", target, "RECIPE=mine.yaml", "ARGS=seed=1 optim.lr=2"))
+    assert [line.split() for line in plan] == [["train", "mine.yaml", "seed=1", "optim.lr=2"]]
+    assert "run_dir=runs/mine" in make("-n", target, "RECIPE=mine.yaml", "RUN=runs/mine")
+
+
+def test_help_lists_every_target_and_stands_alone_for_make():
+    printed = make("help")
+    assert make() == printed
+    listed = set(re.findall(r"^  ([a-z0-9-]+) {2,}\S", printed, re.MULTILINE))
+    assert listed == PHONY - set(ALIASES)
+
+
+def test_aliases_do_what_their_targets_do(folders):
+    for alias, target in ALIASES.items():
+        assert make("-n", *folders, alias) == make("-n", *folders, target) != ""
+
+
+@pytest.mark.parametrize("target", sorted(PHONY))
+def test_every_target_can_be_planned(target, folders):
+    make("-n", *folders, target)
+
+
+def test_cleaning_leaves_other_runs_and_the_base_model_alone():
+    removed = re.findall(r"^rm -rf (.*)", make("-n", "clean"), re.MULTILINE)
+    words = {word for line in removed for word in line.split()}
+    assert "runs/demo" in words
+    assert not words & {"runs", "data", "data/base", "data/shards", ".", "/"}
+    assert make("-n", "clean", "RUN=/precious", "SHARDS=/precious", "ARGS=/precious").count("precious") == 0
