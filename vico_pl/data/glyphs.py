@@ -156,13 +156,13 @@ def _perception(scene: Scene) -> list[Question]:
 def _reasoning(rng: Rng, scene: Scene) -> list[Question]:
     questions = [Question("reasoning", "How many shapes are there?", str(len(scene.shapes)))]
     letters = list(scene.values)
-    for _ in range(2 if len(letters) > 1 else 0):
+    if len(letters) > 1:
         a, b = (letters[i] for i in rng.choice(len(letters), 2, replace=False))
         if scene.values[a] != scene.values[b]:
             greater = max(a, b, key=lambda letter: scene.values[letter])
             answer = f"{a}{scene.values[a]} {b}{scene.values[b]} {greater}"
             questions.append(Question("reasoning", f"Which is greater, {a} or {b}?", answer))
-    return list({q.text: q for q in questions}.values())
+    return questions
 
 
 def _ocr(scene: Scene) -> list[Question]:
