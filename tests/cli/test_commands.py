@@ -177,12 +177,6 @@ def test_eval_writes_report_and_page_with_the_curves_of_all_runs(vico, model, an
     assert sorted(path.name for path in output.iterdir()) == ["report.html", "report.json"]
 
 
-def test_comparing_with_a_run_that_is_absent_is_refused_before_evaluating(refused, model, answered, tmp_path):
-    told = refused("eval", model, "--data", answered, "--compare", tmp_path / "absent")
-    assert told == f"{tmp_path}/absent: no such run folder; --compare shows the curves of runs"
-    assert not (model / "report").exists()
-
-
 def test_route_draws_the_picture_and_counts_compressed_tiles(vico, model, photo, tmp_path):
     counts = []
     for threshold in (0.0, 1.1):
