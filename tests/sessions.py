@@ -11,7 +11,7 @@ from vico_pl.data.chat import ChatConfig
 from vico_pl.data.decode import decode_record
 from vico_pl.data.shards import write_index, write_json, write_shard
 from vico_pl.data.tiling import TilingConfig, tile_sample
-from vico_pl.data.tokenizer import PLACEHOLDER, token_id
+from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, token_id
 from vico_pl.inference.generate import generate_ids
 from vico_pl.inference.session import CALIBRATION_NAME
 from vico_pl.model.checkpoint import PROCESSING_NAME, save_model
@@ -27,13 +27,19 @@ SIZES = (
 QUESTIONS = [f"What is {letter}?" for letter in "ABCDEFGH"]
 
 
-def write_model_folder(folder, tokenizer, *, threshold=None, **changes):
-    """Write a model folder of a random model whose answers end, most of them, after a few tokens."""
+def fixed_tokenizer():
+    """A tokenizer that does not change with GlyphDocs' words: the answers below depend on it."""
+    return build_tokenizer(["What is the value of A?", "red green blue", "How many shapes?"], vocab_size=300)
+
+
+def write_model_folder(folder, *, threshold=None, ends=True, **changes):
+    """Write a model folder of a random model whose answers mostly end after a few tokens, or never."""
+    tokenizer = fixed_tokenizer()
     language = {**tiny_spec().language, "vocab_size": len(tokenizer)}
     spec = {"language": language, "placeholder_id": token_id(tokenizer, PLACEHOLDER), **changes}
     model = tiny_model(**spec)
     with torch.no_grad():
-        model.head[tokenizer.eos_token_id] *= 5
+        model.head[tokenizer.eos_token_id] *= 5 if ends else 0
         if model.router is not None:
             model.router.gating.gate[1].weight *= 3  # P(compress) of different tiles lies far apart
     tokenizer.save_pretrained(folder)

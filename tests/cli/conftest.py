@@ -44,9 +44,9 @@ def refused(vico):
 
 
 @pytest.fixture(scope="session")
-def calibrated(tmp_path_factory, tokenizer):
+def calibrated(tmp_path_factory):
     """A model folder that compresses half of the tiles of an evaluation set, and that set."""
-    folder = write_model_folder(tmp_path_factory.mktemp("cli") / "model", tokenizer)
+    folder = write_model_folder(tmp_path_factory.mktemp("cli") / "model")
     answered = write_set(folder.parent / "val", answered_records(Session.load(folder), count=8))
     threshold = float(np.median(router_probabilities(Session.load(folder), answered)))
     write_json({"threshold": threshold}, folder / CALIBRATION_NAME)

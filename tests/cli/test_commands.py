@@ -10,7 +10,7 @@ import pytest
 import vico_pl.cli
 import vico_pl.data.shards
 from tests.helpers import record
-from tests.sessions import tree, write_set
+from tests.sessions import tree, write_model_folder, write_set
 from vico_pl.config import open_run
 from vico_pl.data.inspect import read_samples
 from vico_pl.data.shards import write_json
@@ -35,7 +35,9 @@ def test_glyphs_are_drawn_counted_checked_and_shown(vico, tmp_path):
     )
     code, out, _ = vico("shards", "stats", folder)
     counts = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
-    assert (code, counts["shards"], counts["samples"], counts["answers"]) == (0, "2", "5", "10")
+    num_answers = sum(len(sample.turns) // 2 for sample in read_samples(folder))
+    assert (code, counts["shards"], counts["samples"]) == (0, "2", "5")
+    assert int(counts["answers"]) == num_answers >= 5
     assert vico("shards", "check", folder)[:2] == (0, f"{folder}: every record is usable\n")
     picture = tmp_path / "new" / "sheet.png"
     assert vico("shards", "preview", folder, "--output", picture, "--count", "3")[0] == 0
@@ -192,18 +194,21 @@ def test_route_draws_the_picture_and_counts_compressed_tiles(vico, model, photo,
     assert (dimmed != bright).mean() > 0.1
 
 
-def test_generate_answers_with_at_most_the_asked_tokens(vico, model, photo):
-    code, out, _ = vico("generate", model, photo, "--prompt", "What is A?", "--max-new-tokens", "1")
-    _, longer, _ = vico("generate", model, photo, "--prompt", "What is A?", "--max-new-tokens", "6")
-    assert code == 0
-    assert longer.strip() == longer.rstrip("\n")
-    assert len(longer) > len(out)
-    assert longer.startswith(out.strip().rstrip("\ufffd"))
+def test_generate_answers_with_at_most_the_asked_tokens(vico, photo, tmp_path):
+    model = write_model_folder(tmp_path / "endless", ends=False)
+    one, six = (
+        vico("generate", model, photo, "--prompt", "What is A?", "--max-new-tokens", limit)[:2]
+        for limit in (1, 6)
+    )
+    assert one[0] == six[0] == 0
+    assert 0 < len(one[1].strip()) < len(six[1].strip())
+    assert six[1].startswith(one[1].strip().rstrip("\ufffd"))
 
 
-def test_generate_follows_the_router_of_a_calibrated_model(vico, model, photo):
+def test_generate_follows_the_router_of_a_calibrated_model(vico, photo, tmp_path):
+    model = write_model_folder(tmp_path / "endless", ends=False)
     answers = set()
     for threshold in (0.0, 1.1):
         write_json({"threshold": threshold}, model / CALIBRATION_NAME)
-        answers.add(vico("generate", model, photo, "--prompt", "What is B?", "--max-new-tokens", "6")[1])
+        answers.add(vico("generate", model, photo, "--prompt", "What is B?", "--max-new-tokens", 6)[1])
     assert len(answers) == 2

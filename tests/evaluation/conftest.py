@@ -9,9 +9,9 @@ from vico_pl.inference.session import CALIBRATION_NAME, Session
 
 
 @pytest.fixture(scope="session")
-def answered_by_folder(tmp_path_factory, tokenizer):
+def answered_by_folder(tmp_path_factory):
     """A model folder, calibrated to compress half of the tiles of a set whose answers are the model's own."""
-    folder = write_model_folder(tmp_path_factory.mktemp("evaluation") / "model", tokenizer)
+    folder = write_model_folder(tmp_path_factory.mktemp("evaluation") / "model")
     records = answered_records(Session.load(folder), count=14)
     answered = write_set(tmp_path_factory.mktemp("answered") / "val", records)
     threshold = float(np.median(router_probabilities(Session.load(folder), answered)))

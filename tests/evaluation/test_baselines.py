@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax
 
@@ -150,6 +150,7 @@ def total(samples, tilings):
     return sum(num_tiles(sizes, tiling) for sizes, tiling in zip(samples, tilings, strict=True))
 
 
+@settings(max_examples=40)
 @given(samples=SETS, budget=st.floats(0.05, 1))
 def test_shrunken_images_meet_the_budget_or_have_one_tile_each(samples, budget):
     tilings = shrunken_tilings(samples, TILING, budget=budget)

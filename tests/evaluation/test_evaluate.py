@@ -244,8 +244,8 @@ def refusal(session, folder):
     return str(caught.value)
 
 
-def test_what_cannot_be_evaluated_is_refused(session, answered, tmp_path, tokenizer):
-    uncalibrated = write_model_folder(tmp_path / "model", tokenizer)
+def test_what_cannot_be_evaluated_is_refused(session, answered, tmp_path):
+    uncalibrated = write_model_folder(tmp_path / "model")
     told = refusal(Session.load(uncalibrated), answered)
     assert told == f"{uncalibrated}: the model is not calibrated; run 'vico calibrate' on it first"
     assert "no such folder of shards" in refusal(session, tmp_path / "absent")

@@ -7,8 +7,8 @@ from vico_pl.inference.session import Session
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, tokenizer):
-    return write_model_folder(tmp_path_factory.mktemp("inference") / "model", tokenizer)
+def model_folder(tmp_path_factory):
+    return write_model_folder(tmp_path_factory.mktemp("inference") / "model")
 
 
 @pytest.fixture

@@ -144,8 +144,8 @@ def original_image(folder, sample_id):
     return next(record.files["png"] for record in records if record.id == sample_id)
 
 
-def test_the_choice_is_read_back_by_a_session(curve, tmp_path, tokenizer):
-    folder = write_model_folder(tmp_path / "model", tokenizer)
+def test_the_choice_is_read_back_by_a_session(curve, tmp_path):
+    folder = write_model_folder(tmp_path / "model")
     chosen = curve[len(curve) // 2]
     record = calibration_record(curve, chosen, data="val", retention=0.8, budget=None)
     write_json(record, folder / CALIBRATION_NAME)
@@ -202,8 +202,8 @@ def test_a_set_without_skills_cannot_calibrate(session, tmp_path):
         measure_curve(session, write_set(tmp_path / "set", [("0", files)]))
 
 
-def test_a_model_without_router_cannot_be_calibrated(tmp_path, tokenizer, answered):
-    folder = write_model_folder(tmp_path / "model", tokenizer, router_heads=None)
+def test_a_model_without_router_cannot_be_calibrated(tmp_path, answered):
+    folder = write_model_folder(tmp_path / "model", router_heads=None)
     with pytest.raises(ValueError, match="has no router"):
         measure_curve(Session.load(folder), answered)
 

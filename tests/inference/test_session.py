@@ -79,8 +79,8 @@ def test_with_calibration_tiles_compress_from_its_threshold_on(folder):
 
 
 @torch.no_grad()
-def test_a_model_without_router_keeps_full_tokens_and_says_what_it_lacks(tmp_path, tokenizer):
-    folder = write_model_folder(tmp_path / "model", tokenizer, router_heads=None, threshold=0.0)
+def test_a_model_without_router_keeps_full_tokens_and_says_what_it_lacks(tmp_path):
+    folder = write_model_folder(tmp_path / "model", router_heads=None, threshold=0.0)
     session = Session.load(folder)
     features = session.model.encode_tiles(tiled(session, (64, 32)).tiles)
     assert session.route(features).tolist() == [4, 4, 4]
