@@ -29,7 +29,8 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
         if not isinstance(content, DictConfig):
             raise ValueError(f"{recipe}: expected a mapping of settings")
         settings = OmegaConf.to_container(OmegaConf.merge(content, OmegaConf.from_dotlist([*overrides])))
-    except (OmegaConfBaseException, YAMLError, OSError) as error:  # OSError: a single word or number
+    # OSError: a single word or number; TypeError: an override such as data.sources.0.path=...
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
         raise ValueError(f"{recipe}: {error}") from error
     return parse_config(settings, name=str(recipe))
 

@@ -1,5 +1,6 @@
 """Wrong input gives one sentence and exit code 2, and leaves nothing half-written."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import vico_pl.config
 from tests.sessions import tree
 from vico_pl.config import open_run
 from vico_pl.inference.session import CALIBRATION_NAME
-from vico_pl.model.checkpoint import WEIGHTS_NAME
+from vico_pl.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 
 
 def test_an_unknown_recipe_key_is_refused_with_what_was_probably_meant(refused, recipe, tmp_path):
@@ -71,6 +72,41 @@ def test_a_model_folder_without_weights_is_refused_by_every_command(
         assert refused(*command).startswith(f"{model}: no {WEIGHTS_NAME}; a model folder holds")
     assert tree(tmp_path) == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (WEIGHTS_NAME, "no readable weights"),
+        ("tokenizer.json", "its tokenizer files are incomplete or unreadable"),
+        ("tokenizer_config.json", "its tokenizer files are incomplete or unreadable"),
+        (CONFIG_NAME, CONFIG_NAME),
+    ],
+)
+@pytest.mark.parametrize("content", [b"{", b""])
+def test_a_damaged_model_folder_is_refused_by_its_name(refused, model, photo, name, told, content):
+    (model / name).write_bytes(content)
+    sentence = refused("generate", model, photo, "--prompt", "What?")
+    assert sentence.startswith(str(model))
+    assert told in sentence
+
+
+def test_a_model_without_its_tokenizer_is_refused_by_its_name(refused, model, photo):
+    (model / "tokenizer.json").unlink()
+    sentence = refused("generate", model, photo, "--prompt", "What?")
+    assert sentence.startswith(f"{model}: its tokenizer files are incomplete or unreadable")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"shards": [{"name": "a.tar"}]}', '{"shards": 3}'])
+def test_a_damaged_index_is_refused_with_the_remedy(refused, shards, tmp_path, content):
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    (folder / "index.json").write_text(content)
+    remedy = f"'vico shards index {folder}' writes it anew"
+    assert refused("shards", "check", folder) == f"{folder}/index.json: unreadable; {remedy}"
+
+
+def test_an_override_that_does_not_fit_the_recipe_is_refused(refused, recipe):
+    assert str(recipe()) in refused("train", recipe(), "data.sources.0.path=x")
 
 
 def test_an_image_that_is_none_is_refused(refused, model, tmp_path):

@@ -154,7 +154,7 @@ def read_index(folder: Path | str) -> ShardIndex:
         )
     if not (folder / INDEX_NAME).exists():
         return write_index(folder)
-    entries = json.loads((folder / INDEX_NAME).read_text())["shards"]
+    entries = _read_entries(folder / INDEX_NAME)
     for entry in entries:
         path = folder / entry["name"]
         if not path.exists():
@@ -233,6 +233,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def _named(members: Iterable[dict[str, object]], shard: str) -> Iterator[dict[str, object]]:
     for member in members:
         yield {**member, "__url__": shard}
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text())["shards"]
+        return [{key: entry[key] for key in ("name", "num_samples", "num_bytes")} for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: unreadable; 'vico shards index {path.parent}' writes it anew") from error
 
 
 def _read_side_index(path: Path) -> np.ndarray:

@@ -53,11 +53,15 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Read a tokenizer from a model folder; nothing is fetched and no code of the folder runs.
 
     Raises:
-        ValueError: the folder has no tokenizer, or it lacks one of the special tokens.
+        ValueError: the folder has no readable tokenizer, or it lacks one of the special tokens.
     """
     if not (Path(folder) / "tokenizer_config.json").exists():
         raise ValueError(f"{folder}: no tokenizer_config.json; a model folder holds its tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: its tokenizer files are incomplete or unreadable ({reason})") from error
     known = tokenizer.get_added_vocab()
     missing = [t for t in (TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER) if t not in known]
     if missing:

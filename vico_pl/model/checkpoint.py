@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
@@ -67,10 +68,17 @@ def load_model(
         raise ValueError(f"{folder}: its router has {heads} attention heads, not {router_heads}")
     spec = replace(stored, ratios=ratios or stored.ratios, router_heads=heads)
     model = VisionLanguageModel(spec)
-    state = load_file(Path(folder) / WEIGHTS_NAME)
+    state = _read_weights(Path(folder) / WEIGHTS_NAME)
     _check_tensors(state, _own_tensors(model), folder, fresh=_fresh_parts(stored, spec))
     model.load_state_dict(state, strict=False)
     return model.eval()
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no readable weights ({error})") from error
 
 
 def _own_tensors(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
