@@ -155,7 +155,7 @@ BASE_all := --num-samples 32000 --seed 104 --max-tiles 6
 BASE_SHARD_SETS := $(foreach part,$(BASE_PARTS),$(BASE_SHARDS)/$(part)/index.json)
 
 $(BASE_SHARD_SETS): $(BASE_SHARDS)/%/index.json: | $(INSTALLED)
-	$(VICO) shards glyphs --output $(@D) --questions 8 $(BASE_$*)
+	$(VICO) shards glyphs --output $(@D) --questions 8 --comparisons 3 $(BASE_$*)
 
 $(BASE_MODEL): | $(INSTALLED) $(BASE_SHARD_SETS)
 	$(call train,recipes/demo/pretrain.yaml,$(BASE_RUN))

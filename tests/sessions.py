@@ -13,8 +13,8 @@ from vico_pl.data.shards import write_index, write_json, write_shard
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, token_id
 from vico_pl.inference.generate import generate_ids
-from vico_pl.inference.session import CALIBRATION_NAME
-from vico_pl.model.checkpoint import PROCESSING_NAME, save_model
+from vico_pl.model.checkpoint.folder import save_model
+from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
 from vico_pl.types import Record
 
 SKILLS = ("perception", "reasoning", "ocr")
@@ -44,8 +44,7 @@ def write_model_folder(folder, *, threshold=None, ends=True, **changes):
             model.router.gating.gate[1].weight *= 3  # P(compress) of different tiles lies far apart
     tokenizer.save_pretrained(folder)
     tiling = TilingConfig(tile_size=TILE, max_tiles=4)
-    write_json({"tiling": asdict(tiling), "chat": asdict(ChatConfig())}, folder / PROCESSING_NAME)
-    save_model(model, folder)
+    save_model(model, folder, processing={"tiling": asdict(tiling), "chat": asdict(ChatConfig())})
     if threshold is not None:
         write_json({"threshold": threshold}, folder / CALIBRATION_NAME)
     return folder

@@ -18,7 +18,7 @@ from tests.helpers import TILE, record, tiny_spec
 from vico_pl.config import open_run
 from vico_pl.data.shards import write_index, write_shard
 from vico_pl.data.tokenizer import load_tokenizer
-from vico_pl.model.checkpoint import load_model
+from vico_pl.model.checkpoint.folder import load_model
 from vico_pl.trainer import build_stage, is_finished, newest_checkpoint, train
 
 STEPS = 6

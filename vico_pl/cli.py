@@ -29,6 +29,7 @@ def glyphs(
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
     max_tiles: Annotated[int, typer.Option(help="Tiles of the largest image, 1 to 6.")] = 6,
     questions: Annotated[int, typer.Option(help="Questions per image.")] = 4,
+    comparisons: Annotated[int, typer.Option(help="Of these, comparisons of two values at most.")] = 1,
     read_fraction: Annotated[float, typer.Option(help="Share of pages of text to be read aloud.")] = 0.0,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
@@ -36,7 +37,12 @@ def glyphs(
     from vico_pl.data.build import build_glyphs
     from vico_pl.data.glyphs import GlyphsConfig
 
-    config = GlyphsConfig(max_tiles=max_tiles, questions_per_image=questions, read_fraction=read_fraction)
+    config = GlyphsConfig(
+        max_tiles=max_tiles,
+        questions_per_image=questions,
+        comparisons_per_image=comparisons,
+        read_fraction=read_fraction,
+    )
     index = build_glyphs(
         output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard
     )
@@ -140,7 +146,8 @@ def calibrate(
     """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
     from vico_pl.data.shards import write_json
     from vico_pl.inference.calibrate import calibration_record, check_budget, choose_point, measure_curve
-    from vico_pl.inference.session import CALIBRATION_NAME, Session
+    from vico_pl.inference.session import Session
+    from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
 
     session = Session.load(model)
     if budget is not None:
@@ -198,7 +205,7 @@ def route(
     from vico_pl.inference.session import Session
 
     pixels, session = read_image(image), Session.load(model)
-    if session.model.router is None or session.threshold is None:
+    if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
     ratios = route_image(session, pixels)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepProgressBar, StepSeed
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
-from vico_pl.data.shards import write_json
 from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, load_tokenizer, token_id
-from vico_pl.model.checkpoint import CONFIG_NAME, PROCESSING_NAME, load_model, save_model
+from vico_pl.model.checkpoint.folder import load_model, save_model
+from vico_pl.model.checkpoint.layout import CONFIG_NAME
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import OptimConfig
@@ -211,8 +211,7 @@ def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase,
     folder = Path(config.run_dir) / "model"
     tokenizer.save_pretrained(folder)
     processing = {"tiling": asdict(config.data.tiling), "chat": asdict(config.data.chat)}
-    write_json(processing, folder / PROCESSING_NAME)
-    save_model(model, folder)  # last, as its configuration marks a finished run
+    save_model(model, folder, processing=processing)  # last, as its configuration marks a finished run
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from tests.sessions import tree, write_model_folder, write_set
 from vico_pl.config import open_run
 from vico_pl.data.inspect import read_samples
 from vico_pl.data.shards import write_json
-from vico_pl.inference.session import CALIBRATION_NAME, Session
-from vico_pl.model.checkpoint import CONFIG_NAME
+from vico_pl.inference.session import Session
+from vico_pl.model.checkpoint.layout import CONFIG_NAME
+from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
 
 # Shards are drawn by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -126,7 +127,7 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     stored = json.loads((model / CALIBRATION_NAME).read_text())
     assert code == 0
     assert f"threshold {stored['threshold']:.4f}" in out
-    assert Session.load(model).threshold == stored["threshold"]
+    assert Session.load(model).rule.threshold == stored["threshold"]
     assert stored["chosen"]["token_fraction"] <= 0.6
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
 

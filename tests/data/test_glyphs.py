@@ -54,7 +54,7 @@ def test_a_record_depends_on_settings_seed_and_position_alone():
 def test_every_answer_follows_from_the_image():
     skills = set()
     for rng, _, scene in scenes():
-        for question in choose_questions(rng, scene, 8):
+        for question in choose_questions(rng, scene, GlyphsConfig(comparisons_per_image=3)):
             assert question.answer == answer_from_scene(scene, question), question
             skills.add(question.skill)
     assert skills == {"perception", "reasoning", "ocr"}
@@ -62,7 +62,7 @@ def test_every_answer_follows_from_the_image():
 
 def test_questions_of_an_image_have_one_answer_each():
     for rng, _, scene in scenes():
-        questions = choose_questions(rng, scene, 8)
+        questions = choose_questions(rng, scene, GlyphsConfig(comparisons_per_image=3))
         assert len({q.text for q in questions}) == len(questions)
         assert 1 <= len(questions) <= 8
 

@@ -14,6 +14,7 @@ from vico_pl.inference import questions
 from vico_pl.inference.questions import silent
 from vico_pl.inference.routing import NEVER
 from vico_pl.inference.session import Session
+from vico_pl.model.router import RoutingRule
 
 ARMS = {"full", "all_compressed", "router", "random", "pixel_detail", "downsample", "oracle"}
 COLUMNS = {"perception", "reasoning", "ocr", "mean"}
@@ -200,7 +201,7 @@ def test_a_set_of_very_few_samples_is_evaluated_too(session, answered, tmp_path,
 def test_a_router_that_keeps_or_compresses_everything_is_evaluated_too(
     session, answered, threshold, fraction
 ):
-    report, _ = evaluate(replace(session, threshold=threshold), answered, seed=0)
+    report, _ = evaluate(replace(session, rule=RoutingRule(threshold=threshold)), answered, seed=0)
     for arm in ("router", "random", "pixel_detail", "oracle"):
         assert report["arms"][arm]["token_fraction"] == fraction
 

@@ -16,7 +16,9 @@ from vico_pl.inference.calibrate import (
 )
 from vico_pl.inference.questions import silent
 from vico_pl.inference.routing import NEVER
-from vico_pl.inference.session import CALIBRATION_NAME, Session
+from vico_pl.inference.session import Session
+from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
+from vico_pl.model.router import RoutingRule
 
 
 def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None):
@@ -150,7 +152,7 @@ def test_the_choice_is_read_back_by_a_session(curve, tmp_path):
     record = calibration_record(curve, chosen, data="val", retention=0.8, budget=None)
     write_json(record, folder / CALIBRATION_NAME)
     session = Session.load(folder)
-    assert session.threshold == chosen.threshold
+    assert session.rule == RoutingRule(threshold=chosen.threshold)
     stored = json.loads((folder / CALIBRATION_NAME).read_text())
     assert stored["chosen"]["token_fraction"] == chosen.token_fraction
     assert [p["threshold"] for p in stored["curve"]] == [p.threshold for p in curve]
@@ -160,7 +162,7 @@ def test_the_choice_is_read_back_by_a_session(curve, tmp_path):
 @torch.no_grad()
 def test_the_calibrated_session_spends_what_the_curve_promised(curve, session, answered):
     point = curve[len(curve) // 2]
-    object.__setattr__(session, "threshold", point.threshold)
+    object.__setattr__(session, "rule", RoutingRule(threshold=point.threshold))
     ratios = torch.cat(
         [session.route(session.model.encode_tiles(s.tiles)) for s in session.samples(answered)]
     )

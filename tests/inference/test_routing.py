@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sessions import tiled
-from vico_pl.inference.routing import NEVER, choose_ratios, compress_probability
+from vico_pl.inference.routing import NEVER, choose_ratios, compress_probability, routing_scores
+from vico_pl.model.router import RoutingRule
 
 LOGIT = st.floats(-30, 30, width=32)
 
@@ -19,21 +20,31 @@ def from_probabilities(*rows):
 
 def test_a_probability_that_equals_the_threshold_compresses():
     logits = torch.zeros(1, 2)  # P(compress) is exactly one half
-    assert choose_ratios(logits, ratios=[4, 16], threshold=0.5).tolist() == [16]
-    assert choose_ratios(logits, ratios=[4, 16], threshold=0.5000001).tolist() == [4]
+    assert choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=0.5)).tolist() == [16]
+    assert choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=0.5000001)).tolist() == [4]
 
 
 def test_column_zero_speaks_for_the_coarsest_ratio_and_the_last_for_full_tokens():
     logits = from_probabilities([0.9, 0.1], [0.1, 0.9])
     assert compress_probability(logits).tolist() == pytest.approx([0.9, 0.1])
-    assert choose_ratios(logits, ratios=[4, 16], threshold=0.5).tolist() == [16, 4]
+    assert choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=0.5)).tolist() == [16, 4]
 
 
 def test_of_three_ratios_the_coarsest_wins_whose_probability_with_coarser_ones_reaches_the_threshold():
     rows = from_probabilities([0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.2, 0.1, 0.7], [0.0, 0.6, 0.4])
     assert compress_probability(rows).tolist() == pytest.approx([0.9, 0.7, 0.3, 0.6])
-    assert choose_ratios(rows, ratios=[4, 16, 64], threshold=0.5).tolist() == [64, 16, 4, 16]
-    assert choose_ratios(rows, ratios=[4, 16, 64], threshold=0.25).tolist() == [64, 64, 16, 16]
+    assert choose_ratios(rows, ratios=[4, 16, 64], rule=RoutingRule(threshold=0.5)).tolist() == [
+        64,
+        16,
+        4,
+        16,
+    ]
+    assert choose_ratios(rows, ratios=[4, 16, 64], rule=RoutingRule(threshold=0.25)).tolist() == [
+        64,
+        64,
+        16,
+        16,
+    ]
 
 
 @pytest.mark.parametrize("num_ratios", [2, 3])
@@ -42,7 +53,7 @@ def test_a_tile_is_compressed_if_and_only_if_its_probability_reaches_the_thresho
     num_ratios, data, threshold
 ):
     logits = torch.tensor(data.draw(logits_of(num_ratios)))
-    chosen = choose_ratios(logits, ratios=[4, 16, 64][:num_ratios], threshold=threshold)
+    chosen = choose_ratios(logits, ratios=[4, 16, 64][:num_ratios], rule=RoutingRule(threshold=threshold))
     assert (chosen > 4).tolist() == (compress_probability(logits) >= threshold).tolist()
 
 
@@ -50,7 +61,7 @@ def test_a_tile_is_compressed_if_and_only_if_its_probability_reaches_the_thresho
 @given(data=st.data(), threshold=st.floats(0, 1))
 def test_the_choice_for_a_tile_never_depends_on_its_neighbours(num_ratios, data, threshold):
     logits = torch.tensor(data.draw(logits_of(num_ratios)))
-    settings = {"ratios": [4, 16, 64][:num_ratios], "threshold": threshold}
+    settings = {"ratios": [4, 16, 64][:num_ratios], "rule": RoutingRule(threshold=threshold)}
     together = choose_ratios(logits, **settings)
     alone = torch.cat([choose_ratios(row[None], **settings) for row in logits])
     assert together.tolist() == alone.tolist()
@@ -59,18 +70,47 @@ def test_the_choice_for_a_tile_never_depends_on_its_neighbours(num_ratios, data,
 @given(logits=logits_of(2))
 def test_never_keeps_every_tile_and_zero_compresses_every_tile(logits):
     logits = torch.tensor([*logits, [40.0, -40.0]])  # the last is certain to compress
-    assert set(choose_ratios(logits, ratios=[4, 16], threshold=NEVER).tolist()) == {4}
-    assert set(choose_ratios(logits, ratios=[4, 16], threshold=0.0).tolist()) == {16}
+    assert set(choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=NEVER)).tolist()) == {4}
+    assert set(choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=0.0)).tolist()) == {16}
 
 
 def test_a_tiny_probability_is_no_zero():
     logits = torch.tensor([[-20.0, 0.0]])  # P(compress) is 2e-9: 1 - P(keep) would round it away
     assert compress_probability(logits).item() == pytest.approx(2.06e-9, rel=1e-2)
-    assert choose_ratios(logits, ratios=[4, 16], threshold=1e-9).tolist() == [16]
+    assert choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=1e-9)).tolist() == [16]
 
 
 def test_no_tiles_no_choices():
-    assert choose_ratios(torch.empty(0, 2), ratios=[4, 16], threshold=0.5).tolist() == []
+    assert choose_ratios(torch.empty(0, 2), ratios=[4, 16], rule=RoutingRule(threshold=0.5)).tolist() == []
+
+
+def released_decisions(logits, *, relative, absolute):
+    """What released code decides, written from its description: g > quantile(g) and g >= absolute."""
+    gates = logits.softmax(-1)[:, 0].tolist()
+    ranked = sorted(gates)
+    position = relative * (len(gates) - 1)
+    low, part = int(position), position - int(position)
+    quantile = ranked[low] + part * (ranked[min(low + 1, len(gates) - 1)] - ranked[low])
+    return [16 if gate > quantile and gate >= absolute else 4 for gate in gates]
+
+
+@given(
+    logits=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=13),
+    relative=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    absolute=st.sampled_from([0.0, 0.3, 0.6]),
+)
+def test_the_released_rule_is_reproduced(logits, relative, absolute):
+    logits = torch.tensor([[value, 0.0] for value in logits], dtype=torch.float64).float()
+    rule = RoutingRule(threshold=absolute, relative_threshold=relative)
+    chosen = choose_ratios(logits, ratios=[4, 16], rule=rule).tolist()
+    assert chosen == released_decisions(logits.double(), relative=relative, absolute=absolute)
+    scores = routing_scores(logits, rule)
+    assert chosen == torch.where(scores >= absolute, 16, 4).tolist()
+
+
+def test_the_released_rule_never_compresses_a_single_tile():
+    rule = RoutingRule(threshold=0.0, relative_threshold=0.0)
+    assert choose_ratios(torch.tensor([[9.0, 0.0]]), ratios=[4, 16], rule=rule).tolist() == [4]
 
 
 @torch.no_grad()
@@ -80,7 +120,7 @@ def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(session):
     probabilities = compress_probability(session.router_logits(features)).sort().values
     gap = probabilities.diff().argmax()
     threshold = probabilities[gap : gap + 2].mean().item()
-    object.__setattr__(session, "threshold", threshold)  # in the widest gap: no rounding decides
+    object.__setattr__(session, "rule", RoutingRule(threshold=threshold))  # in the widest gap: no rounding decides
     together = session.route(features).tolist()
     alone = [
         ratio for f in features.split([len(s.tiles) for s in samples]) for ratio in session.route(f).tolist()
@@ -95,5 +135,5 @@ def test_an_image_of_one_tile_is_routed_like_any_other(session):
     features = session.model.encode_tiles(sample.tiles)
     probability = compress_probability(session.router_logits(features)).item()
     for threshold, expected in ((probability, [16]), (probability * 1.01, [4])):
-        object.__setattr__(session, "threshold", threshold)
+        object.__setattr__(session, "rule", RoutingRule(threshold=threshold))
         assert session.route(features).tolist() == expected

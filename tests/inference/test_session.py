@@ -8,8 +8,10 @@ from tests.helpers import encoded_image
 from tests.sessions import tiled, write_model_folder, write_set
 from vico_pl.data.collate import collate
 from vico_pl.inference.routing import compress_probability
-from vico_pl.inference.session import CALIBRATION_NAME, Session, question_text
-from vico_pl.model.checkpoint import CONFIG_NAME, PROCESSING_NAME, WEIGHTS_NAME
+from vico_pl.inference.session import Session, question_text
+from vico_pl.model.checkpoint.layout import CONFIG_NAME
+from vico_pl.model.checkpoint.ours import CALIBRATION_NAME, PROCESSING_NAME
+from vico_pl.model.checkpoint.tensors import WEIGHTS_NAME
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_an_unreadable_calibration_is_refused_and_not_taken_for_none(folder, con
 @torch.no_grad()
 def test_without_calibration_every_tile_keeps_full_tokens(session):
     features = session.model.encode_tiles(tiled(session, (64, 64)).tiles)
-    assert session.threshold is None
+    assert session.rule is None
     assert session.route(features).tolist() == [4] * 5
 
 

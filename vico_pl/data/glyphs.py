@@ -51,6 +51,7 @@ class GlyphsConfig:
 
     max_tiles: int = 6  # without the thumbnail, 1 to 6
     questions_per_image: int = 8
+    comparisons_per_image: int = 1  # at most so many of the questions ask which of two values is greater
     read_fraction: float = 0.0  # of images: one dense tile with the single request to read it (curriculum)
 
     def __post_init__(self) -> None:
@@ -59,6 +60,8 @@ class GlyphsConfig:
             raise ValueError(f"max_tiles is {self.max_tiles}; expected 1 to 6")
         if self.questions_per_image < 1:
             raise ValueError(f"questions_per_image is {self.questions_per_image}; expected at least 1")
+        if self.comparisons_per_image < 0:
+            raise ValueError(f"comparisons_per_image is {self.comparisons_per_image}; expected 0 or more")
         if not 0 <= self.read_fraction <= 1:
             raise ValueError(f"read_fraction is {self.read_fraction}; expected 0 to 1")
 
@@ -90,9 +93,7 @@ def draw_records(
         rng = np.random.default_rng([seed, position])
         reads = bool(rng.random() < config.read_fraction)
         image, scene = draw_image(rng, reading_page=reads, max_tiles=config.max_tiles)
-        questions = (
-            [read_question(scene)] if reads else choose_questions(rng, scene, config.questions_per_image)
-        )
+        questions = [read_question(scene)] if reads else choose_questions(rng, scene, config)
         annotation = {
             "conversations": [
                 turn for index, q in enumerate(questions) for turn in _turns(q, first=index == 0)
@@ -120,12 +121,12 @@ def draw_image(rng: Rng, *, reading_page: bool, max_tiles: int) -> tuple[Image.I
     return image, scene
 
 
-def choose_questions(rng: Rng, scene: Scene, count: int) -> list[Question]:
-    """Draw up to `count` different questions, the skills in turn."""
-    pools = [_perception(scene), _reasoning(rng, scene), _ocr(scene)]
+def choose_questions(rng: Rng, scene: Scene, config: GlyphsConfig) -> list[Question]:
+    """Draw up to `questions_per_image` different questions, the skills in turn."""
+    pools = [_perception(scene), _reasoning(rng, scene, config.comparisons_per_image), _ocr(scene)]
     for pool in pools:
         rng.shuffle(pool)
-    chosen: list[Question] = []
+    count, chosen = config.questions_per_image, list[Question]()
     while len(chosen) < count and any(pools):
         chosen += [pool.pop() for pool in pools if pool]
     chosen = chosen[:count]
@@ -142,7 +143,7 @@ def question_words() -> list[str]:
     shapes = dict(zip(SHAPES, COLOURS, strict=True))
     scene = Scene(grid=(1, 1), shapes=shapes, values={"A": "0", "B": "1"})
     colours = [q for pair in shapes.items() for q in _perception(Scene(grid=(1, 1), shapes=dict([pair])))]
-    questions = [*colours, *_reasoning(np.random.default_rng(0), scene), *_ocr(scene)]
+    questions = [*colours, *_reasoning(np.random.default_rng(0), scene, 1), *_ocr(scene)]
     return [q.text for q in questions] + [q.answer for q in questions] + [READ_QUESTION]
 
 
@@ -153,16 +154,16 @@ def _perception(scene: Scene) -> list[Question]:
     return [Question("perception", f"What colour is the {s}?", c) for s, c in scene.shapes.items()]
 
 
-def _reasoning(rng: Rng, scene: Scene) -> list[Question]:
+def _reasoning(rng: Rng, scene: Scene, num_comparisons: int) -> list[Question]:
     questions = [Question("reasoning", "How many shapes are there?", str(len(scene.shapes)))]
     letters = list(scene.values)
-    if len(letters) > 1:
+    for _ in range(num_comparisons if len(letters) > 1 else 0):
         a, b = (letters[i] for i in rng.choice(len(letters), 2, replace=False))
         if scene.values[a] != scene.values[b]:
             greater = max(a, b, key=lambda letter: scene.values[letter])
             answer = f"{a}{scene.values[a]} {b}{scene.values[b]} {greater}"
             questions.append(Question("reasoning", f"Which is greater, {a} or {b}?", answer))
-    return questions
+    return list({question.text: question for question in questions}.values())
 
 
 def _ocr(scene: Scene) -> list[Question]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig, choose_grid
 from vico_pl.inference.questions import Group
-from vico_pl.inference.routing import compress_probability
+from vico_pl.inference.routing import NEVER, routing_scores
 from vico_pl.inference.session import Session
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.router import RoutingRule
 from vico_pl.stages.router import RouterConfig, tile_loss_ratios
 
 TileScores = list[Float[Tensor, " _"]]  # one entry per sample
@@ -23,8 +24,9 @@ Size = tuple[int, int]  # width and height of an image in pixels
 
 @torch.no_grad()
 def router_scores(session: Session, group: Group) -> TileScores:
-    """P(compress) by the router."""
-    return [compress_probability(session.router_logits(features)) for features in group.features]
+    """P(compress) by the router, with what the calibrated rule makes of it."""
+    rule = session.rule or RoutingRule(threshold=NEVER)
+    return [routing_scores(session.router_logits(features), rule) for features in group.features]
 
 
 def random_scores(group: Group, *, seed: int) -> TileScores:

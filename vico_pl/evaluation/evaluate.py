@@ -96,14 +96,14 @@ def evaluate(
     Raises:
         ValueError: no calibrated router, or nothing to evaluate on.
     """
-    if session.threshold is None:
+    if session.rule is None:
         raise ValueError(f"{session.folder}: the model is not calibrated; run 'vico calibrate' on it first")
     num_groups = count_groups(folder)
     groups = track(read_groups(session, session.samples(folder)), "scoring tiles", num_groups)
     scores = _score_tiles(session, groups, seed=seed)
     if not sum(map(len, scores["router"])):
         raise ValueError(f"{folder}: no image to evaluate on")
-    results = _no_results(scores, session.threshold)
+    results = _no_results(scores, session.rule.threshold)
     for group in track(read_groups(session, session.samples(folder)), "answering", num_groups):
         _answer_group(results, session, group, scores)
     if not results.questions:

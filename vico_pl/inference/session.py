@@ -1,10 +1,8 @@
 """A model folder opened for use: model, tokenizer, tiling, chat format and calibrated threshold together."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,13 +15,14 @@ from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.inspect import read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.data.tokenizer import load_tokenizer
-from vico_pl.inference.routing import NEVER, choose_ratios
-from vico_pl.model.checkpoint import PROCESSING_NAME, load_model
+from vico_pl.inference.routing import choose_ratios
+from vico_pl.model.checkpoint.folder import load_model, open_folder
+from vico_pl.model.checkpoint.layout import Contents
+from vico_pl.model.checkpoint.ours import PROCESSING_NAME
 from vico_pl.model.language import run_packed
+from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import TiledSample
-
-CALIBRATION_NAME = "calibration.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +34,25 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     tiling: TilingConfig
     chat: ChatEncoder
-    threshold: float | None  # calibrated P(compress); None: not calibrated
+    rule: RoutingRule | None  # None: not calibrated
 
     @classmethod
     def load(cls, folder: Path) -> "Session":
-        """Open a model folder.
+        """Open a model folder in any layout.
 
         Raises:
             ValueError: a part of the folder is missing or does not fit.
         """
+        contents = open_folder(folder).contents
+        tiling, chat = _processing(folder, contents)
         model, tokenizer = load_model(folder), load_tokenizer(folder)
-        tiling, chat = _read_processing(folder / PROCESSING_NAME)
         return cls(
             folder=folder,
             model=model,
             tokenizer=tokenizer,
             tiling=tiling,
             chat=ChatEncoder(tokenizer, chat, model.tokens_per_full_tile),
-            threshold=_read_threshold(folder / CALIBRATION_NAME),
+            rule=contents.rule,
         )
 
     def router_logits(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T K"]:
@@ -68,11 +68,10 @@ class Session:
         return self.model.router(features)
 
     def route(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
-        """Choose a ratio per tile by the calibrated threshold; a model without router keeps full tokens."""
-        if self.model.router is None:
+        """Choose a ratio for each tile of a sample; without router or calibration all keep full tokens."""
+        if self.model.router is None or self.rule is None:
             return torch.full((len(features),), self.model.ratios[0])
-        threshold = NEVER if self.threshold is None else self.threshold
-        return choose_ratios(self.router_logits(features), ratios=self.model.ratios, threshold=threshold)
+        return choose_ratios(self.router_logits(features), ratios=self.model.ratios, rule=self.rule)
 
     @torch.no_grad()
     def first_token(self, sample: TiledSample, ratios: Int64[Tensor, " t"], *, routes: bool) -> int:
@@ -106,32 +105,13 @@ def question_text(prompt: str, *, num_images: int) -> str:
     return f"{IMAGE_TOKEN}\n" * num_images + prompt.replace(IMAGE_TOKEN, "").strip()
 
 
-def _read_processing(path: Path) -> tuple[TilingConfig, ChatConfig]:
-    content = _read_json(path)
+def _processing(folder: Path, contents: Contents) -> tuple[TilingConfig, ChatConfig]:
+    settings = contents.processing
+    if settings is None:
+        raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it beside the weights")
     try:
-        return TilingConfig(**content["tiling"]), ChatConfig(**content["chat"])
+        return TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
     except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from error
+        raise ValueError(f"{folder / PROCESSING_NAME}: {error} is missing") from error
     except (TypeError, ValueError) as error:  # unknown settings, or values that do not fit
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_threshold(path: Path) -> float | None:
-    if not path.exists():
-        return None
-    threshold = _read_json(path).get("threshold")
-    if not isinstance(threshold, float | int):
-        raise ValueError(f"{path}: its threshold is {threshold!r}, no number; run 'vico calibrate' again")
-    return float(threshold)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: no {path.name}; 'vico train' writes it beside the weights")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
+        raise ValueError(f"{folder / PROCESSING_NAME}: {error}") from error

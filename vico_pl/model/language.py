@@ -20,13 +20,26 @@ from transformers import (
 )
 
 SEGMENT_ATTENTION = "vico_segments"
+# Keys of stored configs that tell how a model was run or saved.
+_NOT_OF_THE_SHAPE = {
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "attn_implementation",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def build_language_model(config: dict[str, Any]) -> PreTrainedModel:
-    """Build a causal language model with fresh weights from a transformers config with `model_type`."""
-    config = dict(config)
-    language_config = AutoConfig.for_model(config.pop("model_type"), **config)
-    return AutoModelForCausalLM.from_config(language_config, attn_implementation="sdpa")
+    """Build a causal language model with fresh float32 weights from a transformers config with `model_type`.
+
+    The config may be as stored in a checkpoint, of transformers 4 too: what says nothing about the model's
+    shape is passed over.
+    """
+    settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_OF_THE_SHAPE}
+    language_config = AutoConfig.for_model(config["model_type"], **settings)
+    return AutoModelForCausalLM.from_config(language_config, attn_implementation="sdpa", dtype=torch.float32)
 
 
 def run_packed(

@@ -1,8 +1,21 @@
 """The Visual Resolution Router (ViR): chooses a compression ratio per tile from its patch features alone."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+RELEASED_HEADS = 16  # attention heads of the routers in released checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingRule:
+    """When a tile is compressed; part of a calibrated model."""
+
+    threshold: float  # compress iff P(compress) is at least this
+    # Released models also ask that it lies above this quantile of the sample's tiles; None: no such rule.
+    relative_threshold: float | None = None
 
 
 class ResolutionRouter(nn.Module):
@@ -13,7 +26,7 @@ class ResolutionRouter(nn.Module):
     attention layers are stored, but the second one runs three times and the third and fourth never do.
     """
 
-    def __init__(self, width: int, *, num_ratios: int = 2, num_heads: int = 16) -> None:
+    def __init__(self, width: int, *, num_ratios: int = 2, num_heads: int = RELEASED_HEADS) -> None:
         """Build a router for patch features of `width` channels."""
         super().__init__()
         self.pooling_before_gating = AttentionPooling(width, num_heads=num_heads)
@@ -21,7 +34,8 @@ class ResolutionRouter(nn.Module):
 
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T K"]:
         """Return logits over ratios, coarsest first; patch features are not changed by the gradient."""
-        return self.gating(self.pooling_before_gating(features.detach()))
+        dtype = self.pooling_before_gating.query_token.dtype  # float32 while it is trained
+        return self.gating(self.pooling_before_gating(features.detach().to(dtype)))
 
     def requires_grad_(self, requires_grad: bool = True) -> "ResolutionRouter":  # noqa: FBT001, FBT002
         """Turn training on or off; the pooling keeps its unused layers off."""

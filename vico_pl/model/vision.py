@@ -1,44 +1,152 @@
-"""Tiles -> patch features: an open_clip tower behind pixel normalisation."""
+"""Tiles -> patch features: a vision tower behind pixel normalisation.
 
+Two kinds of tower are told apart by their configuration:
+
+    {"model_type": "internvl_vision", ...}    InternViT as transformers has it (300M and 6B)
+    anything else                             an open_clip `vision_cfg`: its own ViT, or a timm model by name
+
+Both give the patch tokens of their last layer; class tokens are dropped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import open_clip
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The towers' text halves are never used; this is the smallest one that open_clip builds.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A vision tower and what has to be known about it."""
+
+    module: nn.Module
+    patch_features: Callable[[Tensor], Tensor]  # normalised pixels (T, 3, H, W) -> (T, P, C)
+    width: int
+    tile_size: int  # px
+    patch_size: int  # px
+    mean: tuple[float, ...]  # of the pixels it was trained on, 0 to 1
+    std: tuple[float, ...]
+
+
 class VisionEncoder(nn.Module):
-    """An open_clip vision tower that returns the normalised patch tokens of its last layer."""
+    """Turns tiles into patch features, whatever the tower."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """Build the tower from an open_clip `vision_cfg` plus optional `image_mean` and `image_std`."""
+        """Build the tower with fresh weights.
+
+        `config` may hold `image_mean` and `image_std` beside the tower's own settings.
+
+        Raises:
+            ValueError: the tower has no square grid of patches.
+        """
         super().__init__()
-        config = dict(config)
-        mean = config.pop("image_mean", open_clip.OPENAI_DATASET_MEAN)
-        std = config.pop("image_std", open_clip.OPENAI_DATASET_STD)
-        self.tower = open_clip.CLIP(embed_dim=8, vision_cfg=config, text_cfg=_NO_TEXT).visual
-        self.tower.proj = None  # the pooled image embedding is not used, so its projection would never train
-        self.width: int = config["width"]
-        self.tile_size: int = config["image_size"]
-        self.num_patches: int = (config["image_size"] // config["patch_size"]) ** 2
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        tower = build_tower(config)
+        side, rest = divmod(tower.tile_size, tower.patch_size)
+        if rest:
+            raise ValueError(
+                f"the vision tower sees tiles of {tower.tile_size} px, which patches of {tower.patch_size} px"
+                " do not divide; set image_size to a multiple"
+            )
+        self.tower, self._patch_features = tower.module, tower.patch_features
+        self.width, self.tile_size, self.num_patches = tower.width, tower.tile_size, side * side
+        self.register_buffer("mean", torch.tensor(tower.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(tower.std).view(3, 1, 1) * 255, persistent=False)
 
     def forward(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
-        """Encode tiles; the class token is dropped.
+        """Encode tiles.
 
         Without tiles a blank one is encoded and dropped, so that every parameter takes part on every rank.
         """
         some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
         pixels = (some_tiles - self.mean) / self.std
-        output = self.tower.forward_intermediates(
-            pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+        return self._patch_features(pixels.to(next(self.tower.parameters()).dtype))[: len(tiles)]
+
+
+def build_tower(config: dict[str, Any]) -> Tower:
+    """Build the tower that a configuration describes, with fresh weights."""
+    if "model_type" in config:
+        return _transformers_tower(config)
+    return _open_clip_tower(config)
+
+
+def _transformers_tower(config: dict[str, Any]) -> Tower:
+    config = dict(config)
+    mean, std = config.pop("image_mean", IMAGENET_MEAN), config.pop("image_std", IMAGENET_STD)
+    settings = AutoConfig.for_model(config.pop("model_type"), **config)
+    # Not "auto": the language model's packed attention is switched per model, the tower's never.
+    module = AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+    return Tower(
+        module=module,
+        patch_features=partial(_last_patch_states, module),
+        width=settings.hidden_size,
+        tile_size=settings.image_size[0],
+        patch_size=settings.patch_size[0],
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def _last_patch_states(module: nn.Module, pixels: Tensor) -> Tensor:
+    return module(pixel_values=pixels).last_hidden_state[:, 1:]
+
+
+def _open_clip_tower(config: dict[str, Any]) -> Tower:
+    config = {**config, "timm_model_pretrained": False}  # weights come from the model folder
+    mean = config.pop("image_mean", open_clip.OPENAI_DATASET_MEAN)
+    std = config.pop("image_std", open_clip.OPENAI_DATASET_STD)
+    quick_gelu = config.pop("quick_gelu", False)
+    clip = open_clip.CLIP(embed_dim=8, vision_cfg=config, text_cfg=_NO_TEXT, quick_gelu=quick_gelu)
+    module: Any = clip.visual
+    if "timm_model_name" in config:
+        width, patch_size = _prepare_timm(module, config["image_size"])
+    elif isinstance(config.get("layers"), int) and not config.get("attentional_pool"):
+        # The pooled image embedding is not used, so what makes it would never be trained.
+        module.proj = None
+        width, patch_size = config["width"], config["patch_size"]
+    else:
+        raise ValueError(
+            "the vision tower pools its patches (ResNet or CoCa); take a plain ViT or a timm tower"
         )
-        return output["image_intermediates"][-1][: len(tiles)]
+    return Tower(
+        module=module,
+        patch_features=partial(_last_intermediates, module),
+        width=width,
+        tile_size=config["image_size"],
+        patch_size=patch_size,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def _prepare_timm(module: Any, image_size: int) -> tuple[int, int]:
+    """Drop what pools the grid, fit the grid to the tile; returns width and patch size."""
+    trunk = module.trunk
+    trunk.reset_classifier(0, global_pool="")
+    module.head = nn.Identity()
+    for unused in ("fc_norm", "final_conv"):
+        if hasattr(trunk, unused):
+            setattr(trunk, unused, nn.Identity())
+    if hasattr(trunk, "set_input_size"):
+        trunk.set_input_size(image_size)
+    last = trunk.feature_info[-1]
+    return last["num_chs"], last["reduction"]
+
+
+def _last_intermediates(module: Any, pixels: Tensor) -> Tensor:
+    """Return the normalised output of the last layer, of either library a grid (T, C, rows, columns)."""
+    output = module.forward_intermediates(
+        pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NCHW"
+    )
+    return output["image_intermediates"][-1].flatten(2).transpose(1, 2)

@@ -1,5 +1,6 @@
 """The whole multimodal model: tiles and token ids in, response hidden states out."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from vico_pl.types import Batch
 class ModelSpec:
     """All that is needed to build a model without its weights; `config.json` of a model folder holds it."""
 
-    vision: dict[str, Any]  # an open_clip vision_cfg
+    vision: dict[str, Any]  # an open_clip vision_cfg, or a transformers config with its model_type
     language: dict[str, Any]  # a transformers config with its model_type
     ratios: list[int]  # patches per vision token, rising from 4
     router_heads: int | None = None  # attention heads of the router; none: the model has no router
@@ -30,10 +31,15 @@ class VisionLanguageModel(nn.Module):
     """Vision encoder, connectors, language model and router."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Build the model with fresh weights."""
+        """Build the model with fresh weights.
+
+        Raises:
+            ValueError: tiles do not divide into patches, or patches into vision tokens.
+        """
         super().__init__()
         self.spec = spec
         self.vision = VisionEncoder(spec.vision)
+        _check_grid(self.vision, spec.ratios)
         self.language = build_language_model(spec.language)
         self.connectors = Connectors(
             spec.ratios, vision_width=self.vision.width, language_width=self.language.config.hidden_size
@@ -87,3 +93,13 @@ class VisionLanguageModel(nn.Module):
     def full_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
         """Return full tokens for every tile."""
         return torch.full_like(batch.tile_to_image, FULL_RATIO)
+
+
+def _check_grid(vision: VisionEncoder, ratios: list[int]) -> None:
+    side = math.isqrt(vision.num_patches)
+    for ratio in ratios:
+        if side % math.isqrt(ratio):
+            raise ValueError(
+                f"tiles of {vision.tile_size} px are {side} x {side} patches, which do not fold by "
+                f"{math.isqrt(ratio)} for ratio {ratio}; choose another image_size or other ratios"
+            )

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny_model, tiny_spec
-from vico_pl.model.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_model, read_spec, save_model
+from vico_pl.model.checkpoint.folder import load_model, read_spec, save_model
+from vico_pl.model.checkpoint.layout import CONFIG_NAME
+from vico_pl.model.checkpoint.tensors import WEIGHTS_NAME
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_an_interrupted_save_leaves_no_folder_that_looks_complete(tmp_path, mode
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vico_pl.model.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("vico_pl.model.checkpoint.tensors.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_model(model, tmp_path)
     with pytest.raises(ValueError, match="no config"):
