@@ -262,7 +262,7 @@ def test_tiles_of_another_size_than_the_models_are_refused(runs, tmp_path):
 
 
 def test_a_model_folder_that_is_absent_is_named(runs, tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path}/absent: no tokenizer_config.json"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/absent: no config.json"):
         run(runs / "consistency.yaml", f"run_dir={tmp_path}", f"model.path={tmp_path}/absent")
 
 

@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vico_pl.model.checkpoint.folder import open_folder
+from vico_pl.model.checkpoint.hub import is_hub_id, local_folder, pinned_revision
 from vico_pl.trainer import STAGES, TRAINABLE_PARTS, RunConfig
 
 
@@ -19,6 +21,34 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ValueError: the recipe cannot be read, or keys, types or values are wrong; the message lists all.
     """
+    return parse_config(read_settings(recipe, overrides), name=str(recipe))
+
+
+def open_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """Load a configuration and lay out its run folder, or find the same configuration already there.
+
+    What the recipe leaves open about tiles and prompts is taken from the model to start from; a name on the
+    Hugging Face Hub is pinned to the commit it stands for today.
+
+    Raises:
+        ValueError: as `load_config`; the model cannot be opened; the folder holds a run with other settings.
+    """
+    settings = read_settings(recipe, overrides)
+    path = Path(parse_config(settings, name=str(recipe)).run_dir) / "config.yaml"
+    stored = load_config(path, []) if path.exists() else None
+    config = parse_config(_with_what_the_model_says(settings, stored), name=str(recipe))
+    if stored is not None:
+        differences = config_differences(stored, config)
+        if differences:
+            listed = "; ".join(differences)
+            raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+    return config
+
+
+def read_settings(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Read a recipe and merge `key=value` overrides over it; nothing is checked yet."""
     if not recipe.is_file():
         raise ValueError(f"{recipe}: no such recipe; recipes/ holds those of this project")
     malformed = [item for item in overrides if "=" not in item]
@@ -28,29 +58,11 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
         content = OmegaConf.load(recipe)
         if not isinstance(content, DictConfig):
             raise ValueError(f"{recipe}: expected a mapping of settings")
-        settings = OmegaConf.to_container(OmegaConf.merge(content, OmegaConf.from_dotlist([*overrides])))
+        merged = OmegaConf.merge(content, OmegaConf.from_dotlist([*overrides]))
+        return OmegaConf.to_container(merged)  # type: ignore[return-value]
     # OSError: a single word or number; TypeError: an override such as data.sources.0.path=...
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
         raise ValueError(f"{recipe}: {error}") from error
-    return parse_config(settings, name=str(recipe))
-
-
-def open_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
-    """Load a configuration and lay out its run folder, or find the same configuration already there.
-
-    Raises:
-        ValueError: the folder holds a run with other settings.
-    """
-    config = load_config(recipe, overrides)
-    path = Path(config.run_dir) / "config.yaml"
-    if path.exists():
-        differences = config_differences(load_config(path, []), config)
-        if differences:
-            listed = "; ".join(differences)
-            raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
-    return config
 
 
 def parse_config(settings: Any, *, name: str) -> RunConfig:
@@ -106,6 +118,23 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def _build(settings: dict[str, Any]) -> RunConfig:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), settings))  # type: ignore[return-value]
+
+
+def _with_what_the_model_says(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, Any]:
+    """Pin the model's revision and fill in how its images are tiled and its prompts are made."""
+    model = dict(settings.get("model") or {})
+    path = model.get("path")
+    if path is None:
+        return settings
+    if is_hub_id(path):
+        # A run that began goes on with the commit it began with.
+        known = stored.model.revision if stored is not None and stored.model.path == path else None
+        model["revision"] = known or pinned_revision(path, model.get("revision"))
+    processing = open_folder(local_folder(path, model.get("revision"))).contents.processing or {}
+    data = dict(settings.get("data") or {})
+    for part, values in processing.items():
+        data[part] = {**values, **(data.get(part) or {})}
+    return {**settings, "model": model, "data": data}
 
 
 def _unknown_keys(settings: Mapping[str, Any], schema: Any, prefix: str = "") -> Iterator[str]:

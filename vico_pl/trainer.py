@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -17,11 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepProgressBar, StepSeed
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
-from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, load_tokenizer, token_id
+from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
+from vico_pl.model.assemble import assemble_model
 from vico_pl.model.checkpoint.folder import load_model, save_model
+from vico_pl.model.checkpoint.hub import local_folder
 from vico_pl.model.checkpoint.layout import CONFIG_NAME
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Stage
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
@@ -30,23 +34,38 @@ from vico_pl.stages.router import RouterConfig, RouterStage
 
 STAGES = ("pretrain", "consistency", "router")
 TRAINABLE_PARTS = ("vision", "connectors", "language")
+DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Where the model comes from: a folder, or for stage `pretrain` a description of fresh parts."""
+    """Where the model comes from: a folder, or for stage `pretrain` the parts to put together."""
 
-    path: str | None = None  # model folder to start from
-    reference: str | None = None  # model folder of the frozen reference; none: the one to start from
+    path: str | None = None  # model folder to start from, in any layout, or its name on the Hugging Face Hub
+    revision: str | None = None  # commit of a name on the Hub; none: the newest, which config.yaml then names
+    # Model folder of the frozen reference; none: the one to start from.
+    reference: str | None = None
+    dtype: str = (
+        "float32"  # of weights that are trained: float32, bfloat16, or stored (as the folder has them)
+    )
+    frozen_dtype: str = "stored"  # of the reference, and in stage 2 of all but the router
     # Patches per vision token; connectors that the folder lacks begin fresh.
     ratios: list[int] = field(default_factory=lambda: [4, 16])
     router_heads: int | None = None  # attention heads of the router to add; none: no router is added
-    # Parts that stage 1 trains.
+    # Parts that pretrain and stage 1 train.
     trainable: list[str] = field(default_factory=lambda: list(TRAINABLE_PARTS))
-    vision: dict[str, Any] = field(default_factory=dict)  # pretrain: an open_clip vision_cfg
-    # Pretrain: a transformers config with its model_type.
+    # Pretrain: an open_clip vision_cfg, or {open_clip: NAME, pretrained: TAG or file, image_size: px}.
+    vision: dict[str, Any] = field(default_factory=dict)
+    # Pretrain: a transformers config with its model_type, or {path: folder or name on the Hub}.
     language: dict[str, Any] = field(default_factory=dict)
-    vocab_size: int = 512  # pretrain: limit of the tokenizer that is built from GlyphDocs' words
+    vocab_size: int = 512  # pretrain without a language path: limit of the tokenizer made for GlyphDocs
+
+    def __post_init__(self) -> None:
+        """Refuse types that do not exist."""
+        for name in ("dtype", "frozen_dtype"):
+            if getattr(self, name) not in DTYPES:
+                given, known = getattr(self, name), ", ".join(DTYPES)
+                raise ValueError(f"model.{name} is '{given}'; expected one of {known}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +119,26 @@ def train(config: RunConfig) -> Path:
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     """Build the stage that the recipe names, with its models."""
-    num_steps = config.trainer.max_steps
+    settings, optim, num_steps = config.model, config.optim, config.trainer.max_steps
     if config.stage == "pretrain":
-        return PretrainStage(_fresh_model(config.model, tokenizer), config.optim, num_steps=num_steps)
-    path = _required(config.model.path, "model.path")
-    policy = load_model(path, ratios=config.model.ratios, router_heads=config.model.router_heads)
-    reference = FrozenReference(load_model(config.model.reference or path))
+        model = _fresh_model(settings, tokenizer)
+        _freeze_the_rest(model, settings.trainable)
+        return PretrainStage(model, optim, num_steps=num_steps)
+    trained, frozen = DTYPES[settings.dtype], DTYPES[settings.frozen_dtype]
+    reference = FrozenReference(load_model(_folder(settings, settings.reference), dtype=frozen))
+    load_policy = partial(
+        load_model, _folder(settings), ratios=settings.ratios, router_heads=settings.router_heads
+    )
     if config.stage == "consistency":
-        for name in set(TRAINABLE_PARTS) - set(config.model.trainable):
-            getattr(policy, name).requires_grad_(requires_grad=False)
+        policy = load_policy(dtype=trained)
+        _freeze_the_rest(policy, settings.trainable)
         return ConsistencyStage(
-            policy, reference, config.consistency, config.optim, num_steps=num_steps, seed=config.seed
+            policy, reference, config.consistency, optim, num_steps=num_steps, seed=config.seed
         )
-    return RouterStage(FrozenReference(policy), reference, config.router, config.optim, num_steps=num_steps)
+    policy = load_policy(dtype=frozen)
+    if policy.router is not None:
+        policy.router.to(trained)
+    return RouterStage(FrozenReference(policy), reference, config.router, optim, num_steps=num_steps)
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -179,25 +205,32 @@ def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path
 
 def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if config.path is not None:
-        return load_tokenizer(config.path)
+        return load_tokenizer(_folder(config))
+    if "path" in config.language:
+        return extend_tokenizer(config.language["path"], revision=config.language.get("revision"))
     return build_tokenizer(question_words(), vocab_size=config.vocab_size)
 
 
 def _fresh_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> VisionLanguageModel:
-    spec = ModelSpec(
-        vision=config.vision,
-        language={**config.language, "vocab_size": len(tokenizer)},
+    return assemble_model(
+        config.vision,
+        config.language,
         ratios=config.ratios,
-        router_heads=config.router_heads,
+        vocab_size=len(tokenizer),
         placeholder_id=token_id(tokenizer, PLACEHOLDER),
     )
-    return VisionLanguageModel(spec)
 
 
-def _required(value: str | None, name: str) -> str:
-    if value is None:
-        raise ValueError(f"{name} is not set; this stage starts from a model folder")
-    return value
+def _folder(config: ModelConfig, path: str | None = None) -> Path:
+    """Return the folder of `path`, or of the model to start from."""
+    if config.path is None:
+        raise ValueError("model.path is not set; this stage starts from a model folder")
+    return local_folder(path or config.path, config.revision if path in (None, config.path) else None)
+
+
+def _freeze_the_rest(model: VisionLanguageModel, trainable: list[str]) -> None:
+    for name in set(TRAINABLE_PARTS) - set(trainable):
+        getattr(model, name).requires_grad_(requires_grad=False)
 
 
 def _check_tile_size(config: RunConfig, model: VisionLanguageModel) -> None:

@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
+from tests.helpers import encoded_image, record
+from vico_pl.data.decode import decode_record
 from vico_pl.data.tiling import TilingConfig, choose_grid, tile_image, tile_sample
 from vico_pl.types import Sample, Turn
 
@@ -76,6 +80,18 @@ def test_ties_between_grids_of_one_aspect_ratio_go_as_internvls(scale, aspect):
     assert choose_grid(width, height, TilingConfig()) == expected
 
 
+@given(
+    width=st.integers(1, 3000), height=st.integers(1, 3000), low=st.integers(1, 12), high=st.integers(1, 16)
+)
+@example(width=5, height=4, low=2, high=3)  # as near to 1 x 2 as to 2 x 1
+def test_grids_of_at_least_some_tiles_are_internvls(width, height, low, high):
+    low, high = min(low, high), max(low, high)
+    expected = internvl_closest_aspect_ratio(
+        width / height, internvl_target_ratios(low, high), width, height, 448
+    )
+    assert choose_grid(width, height, TilingConfig(min_tiles=low, max_tiles=high)) == expected
+
+
 def test_the_worked_examples_of_the_docstrings():
     assert choose_grid(1000, 500, TilingConfig()) == (2, 1)
     assert choose_grid(1400, 700, TilingConfig()) == (4, 2)
@@ -126,10 +142,25 @@ def test_tiny_and_narrow_images_become_tiles(width, height):
 def test_a_sample_keeps_its_images_in_order():
     images = [picture(32, 16), picture(16, 16, seed=1)]
     sample = Sample(id="x", images=images, turns=[Turn(role="human", text="q")], metadata={"a": 1})
-    tiled = tile_sample(sample, TilingConfig(tile_size=16, max_tiles=2))
+    tiled = tile_sample(sample, TilingConfig(tile_size=16, max_tiles=4))
     assert tiled.tiles_per_image == [3, 1]
     assert torch.equal(tiled.tiles[3], images[1])
     assert (tiled.id, tiled.turns, tiled.metadata) == (sample.id, sample.turns, sample.metadata)
+
+
+@pytest.mark.parametrize(("num_images", "share"), [(1, 12), (2, 6), (5, 2), (12, 1), (30, 1)])
+def test_the_images_of_a_sample_share_its_tiles(num_images, share):
+    config = TilingConfig(tile_size=8, max_tiles=12, use_thumbnail=False)
+    sample = Sample(id="x", images=[picture(8 * 12, 8)] * num_images, turns=[], metadata={})
+    assert tile_sample(sample, config).tiles_per_image == [share] * num_images
+
+
+@given(width=st.integers(20, 90), height=st.integers(20, 90))
+def test_pixels_are_those_of_pillows_bicubic_resize(width, height):
+    (image,) = decode_record(record(files={"jpg": encoded_image(size=(width, height))})).images
+    (tile,) = tile_image(image, TilingConfig(tile_size=16, max_tiles=1))
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
+    assert (tile.permute(1, 2, 0).int() - torch.from_numpy(np.array(pillow)).int()).abs().max() <= 2
 
 
 def test_a_sample_of_text_alone_has_no_tiles():

@@ -57,7 +57,7 @@ def mixed(session):
     ]
     ratios = [
         torch.tensor(r, dtype=torch.int64)
-        for r in ([4, 16, 16, 4, 16], [], [16], [16, 4, 4, 4], [4, 4, 16], [4, 16, 16, 16, 4, 4, 16])
+        for r in ([4, 16, 16, 4, 16], [], [16], [16, 4, 4, 4], [4, 4, 16], [4, 16, 16])
     ]
     return samples, questions, ratios
 

@@ -1,6 +1,6 @@
 """Image -> square tiles, as InternVL cuts them: grid nearest in aspect ratio, row by row, thumbnail last."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,7 +18,7 @@ class TilingConfig:
 
     tile_size: int = 448  # px, side of a tile
     min_tiles: int = 1  # per image, thumbnail not counted
-    max_tiles: int = 12
+    max_tiles: int = 12  # per sample, thumbnails not counted; its images get equal shares, at least 1 each
     use_thumbnail: bool = True  # add the whole image as one more tile when it was cut
 
     def __post_init__(self) -> None:
@@ -27,10 +27,20 @@ class TilingConfig:
             given = f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}"
             raise ValueError(f"{given}: expected 1 <= min <= max")
 
+    def per_image(self, num_images: int) -> "TilingConfig":
+        """Return the settings for each image of a sample with `num_images` of them.
+
+        >>> TilingConfig(max_tiles=12).per_image(5).max_tiles
+        2
+        """
+        share = max(1, self.max_tiles // max(1, num_images))
+        return replace(self, min_tiles=min(self.min_tiles, share), max_tiles=share)
+
 
 def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
     """Cut all images of a sample."""
-    tiles = [tile_image(image, config) for image in sample.images]
+    per_image = config.per_image(len(sample.images))
+    tiles = [tile_image(image, per_image) for image in sample.images]
     empty = torch.empty(0, 3, config.tile_size, config.tile_size, dtype=torch.uint8)
     return TiledSample(
         id=sample.id,
@@ -75,8 +85,17 @@ def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int
 
 @lru_cache
 def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
-    sides = range(1, max_tiles + 1)
-    grids = [(i, j) for i in sides for j in sides if min_tiles <= i * j <= max_tiles]
+    """List grids by their number of tiles; grids of equally many in the order that released code has them.
+
+    That order decides ties, and it is that of a Python set filled in just this way: hence no list.
+    """
+    grids = {
+        (columns, rows)
+        for limit in range(min_tiles, max_tiles + 1)
+        for columns in range(1, limit + 1)
+        for rows in range(1, limit + 1)
+        if min_tiles <= columns * rows <= max_tiles
+    }
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
 

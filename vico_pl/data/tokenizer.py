@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 IMAGE_START, IMAGE_END, PLACEHOLDER = "<img>", "</img>", "<IMG_CONTEXT>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 PADDING = "<|endoftext|>"
-SPECIAL_TOKENS = [PADDING, TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER]
+MARKS = [TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER]
+SPECIAL_TOKENS = [PADDING, *MARKS]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -49,6 +50,22 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     )
 
 
+def extend_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a language model and add the marks of images and turns that it lacks.
+
+    Raises:
+        ValueError: there is no tokenizer at `path`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.language.path {path}: no tokenizer to load ({reason})") from error
+    known = tokenizer.get_added_vocab()
+    tokenizer.add_tokens([token for token in MARKS if token not in known], special_tokens=True)
+    return tokenizer
+
+
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Read a tokenizer from a model folder; nothing is fetched and no code of the folder runs.
 
@@ -58,12 +75,15 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     if not (Path(folder) / "tokenizer_config.json").exists():
         raise ValueError(f"{folder}: no tokenizer_config.json; a model folder holds its tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # An empty config, as that of a model folder is of a class that transformers does not know.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: its tokenizer files are incomplete or unreadable ({reason})") from error
     known = tokenizer.get_added_vocab()
-    missing = [t for t in (TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER) if t not in known]
+    missing = [token for token in MARKS if token not in known]
     if missing:
         raise ValueError(f"{folder}: the tokenizer lacks the special tokens {', '.join(missing)}")
     return tokenizer

@@ -116,7 +116,8 @@ def _costs(samples: Sequence[Sequence[Size]], tilings: Iterable[TilingConfig]) -
 
 
 def _num_tiles(sizes: Sequence[Size], tiling: TilingConfig) -> int:
-    return sum(_tiles_of_image(size, tiling) for size in sizes)
+    per_image = tiling.per_image(len(sizes))
+    return sum(_tiles_of_image(size, per_image) for size in sizes)
 
 
 @lru_cache(maxsize=65536)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import tile_sample
+from vico_pl.data.tokenizer import TURN_END, token_id
 from vico_pl.inference.session import Session, question_text
 from vico_pl.model.splice import Spliced
 from vico_pl.types import Image, Sample, TiledSample
@@ -71,7 +72,8 @@ def generate_ids(
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=session.tokenizer.eos_token_id,
+        # Not the tokenizer's own end of text, which in some families is another token.
+        eos_token_id=token_id(session.tokenizer, TURN_END),
         pad_token_id=session.tokenizer.pad_token_id,
     )
 

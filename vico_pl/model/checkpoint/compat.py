@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from vico_pl.model.checkpoint.layout import Contents, Json
 from vico_pl.model.checkpoint.pieces import Piece, Shape
@@ -23,7 +23,10 @@ def placeholder_id(folder: Path) -> int:
         ValueError: the folder has no tokenizer, or it lacks the token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # An empty config, as that of the folder is of a class that transformers does not know.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: no readable tokenizer ({reason})") from error

@@ -53,8 +53,8 @@ def open_folder(path: Path | str) -> ModelFolder:
     layout = next((layout for layout in LAYOUTS if layout.recognises(config)), None)
     if layout is None:
         raise ValueError(
-            f"{path / CONFIG_NAME}: its 'architectures' is {config.get('architectures')} and its 'format' not "
-            "'vico_pl'; expected that format, InternVLChatModel or InternVLForConditionalGeneration"
+            f"{path / CONFIG_NAME}: its 'architectures' is {config.get('architectures')}; expected vico_pl's "
+            "own format, InternVLChatModel or InternVLForConditionalGeneration"
         )
     tensors = StoredTensors(path, layout.stored_name)
     contents = layout.read(path, config, tensors.names)

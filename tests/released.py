@@ -1,0 +1,354 @@
+"""Small random checkpoints in released layouts, made from lists of their names and not through our mapping."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
+
+WIDTH, LANGUAGE_WIDTH, LAYERS, HEADS, VOCAB = 32, 48, 2, 4, 320
+TILE, PATCH = 56, 14  # 16 patches per tile: 4 vision tokens at ratio 4, 1 at ratio 16
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<box>", "</box>"]
+
+VISION_CONFIG = {
+    "architectures": ["InternVisionModel"],
+    "model_type": "intern_vit_6b",
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "image_size": TILE,
+    "patch_size": PATCH,
+    "norm_type": "layer_norm",
+    "qkv_bias": True,
+    "qk_normalization": False,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+    "initializer_factor": 0.1,
+    "use_flash_attn": True,
+    "drop_path_rate": 0.1,
+}
+# As transformers 4 stored it.
+LANGUAGE_CONFIG = {
+    "_name_or_path": "somewhere/else",
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": LANGUAGE_WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 4096,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    "transformers_version": "4.52.4",
+}
+
+
+def official_config(*, flash=False, **changes):
+    config = {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": TILE,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 4,
+        "use_thumbnail": True,
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vision_config": VISION_CONFIG,
+        "llm_config": LANGUAGE_CONFIG,
+    }
+    if flash:
+        config |= {"flash_mode": True, "flash_absolute_threshold": 0.45, "flash_relative_threshold": 0.25}
+    return {**config, **changes}
+
+
+def official_tensors(config, *, flash=False, seed=0, dtype=torch.float32):
+    """Random tensors under the official names of FACTS: vision_model, language_model, mlp1, and Flash's."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = dict(official_shapes(config, flash=flash))
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.15 + name.endswith(NORMS)).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+NORMS = ("norm1.weight", "norm2.weight", "norm.weight", "layernorm.weight", "mlp1.0.weight", "mlp2.0.weight")
+
+
+def official_shapes(config, *, flash):
+    vision, language = config["vision_config"], config["llm_config"]
+    yield from vision_shapes(vision)
+    yield from language_shapes(language)
+    yield from perceptron("mlp1", vision["hidden_size"] * 4, [language["hidden_size"]] * 2, [1, 3])
+    if flash:
+        c, d = vision["hidden_size"], language["hidden_size"]
+        yield from perceptron("mlp2", c * 16, [2 * d, 2 * d, d], [1, 4, 7])
+        yield from router_shapes(c)
+
+
+def perceptron(prefix, folded, widths, places):
+    yield f"{prefix}.0.weight", (folded,)
+    yield f"{prefix}.0.bias", (folded,)
+    for place, before, after in zip(places, [folded, *widths], widths, strict=False):
+        yield f"{prefix}.{place}.weight", (after, before)
+        yield f"{prefix}.{place}.bias", (after,)
+
+
+def vision_shapes(vision):
+    c, inner = vision["hidden_size"], vision["intermediate_size"]
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    with_bias = vision["norm_type"] == "layer_norm"
+    yield "vision_model.embeddings.class_embedding", (1, 1, c)
+    yield "vision_model.embeddings.position_embedding", (1, patches + 1, c)
+    yield "vision_model.embeddings.patch_embedding.weight", (c, 3, vision["patch_size"], vision["patch_size"])
+    yield "vision_model.embeddings.patch_embedding.bias", (c,)
+    for layer in range(vision["num_hidden_layers"]):
+        prefix = f"vision_model.encoder.layers.{layer}"
+        yield f"{prefix}.ls1", (c,)
+        yield f"{prefix}.ls2", (c,)
+        for norm in ("norm1", "norm2"):
+            yield f"{prefix}.{norm}.weight", (c,)
+            if with_bias:
+                yield f"{prefix}.{norm}.bias", (c,)
+        yield f"{prefix}.attn.qkv.weight", (3 * c, c)
+        if vision["qkv_bias"]:
+            yield f"{prefix}.attn.qkv.bias", (3 * c,)
+        if vision["qk_normalization"]:
+            yield f"{prefix}.attn.q_norm.weight", (c,)
+            yield f"{prefix}.attn.k_norm.weight", (c,)
+        yield f"{prefix}.attn.proj.weight", (c, c)
+        yield f"{prefix}.attn.proj.bias", (c,)
+        yield f"{prefix}.mlp.fc1.weight", (inner, c)
+        yield f"{prefix}.mlp.fc1.bias", (inner,)
+        yield f"{prefix}.mlp.fc2.weight", (c, inner)
+        yield f"{prefix}.mlp.fc2.bias", (c,)
+
+
+def language_shapes(language):
+    d, heads, kv = language["hidden_size"], language["num_attention_heads"], language["num_key_value_heads"]
+    kind = language["architectures"][0]
+    head = language.get("head_dim") or d // heads
+    yield "language_model.model.embed_tokens.weight", (language["vocab_size"], d)
+    for layer in range(language["num_hidden_layers"]):
+        prefix = f"language_model.model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (d,)
+        yield f"{prefix}.post_attention_layernorm.weight", (d,)
+        for name, rows in (("q_proj", heads * head), ("k_proj", kv * head), ("v_proj", kv * head)):
+            yield f"{prefix}.self_attn.{name}.weight", (rows, d)
+            if kind == "Qwen2ForCausalLM":
+                yield f"{prefix}.self_attn.{name}.bias", (rows,)
+        yield f"{prefix}.self_attn.o_proj.weight", (d, heads * head)
+        if kind.startswith("Qwen3"):
+            yield f"{prefix}.self_attn.q_norm.weight", (head,)
+            yield f"{prefix}.self_attn.k_norm.weight", (head,)
+        yield from feed_forward(prefix, language)
+    yield "language_model.model.norm.weight", (d,)
+    if not language["tie_word_embeddings"]:
+        yield "language_model.lm_head.weight", (language["vocab_size"], d)
+
+
+def feed_forward(prefix, language):
+    d = language["hidden_size"]
+    if language["architectures"] != ["Qwen3MoeForCausalLM"]:
+        blocks = [(f"{prefix}.mlp", language["intermediate_size"])]
+    else:
+        yield f"{prefix}.mlp.gate.weight", (language["num_experts"], d)
+        inner = language["moe_intermediate_size"]
+        blocks = [(f"{prefix}.mlp.experts.{e}", inner) for e in range(language["num_experts"])]
+    for block, inner in blocks:
+        yield f"{block}.gate_proj.weight", (inner, d)
+        yield f"{block}.up_proj.weight", (inner, d)
+        yield f"{block}.down_proj.weight", (d, inner)
+
+
+def router_shapes(c):
+    yield "pooling_before_gating.query_token", (1, c)
+    for i in range(1, 5):
+        attention = f"pooling_before_gating.attn{i}"
+        yield f"{attention}.in_proj_weight", (3 * c, c)
+        yield f"{attention}.in_proj_bias", (3 * c,)
+        yield f"{attention}.out_proj.weight", (c, c)
+        yield f"{attention}.out_proj.bias", (c,)
+        yield f"pooling_before_gating.norm{i}.weight", (c,)
+        yield f"pooling_before_gating.norm{i}.bias", (c,)
+        block = f"gating.block{i}"
+        yield f"{block}.0.weight", (4 * c, c)
+        yield f"{block}.0.bias", (4 * c,)
+        yield f"{block}.3.weight", (c, 4 * c)
+        yield f"{block}.3.bias", (c,)
+        yield f"{block}.5.weight", (c,)
+        yield f"{block}.5.bias", (c,)
+    yield "gating.gate.0.weight", (c,)
+    yield "gating.gate.0.bias", (c,)
+    yield "gating.gate.1.weight", (2, c)
+    yield "gating.gate.1.bias", (2,)
+
+
+def qwen_tokenizer():
+    """A byte-pair tokenizer of Qwen's kind, from merges learned on a few words."""
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learned.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    learned.train_from_iterator(["What is the value? user assistant system How many shapes"] * 4, trainer)
+    model = json.loads(learned.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", pad_token=SPECIAL[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return tokenizer
+
+
+def write_official(folder, *, flash=False, dtype=torch.float32, seed=0, config=None, tensors=None):
+    """Write a checkpoint as OpenGVLab releases them; returns its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config or official_config(flash=flash)
+    tensors = official_tensors(config, flash=flash, seed=seed, dtype=dtype) if tensors is None else tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    qwen_tokenizer().save_pretrained(folder)
+    (folder / "modeling_internvl_chat.py").write_text("raise SystemExit('remote code was run')\n")
+    return tensors
+
+
+def write_native(folder, *, seed=0) -> InternVLForConditionalGeneration:
+    """Write a checkpoint with transformers itself; returns its model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = qwen_tokenizer()
+    language = {k: v for k, v in LANGUAGE_CONFIG.items() if k not in ("_name_or_path", "transformers_version")}
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": [TILE, TILE],
+        "patch_size": [PATCH, PATCH],
+        "attention_bias": True,
+    }
+    config = InternVLConfig(
+        text_config={**language, "torch_dtype": "float32"},
+        vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model = InternVLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+class Recomputed:
+    """The released model's parts, computed step by step from raw official tensors."""
+
+    def __init__(self, tensors, config):
+        self.tensors, self.vision = tensors, config["vision_config"]
+
+    def linear(self, name, x):
+        return functional.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+
+    def norm(self, name, x, eps=1e-5):
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        if bias is None:  # RMS norm
+            return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.vision["layer_norm_eps"])
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def patch_features(self, tiles):
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        pixels = (tiles / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        prefix = "vision_model.embeddings"
+        weight = self.tensors[f"{prefix}.patch_embedding.weight"]
+        patches = functional.conv2d(
+            pixels, weight, self.tensors[f"{prefix}.patch_embedding.bias"], stride=weight.shape[-1]
+        )
+        x = patches.flatten(2).transpose(1, 2)
+        first = self.tensors[f"{prefix}.class_embedding"].expand(len(x), 1, -1)
+        x = torch.cat([first, x], 1) + self.tensors[f"{prefix}.position_embedding"]
+        for layer in range(self.vision["num_hidden_layers"]):
+            x = self.vision_layer(f"vision_model.encoder.layers.{layer}", x)
+        return x[:, 1:]
+
+    def vision_layer(self, prefix, x):
+        eps = self.vision["layer_norm_eps"]
+        q, k, v = self.linear(f"{prefix}.attn.qkv", self.norm(f"{prefix}.norm1", x, eps)).chunk(3, -1)
+        if self.vision["qk_normalization"]:
+            q, k = self.norm(f"{prefix}.attn.q_norm", q), self.norm(f"{prefix}.attn.k_norm", k)
+        q, k, v = (t.unflatten(-1, (self.vision["num_attention_heads"], -1)).transpose(1, 2) for t in (q, k, v))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        attended = self.linear(f"{prefix}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        x = x + self.tensors[f"{prefix}.ls1"] * attended
+        hidden = functional.gelu(self.linear(f"{prefix}.mlp.fc1", self.norm(f"{prefix}.norm2", x, eps)))
+        return x + self.tensors[f"{prefix}.ls2"] * self.linear(f"{prefix}.mlp.fc2", hidden)
+
+    @staticmethod
+    def shuffle(features, scale):
+        """Upstream's pixel_shuffle, by its definition in index arithmetic."""
+        factor = round(1 / scale)
+        side = round(features.shape[1] ** 0.5)
+        rows = [
+            torch.cat(
+                [
+                    features[:, (row * factor + i) * side + column * factor + j]
+                    for i in range(factor)
+                    for j in range(factor)
+                ],
+                -1,
+            )
+            for row in range(side // factor)
+            for column in range(side // factor)
+        ]
+        return torch.stack(rows, 1)
+
+    def mlp1(self, features):
+        x = self.norm("mlp1.0", self.shuffle(features, 0.5))
+        return self.linear("mlp1.3", functional.gelu(self.linear("mlp1.1", x)))
+
+    def mlp2(self, features):
+        x = functional.gelu(self.linear("mlp2.1", self.norm("mlp2.0", self.shuffle(features, 0.25))))
+        return self.linear("mlp2.7", functional.gelu(self.linear("mlp2.4", x)))
+
+    def gates(self, features, layers=(1, 2, 2, 2)):
+        """P(compress) and P(keep), with the attention layers that really run."""
+        query = self.tensors["pooling_before_gating.query_token"].expand(len(features), 1, -1)
+        for i in layers:
+            name = f"pooling_before_gating.attn{i}"
+            weights = self.tensors[f"{name}.in_proj_weight"].chunk(3)
+            biases = self.tensors[f"{name}.in_proj_bias"].chunk(3)
+            q, k, v = (
+                functional.linear(x, w, b).unflatten(-1, (16, -1)).transpose(1, 2)
+                for x, w, b in zip((query, features, features), weights, biases, strict=True)
+            )
+            mixed = ((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            query = self.norm(f"pooling_before_gating.norm{i}", self.linear(f"{name}.out_proj", mixed))
+        x = query.squeeze(1)
+        for i in range(1, 5):
+            inner = functional.gelu(self.linear(f"gating.block{i}.0", x))
+            x = x + self.norm(f"gating.block{i}.5", self.linear(f"gating.block{i}.3", inner))
+        return self.linear("gating.gate.1", self.norm("gating.gate.0", x)).softmax(-1)
+
+
+def folder_tensors(folder: Path):
+    """All tensors of a folder, whatever its shards."""
+    from safetensors.torch import load_file
+
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
