@@ -87,9 +87,7 @@ def load_model(
     if router_heads not in (None, heads):
         raise ValueError(f"{path}: its router has {heads} attention heads, not {router_heads}")
     spec = replace(stored, ratios=ratios or stored.ratios, router_heads=heads)
-    with no_init_weights():  # memory that is never touched is never taken
-        model = VisionLanguageModel(spec)
-    model.language.tie_weights()  # which is part of what was left out
+    model = _build(spec, path)
     fresh = _fresh_parts(stored, spec)
     wanted = {k: tuple(v.shape) for k, v in own_tensors(model).items() if not k.startswith(fresh)}
     pieces = folder.layout.pieces(wanted)
@@ -141,12 +139,27 @@ def check_tensors(folder: ModelFolder, pieces: list[Piece], own: Shapes) -> None
         raise ValueError(f"{folder.path}: {len(problems)} tensors do not fit: {listed}{rest}")
 
 
+def _build(spec: ModelSpec, path: Path | str) -> VisionLanguageModel:
+    """Build a model whose weights are read afterwards.
+
+    Raises:
+        ValueError: no such model can be; the message names the folder that describes it.
+    """
+    try:
+        with no_init_weights():  # memory that is never touched is never taken
+            model = VisionLanguageModel(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model.language.tie_weights()  # which is part of what was left out
+    return model
+
+
 def _is_tied_head(folder: ModelFolder, name: str) -> bool:
     """Say whether a tensor repeats the embeddings that the output layer is tied to, as some files do."""
     if not name.endswith("lm_head.weight") or not folder.contents.spec.language.get("tie_word_embeddings"):
         return False
     embeddings = name.replace("lm_head.weight", "model.embed_tokens.weight")
-    return torch.equal(folder.tensors[name], folder.tensors[embeddings])
+    return embeddings in folder.tensors.names and torch.equal(folder.tensors[name], folder.tensors[embeddings])
 
 
 def _fresh_parts(stored: ModelSpec, wanted: ModelSpec) -> tuple[str, ...]:

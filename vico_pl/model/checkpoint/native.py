@@ -27,7 +27,7 @@ MODULE_NAMES = (  # names of modules -> stored names
 
 def recognises(config: Json) -> bool:
     """Say whether a config.json is of this layout."""
-    return ARCHITECTURE in config.get("architectures", []) or config.get("model_type") == "internvl"
+    return ARCHITECTURE in (config.get("architectures") or []) or config.get("model_type") == "internvl"
 
 
 def stored_name(name: str) -> str:

@@ -76,7 +76,7 @@ SYSTEM_MESSAGES = {
 
 def is_official(config: Json) -> bool:
     """Say whether a config.json is of these layouts."""
-    return ARCHITECTURE in config.get("architectures", []) or config.get("model_type") == "internvl_chat"
+    return ARCHITECTURE in (config.get("architectures") or []) or config.get("model_type") == "internvl_chat"
 
 
 def read(folder: Path, config: Json, names: set[str]) -> Contents:
@@ -167,7 +167,8 @@ def _rule(config: Json) -> RoutingRule | None:
     if "flash_absolute_threshold" not in config:
         return None
     return RoutingRule(
-        threshold=config["flash_absolute_threshold"], relative_threshold=config["flash_relative_threshold"]
+        threshold=config["flash_absolute_threshold"],
+        relative_threshold=config.get("flash_relative_threshold"),
     )
 
 
