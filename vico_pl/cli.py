@@ -17,7 +17,9 @@ app.add_typer(shards, name="shards")
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
 Folder = Annotated[Path, typer.Argument(help="A folder of shards.")]
-Model = Annotated[Path, typer.Argument(help="A model folder, such as runs/demo/router/model.")]
+Model = Annotated[
+    str, typer.Argument(help="A model folder in any layout, or its name on the Hugging Face Hub.")
+]
 Output = Annotated[Path, typer.Option(help="Where to write.")]
 Data = Annotated[Path, typer.Option(help="A folder of shards with questions and answers.")]
 
@@ -149,16 +151,17 @@ def calibrate(
     from vico_pl.inference.session import Session
     from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
 
-    session = Session.load(model)
+    session = Session.load(Path(model))  # no name on the Hub: the threshold is written into the folder
     if budget is not None:
         check_budget(session, budget)
     curve = measure_curve(session, data, track=_progress)
     chosen = choose_point(curve, retention=retention, budget=budget)
     record = calibration_record(curve, chosen, data=str(data), retention=retention, budget=budget)
-    write_json(record, model / CALIBRATION_NAME)
+    written = Path(model) / CALIBRATION_NAME
+    write_json(record, written)
     typer.echo(
         f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
-        f"{chosen.retention['mean'] or 0:.2%} of the accuracy; written to {model / CALIBRATION_NAME}"
+        f"{chosen.retention['mean'] or 0:.2%} of the accuracy; written to {written}"
     )
 
 
@@ -180,11 +183,12 @@ def eval_(
     from vico_pl.evaluation.report import format_table, write_html
     from vico_pl.inference.session import Session
 
-    folder = output or model / "report"
+    opened = _local(model)
+    folder = output or opened / "report"
     if more_runs and not compare:
         raise ValueError(f"unexpected argument {more_runs[0]}; runs to compare follow --compare")
     runs = _named_runs([*(compare or []), *(more_runs or [])])
-    session = Session.load(model)
+    session = Session.load(opened)
     report, examples = evaluate(session, data, seed=seed, track=_progress)
     folder.mkdir(parents=True, exist_ok=True)
     write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples), runs=runs)
@@ -204,7 +208,7 @@ def route(
     from vico_pl.evaluation.gallery import route_image, routing_picture
     from vico_pl.inference.session import Session
 
-    pixels, session = read_image(image), Session.load(model)
+    pixels, session = read_image(image), Session.load(_local(model))
     if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
     ratios = route_image(session, pixels)
@@ -227,7 +231,29 @@ def generate(
     from vico_pl.inference.session import Session
 
     pixels = read_image(image)
-    typer.echo(answer_image(Session.load(model), pixels, prompt, max_new_tokens=max_new_tokens))
+    typer.echo(answer_image(Session.load(_local(model)), pixels, prompt, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    layout: Annotated[
+        str, typer.Option(help="flash or internvl (released code, LMDeploy), hf (transformers), ours.")
+    ] = "flash",
+    template: Annotated[
+        Path | None, typer.Option(help="A released folder whose remote code and tokenizer to copy along.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="stored, bfloat16 or float32.")] = "stored",
+) -> None:
+    """Write a model in another layout; weights keep their values unless --dtype says otherwise."""
+    from vico_pl.model.checkpoint.export import export as write
+    from vico_pl.trainer import DTYPES
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
+    write(_local(model), output, layout=layout, template=template, dtype=DTYPES[dtype])
+    typer.echo(f"{output} is written in the layout '{layout}'")
 
 
 def main() -> None:
@@ -241,6 +267,13 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             typer.echo("vico: interrupted; the same command takes it up again", err=True)
         raise
+
+
+def _local(model: str) -> Path:
+    """Return the folder of a model, fetched if it lives on the Hub."""
+    from vico_pl.model.checkpoint.hub import local_folder
+
+    return local_folder(model)
 
 
 def _progress(groups: Iterable[Any], title: str, total: int) -> Iterator[Any]:

@@ -1,0 +1,121 @@
+"""From a released checkpoint to Flash with the commands alone: 448 px tiles, JPEGs, a Qwen tokenizer."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from tests.helpers import encoded_image
+from tests.released import (
+    LANGUAGE_CONFIG,
+    VISION_CONFIG,
+    official_config,
+    official_shapes,
+    write_official,
+)
+from vico_pl.data.decode import read_image
+from vico_pl.data.tiling import tile_image
+from vico_pl.inference.routing import compress_probability
+from vico_pl.inference.session import Session
+from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
+from vico_pl.model.checkpoint.tensors import StoredTensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+SIZES = ((448, 448), (900, 440), (448, 1000), (640, 480))  # width, height: 1, 2, 2 and up to 4 tiles
+ANSWERS = {"perception": "red", "reasoning": "2", "ocr": "F0"}
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A checkpoint of InternVL's layout that sees tiles of 448 px as the real ones do."""
+    vision = {**VISION_CONFIG, "image_size": 448, "num_hidden_layers": 1}
+    config = official_config(
+        vision_config=vision, llm_config=LANGUAGE_CONFIG, force_image_size=448, max_dynamic_patch=4
+    )
+    write_official(tmp_path / "released", config=config)
+    return tmp_path / "released"
+
+
+@pytest.fixture
+def shards(vico, tmp_path):
+    """Shards that `vico shards build` makes of JPEG files and LLaVA's annotations."""
+    lines = []
+    for number, size in enumerate(SIZES):
+        (tmp_path / f"{number}.jpg").write_bytes(encoded_image("JPEG", size=size, seed=number))
+        turns = []
+        for skill, answer in ANSWERS.items():
+            mark = "" if turns else "<image>\n"
+            turns += [{"from": "human", "value": f"{mark}What {skill}?"}, {"from": "gpt", "value": answer}]
+        lines.append({"image": f"{number}.jpg", "conversations": turns, "skills": list(ANSWERS)})
+    annotations = tmp_path / "annotations.jsonl"
+    annotations.write_text("\n".join(map(json.dumps, lines)))
+    code, *_ = vico(
+        "shards", "build", "--annotations", annotations, "--images", tmp_path, "--output", tmp_path / "shards"
+    )
+    assert code == 0
+    return tmp_path / "shards"
+
+
+def train(vico, recipe, *settings):
+    fixed = [
+        "trainer.max_steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "data.num_workers=0",
+    ]
+    code, _, err = vico(
+        "train", f"recipes/internvl3_5-1b/{recipe}.yaml", *fixed, "data.batch_size=2", *settings
+    )
+    assert code == 0, err
+
+
+@torch.no_grad()
+def compress_two_of_three(model, photo):
+    """Set the threshold so that a photo's most detailed tile is kept: Flash always keeps at least one."""
+    session = Session.load(model)
+    tiles = tile_image(read_image(photo), session.tiling)
+    scores = compress_probability(session.router_logits(session.model.encode_tiles(tiles))).sort().values
+    assert len(scores) == 3
+    calibration = json.loads((model / CALIBRATION_NAME).read_text())
+    calibration["threshold"] = float(scores[:2].mean())
+    (model / CALIBRATION_NAME).write_text(json.dumps(calibration))
+
+
+def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, released, shards, tmp_path):
+    sources, stage1, stage2 = f"data.sources=[{{path: {shards}}}]", tmp_path / "stage1", tmp_path / "stage2"
+    train(vico, "consistency", f"model.path={released}", f"run_dir={stage1}", sources)
+    start = [f"model.path={stage1}/model", f"model.reference={released}"]
+    train(vico, "router", *start, f"run_dir={stage2}", sources, "router.min_history=1")
+
+    model, flash, photo = stage2 / "model", tmp_path / "flash", tmp_path / "1.jpg"
+    assert vico("calibrate", model, "--data", shards, "--budget", "0.8")[0] == 0
+    compress_two_of_three(model, photo)
+    assert vico("export", model, flash, "--layout", "flash", "--template", released)[0] == 0
+
+    config = json.loads((flash / "config.json").read_text())
+    assert config["flash_mode"] is True
+    assert config["auto_map"] == official_config()["auto_map"]
+    assert (flash / "modeling_internvl_chat.py").exists()
+    assert StoredTensors(flash).names == dict(official_shapes(config, flash=True)).keys()
+
+    question = ["--prompt", "What is it?", "--max-new-tokens", "6"]
+    before, after = (vico("generate", folder, photo, *question) for folder in (model, flash))
+    assert before[:2] == after[:2]
+    assert before[0] == 0
+    assert before[1].strip()
+    assert vico("route", flash, photo, "--output", tmp_path / "routed.png")[0] == 0
+
+
+def test_a_run_takes_tiles_and_prompts_from_the_released_model(vico, released, shards, tmp_path):
+    train(
+        vico,
+        "consistency",
+        f"model.path={released}",
+        f"run_dir={tmp_path}/run",
+        f"data.sources=[{{path: {shards}}}]",
+    )
+    data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert data["tiling"] == {"tile_size": 448, "min_tiles": 1, "max_tiles": 4, "use_thumbnail": True}
+    assert "InternVL" in data["chat"]["system"]
