@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from tests.helpers import TILE, WIDTH, tiny_spec
@@ -55,3 +56,123 @@ def test_every_parameter_takes_part_in_the_patch_features():
     (module(tiles(2)) * weights).sum().backward()
     without = [name for name, parameter in module.named_parameters() if parameter.grad is None]
     assert without == []  # under DDP such parameters leave the other ranks waiting
+
+
+# --- towers of timm -----------------------------------------------------------------------------------------
+
+TIMM = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "none", "image_size": 64}
+
+
+def timm_encoder(**changes):
+    torch.manual_seed(0)
+    return VisionEncoder({**TIMM, **changes})
+
+
+def big_tiles(count, side):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def untrained(module):
+    """Names of parameters that the patch features do not depend on."""
+    features = module.train()(big_tiles(2, module.tile_size))
+    (features * torch.randn(features.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    return [name for name, parameter in module.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"timm_model_pretrained": False},
+        {"timm_pool": "avg", "timm_proj": "linear"},
+        {"timm_pool": "token", "timm_proj": "mlp"},
+        {"timm_pool": "map"},  # the pooling of SigLIP
+    ],
+)
+def test_a_vit_of_timm_gives_its_patch_tokens_however_it_pools_for_classification(changes):
+    module = timm_encoder(**changes)
+    assert module(big_tiles(3, 64)).shape == (3, 16, 192)
+    assert (module.num_patches, module.width) == (16, 192)
+    assert untrained(module) == []
+
+
+def test_the_patch_tokens_of_a_timm_vit_are_those_before_its_class_token_is_taken():
+    module, x = timm_encoder().eval(), big_tiles(2, 64)
+    expected = module.tower.trunk.forward_features((x - module.mean) / module.std)
+    torch.testing.assert_close(module(x), expected[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_timm_tower_with_a_grid_of_its_own_is_as_wide_as_its_last_stage():
+    module = timm_encoder(timm_model_name="convnext_atto")
+    assert module(big_tiles(2, 64)).shape == (2, 4, 320)
+    assert (module.num_patches, module.width) == (4, 320)
+    assert untrained(module) == []
+
+
+def test_weights_are_never_fetched(monkeypatch):
+    def offline(*_, **__):
+        raise AssertionError("the network was asked for weights")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    timm_encoder(timm_model_pretrained=True)
+
+
+# --- towers of transformers ---------------------------------------------------------------------------------
+
+INTERNVIT = {
+    "model_type": "internvl_vision",
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": TILE,
+    "patch_size": 8,
+}
+
+
+def test_internvit_drops_the_class_token():
+    module, x = VisionEncoder(INTERNVIT).eval(), tiles(2)
+    whole = module.tower(pixel_values=(x - module.mean) / module.std).last_hidden_state
+    assert whole.shape == (2, 17, WIDTH)
+    assert torch.equal(module(x), whole[:, 1:])
+    assert untrained(module) == []
+
+
+def test_internvit_sees_pixels_with_the_statistics_of_imagenet():
+    module = VisionEncoder(INTERNVIT)
+    assert module.mean.flatten().tolist() == pytest.approx([0.485 * 255, 0.456 * 255, 0.406 * 255])
+    assert module.std.flatten().tolist() == pytest.approx([0.229 * 255, 0.224 * 255, 0.225 * 255])
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
+        {**CONFIG, "attentional_pool": True, "attn_pooler_heads": 2},
+        {**CONFIG, "attentional_pool": "parallel", "attn_pooler_heads": 2},
+    ],
+    ids=["ResNet", "attentional_pool", "CoCa"],
+)
+def test_towers_that_pool_their_patches_are_refused(config):
+    with pytest.raises(
+        ValueError, match="pools its patches \\(ResNet or CoCa\\); take a plain ViT or a timm"
+    ):
+        VisionEncoder(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "side", "patch"),
+    [
+        ({**CONFIG, "image_size": 36}, 36, 8),
+        ({**TIMM, "image_size": 72}, 72, 16),
+        ({**INTERNVIT, "image_size": 36}, 36, 8),
+    ],
+    ids=["open_clip", "timm", "transformers"],
+)
+def test_tiles_that_patches_do_not_divide_are_refused(config, side, patch):
+    expected = f"tiles of {side} px, which patches of {patch} px do not divide; set image_size to a multiple"
+    with pytest.raises(ValueError, match=expected):
+        VisionEncoder(config)

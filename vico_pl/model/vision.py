@@ -135,7 +135,7 @@ def _prepare_timm(module: Any, image_size: int) -> tuple[int, int]:
     trunk = module.trunk
     trunk.reset_classifier(0, global_pool="")
     module.head = nn.Identity()
-    for unused in ("fc_norm", "final_conv"):
+    for unused in ("fc_norm", "final_conv", "head"):  # ConvNeXt's head has a norm
         if hasattr(trunk, unused):
             setattr(trunk, unused, nn.Identity())
     if hasattr(trunk, "set_input_size"):

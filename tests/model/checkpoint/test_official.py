@@ -179,7 +179,9 @@ def test_logits_are_those_of_the_language_model_in_transformers(tmp_path, archit
     language = {key: value for key, value in language.items() if value is not None}
     config = official_config(llm_config=language)
     tensors = write_official(tmp_path / "whole", config=config)
-    part = {k.removeprefix("language_model."): v for k, v in tensors.items() if k.startswith("language_model.")}
+    part = {
+        k.removeprefix("language_model."): v for k, v in tensors.items() if k.startswith("language_model.")
+    }
     (tmp_path / "part").mkdir()
     (tmp_path / "part/config.json").write_text(json.dumps(language))
     save_file(part, tmp_path / "part/model.safetensors", metadata={"format": "pt"})

@@ -50,7 +50,10 @@ def config_without(name, **changes):
             official_config(llm_config={**LANGUAGE_CONFIG, "architectures": None}),
             "/config.json: llm_config.architectures is None; expected one of LlamaFor",
         ),
-        (official_config(template="Hermes-2"), "/config.json: template is 'Hermes-2'; expected one of intern"),
+        (
+            official_config(template="Hermes-2"),
+            "/config.json: template is 'Hermes-2'; expected one of intern",
+        ),
         (config_without("template"), "/config.json: template is None; expected one of internvl2_5"),
         (
             official_config(force_image_size=448),

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 
-from vico_pl.model.checkpoint.folder import LAYOUTS, ModelFolder, check_tensors, open_folder, own_tensors
+from vico_pl.model.checkpoint.folder import (
+    LAYOUTS,
+    ModelFolder,
+    check_tensors,
+    naming,
+    open_folder,
+    own_tensors,
+)
 from vico_pl.model.checkpoint.layout import CONFIG_NAME, Layout
 from vico_pl.model.checkpoint.ours import CALIBRATION_NAME, OURS, read_json, write_json
 from vico_pl.model.checkpoint.pieces import Shapes, assemble_own, assemble_stored
@@ -57,7 +64,8 @@ def export(
     auto_map = _auto_map(template)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: not empty; name a new folder")
-    everything, kept = shapes_of(folder.contents.spec), shapes_of(contents.spec)
+    with naming(source):
+        everything, kept = shapes_of(folder.contents.spec), shapes_of(contents.spec)
     check_tensors(folder, folder.layout.pieces(everything), everything)
     state = assemble_own(folder.layout.pieces(kept), kept, folder.tensors.__getitem__, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ processing.json      tiling and chat settings (ours; released layouts have them 
 calibration.json     routing threshold (Flash has one in its configuration; this file goes before it)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,7 +89,9 @@ def load_model(
     if router_heads not in (None, heads):
         raise ValueError(f"{path}: its router has {heads} attention heads, not {router_heads}")
     spec = replace(stored, ratios=ratios or stored.ratios, router_heads=heads)
-    model = _build(spec, path)
+    with naming(path), no_init_weights():  # memory that is never touched is never taken
+        model = VisionLanguageModel(spec)
+    model.language.tie_weights()  # which is part of what was left out
     fresh = _fresh_parts(stored, spec)
     wanted = {k: tuple(v.shape) for k, v in own_tensors(model).items() if not k.startswith(fresh)}
     pieces = folder.layout.pieces(wanted)
@@ -119,6 +123,15 @@ def own_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
     return state
 
 
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Name the folder that describes a model which cannot be built."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def check_tensors(folder: ModelFolder, pieces: list[Piece], own: Shapes) -> None:
     """Hold a folder's tensors against those a model is made of.
 
@@ -139,27 +152,12 @@ def check_tensors(folder: ModelFolder, pieces: list[Piece], own: Shapes) -> None
         raise ValueError(f"{folder.path}: {len(problems)} tensors do not fit: {listed}{rest}")
 
 
-def _build(spec: ModelSpec, path: Path | str) -> VisionLanguageModel:
-    """Build a model whose weights are read afterwards.
-
-    Raises:
-        ValueError: no such model can be; the message names the folder that describes it.
-    """
-    try:
-        with no_init_weights():  # memory that is never touched is never taken
-            model = VisionLanguageModel(spec)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    model.language.tie_weights()  # which is part of what was left out
-    return model
-
-
 def _is_tied_head(folder: ModelFolder, name: str) -> bool:
     """Say whether a tensor repeats the embeddings that the output layer is tied to, as some files do."""
     if not name.endswith("lm_head.weight") or not folder.contents.spec.language.get("tie_word_embeddings"):
         return False
-    embeddings = name.replace("lm_head.weight", "model.embed_tokens.weight")
-    return embeddings in folder.tensors.names and torch.equal(folder.tensors[name], folder.tensors[embeddings])
+    tensors, embeddings = folder.tensors, name.replace("lm_head.weight", "model.embed_tokens.weight")
+    return embeddings in tensors.names and torch.equal(tensors[name], tensors[embeddings])
 
 
 def _fresh_parts(stored: ModelSpec, wanted: ModelSpec) -> tuple[str, ...]:

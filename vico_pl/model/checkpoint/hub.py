@@ -3,11 +3,16 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HFValidationError,
+    HTTPError,  # of httpx or httpx2, whichever the Hub's client uses
+    OfflineModeIsEnabled,
+)
 
 # Weights, configurations and tokenizers; no Python file and nothing pickled.
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-Unreachable = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError, OSError)
+# A refused connection is an HTTPError that is neither the Hub's own nor an OSError.
+Unreachable = (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
 
 
 def is_hub_id(path: str) -> bool:
@@ -48,6 +53,6 @@ def local_folder(path: str, revision: str | None = None) -> Path:
 
 
 def _message(path: str, revision: str | None, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     at = f" at revision {revision}" if revision else ""
     return f"{path}: no such folder, and it cannot be had from the Hugging Face Hub{at} ({reason})"

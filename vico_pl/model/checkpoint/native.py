@@ -16,6 +16,7 @@ from vico_pl.model.vlm import ModelSpec
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
 PROCESSOR_NAME = "preprocessor_config.json"
+WHOLE_PROCESSOR_NAME = "processor_config.json"  # transformers 5 keeps the image processor in here
 LANGUAGE_MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe")
 CONNECTOR_PARTS = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 MODULE_NAMES = (  # names of modules -> stored names
@@ -124,17 +125,29 @@ def _problems(config: Json) -> list[str]:
         problems.append(f"text_config.model_type is {kind!r}; expected one of {', '.join(LANGUAGE_MODELS)}")
     if not config["vision_config"].get("use_mean_pooling", True):
         problems.append("use_mean_pooling is false: a final norm that InternVL's layouts have no place for")
-    return problems
+    sizes = {name: config["vision_config"].get(name) for name in ("image_size", "patch_size")}
+    return problems + [
+        f"vision_config.{name} is {size}; tiles and patches must be square"
+        for name, size in sizes.items()
+        if isinstance(size, list) and len(set(size)) != 1
+    ]
 
 
 def _tiling(folder: Path, tile_size: int) -> Json:
-    processor = read_json(folder / PROCESSOR_NAME) if (folder / PROCESSOR_NAME).exists() else {}
+    processor = _stored_processor(folder)
     return {
         "tile_size": tile_size,
         "min_tiles": processor.get("min_patches", 1),
         "max_tiles": processor.get("max_patches", 12),
         "use_thumbnail": True,
     }
+
+
+def _stored_processor(folder: Path) -> Json:
+    """Return the image processor's settings from where transformers looks first, or none."""
+    whole, alone = folder / WHOLE_PROCESSOR_NAME, folder / PROCESSOR_NAME
+    inner = read_json(whole).get("image_processor") if whole.exists() else None
+    return inner or (read_json(alone) if alone.exists() else {})
 
 
 def _processor(tiling: Json, side: int) -> Json:
@@ -157,10 +170,7 @@ def _processor(tiling: Json, side: int) -> Json:
 
 def _side(size: int | list[int]) -> int:
     """Return the side of a square given as one number or two."""
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"tiles and patches must be square, the vision tower has {size}")
-    return sides.pop()
+    return size if isinstance(size, int) else size[0]
 
 
 HF = Layout(

@@ -4,6 +4,7 @@ Tensors are read as views of the mapped file, so that opening a checkpoint takes
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,20 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int
     for name, members in plan.filename_to_tensors.items():
         temporary = folder / f".{name}.partial"
         save_file({m: tensors[m].contiguous() for m in members}, temporary, metadata={"format": "pt"})
+        temporary.chmod(_usual_mode())  # safetensors lets its owner alone read it
         temporary.replace(folder / name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for stale in {WEIGHTS_NAME, INDEX_NAME} - {*plan.filename_to_tensors, *([INDEX_NAME] * plan.is_sharded)}:
         (folder / stale).unlink(missing_ok=True)  # of a model that was here before
+
+
+def _usual_mode() -> int:
+    """Return the permissions that any new file gets."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _weight_files(folder: Path) -> list[Path]:
