@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.helpers import TILE, WIDTH, tiny_spec
-from vico_pl.model.vision import VisionEncoder
+from vico_pl.model.vision import VisionEncoder, build_tower
 
 CONFIG = tiny_spec().vision
 
@@ -176,3 +176,22 @@ def test_tiles_that_patches_do_not_divide_are_refused(config, side, patch):
     expected = f"tiles of {side} px, which patches of {patch} px do not divide; set image_size to a multiple"
     with pytest.raises(ValueError, match=expected):
         VisionEncoder(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"timm_model_name": "vit_of_nobody", "image_size": 64}, "Unknown model"),
+        ({"image_size": 64, "layers": 1, "patch": 8}, "unexpected keyword argument 'patch'"),
+        (
+            {"model_type": "siglip_vision_model"},
+            "model_type is 'siglip_vision_model'; expected internvl_vision",
+        ),
+        ({"model_type": "internvl_vision", "hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+    ],
+)
+def test_settings_that_no_tower_has_are_refused_in_a_sentence(config, said):
+    with pytest.raises(ValueError, match="vision tower: ") as caught:
+        build_tower(config)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

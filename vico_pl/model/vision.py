@@ -15,6 +15,7 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
@@ -75,13 +76,28 @@ class VisionEncoder(nn.Module):
 
 
 def build_tower(config: dict[str, Any]) -> Tower:
-    """Build the tower that a configuration describes, with fresh weights."""
-    if "model_type" in config:
-        return _transformers_tower(config)
-    return _open_clip_tower(config)
+    """Build the tower that a configuration describes, with fresh weights.
+
+    Raises:
+        ValueError: no such tower can be built.
+    """
+    kind = config.get("model_type")
+    if kind not in (None, "internvl_vision"):
+        known = "internvl_vision, or an open_clip vision_cfg"
+        raise ValueError(f"vision tower: model_type is '{kind}'; expected {known}")
+    try:
+        return _open_clip_tower(config) if kind is None else _intern_vit(config)
+    except (
+        KeyError,
+        TypeError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:  # as the libraries refuse settings
+        reason = " ".join(str(error).split())
+        raise ValueError(f"vision tower: {type(error).__name__}: {reason}") from error
 
 
-def _transformers_tower(config: dict[str, Any]) -> Tower:
+def _intern_vit(config: dict[str, Any]) -> Tower:
     config = dict(config)
     mean, std = config.pop("image_mean", IMAGENET_MEAN), config.pop("image_std", IMAGENET_STD)
     settings = AutoConfig.for_model(config.pop("model_type"), **config)

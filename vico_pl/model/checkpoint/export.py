@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from vico_pl.model.checkpoint.compat import PLACEHOLDER, placeholder_id
 from vico_pl.model.checkpoint.folder import (
     LAYOUTS,
     ModelFolder,
@@ -13,7 +14,8 @@ from vico_pl.model.checkpoint.folder import (
     open_folder,
     own_tensors,
 )
-from vico_pl.model.checkpoint.layout import CONFIG_NAME, Layout
+from vico_pl.model.checkpoint.layout import CONFIG_NAME, Json, Layout
+from vico_pl.model.checkpoint.official import FLASH, INTERNVL
 from vico_pl.model.checkpoint.ours import CALIBRATION_NAME, OURS, read_json, write_json
 from vico_pl.model.checkpoint.pieces import Shapes, assemble_own, assemble_stored
 from vico_pl.model.checkpoint.tensors import write_tensors
@@ -61,7 +63,8 @@ def export(
     """
     folder, target = open_folder(source), _layout(layout)
     contents = target.reduce(folder.contents)
-    auto_map = _auto_map(template)
+    if template is not None:
+        _check_template(template, folder)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: not empty; name a new folder")
     with naming(source):
@@ -70,9 +73,11 @@ def export(
     state = assemble_own(folder.layout.pieces(kept), kept, folder.tensors.__getitem__, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
     write_tensors(assemble_stored(target.pieces(kept), state), output)
-    config = target.write(output, contents, _type_name(state))
     _copy_companions(folder, output, template, with_calibration=target is OURS)
-    write_json({**config, **auto_map} if target is not OURS else config, output / CONFIG_NAME)
+    config = target.write(output, contents, _type_name(state))
+    if template is not None and target in (FLASH, INTERNVL):
+        config |= _auto_map(template)
+    write_json(config, output / CONFIG_NAME)
 
 
 def shapes_of(spec: ModelSpec) -> Shapes:
@@ -89,12 +94,21 @@ def _layout(name: str) -> Layout:
     raise ValueError(f"layout is '{name}'; expected one of {', '.join(LAYOUT_NAMES)}")
 
 
-def _auto_map(template: Path | None) -> dict[str, object]:
-    """Return where a template's configuration names its remote code."""
-    if template is None:
-        return {}
+def _check_template(template: Path, folder: ModelFolder) -> None:
     if not (template / CONFIG_NAME).is_file():
         raise ValueError(f"{template}: no {CONFIG_NAME}; --template takes a released model folder")
+    if not any((template / name).exists() for name in TOKENIZER_FILES[:2]):
+        return  # it keeps the model's tokenizer
+    theirs, ours = placeholder_id(template), folder.contents.spec.placeholder_id
+    if theirs != ours:
+        raise ValueError(
+            f"{template}: its tokenizer has {PLACEHOLDER} at {theirs}, the model at {ours}; "
+            "take the template of the same family"
+        )
+
+
+def _auto_map(template: Path) -> Json:
+    """Return where a template's configuration names its remote code."""
     config = read_json(template / CONFIG_NAME)
     return {"auto_map": config["auto_map"]} if "auto_map" in config else {}
 

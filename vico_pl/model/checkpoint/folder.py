@@ -106,6 +106,7 @@ def load_model(
 def save_model(model: VisionLanguageModel, folder: Path, *, processing: Json | None = None) -> None:
     """Write a model in our layout, the configuration last: a folder with a configuration is complete."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
     state = {name: tensor.detach().cpu() for name, tensor in own_tensors(model).items()}
     write_tensors(state, folder)
     contents = Contents(spec=model.spec, processing=processing, rule=None)

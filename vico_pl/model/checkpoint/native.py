@@ -49,15 +49,15 @@ def read(folder: Path, config: Json, names: set[str]) -> Contents:
     problems = list(_problems(config))
     if problems:
         raise ValueError(f"{folder / CONFIG_NAME}: " + "; ".join(problems))
-    tied = config["text_config"].get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     has_head = "language_model.lm_head.weight" in names
+    tied = config["text_config"].get("tie_word_embeddings", config.get("tie_word_embeddings", not has_head))
     vision = {k: v for k, v in config["vision_config"].items() if k not in ("dtype", "torch_dtype")}
     vision["image_size"] = _side(vision.get("image_size", 448))
     vision["patch_size"] = _side(vision.get("patch_size", 14))
     return Contents(
         spec=ModelSpec(
             vision={**vision, "model_type": "internvl_vision"},
-            language={**config["text_config"], "tie_word_embeddings": tied or not has_head},
+            language={**config["text_config"], "tie_word_embeddings": tied},
             ratios=[4],
             router_heads=None,
             placeholder_id=placeholder_id(folder),

@@ -90,7 +90,7 @@ def read(folder: Path, config: Json, names: set[str]) -> Contents:
     (architecture,) = config["llm_config"]["architectures"]
     language = {**config["llm_config"], "model_type": LANGUAGE_MODELS[architecture]}
     if "language_model.lm_head.weight" not in names:
-        language["tie_word_embeddings"] = True
+        language.setdefault("tie_word_embeddings", True)
     has_router = any(name.startswith("gating.") for name in names)
     return Contents(
         spec=ModelSpec(

@@ -25,10 +25,10 @@ def read(folder: Path, config: Json, names: set[str]) -> Contents:
 
 
 def write(folder: Path, contents: Contents, dtype: str) -> Json:
-    """Write what lies beside the weights."""
+    """Write what lies beside the weights; a calibration that came along keeps its curve."""
     if contents.processing is not None:
         write_json(contents.processing, folder / PROCESSING_NAME)
-    if contents.rule is not None:
+    if contents.rule is not None and not (folder / CALIBRATION_NAME).exists():
         write_json(asdict(contents.rule), folder / CALIBRATION_NAME)
     return {"format": FORMAT, **asdict(contents.spec)}
 

@@ -57,15 +57,25 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int
         max_shard_size=max_bytes,
     )
     for name, members in plan.filename_to_tensors.items():
-        temporary = folder / f".{name}.partial"
-        save_file({m: tensors[m].contiguous() for m in members}, temporary, metadata={"format": "pt"})
-        temporary.chmod(_usual_mode())  # safetensors lets its owner alone read it
-        temporary.replace(folder / name)
+        _write_file({member: tensors[member] for member in members}, folder / name)
+    written = set(plan.filename_to_tensors)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for stale in {WEIGHTS_NAME, INDEX_NAME} - {*plan.filename_to_tensors, *([INDEX_NAME] * plan.is_sharded)}:
-        (folder / stale).unlink(missing_ok=True)  # of a model that was here before
+        written.add(INDEX_NAME)
+    for old in {path.name for path in folder.glob("model*.safetensors*")} - written:
+        (folder / old).unlink()  # of a model that was here before
+
+
+def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata={"format": "pt"})
+        temporary.chmod(_usual_mode())  # safetensors lets its owner alone read it
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _usual_mode() -> int:
