@@ -33,12 +33,14 @@ def assemble_model(
     """
     tower, language_model = None, None
     if "open_clip" in vision:
+        _check_settings("vision", vision, beside="open_clip", known=("pretrained", "image_size"))
         vision, tower = pretrained_tower(
             vision["open_clip"],
             pretrained=vision.get("pretrained"),
             image_size=vision.get("image_size"),
         )
     if "path" in language:
+        _check_settings("language", language, beside="path", known=("revision",))
         language_model = pretrained_language_model(
             language["path"], revision=language.get("revision"), vocab_size=vocab_size
         )
@@ -107,6 +109,11 @@ def pretrained_language_model(path: str, *, revision: str | None, vocab_size: in
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size)
     return model
+
+
+def _check_settings(part: str, given: dict[str, Any], *, beside: str, known: tuple[str, ...]) -> None:
+    for name in given.keys() - {beside, *known}:
+        raise ValueError(f"model.{part} has no setting '{name}' beside {beside}; expected {', '.join(known)}")
 
 
 def _load_tower(tower: nn.Module, pretrained: nn.Module) -> None:
