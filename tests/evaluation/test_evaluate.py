@@ -212,7 +212,7 @@ def annotation(turns, skills):
 
 
 def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(session, answered, tmp_path):
-    images = {f"{i}.png": encoded_image("PNG", size=(64, 64), seed=i) for i in range(2)}
+    images = {f"{i}.png": encoded_image("PNG", size=(64, 32), seed=i) for i in range(2)}
     records = [
         ("two", {**images, "json": annotation(["<image>\n<image>\nA?", "a"], ["ocr"])}),
         (

@@ -47,12 +47,12 @@ def oracle_scores(session: Session, group: Group) -> TileScores:
     The score is minus the loss ratio of the tile, with the model at full tokens as its own reference.
     """
     chat = replace(session.chat, config=replace(session.chat.config, max_tokens=sys.maxsize))
-    batch = collate([chat.encode(sample) for sample in group.samples])
+    batch = collate([chat.encode(sample) for sample in group.samples]).to(session.device)
     reference = FrozenReference(session.model)
     harm = tile_loss_ratios(
         session.model, reference, batch, torch.cat(group.features), RouterConfig(epsilon=1e-6)
     )
-    return list((-harm).split([len(sample.tiles) for sample in group.samples]))
+    return list((-harm).cpu().split([len(sample.tiles) for sample in group.samples]))
 
 
 def ranked(scores: TileScores) -> TileScores:

@@ -19,7 +19,7 @@ from vico_pl.types import Image
 @torch.no_grad()
 def route_image(session: Session, image: Image) -> list[int]:
     """Return the ratio the router chooses for each tile of an image, the thumbnail last."""
-    return session.route(session.model.encode_tiles(tile_image(image, session.tiling))).tolist()
+    return session.route(session.encode(tile_image(image, session.tiling))).tolist()
 
 
 def routing_picture(

@@ -40,7 +40,7 @@ def answer(
 def answer_image(session: Session, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
     """Answer a question about one image, with its tiles at the ratios the router chooses."""
     sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), session.tiling)
-    features = session.model.encode_tiles(sample.tiles)
+    features = session.encode(sample.tiles)
     ratios = session.route(features)
     (text,) = answer(
         session, [sample], [question], features=[features], ratios=[ratios], max_new_tokens=max_new_tokens
@@ -63,7 +63,8 @@ def generate_ids(
         session.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
         for sample, question in zip(samples, questions, strict=True)
     ]
-    spliced = session.model.splice_batch(collate(prompts), torch.cat(list(features)), torch.cat(list(ratios)))
+    batch, chosen = collate(prompts).to(session.device), torch.cat(list(ratios)).to(session.device)
+    spliced = session.model.splice_batch(batch, torch.cat(list(features)), chosen)
     embeddings, attention_mask = pad_left(spliced)
     session.model.language.set_attn_implementation("sdpa")
     generate: Any = session.model.language.generate  # typed by its mixin alone

@@ -60,7 +60,7 @@ def read_groups(session: Session, samples: Iterable[TiledSample]) -> Iterator[Gr
     first = 0
     for members in batched(samples, SAMPLES_PER_GROUP):
         with torch.no_grad():
-            features = session.model.encode_tiles(torch.cat([s.tiles for s in members]))
+            features = session.encode(torch.cat([s.tiles for s in members]))
         yield Group(
             samples=members,
             features=list(features.split([len(s.tiles) for s in members])),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +27,10 @@ from vico_pl.types import TiledSample
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What is needed to answer questions about images."""
+    """What is needed to answer questions about images.
+
+    Patch features stay on the model's device; scores and ratios, which choose among tiles, are on the CPU.
+    """
 
     folder: Path  # what was opened
     model: VisionLanguageModel
@@ -37,15 +40,19 @@ class Session:
     rule: RoutingRule | None  # None: not calibrated
 
     @classmethod
-    def load(cls, folder: Path) -> "Session":
-        """Open a model folder in any layout.
+    def load(cls, folder: Path, *, device: str = "auto") -> "Session":
+        """Open a model folder in any layout, on a GPU if there is one.
+
+        On a GPU weights keep their stored type; on a CPU they are float32, which is faster there.
 
         Raises:
             ValueError: a part of the folder is missing or does not fit.
         """
         contents = open_folder(folder).contents
         tiling, chat = _processing(folder, contents)
-        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        dtype = torch.float32 if place.type == "cpu" else None
+        model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
         return cls(
             folder=folder,
             model=model,
@@ -54,6 +61,15 @@ class Session:
             chat=ChatEncoder(tokenizer, chat, model.tokens_per_full_tile),
             rule=contents.rule,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.head.device
+
+    def encode(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
+        """Return the patch features of tiles."""
+        return self.model.encode_tiles(tiles.to(self.device))
 
     def router_logits(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T K"]:
         """Run the router.
@@ -65,7 +81,7 @@ class Session:
             raise ValueError(
                 f"{self.folder}: the model has no router; train one with a recipe of stage router"
             )
-        return self.model.router(features)
+        return self.model.router(features).float().cpu()
 
     def route(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
         """Choose a ratio for each tile of a sample; without router or calibration all keep full tokens."""
@@ -76,12 +92,12 @@ class Session:
     @torch.no_grad()
     def first_token(self, sample: TiledSample, ratios: Int64[Tensor, " t"], *, routes: bool) -> int:
         """Go from tiles to the first token of an answer, the work that first-token time is made of."""
-        features = self.model.encode_tiles(sample.tiles)
+        features = self.encode(sample.tiles)
         if routes:
             self.router_logits(features)
         question = question_text(sample.turns[0].text, num_images=len(sample.tiles_per_image))
-        batch = collate([self.chat.encode_prompt(sample, question)])
-        spliced = self.model.splice_batch(batch, features, ratios)
+        batch = collate([self.chat.encode_prompt(sample, question)]).to(self.device)
+        spliced = self.model.splice_batch(batch, features, ratios.to(self.device))
         states = run_packed(
             self.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
         )
