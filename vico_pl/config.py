@@ -85,8 +85,10 @@ def check_run(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong between sections of a configuration."""
     if config.stage not in STAGES:
         yield f"stage is '{config.stage}'; expected one of {', '.join(STAGES)}"
-    for part in set(config.model.trainable) - set(TRAINABLE_PARTS):
-        yield f"model.trainable names '{part}'; expected some of {', '.join(TRAINABLE_PARTS)}"
+    yield from _check_trainable(config)
+    precision = config.trainer.precision
+    if config.model.attention == "flash" and not precision.startswith(("16", "bf16")):
+        yield f"model.attention is 'flash' but trainer.precision is '{precision}'; set it to bf16-mixed"
     if config.stage != "pretrain" and config.model.path is None:
         yield "model.path is not set; this stage starts from a model folder"
     if config.stage in ("consistency", "router") and len(config.model.ratios) < 2:
@@ -96,6 +98,16 @@ def check_run(config: RunConfig) -> Iterator[str]:
     fed = sum(source.steps or 0 for source in config.data.sources[:-1])
     if fed >= config.trainer.max_steps:
         yield f"data.sources: the last one is never reached, the others last {fed} steps"
+
+
+def _check_trainable(config: RunConfig) -> Iterator[str]:
+    trainable = config.model.trainable
+    for part in set(trainable) - set(TRAINABLE_PARTS):
+        yield f"model.trainable names '{part}'; expected some of {', '.join(TRAINABLE_PARTS)}"
+    if config.stage != "router" and not set(trainable) & set(TRAINABLE_PARTS):
+        yield f"model.trainable is {trainable}; stage {config.stage} has nothing to train"
+    if {"language", "lora"} <= set(trainable):
+        yield "model.trainable names both language (all its weights) and lora (adapters alone); leave out one"
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -13,17 +13,20 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepProgressBar, StepSeed
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
 from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
+from vico_pl.model.adapters import LoraConfig, adapters_merged, add_adapters
 from vico_pl.model.assemble import assemble_model
+from vico_pl.model.blocks import checkpoint_blocks, compile_blocks
 from vico_pl.model.checkpoint.folder import load_model, save_model
 from vico_pl.model.checkpoint.hub import local_folder
 from vico_pl.model.checkpoint.layout import CONFIG_NAME
+from vico_pl.model.language import PACKED_ATTENTION, check_flash_attention, set_packed_attention
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
@@ -33,7 +36,8 @@ from vico_pl.stages.pretrain import PretrainStage
 from vico_pl.stages.router import RouterConfig, RouterStage
 
 STAGES = ("pretrain", "consistency", "router")
-TRAINABLE_PARTS = ("vision", "connectors", "language")
+PARTS = ("vision", "connectors", "language")  # of a model; the router has a stage of its own
+TRAINABLE_PARTS = (*PARTS, "lora")
 DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": None}
 
 
@@ -48,12 +52,18 @@ class ModelConfig:
     dtype: str = (
         "float32"  # of weights that are trained: float32, bfloat16, or stored (as the folder has them)
     )
-    frozen_dtype: str = "stored"  # of the reference, and in stage 2 of all but the router
+    # Of the reference, and in stage 2 of all but the router. If it comes to the same as dtype, the reference
+    # uses what the policy keeps frozen (vision, language) instead of a second copy.
+    frozen_dtype: str = "stored"
     # Patches per vision token; connectors that the folder lacks begin fresh.
     ratios: list[int] = field(default_factory=lambda: [4, 16])
     router_heads: int | None = None  # attention heads of the router to add; none: no router is added
-    # Parts that pretrain and stage 1 train.
-    trainable: list[str] = field(default_factory=lambda: list(TRAINABLE_PARTS))
+    # What pretrain and stage 1 train: of vision, connectors and language, or lora instead of language.
+    trainable: list[str] = field(default_factory=lambda: list(PARTS))
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    attention: str = (
+        "sdpa"  # of packed samples in training: sdpa, or flash (on CUDA, by the flash-attn package)
+    )
     # Pretrain: an open_clip vision_cfg, or {open_clip: NAME, pretrained: TAG or file, image_size: px}.
     vision: dict[str, Any] = field(default_factory=dict)
     # Pretrain: a transformers config with its model_type, or {path: folder or name on the Hub}.
@@ -66,6 +76,9 @@ class ModelConfig:
             if getattr(self, name) not in DTYPES:
                 given, known = getattr(self, name), ", ".join(DTYPES)
                 raise ValueError(f"model.{name} is '{given}'; expected one of {known}")
+        if self.attention not in PACKED_ATTENTION:
+            known = ", ".join(PACKED_ATTENTION)
+            raise ValueError(f"model.attention is '{self.attention}'; expected one of {known}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +91,8 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: str = "auto"
     precision: str = "32-true"
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile for each block: minutes at the start, faster steps
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
@@ -102,6 +117,11 @@ def train(config: RunConfig) -> Path:
     """Run a stage to its end, from its newest checkpoint if it has one; returns the model folder it wrote."""
     run_dir = Path(config.run_dir)
     L.seed_everything(config.seed, verbose=False)
+    for setting in settings_without_effect(config):
+        rank_zero_warn(setting)
+    trainer = _build_trainer(config, run_dir)
+    if config.model.attention == "flash":
+        check_flash_attention(trainer.strategy.root_device)
     tokenizer = _tokenizer(config.model)
     stage = build_stage(config, tokenizer)
     model = stage.trained_model()
@@ -109,7 +129,6 @@ def train(config: RunConfig) -> Path:
         config.data, tokenizer=tokenizer, full_tokens_per_tile=model.tokens_per_full_tile, seed=config.seed
     )
     _check_tile_size(config, model)
-    trainer = _build_trainer(config, run_dir)
     with _lock(run_dir):
         _fit(trainer, stage, data, checkpoint=newest_checkpoint(run_dir))
         if trainer.is_global_zero:
@@ -121,24 +140,33 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     """Build the stage that the recipe names, with its models."""
     settings, optim, num_steps = config.model, config.optim, config.trainer.max_steps
     if config.stage == "pretrain":
-        model = _fresh_model(settings, tokenizer)
-        _freeze_the_rest(model, settings.trainable)
+        model = _prepare_policy(_fresh_model(settings, tokenizer), config)
         return PretrainStage(model, optim, num_steps=num_steps)
     trained, frozen = DTYPES[settings.dtype], DTYPES[settings.frozen_dtype]
-    reference = FrozenReference(load_model(_folder(settings, settings.reference), dtype=frozen))
-    load_policy = partial(
-        load_model, _folder(settings), ratios=settings.ratios, router_heads=settings.router_heads
-    )
+    start, compared = _folder(settings), _folder(settings, settings.reference)
+    original = _set_speed(load_model(compared, dtype=frozen), config)
+    load_policy = partial(load_model, start, ratios=settings.ratios, router_heads=settings.router_heads)
     if config.stage == "consistency":
-        policy = load_policy(dtype=trained)
-        _freeze_the_rest(policy, settings.trainable)
+        policy = _prepare_policy(load_policy(dtype=trained), config)
+        reference = FrozenReference(original, beside=policy if start == compared else None)
         return ConsistencyStage(
             policy, reference, config.consistency, optim, num_steps=num_steps, seed=config.seed
         )
-    policy = load_policy(dtype=frozen)
+    policy = _set_speed(load_policy(dtype=frozen), config)
     if policy.router is not None:
         policy.router.to(trained)
-    return RouterStage(FrozenReference(policy), reference, config.router, optim, num_steps=num_steps)
+    frozen_policy = FrozenReference(policy)
+    reference = FrozenReference(original, beside=policy if start == compared else None)
+    return RouterStage(frozen_policy, reference, config.router, optim, num_steps=num_steps)
+
+
+def settings_without_effect(config: RunConfig) -> Iterator[str]:
+    """Yield what a recipe sets in vain, in a sentence each."""
+    trains_parts, lora = config.stage != "router", config.model.lora
+    if lora != LoraConfig() and not (trains_parts and "lora" in config.model.trainable):
+        yield "model.lora has no effect: only a stage whose model.trainable names lora has adapters"
+    if config.trainer.activation_checkpointing and not trains_parts:
+        yield "trainer.activation_checkpointing has no effect: stage router trains nothing before its blocks"
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -228,9 +256,26 @@ def _folder(config: ModelConfig, path: str | None = None) -> Path:
     return local_folder(path or config.path, config.revision if path in (None, config.path) else None)
 
 
-def _freeze_the_rest(model: VisionLanguageModel, trainable: list[str]) -> None:
-    for name in set(TRAINABLE_PARTS) - set(trainable):
+def _prepare_policy(model: VisionLanguageModel, config: RunConfig) -> VisionLanguageModel:
+    """Choose what is trained of a model and how its blocks run."""
+    trainable = config.model.trainable
+    for name in set(PARTS) - set(trainable):
         getattr(model, name).requires_grad_(requires_grad=False)
+    if "lora" in trainable:
+        add_adapters(model.language, config.model.lora)
+    _set_speed(model, config)
+    if config.trainer.activation_checkpointing:
+        checkpoint_blocks(model.vision)
+        checkpoint_blocks(model.language)
+    return model
+
+
+def _set_speed(model: VisionLanguageModel, config: RunConfig) -> VisionLanguageModel:
+    set_packed_attention(model.language, config.model.attention)
+    if config.trainer.compile:
+        compile_blocks(model.vision)
+        compile_blocks(model.language)
+    return model
 
 
 def _check_tile_size(config: RunConfig, model: VisionLanguageModel) -> None:
@@ -244,7 +289,8 @@ def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase,
     folder = Path(config.run_dir) / "model"
     tokenizer.save_pretrained(folder)
     processing = {"tiling": asdict(config.data.tiling), "chat": asdict(config.data.chat)}
-    save_model(model, folder, processing=processing)  # last, as its configuration marks a finished run
+    with adapters_merged(model):
+        save_model(model, folder, processing=processing)  # last, as its configuration marks a finished run
 
 
 @contextmanager

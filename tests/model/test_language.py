@@ -1,10 +1,19 @@
 import copy
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from tests.helpers import WIDTH, tiny_spec
-from vico_pl.model.language import build_language_model, run_packed
+from vico_pl.model.language import (
+    build_language_model,
+    check_flash_attention,
+    run_packed,
+    set_packed_attention,
+)
 
 LENGTHS = [3, 7, 1, 5]
 
@@ -62,3 +71,71 @@ def test_the_configuration_is_left_as_it_was():
     config = tiny_spec().language
     build_language_model(config)
     assert config == tiny_spec().language
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """A flash-attn package that computes the same in plain PyTorch; returns how it was called."""
+    calls = []
+
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **rest):
+        calls.append({"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens_q.tolist(), "causal": causal, **rest})
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert cu_seqlens_q.dtype == torch.int32
+        lengths = cu_seqlens_q.diff().tolist()
+        parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        alone = [
+            scaled_dot_product_attention(*part, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+            for part in parts
+        ]
+        return torch.cat(alone, dim=1).transpose(0, 1)  # S heads width
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func, package.__spec__ = varlen, ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    return calls
+
+
+def test_flash_attention_computes_the_same_in_one_call_per_layer(language, flash_calls):
+    x = embeddings(LENGTHS)
+    expected = run_packed(language, x, positions(LENGTHS), LENGTHS)
+    set_packed_attention(language, "flash")
+    torch.testing.assert_close(run_packed(language, x, positions(LENGTHS), LENGTHS), expected)
+    assert len(flash_calls) == 2
+    first = flash_calls[0]
+    assert first["cu_seqlens"] == [0, 3, 10, 11, 16]
+    assert (first["max_seqlen_q"], first["max_seqlen_k"], first["dropout_p"]) == (7, 7, 0.0)
+    assert first["causal"]
+    assert (first["q"].shape, first["k"].shape, first["v"].shape) == ((16, 2, 16), (16, 1, 16), (16, 1, 16))
+
+
+def test_flash_attention_is_given_half_precision_under_autocast(language, flash_calls):
+    set_packed_attention(language, "flash")
+    with torch.autocast("cpu", torch.bfloat16):
+        run_packed(language, embeddings(LENGTHS), positions(LENGTHS), LENGTHS)
+    assert {flash_calls[0][name].dtype for name in "qkv"} == {torch.bfloat16}
+
+
+def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"runs on CUDA devices, but this run is on cpu; set model\.attention=sdpa"
+    ):
+        check_flash_attention(torch.device("cpu"))
+    monkeypatch.setattr("vico_pl.model.language.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="flash-attn is not installed; pip install flash-attn"):
+        check_flash_attention(torch.device("cuda"))
+
+
+def test_flash_attention_is_welcome_on_a_gpu_that_has_the_package(flash_calls):
+    check_flash_attention(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_the_real_flash_attention_computes_the_same(language):
+    pytest.importorskip("flash_attn")
+    language.to("cuda", torch.bfloat16)
+    x = embeddings(LENGTHS).to("cuda", torch.bfloat16)
+    expected = run_packed(language, x, positions(LENGTHS).cuda(), LENGTHS)
+    set_packed_attention(language, "flash")
+    found = run_packed(language, x, positions(LENGTHS).cuda(), LENGTHS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)

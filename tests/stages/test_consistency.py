@@ -148,3 +148,17 @@ def test_checkpoints_hold_the_policy_and_nothing_of_the_reference():
 def test_settings_that_the_stage_cannot_follow_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ConsistencyConfig(**settings)
+
+
+def test_checkpoints_leave_out_frozen_weights_of_the_model_folder_and_get_them_back():
+    model = tiny_model()
+    for part in (model.vision, model.language, model.connectors.by_ratio["16"]):
+        part.requires_grad_(requires_grad=False)
+    stage = stage_of(model)
+    checkpoint = {"state_dict": stage.state_dict()}
+    stage.on_save_checkpoint(checkpoint)
+    # A connector that is fresh is in no folder; frozen or not, it stays.
+    assert {name.split(".")[1] for name in checkpoint["state_dict"]} == {"connectors", "router"}
+    assert any("by_ratio.16" in name for name in checkpoint["state_dict"])
+    stage.on_load_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == stage.state_dict().keys()

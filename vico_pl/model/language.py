@@ -5,10 +5,14 @@ from position ids, but leaks silently with `use_cache=True` or an all-ones mask;
 passed explicitly.
 """
 
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -19,7 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-SEGMENT_ATTENTION = "vico_segments"
+# What `model.attention` chooses from, and the names under which transformers knows our functions;
+# one with "flash" in it transformers would take for its own.
+PACKED_ATTENTION = {"sdpa": "vico_segments", "flash": "vico_varlen"}
 # Keys of stored configs that tell how a model was run or saved.
 _NOT_OF_THE_SHAPE = {
     "model_type",
@@ -42,6 +48,40 @@ def build_language_model(config: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(language_config, attn_implementation="sdpa", dtype=torch.float32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Where samples that lie end to end begin and end.
+
+    One object and no list: torch.compile would make a new program for each length of a list that passes by.
+    """
+
+    lengths: list[int]
+    bounds: Int32[Tensor, " _"]  # 0 and the end of each; flash-attn's cu_seqlens
+
+
+def set_packed_attention(model: PreTrainedModel, name: str) -> None:
+    """Let packed samples run through `sdpa` or `flash`; without this it is `sdpa`."""
+    model.packed_attention = PACKED_ATTENTION[name]  # type: ignore[assignment]  # nn.Module: or a tensor
+
+
+def check_flash_attention(device: torch.device) -> None:
+    """Say whether attention `flash` can run.
+
+    Raises:
+        ValueError: not here; the message says what to do.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"model.attention is 'flash', which runs on CUDA devices, but this run is on {device.type}; "
+            "set model.attention=sdpa"
+        )
+    if find_spec("flash_attn") is None:
+        raise ValueError(
+            "model.attention is 'flash', but flash-attn is not installed; "
+            "pip install flash-attn, or set model.attention=sdpa"
+        )
+
+
 def run_packed(
     model: PreTrainedModel,
     embeddings: Float[Tensor, "S D"],
@@ -52,16 +92,18 @@ def run_packed(
 
     Equal to running them one by one (tested to 1e-5).
     """
-    model.set_attn_implementation(SEGMENT_ATTENTION)
+    model.set_attn_implementation(getattr(model, "packed_attention", PACKED_ATTENTION["sdpa"]))
+    bounds = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=embeddings.device)
     output = model.base_model(
         inputs_embeds=embeddings[None],
         position_ids=position_ids[None],
         use_cache=False,
-        segment_lengths=segment_lengths,
+        segments=Segments(lengths=segment_lengths, bounds=bounds),
     )
     return output.last_hidden_state[0]
 
 
+@torch.compiler.disable
 def segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -69,7 +111,7 @@ def segment_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segment_lengths: list[int],
+    segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -82,14 +124,47 @@ def segment_attention(
         scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
-        for q, k, v in zip(*(x.split(segment_lengths, dim=2) for x in (query, key, value)), strict=True)
+        for q, k, v in zip(*(x.split(segments.lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
+@torch.compiler.disable
+def flash_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same in one kernel for all segments, that of the flash-attn package."""
+    # Under autocast a norm leaves query and key in float32, which the kernel does not take; value is half.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # S heads width
+    longest = max(segments.lengths)
+    output = import_module("flash_attn").flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=segments.bounds,
+        cu_seqlens_k=segments.bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return output[None], None
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Segment attention needs no mask."""
+    """Neither of them needs a mask."""
 
 
-AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
-AttentionMaskInterface.register(SEGMENT_ATTENTION, _no_mask)
+for _name, _function in (("sdpa", segment_attention), ("flash", flash_attention)):
+    AttentionInterface.register(PACKED_ATTENTION[_name], _function)
+    AttentionMaskInterface.register(PACKED_ATTENTION[_name], _no_mask)

@@ -1,13 +1,17 @@
 """A frozen model beside the trained one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vico_pl.model.adapters import adapters_off, own_parameters
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
+
+SHAREABLE_PARTS = ("vision", "language")  # connectors are small, and run otherwise while they are trained
 
 
 class FrozenReference(nn.Module):
@@ -17,10 +21,18 @@ class FrozenReference(nn.Module):
     and train() of a stage do not see it; only moves between devices reach it.
     """
 
-    def __init__(self, model: VisionLanguageModel) -> None:
-        """Freeze `model`."""
+    def __init__(self, model: VisionLanguageModel, *, beside: VisionLanguageModel | None = None) -> None:
+        """Freeze `model`.
+
+        `beside` is a policy that started from the same weights. Parts that it keeps frozen, in the same
+        types, are used from there instead of a second copy; adapters and training mode are off there while
+        the reference runs, and as they were afterwards.
+        """
         super().__init__()
         self._hidden = [model.requires_grad_(requires_grad=False).eval()]
+        for part in SHAREABLE_PARTS if beside is not None else ():
+            if _is_frozen_same(getattr(beside, part), getattr(model, part)):
+                setattr(model, part, getattr(beside, part))
 
     @property
     def model(self) -> VisionLanguageModel:
@@ -35,9 +47,29 @@ class FrozenReference(nn.Module):
     @torch.no_grad()
     def response_states(self, batch: Batch) -> Float[Tensor, "R D"]:
         """Return the hidden states that predict the response, every tile at full tokens."""
-        features = self.model.encode_tiles(batch.tiles)
-        return self.model.response_states(batch, features, self.model.full_ratios(batch))
+        with _eval_mode(self.model), adapters_off(self.model):
+            features = self.model.encode_tiles(batch.tiles)
+            return self.model.response_states(batch, features, self.model.full_ratios(batch))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenReference":  # noqa: FBT001, FBT002
         self.model._apply(fn, recurse)  # noqa: SLF001 - the hook through which nn.Module moves tensors
         return super()._apply(fn, recurse)
+
+
+def _is_frozen_same(part: nn.Module, copy: nn.Module) -> bool:
+    """Say whether a part is frozen, but for adapters, and of the types of its copy."""
+    own, types = own_parameters(part), {name: p.dtype for name, p in copy.named_parameters()}
+    return not any(p.requires_grad for p in own.values()) and {n: p.dtype for n, p in own.items()} == types
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keep modules that are in training mode out of it for a while."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,6 +1,7 @@
 """Stage 1: make the policy answer at any compression ratio as the frozen reference does at full tokens."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,22 @@ class ConsistencyStage(Stage):
     def trained_model(self) -> VisionLanguageModel:
         """Return the policy."""
         return self.model
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is as the model folder has it: beside adapters, most of every checkpoint."""
+        for name in self._as_in_the_folder():
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put it back, from the model that was read again."""
+        own = self.state_dict()
+        checkpoint["state_dict"].update({name: own[name] for name in self._as_in_the_folder()})
+
+    def _as_in_the_folder(self) -> list[str]:
+        """Name the frozen weights of the parts that a folder always has; fresh connectors it has not."""
+        parameters = self.model.named_parameters(prefix="model", remove_duplicate=False)
+        always = ("model.vision.", "model.language.")
+        return [name for name, p in parameters if name.startswith(always) and not p.requires_grad]
 
     def _generator(self) -> torch.Generator:
         """Make the draw a function of (seed, step, rank): a resumed run draws what an unbroken one would."""

@@ -1,0 +1,128 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import tiny_model, tiny_spec
+from vico_pl.model.adapters import LoraConfig, adapters_merged, adapters_off, add_adapters, own_parameters
+from vico_pl.model.checkpoint.folder import load_model, save_model
+
+LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
+def adapted(model, *, dtype=torch.float32, trained=True, **config):
+    """Give a model adapters, with weights as after some training."""
+    model.to(dtype)
+    add_adapters(model.language, LoraConfig(**{"rank": 4, **config}))
+    for name, parameter in model.language.named_parameters():
+        if trained and "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def states(model, batch):
+    with torch.no_grad():
+        return model.response_states(batch, model.encode_tiles(batch.tiles), model.full_ratios(batch))
+
+
+def layers_with_adapters(model):
+    names = [name for name, _ in model.language.named_modules() if name.endswith("lora_A.default")]
+    return {name.split(".")[-3] for name in names}
+
+
+def test_a_model_keeps_its_class_and_its_outputs_until_its_adapters_are_trained(model, batch):
+    expected, before = states(model, batch), type(model.language)
+    adapted(model, trained=False)
+    assert type(model.language) is before
+    assert torch.equal(states(model, batch), expected)
+    assert not torch.equal(states(adapted(tiny_model()), batch), expected)
+
+
+def test_adapters_alone_are_trained(model):
+    adapted(model)
+    trained = [name for name, p in model.language.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    assert all(p.requires_grad for p in model.connectors.parameters())
+
+
+@pytest.mark.parametrize(("targets", "layers"), [("all-linear", set(LAYERS)), (["q_proj"], {"q_proj"})])
+def test_targets_choose_the_layers_and_the_output_layer_is_never_one(model, targets, layers):
+    assert layers_with_adapters(adapted(model, targets=targets)) == layers
+
+
+def test_adapters_are_float32_whatever_the_model_is(model, batch):
+    adapted(model, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.language.parameters() if p.requires_grad} == {torch.float32}
+    assert model.head.dtype == torch.bfloat16
+    assert states(model, batch).dtype == torch.bfloat16
+
+
+def test_with_adapters_off_a_model_is_what_it_was(model, batch):
+    expected = states(model, batch)
+    adapted(model)
+    with adapters_off(model):
+        assert torch.equal(states(model, batch), expected)
+        assert any(p.requires_grad for p in model.language.parameters())
+    assert not torch.equal(states(model, batch), expected)
+
+
+def test_merged_adapters_are_in_the_weights_under_the_usual_names(model, batch):
+    names = model.state_dict().keys()
+    expected = states(adapted(model), batch)
+    with adapters_merged(model):
+        assert model.state_dict().keys() == names
+        torch.testing.assert_close(states(model, batch), expected, rtol=0, atol=1e-5)
+    assert torch.equal(states(model, batch), expected)
+    with adapters_off(model):
+        assert torch.equal(states(model, batch), states(tiny_model(), batch))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_folder_knows_nothing_of_adapters(tmp_path, batch, tied):
+    language = {**tiny_spec().language, "tie_word_embeddings": tied}
+    model = adapted(tiny_model(language=language))
+    with adapters_merged(model):
+        save_model(model, tmp_path)
+    torch.testing.assert_close(states(load_model(tmp_path), batch), states(model, batch), rtol=0, atol=1e-5)
+
+
+def test_merged_weights_keep_their_type(model):
+    adapted(model, dtype=torch.bfloat16)
+    with adapters_merged(model):
+        assert {p.dtype for p in model.language.parameters()} == {torch.bfloat16}
+
+
+def test_own_parameters_are_named_as_without_adapters(model):
+    names = dict(model.language.named_parameters()).keys()
+    assert own_parameters(adapted(model).language).keys() == names
+    assert own_parameters(model.vision).keys() == dict(model.vision.named_parameters()).keys()
+
+
+def test_targets_that_the_model_lacks_are_told_with_those_it_has(model):
+    with pytest.raises(
+        ValueError, match=r"targets names lm_head, qproj; .* are down_proj, gate_proj, k_proj"
+    ):
+        adapted(model, targets=["qproj", "v_proj", "lm_head"])
+
+
+def test_adapters_without_peft_are_refused_with_the_command_that_installs_it(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"needs peft: pip install 'vico_pl\[lora\]'"):
+        adapted(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "model.lora.rank is 0; expected 1 or more"),
+        ({"alpha": 0}, "model.lora.alpha is 0; expected more than 0"),
+        ({"dropout": 1.0}, "model.lora.dropout is 1.0; expected 0 to less than 1"),
+        ({"targets": "q_proj"}, "model.lora.targets is 'q_proj'; expected all-linear or a list"),
+        ({"targets": []}, r"model.lora.targets is '\[\]'; expected all-linear or a list"),
+    ],
+)
+def test_settings_that_make_no_adapter_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**settings)

@@ -1,0 +1,124 @@
+"""Low-rank adapters (LoRA) on the language model, by `peft`.
+
+They are put into the model in place, so that it keeps its class. With adapters off it is the model they were
+added to, bit for bit; with adapters merged it has the names and the outputs of a model without any.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+_NAME = "default"  # peft's name for the only adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Size and place of adapters; their weights are always float32."""
+
+    rank: int = 16
+    alpha: int = 32  # an adapter's output is multiplied by alpha / rank
+    dropout: float = 0.0  # of an adapter's input, 0 to 1
+    targets: str | list[str] = ALL_LINEAR  # all-linear, or names of linear layers such as [q_proj, v_proj]
+
+    def __post_init__(self) -> None:
+        """Refuse what no adapter can be made of."""
+        if self.rank < 1:
+            raise ValueError(f"model.lora.rank is {self.rank}; expected 1 or more")
+        if self.alpha <= 0:
+            raise ValueError(f"model.lora.alpha is {self.alpha}; expected more than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.lora.dropout is {self.dropout}; expected 0 to less than 1")
+        if not self.targets or (isinstance(self.targets, str) and self.targets != ALL_LINEAR):
+            raise ValueError(
+                f"model.lora.targets is '{self.targets}'; expected {ALL_LINEAR} or a list of layer names"
+            )
+
+
+def add_adapters(language: PreTrainedModel, config: LoraConfig) -> None:
+    """Freeze a language model and add adapters that are trained.
+
+    The output layer gets none: losses use its weight, not its output.
+
+    Raises:
+        ValueError: peft is not installed, or a target is no linear layer of the model.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            "model.trainable names lora, which needs peft: pip install 'vico_pl[lora]'"
+        ) from error
+    _check_targets(language, config.targets)
+    language.requires_grad_(requires_grad=False)
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets
+    )
+    peft.inject_adapter_in_model(settings, language.base_model, _NAME)
+    for adapter in (parameter for parameter in language.parameters() if parameter.requires_grad):
+        adapter.data = adapter.data.float()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run a model as it was before it got adapters."""
+    layers = _adapted_layers(model).values()
+    for layer in layers:
+        # peft's own switch also takes requires_grad from the adapters, whose gradients may be under way.
+        layer._disable_adapters = True  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False  # noqa: SLF001
+
+
+@contextmanager
+def adapters_merged(model: nn.Module) -> Iterator[None]:
+    """Put plain layers in the place of adapted ones, for as long as the model is written."""
+    adapted = _adapted_layers(model)
+    for name, layer in adapted.items():
+        model.set_submodule(name, _merged_layer(layer))
+    try:
+        yield
+    finally:
+        for name, layer in adapted.items():
+            model.set_submodule(name, layer)
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by the names they have without adapters, and none of an adapter's."""
+    adapters = tuple(f"{name}.lora_" for name in _adapted_layers(model))
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith(adapters)
+    }
+
+
+def _check_targets(language: PreTrainedModel, targets: str | list[str]) -> None:
+    modules = language.base_model.named_modules()
+    known = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+    unknown = [] if isinstance(targets, str) else sorted(set(targets) - known)
+    if unknown:
+        raise ValueError(
+            f"model.lora.targets names {', '.join(unknown)}; "
+            f"the linear layers of this language model are {', '.join(sorted(known))}"
+        )
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def _merged_layer(adapted: Any) -> nn.Module:
+    """Return a copy of a layer with its adapter added to its weight; off the GPU, which may lack room."""
+    layer = deepcopy(adapted.get_base_layer()).cpu()
+    merged = layer.weight + adapted.get_delta_weight(_NAME).cpu()  # of the more exact type of the two
+    layer.weight.data = merged.detach().to(layer.weight.dtype)
+    return layer
