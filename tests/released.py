@@ -1,4 +1,4 @@
-"""Small random checkpoints in released layouts, made from lists of their names and not through our mapping."""
+"""Small random checkpoints in released layouts, made from lists of names and not through our mapping."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,16 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2
 
 WIDTH, LANGUAGE_WIDTH, LAYERS, HEADS, VOCAB = 32, 48, 2, 4, 320
 TILE, PATCH = 56, 14  # 16 patches per tile: 4 vision tokens at ratio 4, 1 at ratio 16
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<box>", "</box>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<box>",
+    "</box>",
+]
 
 VISION_CONFIG = {
     "architectures": ["InternVisionModel"],
@@ -210,7 +219,9 @@ def qwen_tokenizer():
     learned.train_from_iterator(["What is the value? user assistant system How many shapes"] * 4, trainer)
     model = json.loads(learned.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", pad_token=SPECIAL[0])
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=merges, eos_token="<|im_end|>", pad_token=SPECIAL[0]
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
     return tokenizer
 
@@ -231,7 +242,9 @@ def write_native(folder, *, seed=0) -> InternVLForConditionalGeneration:
     """Write a checkpoint with transformers itself; returns its model."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = qwen_tokenizer()
-    language = {k: v for k, v in LANGUAGE_CONFIG.items() if k not in ("_name_or_path", "transformers_version")}
+    language = {
+        k: v for k, v in LANGUAGE_CONFIG.items() if k not in ("_name_or_path", "transformers_version")
+    }
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 64,
@@ -293,7 +306,9 @@ class Recomputed:
         q, k, v = self.linear(f"{prefix}.attn.qkv", self.norm(f"{prefix}.norm1", x, eps)).chunk(3, -1)
         if self.vision["qk_normalization"]:
             q, k = self.norm(f"{prefix}.attn.q_norm", q), self.norm(f"{prefix}.attn.k_norm", k)
-        q, k, v = (t.unflatten(-1, (self.vision["num_attention_heads"], -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (
+            t.unflatten(-1, (self.vision["num_attention_heads"], -1)).transpose(1, 2) for t in (q, k, v)
+        )
         weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
         attended = self.linear(f"{prefix}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
         x = x + self.tensors[f"{prefix}.ls1"] * attended
@@ -338,7 +353,9 @@ class Recomputed:
                 functional.linear(x, w, b).unflatten(-1, (16, -1)).transpose(1, 2)
                 for x, w, b in zip((query, features, features), weights, biases, strict=True)
             )
-            mixed = ((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            mixed = (
+                ((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            )
             query = self.norm(f"pooling_before_gating.norm{i}", self.linear(f"{name}.out_proj", mixed))
         x = query.squeeze(1)
         for i in range(1, 5):

@@ -11,7 +11,12 @@ from vico_pl.cli import app
 from vico_pl.config import load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "README.md", ROOT / "docs" / "models.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "data" / "README.md",
+    ROOT / "docs" / "models.md",
+]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OPTIONAL = re.compile(r"\s\[([^\]]*)\]")  # [--budget 0.5], but not the brackets of key=[value]
 PLACEHOLDER = re.compile(r"[A-Z][A-Z_]*(\.\w+)?")  # DIR, N, FILE.yaml

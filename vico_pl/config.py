@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vico_pl.model.checkpoint.folder import open_folder
-from vico_pl.model.checkpoint.hub import is_hub_id, local_folder, pinned_revision
+from vico_pl.model.checkpoint.hub import is_pin_of, local_folder, pinned
 from vico_pl.trainer import STAGES, TRAINABLE_PARTS, RunConfig
 
 
@@ -119,6 +119,7 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """List the settings in which two configurations differ; those that change no result do not count."""
     harmless = (
         "data.num_workers",
+        "trainer.activation_checkpointing",
         "trainer.checkpoint_every",
         "trainer.keep_checkpoints",
         "trainer.log_every",
@@ -133,16 +134,16 @@ def _build(settings: dict[str, Any]) -> RunConfig:
 
 
 def _with_what_the_model_says(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, Any]:
-    """Pin the model's revision and fill in how its images are tiled and its prompts are made."""
+    """Pin names on the Hub to commits, and fill in how the model's images are tiled and its prompts made."""
     model = dict(settings.get("model") or {})
-    path = model.get("path")
-    if path is None:
+    if model.get("path") is None:
         return settings
-    if is_hub_id(path):
-        # A run that began goes on with the commit it began with.
-        known = stored.model.revision if stored is not None and stored.model.path == path else None
-        model["revision"] = known or pinned_revision(path, model.get("revision"))
-    processing = open_folder(local_folder(path, model.get("revision"))).contents.processing or {}
+    for key in ("path", "reference"):
+        if model.get(key) is not None:
+            # A run that began goes on with the commit it began with.
+            begun_with = getattr(stored.model, key) if stored is not None else None
+            model[key] = begun_with if is_pin_of(begun_with, model[key]) else pinned(model[key])
+    processing = open_folder(local_folder(model["path"])).contents.processing or {}
     data = dict(settings.get("data") or {})
     for part, values in processing.items():
         data[part] = {**values, **(data.get(part) or {})}

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +44,20 @@ DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": t
 class ModelConfig:
     """Where the model comes from: a folder, or for stage `pretrain` the parts to put together."""
 
-    path: str | None = None  # model folder to start from, in any layout, or its name on the Hugging Face Hub
-    revision: str | None = None  # commit of a name on the Hub; none: the newest, which config.yaml then names
-    # Model folder of the frozen reference; none: the one to start from.
-    reference: str | None = None
-    dtype: str = (
-        "float32"  # of weights that are trained: float32, bfloat16, or stored (as the folder has them)
-    )
-    # Of the reference, and in stage 2 of all but the router. If it comes to the same as dtype, the reference
-    # uses what the policy keeps frozen (vision, language) instead of a second copy.
-    frozen_dtype: str = "stored"
+    # Model folder to start from, in any layout, or its name on the Hugging Face Hub: NAME or NAME@REVISION.
+    path: str | None = None
+    reference: str | None = None  # the same for the frozen reference; none: the model to start from
+    # Of weights that are trained: float32, bfloat16, or stored (as the folder has them).
+    dtype: str = "float32"
+    frozen_dtype: str = "stored"  # of all others, those of the reference among them
     # Patches per vision token; connectors that the folder lacks begin fresh.
     ratios: list[int] = field(default_factory=lambda: [4, 16])
     router_heads: int | None = None  # attention heads of the router to add; none: no router is added
     # What pretrain and stage 1 train: of vision, connectors and language, or lora instead of language.
     trainable: list[str] = field(default_factory=lambda: list(PARTS))
     lora: LoraConfig = field(default_factory=LoraConfig)
-    attention: str = (
-        "sdpa"  # of packed samples in training: sdpa, or flash (on CUDA, by the flash-attn package)
-    )
+    # Of packed samples in training: sdpa, or flash (on CUDA, by the flash-attn package).
+    attention: str = "sdpa"
     # Pretrain: an open_clip vision_cfg, or {open_clip: NAME, pretrained: TAG or file, image_size: px}.
     vision: dict[str, Any] = field(default_factory=dict)
     # Pretrain: a transformers config with its model_type, or {path: folder or name on the Hub}.
@@ -140,22 +134,20 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     """Build the stage that the recipe names, with its models."""
     settings, optim, num_steps = config.model, config.optim, config.trainer.max_steps
     if config.stage == "pretrain":
-        model = _prepare_policy(_fresh_model(settings, tokenizer), config)
+        model = _prepare_policy(_starting_model(settings, tokenizer), config)
         return PretrainStage(model, optim, num_steps=num_steps)
-    trained, frozen = DTYPES[settings.dtype], DTYPES[settings.frozen_dtype]
+    policy = _starting_model(settings, tokenizer)
     start, compared = _folder(settings), _folder(settings, settings.reference)
-    original = _set_speed(load_model(compared, dtype=frozen), config)
-    load_policy = partial(load_model, start, ratios=settings.ratios, router_heads=settings.router_heads)
+    original = _set_speed(load_model(compared, dtype=DTYPES[settings.frozen_dtype]), config)
     if config.stage == "consistency":
-        policy = _prepare_policy(load_policy(dtype=trained), config)
+        policy = _prepare_policy(policy, config)
         reference = FrozenReference(original, beside=policy if start == compared else None)
         return ConsistencyStage(
             policy, reference, config.consistency, optim, num_steps=num_steps, seed=config.seed
         )
-    policy = _set_speed(load_policy(dtype=frozen), config)
     if policy.router is not None:
-        policy.router.to(trained)
-    frozen_policy = FrozenReference(policy)
+        policy.router.to(DTYPES[settings.dtype])
+    frozen_policy = FrozenReference(_set_speed(policy, config))
     reference = FrozenReference(original, beside=policy if start == compared else None)
     return RouterStage(frozen_policy, reference, config.router, optim, num_steps=num_steps)
 
@@ -239,7 +231,12 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return build_tokenizer(question_words(), vocab_size=config.vocab_size)
 
 
-def _fresh_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> VisionLanguageModel:
+def _starting_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> VisionLanguageModel:
+    """Read the model to start from, or put one together, before anything is made trainable."""
+    if config.path is not None:
+        dtype = DTYPES[config.frozen_dtype]
+        heads = config.router_heads
+        return load_model(_folder(config), ratios=config.ratios, router_heads=heads, dtype=dtype)
     return assemble_model(
         config.vision,
         config.language,
@@ -253,14 +250,18 @@ def _folder(config: ModelConfig, path: str | None = None) -> Path:
     """Return the folder of `path`, or of the model to start from."""
     if config.path is None:
         raise ValueError("model.path is not set; this stage starts from a model folder")
-    return local_folder(path or config.path, config.revision if path in (None, config.path) else None)
+    return local_folder(path or config.path)
 
 
 def _prepare_policy(model: VisionLanguageModel, config: RunConfig) -> VisionLanguageModel:
     """Choose what is trained of a model and how its blocks run."""
     trainable = config.model.trainable
-    for name in set(PARTS) - set(trainable):
-        getattr(model, name).requires_grad_(requires_grad=False)
+    for name in PARTS:
+        part = getattr(model, name)
+        if name in trainable:
+            part.to(DTYPES[config.model.dtype])
+        else:
+            part.requires_grad_(requires_grad=False)
     if "lora" in trainable:
         add_adapters(model.language, config.model.lora)
     _set_speed(model, config)

@@ -120,7 +120,9 @@ def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(session):
     probabilities = compress_probability(session.router_logits(features)).sort().values
     gap = probabilities.diff().argmax()
     threshold = probabilities[gap : gap + 2].mean().item()
-    object.__setattr__(session, "rule", RoutingRule(threshold=threshold))  # in the widest gap: no rounding decides
+    object.__setattr__(
+        session, "rule", RoutingRule(threshold=threshold)
+    )  # in the widest gap: no rounding decides
     together = session.route(features).tolist()
     alone = [
         ratio for f in features.split([len(s.tiles) for s in samples]) for ratio in session.route(f).tolist()

@@ -47,10 +47,16 @@ class Connectors(nn.Module):
             {str(r): Connector(r, vision_width=vision_width, language_width=language_width) for r in ratios}
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.parameters()).dtype
+
     def forward(
         self, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
     ) -> tuple[Float[Tensor, "TN D"], Int64[Tensor, " T"]]:
         """Return the vision tokens of all tiles, flat and in their order, and how many each tile has."""
+        features = features.to(self.dtype)  # of a frozen tower it may be another one
         num_patches = features.shape[1]
         counts = num_patches // ratios
         starts = counts.cumsum(0) - counts

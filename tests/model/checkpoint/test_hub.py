@@ -73,24 +73,39 @@ def test_a_folder_that_is_there_is_no_repository(tmp_path, monkeypatch):
 
 
 def test_a_branch_is_pinned_to_its_commit(calls):
-    assert hub.pinned_revision("a/b", "main") == COMMIT
-    assert hub.pinned_revision("a/b", None) == COMMIT
+    assert hub.pinned("a/b@main") == f"a/b@{COMMIT}"
+    assert hub.pinned("a/b") == f"a/b@{COMMIT}"
     assert calls == [("a/b", {"revision": "main"}), ("a/b", {"revision": None})]
+
+
+def test_a_commit_and_a_folder_need_no_pin(calls, tmp_path):
+    assert hub.pinned(f"a/b@{COMMIT}") == f"a/b@{COMMIT}"
+    assert hub.pinned(str(tmp_path)) == str(tmp_path)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("candidate", "path", "expected"),
+    [
+        (f"a/b@{COMMIT}", "a/b", True),
+        (f"a/b@{COMMIT}", f"a/b@{COMMIT}", False),
+        (f"a/bc@{COMMIT}", "a/b", False),
+        (None, "a/b", False),
+        ("folder", "folder", False),
+    ],
+)
+def test_a_pin_is_told_from_what_it_pins(candidate, path, expected):
+    assert hub.is_pin_of(candidate, path) is expected
 
 
 def test_a_repository_without_a_commit_is_refused(monkeypatch):
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=None))
-    with pytest.raises(ValueError, match="a/b: the Hub names no commit for revision main"):
-        hub.pinned_revision("a/b", None)
-
-
-def test_a_repository_is_fetched_at_a_revision(calls, tmp_path):
-    assert hub.fetch("a/b", COMMIT) == tmp_path / "snapshot"
-    assert [(repo, options["revision"]) for repo, options in calls] == [("a/b", COMMIT)]
+    with pytest.raises(ValueError, match="a/b: the Hub names no commit for it"):
+        hub.pinned("a/b")
 
 
 def test_python_files_and_pickled_weights_are_not_fetched(calls):
-    hub.fetch("a/b", None)
+    hub.local_folder("a/b")
     (patterns,) = [options["allow_patterns"] for _, options in calls]
     assert list(filter_repo_objects(RELEASED + LEFT_OUT, allow_patterns=patterns)) == RELEASED
 
@@ -102,9 +117,9 @@ def test_a_path_is_left_to_itself(calls, tmp_path):
 
 
 def test_the_name_of_a_repository_stands_for_its_snapshot(calls, tmp_path):
-    assert hub.local_folder("a/b", COMMIT) == tmp_path / "snapshot"
+    assert hub.local_folder(f"a/b@{COMMIT}") == tmp_path / "snapshot"
     assert hub.local_folder("a/b") == tmp_path / "snapshot"
-    assert [options["revision"] for _, options in calls] == [COMMIT, None]
+    assert [(repo, options["revision"]) for repo, options in calls] == [("a/b", COMMIT), ("a/b", None)]
 
 
 UNREACHABLE = [
@@ -117,16 +132,15 @@ UNREACHABLE = [
 
 
 @pytest.mark.parametrize("error", UNREACHABLE, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("ask", [hub.pinned_revision, hub.fetch, hub.local_folder])
+@pytest.mark.parametrize("ask", [hub.pinned, hub.local_folder])
 def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch, ask, error):
     make_unreachable(monkeypatch, error)
     with pytest.raises(
-        ValueError, match="a/b: no such folder, and it cannot be had from the Hugging Fa"
+        ValueError, match="a/b@v1: no such folder, and it cannot be had from the Hugging Fa"
     ) as caught:
-        ask("a/b", "v1")
+        ask("a/b@v1")
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert " at revision v1 (" in message
     assert "()" not in message
 
 

@@ -1,5 +1,6 @@
-"""Model folders that live on the Hugging Face Hub, fetched once and pinned to a commit."""
+"""Model folders that live on the Hugging Face Hub: named OWNER/NAME or OWNER/NAME@REVISION, fetched once."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -16,43 +17,59 @@ Unreachable = (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
 
 
 def is_hub_id(path: str) -> bool:
-    """Say whether a path that is no folder can name a repository, such as OpenGVLab/InternVL3_5-1B."""
-    return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    """Say whether a path that is no folder can name a repository.
+
+    >>> is_hub_id("OpenGVLab/InternVL3_5-1B"), is_hub_id("OpenGVLab/InternVL3_5-1B@main"), is_hub_id("./a/b")
+    (True, True, False)
+    """
+    name, _ = split_revision(path)
+    return not Path(path).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def pinned_revision(path: str, revision: str | None) -> str:
-    """Return the commit that a branch or tag of a repository, or its default branch, stands for now.
+def split_revision(path: str) -> tuple[str, str | None]:
+    """Return the name of a repository and the branch, tag or commit behind its `@`, if any."""
+    name, _, revision = path.partition("@")
+    return name, revision or None
+
+
+def pinned(path: str) -> str:
+    """Return a repository's name with the commit that its revision stands for now; a folder as it is.
 
     Raises:
         ValueError: the Hub does not know it, or cannot be reached.
     """
+    name, revision = split_revision(path)
+    if not is_hub_id(path) or re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return path
     try:
-        commit = HfApi().model_info(path, revision=revision).sha
+        commit = HfApi().model_info(name, revision=revision).sha
     except Unreachable as error:
-        raise ValueError(_message(path, revision, error)) from error
+        raise ValueError(_message(path, error)) from error
     if commit is None:
-        raise ValueError(f"{path}: the Hub names no commit for revision {revision or 'main'}")
-    return commit
+        raise ValueError(f"{path}: the Hub names no commit for it")
+    return f"{name}@{commit}"
 
 
-def fetch(path: str, revision: str | None) -> Path:
-    """Return the folder of a repository's files, from the cache where they are there.
+def is_pin_of(candidate: str | None, path: str) -> bool:
+    """Say whether a name is that of a repository, given without a revision, with some commit behind it."""
+    return candidate is not None and is_hub_id(path) and candidate.startswith(f"{path}@")
+
+
+def local_folder(path: str) -> Path:
+    """Return the folder that a path or the name of a repository stands for, fetched if it is not yet here.
 
     Raises:
-        ValueError: neither the cache nor the Hub has them.
+        ValueError: neither the cache nor the Hub has it.
     """
+    if not is_hub_id(path):
+        return Path(path)
+    name, revision = split_revision(path)
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
     except Unreachable as error:
-        raise ValueError(_message(path, revision, error)) from error
+        raise ValueError(_message(path, error)) from error
 
 
-def local_folder(path: str, revision: str | None = None) -> Path:
-    """Return the folder that a path or the name of a repository stands for."""
-    return fetch(path, revision) if is_hub_id(path) else Path(path)
-
-
-def _message(path: str, revision: str | None, error: Exception) -> str:
+def _message(path: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    at = f" at revision {revision}" if revision else ""
-    return f"{path}: no such folder, and it cannot be had from the Hugging Face Hub{at} ({reason})"
+    return f"{path}: no such folder, and it cannot be had from the Hugging Face Hub ({reason})"
