@@ -6,11 +6,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import batch_of
+from tests.recomputed import Recomputed
 from tests.released import (
     LANGUAGE_CONFIG,
     TILE,
     VISION_CONFIG,
-    Recomputed,
     official_config,
     official_shapes,
     official_tensors,
