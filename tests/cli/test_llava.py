@@ -1,4 +1,4 @@
-"""A LLaVA-like model by its recipes: a tower and a language model, one stage after the other, to an answer."""
+"""A LLaVA-like model by its recipes: a tower and a language model, stage by stage, to an answer."""
 
 import json
 
