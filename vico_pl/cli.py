@@ -147,21 +147,22 @@ def calibrate(
 ) -> None:
     """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
     from vico_pl.data.shards import write_json
-    from vico_pl.inference.calibrate import calibration_record, check_budget, choose_point, measure_curve
+    from vico_pl.inference.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.inference.session import Session
     from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
 
     session = Session.load(Path(model))  # no name on the Hub: the threshold is written into the folder
-    if budget is not None:
-        check_budget(session, budget)
+    check_goal(session, data, budget)
     curve = measure_curve(session, data, track=_progress)
     chosen = choose_point(curve, retention=retention, budget=budget)
     record = calibration_record(curve, chosen, data=str(data), retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
+    kept = chosen.retention["mean"]
+    accuracy = "accuracy not measured" if kept is None else f"{kept:.2%} of the accuracy"
     typer.echo(
-        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
-        f"{chosen.retention['mean'] or 0:.2%} of the accuracy; written to {written}"
+        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {accuracy}; "
+        f"written to {written}"
     )
 
 

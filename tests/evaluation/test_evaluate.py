@@ -255,7 +255,7 @@ def test_what_cannot_be_evaluated_is_refused(session, answered, tmp_path):
     text = write_set(tmp_path / "text", [("0", {"json": annotation(["Who?", "me"], ["ocr"])})])
     assert "no image to evaluate on" in refusal(session, text)
     bad = write_set(tmp_path / "bad", [("0", {"json": b"{"})])
-    assert "no image to evaluate on" in refusal(session, bad)
+    assert "no question with a skill" in refusal(session, bad)
     image = encoded_image("PNG", size=(32, 32))
     plain = write_set(tmp_path / "plain", [("0", {"png": image, "json": annotation(["<image>", "a"], [])})])
     assert "no question with a skill" in refusal(session, plain)

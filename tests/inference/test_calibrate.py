@@ -10,7 +10,7 @@ from vico_pl.inference.calibrate import (
     SKILL_SLACK,
     CalibrationPoint,
     calibration_record,
-    check_budget,
+    check_goal,
     choose_point,
     measure_curve,
 )
@@ -81,10 +81,10 @@ def test_a_budget_that_no_point_meets_is_refused():
         chosen(point(0.0, 0.25), budget=0.2)
 
 
-def test_a_budget_below_that_of_all_tiles_compressed_is_refused_before_measuring(session):
-    check_budget(session, 0.25)
+def test_a_budget_below_that_of_all_tiles_compressed_is_refused_before_measuring(session, answered):
+    check_goal(session, answered, 0.25)
     with pytest.raises(ValueError, match=r"budget 0\.24 cannot be met: all tiles compressed cost 0\.25"):
-        check_budget(session, 0.24)
+        check_goal(session, answered, 0.24)
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +196,33 @@ def test_a_set_without_usable_records_cannot_calibrate(session, tmp_path):
         measure_curve(session, write_set(tmp_path / "bad", [("0", {"json": b"{"})]))
 
 
-def test_a_set_without_skills_cannot_calibrate(session, tmp_path):
+@pytest.fixture
+def unasked(tmp_path):
+    """A set of images whose questions have no skill, as training data has them."""
     record = json.loads(text_record()["json"])
     record["conversations"][0]["value"] = "<image>"
-    files = {"png": encoded_image("PNG", size=(32, 32)), "json": json.dumps(record).encode()}
-    with pytest.raises(ValueError, match="no question with a skill"):
-        measure_curve(session, write_set(tmp_path / "set", [("0", files)]))
+    content = json.dumps(record).encode()
+    pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
+    return write_set(
+        tmp_path / "set", [(f"{i}", {"png": p, "json": content}) for i, p in enumerate(pictures)]
+    )
+
+
+def test_a_set_without_skills_has_no_accuracy_to_keep(session, unasked, answered):
+    check_goal(session, answered, None)
+    with pytest.raises(ValueError, match=r"no question with a skill, so no accuracy to keep; .* set a budget"):
+        check_goal(session, unasked, None)
+
+
+def test_a_set_without_skills_does_for_a_budget(session, unasked):
+    check_goal(session, unasked, 0.6)
+    shown = []
+    curve = measure_curve(session, unasked, track=lambda groups, title, _: shown.append(title) or groups)
+    assert shown == ["scoring tiles"]
+    assert {point.accuracy["mean"] for point in curve} == {None}
+    chosen = choose_point(curve, retention=0.995, budget=0.6)
+    cheaper = [point.token_fraction for point in curve if point.token_fraction <= 0.6]
+    assert chosen.token_fraction == max(cheaper) > 0.5
 
 
 def test_a_model_without_router_cannot_be_calibrated(tmp_path, answered):

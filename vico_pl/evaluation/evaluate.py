@@ -32,6 +32,7 @@ from vico_pl.inference.questions import (
     accuracy_by_skill,
     at_threshold,
     count_groups,
+    has_questions,
     read_groups,
     silent,
     threshold_for,
@@ -98,6 +99,8 @@ def evaluate(
     """
     if session.rule is None:
         raise ValueError(f"{session.folder}: the model is not calibrated; run 'vico calibrate' on it first")
+    if not has_questions(read_samples(folder)):
+        raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
     num_groups = count_groups(folder)
     groups = track(read_groups(session, session.samples(folder)), "scoring tiles", num_groups)
     scores = _score_tiles(session, groups, seed=seed)
@@ -106,8 +109,6 @@ def evaluate(
     results = _no_results(scores, session.rule.threshold)
     for group in track(read_groups(session, session.samples(folder)), "answering", num_groups):
         _answer_group(results, session, group, scores)
-    if not results.questions:
-        raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
     arms = results.of_arms()
     budget = sum(arms["router"].tokens) / sum(arms["full"].tokens)
     tilings = shrunken_tilings(_image_sizes(folder), session.tiling, budget=budget)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vico_pl.data.inspect import read_samples
 from vico_pl.inference.questions import (
     Answerer,
     Group,
@@ -14,6 +15,7 @@ from vico_pl.inference.questions import (
     accuracy_by_skill,
     at_threshold,
     count_groups,
+    has_questions,
     read_groups,
     silent,
     vision_tokens,
@@ -40,8 +42,10 @@ class CalibrationPoint:
 def measure_curve(session: Session, folder: Path, *, track: Track = silent) -> list[CalibrationPoint]:
     """Answer the questions of a folder at thresholds that compress from no tile to all.
 
+    Without questions that have a skill the curve has token fractions alone, which do for a budget.
+
     Raises:
-        ValueError: the folder has no image, or no question with a skill.
+        ValueError: the folder has no image.
     """
 
     def groups(title: str) -> Iterable[Group]:
@@ -53,7 +57,7 @@ def measure_curve(session: Session, folder: Path, *, track: Track = silent) -> l
     thresholds = list(dict.fromkeys(_between(scores, fraction) for fraction in COMPRESSED_FRACTIONS))
     skills: list[str] = []
     correct: list[list[bool]] = [[] for _ in thresholds]
-    for group in groups("answering"):
+    for group in groups("answering") if has_questions(read_samples(folder)) else ():
         own = scores[group.first : group.first + len(group.samples)]
         choices = [at_threshold(own, threshold, ratios=session.model.ratios) for threshold in thresholds]
         answerer = Answerer(session, group)
@@ -61,13 +65,22 @@ def measure_curve(session: Session, folder: Path, *, track: Track = silent) -> l
         skills += [q.skill for q in group.questions]
         for column, ratios in zip(correct, choices, strict=True):
             column += answerer.correct(ratios)
-    if not skills:
-        raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
     return list(_points(session, scores, thresholds, skills, correct))
 
 
-def check_budget(session: Session, budget: float) -> None:
-    """Raise ValueError if even compressing all tiles costs more than `budget`: known before any measuring."""
+def check_goal(session: Session, folder: Path, budget: float | None) -> None:
+    """Refuse, before any measuring, a budget below that of all tiles compressed, or data without questions.
+
+    Raises:
+        ValueError: the goal cannot be met.
+    """
+    if budget is None:
+        if not has_questions(read_samples(folder)):
+            raise ValueError(
+                f"{folder}: no question with a skill, so no accuracy to keep; see data/README.md for "
+                "evaluation sets, or set a budget of vision tokens"
+            )
+        return
     cheapest = session.model.ratios[0] / session.model.ratios[-1]
     if budget < cheapest:
         raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest}")
@@ -78,6 +91,8 @@ def choose_point(
 ) -> CalibrationPoint:
     """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
 
+    Of a curve without accuracies, a budget takes the point that uses it best.
+
     Raises:
         ValueError: no point is that cheap.
     """
@@ -86,6 +101,8 @@ def choose_point(
         if not within:
             cheapest = min(point.token_fraction for point in curve)
             raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest:.3f}")
+        if within[0].accuracy["mean"] is None:
+            return max(within, key=lambda point: point.token_fraction)
         return max(within, key=lambda point: (point.accuracy["mean"] or 0.0, -point.token_fraction))
     keeping = [point for point in curve if _keeps(point, retention)]
     return min(keeping, key=lambda point: point.token_fraction)

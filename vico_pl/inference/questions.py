@@ -13,7 +13,7 @@ from torch import Tensor
 from vico_pl.data.shards import read_index
 from vico_pl.inference.generate import answer
 from vico_pl.inference.session import Session
-from vico_pl.types import TiledSample
+from vico_pl.types import Sample, TiledSample
 
 SKILLS = ("perception", "reasoning", "ocr")
 SAMPLES_PER_GROUP = 32
@@ -75,6 +75,11 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group
+
+
+def has_questions(samples: Iterable[Sample]) -> bool:
+    """Say whether one of the samples asks something with a skill; stops at the first."""
+    return any(turn.skill in SKILLS for sample in samples for turn in sample.turns)
 
 
 class Answerer:
