@@ -210,14 +210,21 @@ def unasked(tmp_path):
 
 def test_a_set_without_skills_has_no_accuracy_to_keep(session, unasked, answered):
     check_goal(session, answered, None)
-    with pytest.raises(ValueError, match=r"no question with a skill, so no accuracy to keep; .* set a budget"):
+    with pytest.raises(
+        ValueError, match=r"no question with a skill, so no accuracy to keep; .* set a budget"
+    ):
         check_goal(session, unasked, None)
 
 
 def test_a_set_without_skills_does_for_a_budget(session, unasked):
     check_goal(session, unasked, 0.6)
     shown = []
-    curve = measure_curve(session, unasked, track=lambda groups, title, _: shown.append(title) or groups)
+
+    def track(groups, title, _):
+        shown.append(title)
+        return groups
+
+    curve = measure_curve(session, unasked, track=track)
     assert shown == ["scoring tiles"]
     assert {point.accuracy["mean"] for point in curve} == {None}
     chosen = choose_point(curve, retention=0.995, budget=0.6)
