@@ -76,7 +76,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # --- The demo: shards -> stage 1 -> stage 2 -> calibration -> report ---------------------------------------------
 
-demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded default: about ten minutes on 2 cores
+demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded default: 5 to 10 minutes on 2 cores
 	@echo
 	@echo "$(RUN) is done:"
 	@echo "  report           $(RUN)/report/report.html"
@@ -136,7 +136,7 @@ BASE_RUN := runs/base
 BASE_SHARDS := data/shards/base
 BASE_MODEL := $(BASE_RUN)/model/config.json
 
-base: $(BASE_MODEL) ## Rebuild the shipped base model: one to two hours on 2 cores, goes on if interrupted
+base: $(BASE_MODEL) ## Rebuild the shipped base model: half an hour on 2 cores, goes on if interrupted
 	mkdir -p data/base
 	cp $(BASE_RUN)/model/* $(BASE_RUN)/config.yaml $(BASE_RUN)/metrics.jsonl data/base/
 	(cd $(BASE_RUN)/model && sha256sum *) >data/base/SHA256SUMS

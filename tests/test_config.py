@@ -1,7 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
+from tests.released import write_official
 from vico_pl.config import config_differences, load_config, open_run, save_config
+from vico_pl.model.checkpoint import hub
 
 RECIPE = {
     "stage": "consistency",
@@ -182,3 +186,45 @@ def test_differences_are_listed_down_to_the_key(recipe):
         "router.window: 4096 -> 9000",
         "seed: 0 -> 1",
     ]
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A model folder that sees tiles of 56 px, 4 per image at most, and answers under a system message."""
+    write_official(tmp_path / "released")
+    return tmp_path / "released"
+
+
+def test_a_run_takes_from_the_model_what_the_recipe_leaves_open(recipe, released, tmp_path):
+    data = {**RECIPE["data"], "tiling": {"max_tiles": 2}, "chat": {"max_tokens": 99}}
+    config = open_run(recipe(model={"path": str(released)}, data=data), [f"run_dir={tmp_path}/run"])
+    assert (config.data.tiling.tile_size, config.data.tiling.max_tiles) == (56, 2)
+    assert (config.data.chat.system is not None, config.data.chat.max_tokens) == (True, 99)
+    assert load_config(tmp_path / "run" / "config.yaml", []) == config
+
+
+def test_a_model_that_is_absent_leaves_no_run_folder(recipe, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}/absent: no config.json"):
+        open_run(recipe(model={"path": f"{tmp_path}/absent"}), [f"run_dir={tmp_path}/run"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_on_the_hub_are_pinned_for_the_life_of_a_run(recipe, released, tmp_path, monkeypatch):
+    commits = iter(letter * 40 for letter in "abcd")
+
+    def newest(_, name, *, revision):
+        return SimpleNamespace(sha=next(commits))
+
+    monkeypatch.setattr(hub.HfApi, "model_info", newest)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(released))
+    path = recipe(model={"path": "owner/policy", "reference": "owner/base@v1"})
+    config = open_run(path, [f"run_dir={tmp_path}/run"])
+    assert config.model.path == f"owner/policy@{'a' * 40}"
+    assert config.model.reference == f"owner/base@{'b' * 40}"
+    stored = (tmp_path / "run" / "config.yaml").read_text()
+    assert "a" * 40 in stored
+    # The Hub has moved on: the run has not, but a tag that was asked for is a question of today.
+    with pytest.raises(ValueError, match=r"other settings \(model.reference: "):
+        open_run(path, [f"run_dir={tmp_path}/run"])
+    again = open_run(recipe(model={"path": "owner/policy"}), [f"run_dir={tmp_path}/other"])
+    assert again.model.reference is None
