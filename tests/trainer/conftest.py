@@ -1,0 +1,27 @@
+"""One finished run of each stage."""
+
+import pytest
+
+from tests.helpers import tiny_spec
+from tests.runs import recipe, run
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, shards):
+    """A finished run of each stage, one from the other, and their recipes."""
+    folder = tmp_path_factory.mktemp("runs")
+    spec = tiny_spec()
+    fresh = {"ratios": [4], "vision": spec.vision, "language": spec.language, "vocab_size": 384}
+    run(recipe(folder, "pretrain", shards, model=fresh))
+    base, policy = (str(folder / stage / "model") for stage in ("pretrain", "consistency"))
+    run(recipe(folder, "consistency", shards, model={"path": base, "ratios": [4, 16]}))
+    run(
+        recipe(
+            folder,
+            "router",
+            shards,
+            model={"path": policy, "reference": base, "router_heads": 4},
+            router={"window": 20, "min_history": 8},
+        )
+    )
+    return folder

@@ -1,0 +1,189 @@
+"""Whole runs on the CPU: pretrain -> consistency -> router on real shards, records, faults and resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.helpers import record
+from tests.runs import STEPS, break_run, differing, metrics, run, watch_steps
+from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.tokenizer import load_tokenizer
+from vico_pl.model.checkpoint.folder import load_model
+from vico_pl.trainer import is_finished, newest_checkpoint
+
+
+def test_each_stage_hands_a_model_folder_to_the_next(runs):
+    for stage in ("pretrain", "consistency", "router"):
+        assert is_finished(runs / stage)
+        assert len(load_tokenizer(runs / stage / "model")) <= 384
+    models = [load_model(runs / stage / "model") for stage in ("pretrain", "consistency", "router")]
+    assert [model.ratios for model in models] == [[4], [4, 16], [4, 16]]
+    assert [model.router is not None for model in models] == [False, False, True]
+
+
+def test_consistency_trains_everything_and_adds_a_connector(runs):
+    changed = differing(runs / "consistency", runs / "pretrain")
+    assert {name.split(".")[0] for name in changed} == {"vision", "connectors", "language"}
+    assert any(name.startswith("connectors.by_ratio.16.") for name in changed)
+
+
+def test_the_router_stage_adds_a_router_and_leaves_the_rest_bit_for_bit(runs):
+    changed = differing(runs / "router", runs / "consistency")
+    assert changed
+    assert all(name.startswith("router.") for name in changed)
+
+
+def test_pretraining_learns(runs):
+    losses = [line["pretrain/loss"] for line in metrics(runs / "pretrain")]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        ("pretrain", {"pretrain/loss", "pretrain/token_accuracy", "optim/lr"}),
+        ("consistency", {"consistency/loss", "vision_tokens/fraction", "optim/lr"}),
+        (
+            "router",
+            {"router/loss", "router/accuracy", "router/compressed_fraction", "router/threshold", "optim/lr"},
+        ),
+    ],
+)
+def test_a_run_records_its_scalars(runs, stage, names):
+    lines = metrics(runs / stage)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert names <= lines[-1].keys()
+    events = EventAccumulator(str(runs / stage / "tensorboard"))
+    events.Reload()
+    assert names <= set(events.Tags()["scalars"])
+    for name in names:
+        recorded = {event.step: event.value for event in events.Scalars(name)}
+        assert recorded == pytest.approx({line["step"]: line[name] for line in lines if name in line})
+
+
+def test_a_run_folder_holds_its_settings_and_the_newest_checkpoints(runs):
+    checkpoints = runs / "consistency" / "checkpoints"
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"step-00000004.ckpt", "step-00000006.ckpt", "last.ckpt"}
+    assert newest_checkpoint(runs / "consistency").name == "step-00000006.ckpt"
+    assert (checkpoints / "last.ckpt").resolve().name == "step-00000006.ckpt"
+    settings = yaml.safe_load((runs / "consistency" / "config.yaml").read_text())
+    assert settings["optim"]["lr"] == 3e-3
+    assert settings["consistency"]["ratio_draw"] == "mixed"
+
+
+@pytest.mark.parametrize(("stage", "parts"), [("consistency", {"model"}), ("router", {"router", "window"})])
+def test_checkpoints_hold_what_is_trained_and_no_frozen_model(runs, stage, parts):
+    checkpoint = torch.load(newest_checkpoint(runs / stage), weights_only=True)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == parts
+
+
+def test_what_is_trained_is_in_training_mode_and_what_is_frozen_is_not(runs, tmp_path, monkeypatch):
+    seen = []
+
+    def before_step(stage):
+        seen.append(all(module.training for module in stage.modules()))
+        seen.append(not any(module.training for module in stage.reference.model.modules()))
+
+    watch_steps(monkeypatch, before_step)
+    run(runs / "consistency.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1")
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "consistency", "router"])
+def test_a_run_that_broke_ends_with_the_weights_of_an_unbroken_one(runs, tmp_path, monkeypatch, stage):
+    path, override = runs / f"{stage}.yaml", f"run_dir={tmp_path}"
+    break_run(monkeypatch, path, override)
+    assert newest_checkpoint(tmp_path).name == "step-00000004.ckpt"
+    assert not is_finished(tmp_path)
+    run(path, override)
+    assert differing(tmp_path, runs / stage) == set()
+    unbroken = {line["step"]: line for line in metrics(runs / stage)}
+    resumed = {line["step"]: line for line in metrics(tmp_path)}
+    assert resumed == unbroken
+
+
+def test_a_run_killed_by_the_system_ends_with_the_weights_of_an_unbroken_one(runs, tmp_path):
+    recipe, length = str(runs / "consistency.yaml"), ["trainer.max_steps=25", "trainer.checkpoint_every=1"]
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    command = [sys.executable, "-m", "vico_pl", "train", recipe, f"run_dir={killed}", *length]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while newest_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert newest_checkpoint(killed) is not None, (tmp_path / "log").read_text()
+    assert not is_finished(killed)
+    for run_dir in (killed, unbroken):
+        run(runs / "consistency.yaml", f"run_dir={run_dir}", *length)
+    assert differing(killed, unbroken) == set()
+
+
+def test_worker_processes_change_no_weight(runs, tmp_path):
+    run(runs / "pretrain.yaml", f"run_dir={tmp_path}", "data.num_workers=2")
+    assert differing(tmp_path, runs / "pretrain") == set()
+
+
+def test_another_seed_gives_other_weights(runs, tmp_path):
+    run(runs / "consistency.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", "seed=1")
+    run(runs / "consistency.yaml", f"run_dir={tmp_path}/again", "trainer.max_steps=1", "seed=2")
+    assert differing(tmp_path, tmp_path / "again")
+
+
+def test_parts_that_are_not_trainable_stay_bit_for_bit(runs, tmp_path):
+    run(
+        runs / "consistency.yaml",
+        f"run_dir={tmp_path}",
+        "trainer.max_steps=2",
+        "model.trainable=[connectors]",
+    )
+    changed = differing(tmp_path, runs / "pretrain")
+    assert changed
+    assert all(name.startswith("connectors.") for name in changed)
+
+
+def test_bad_records_are_logged_and_training_goes_on(runs, tmp_path):
+    records = [(str(i), record(text=f"<image>\n{i}?").files) for i in range(7)]
+    write_shard(tmp_path / "shards" / "a.tar", [*records, ("bad", {"json": b"{"})])
+    write_index(tmp_path / "shards")
+    sources = f"data.sources=[{{path: {tmp_path}/shards}}]"
+    run(runs / "pretrain.yaml", f"run_dir={tmp_path}/run", "trainer.max_steps=2", sources)
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert line["id"] == "a.tar/bad"
+    assert line["reason"].startswith("JSON: ")
+    assert metrics(tmp_path / "run")[-1]["data/bad_records"] == 1
+
+
+def test_tiles_of_another_size_than_the_models_are_refused(runs, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data\.tiling\.tile_size is 64 but the model sees tiles of 32 pixels"
+    ):
+        run(runs / "consistency.yaml", f"run_dir={tmp_path}", "data.tiling.tile_size=64")
+
+
+def test_a_model_folder_that_is_absent_is_named(runs, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}/absent: no config.json"):
+        run(runs / "consistency.yaml", f"run_dir={tmp_path}", f"model.path={tmp_path}/absent")
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(runs, tmp_path, monkeypatch):
+    path, override = runs / "pretrain.yaml", f"run_dir={tmp_path}"
+
+    def second_process(_):
+        with pytest.raises(ValueError, match="is being trained by another process"):
+            run(path, override)
+        raise RuntimeError("seen")
+
+    watch_steps(monkeypatch, second_process)
+    with pytest.raises(RuntimeError, match="seen"):
+        run(path, override)

@@ -1,0 +1,146 @@
+"""Runs that train a part, or adapters: what they write, hold and share, and how their blocks run."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from tests.helpers import PLACEHOLDER_ID, batch_of, mixed_samples
+from tests.runs import break_run, differing, run, watch_steps, weights
+from vico_pl.model.checkpoint.folder import load_model
+from vico_pl.trainer import is_finished, newest_checkpoint
+
+LORA = ("model.trainable=[connectors,lora]", "model.lora={rank: 4, dropout: 0.2}")
+
+
+@pytest.fixture(scope="module")
+def lora_run(runs, tmp_path_factory):
+    """The folder of a finished run that trained connectors and adapters, and its stage."""
+    run_dir, stages = tmp_path_factory.mktemp("lora"), []
+    with pytest.MonkeyPatch.context() as patch:
+        watch_steps(patch, stages.append)
+        run(runs / "consistency.yaml", f"run_dir={run_dir}", *LORA)
+    return run_dir, stages[-1]
+
+
+@torch.no_grad()
+def states(model):
+    """What a model makes of a batch whose placeholders are its own."""
+    batch = batch_of(*mixed_samples())
+    ids = torch.where(batch.input_ids == PLACEHOLDER_ID, model.spec.placeholder_id, batch.input_ids)
+    batch = replace(batch, input_ids=ids)
+    return model.response_states(batch, model.encode_tiles(batch.tiles), model.full_ratios(batch))
+
+
+def test_a_run_with_adapters_writes_a_model_like_any_other(runs, lora_run):
+    run_dir, stage = lora_run
+    assert weights(run_dir).keys() == weights(runs / "consistency").keys()
+    trained = stage.model.eval()
+    torch.testing.assert_close(states(load_model(run_dir / "model")), states(trained), rtol=0, atol=1e-5)
+    changed = {name.split(".")[0] for name in differing(run_dir, runs / "pretrain")}
+    assert changed == {"connectors", "language"}
+
+
+def test_a_run_with_adapters_holds_one_copy_of_what_is_frozen(lora_run):
+    _, stage = lora_run
+    assert stage.reference.model.language is stage.model.language
+    assert stage.reference.model.vision is stage.model.vision
+    assert {name.split(".")[0] for name, _ in stage.named_parameters()} == {"model"}
+
+
+def test_checkpoints_of_a_run_with_adapters_hold_no_weights_of_the_model_folder(lora_run):
+    run_dir, stage = lora_run
+    checkpoint = torch.load(newest_checkpoint(run_dir), weights_only=True)
+    assert checkpoint["state_dict"].keys() == {n for n, p in stage.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("trained", [LORA, ("model.trainable=[vision]",)], ids=["adapters", "a part"])
+def test_a_partly_frozen_run_that_broke_ends_with_the_weights_of_an_unbroken_one(
+    runs, tmp_path, monkeypatch, trained
+):
+    path, broken, unbroken = runs / "consistency.yaml", tmp_path / "broken", tmp_path / "unbroken"
+    run(path, f"run_dir={unbroken}", *trained)
+    break_run(monkeypatch, path, f"run_dir={broken}", *trained)
+    run(path, f"run_dir={broken}", *trained)
+    assert differing(broken, unbroken) == set()
+    assert differing(broken, runs / "pretrain")
+
+
+def test_a_finished_run_with_adapters_can_write_its_model_again(runs, lora_run):
+    run_dir, _ = lora_run
+    before = weights(run_dir)
+    (run_dir / "model" / "config.json").unlink()
+    run(runs / "consistency.yaml", f"run_dir={run_dir}", *LORA)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run_dir).items())
+
+
+@pytest.mark.parametrize("trained", [(), LORA], ids=["parts", "adapters"])
+def test_recomputing_activations_changes_no_weight(runs, tmp_path, trained):
+    plain, recomputed = tmp_path / "plain", tmp_path / "recomputed"
+    for folder, override in ((plain, "false"), (recomputed, "true")):
+        switch = f"trainer.activation_checkpointing={override}"
+        run(runs / "consistency.yaml", f"run_dir={folder}", "trainer.max_steps=2", switch, *trained)
+    assert differing(plain, recomputed) == set()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # see test_blocks.py
+def test_a_run_goes_on_compiled_where_it_began_uncompiled(runs, tmp_path, monkeypatch):
+    programs = []
+
+    def backend(graph, _):
+        programs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    path, overrides = runs / "consistency.yaml", (f"run_dir={tmp_path}", *LORA)
+    break_run(monkeypatch, path, *overrides)
+    assert not programs
+    (tmp_path / "config.yaml").unlink()  # which holds a run to its settings
+    run(path, *overrides, "trainer.compile=true")
+    assert programs
+    assert is_finished(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["model.trainable=[]"], r"model\.trainable is \[\]; stage consistency has nothing to train"),
+        (["model.trainable=[router]"], "stage consistency has nothing to train"),
+        (["model.trainable=[language,lora]"], "model.trainable names both language .* and lora"),
+        (["model.attention=flash"], "model.attention is 'flash' but trainer.precision is '32-true'"),
+        (["model.attention=ring"], "model.attention is 'ring'; expected one of sdpa, flash"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told(runs, tmp_path, settings, told):
+    with pytest.raises(ValueError, match=told):
+        run(runs / "consistency.yaml", f"run_dir={tmp_path}", *settings)
+
+
+def test_flash_attention_on_a_cpu_is_told_before_training(runs, tmp_path):
+    with pytest.raises(ValueError, match="but this run is on cpu"):
+        run(
+            runs / "consistency.yaml",
+            f"run_dir={tmp_path}",
+            "model.attention=flash",
+            "trainer.precision=bf16-mixed",
+        )
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "told"),
+    [
+        ("consistency", "model.lora={rank: 4}", "model.lora has no effect"),
+        ("router", "trainer.activation_checkpointing=true", "trainer.activation_checkpointing has no effect"),
+    ],
+)
+def test_a_setting_without_effect_warns(runs, tmp_path, stage, setting, told):
+    with pytest.warns(UserWarning, match=told):
+        run(runs / f"{stage}.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", setting)
+
+
+def test_stage_router_labels_by_one_copy_where_policy_and_reference_are_the_same(runs, tmp_path, monkeypatch):
+    stages = []
+    watch_steps(monkeypatch, stages.append)
+    run(runs / "router.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", "model.reference=null")
+    assert stages[0].reference.model.language is stages[0].policy.model.language
