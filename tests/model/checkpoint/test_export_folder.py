@@ -250,3 +250,32 @@ def test_shards_are_put_together(tmp_path, flash):
     written = folder_tensors(tmp_path / "out")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], tensors[name]) for name in names)
+
+
+def test_a_template_of_another_family_is_refused(tmp_path, flash, template):
+    path = template / "tokenizer.json"
+    content = json.loads(path.read_text())
+    (context,) = [token for token in content["added_tokens"] if token["content"] == "<IMG_CONTEXT>"]
+    context["id"] += 100
+    path.write_text(json.dumps(content))
+    message = "take the template of the same family"
+    assert_refused(flash, tmp_path / "out", message, layout="flash", template=template)
+
+
+@pytest.mark.parametrize("layout", ["internvl", "hf"])
+def test_a_language_model_without_a_released_name_fits_no_layout_of_internvl(tmp_path, layout):
+    language = {"model_type": "gpt_neox", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}
+    language |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = own_folder(tmp_path / "in", vision=INTERNVIT, language=language)
+    assert_refused(folder, tmp_path / "out", "this one is gpt_neox", layout=layout)
+
+
+def test_a_server_is_told_the_class_of_the_language_model(tmp_path):
+    write_native(tmp_path / "native")
+    config = json.loads((tmp_path / "native/config.json").read_text())
+    del config["text_config"]["architectures"]
+    (tmp_path / "native/config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="system message"):
+        export(tmp_path / "native", tmp_path / "out", layout="internvl")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["llm_config"]["architectures"] == ["Qwen3ForCausalLM"]

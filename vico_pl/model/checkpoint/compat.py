@@ -13,6 +13,12 @@ from vico_pl.model.checkpoint.pieces import Piece, Shape
 from vico_pl.model.vlm import ModelSpec
 
 PLACEHOLDER = "<IMG_CONTEXT>"
+LANGUAGE_MODELS = {  # architecture -> model_type of transformers
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
@@ -40,9 +46,11 @@ def for_both_generations(language: Json, dtype: str) -> Json:
     """Return a language model's config that servers on transformers 4 understand as well as version 5.
 
     Version 5 writes `rope_parameters`; version 4 passes over that and would silently take its default
-    `rope_theta`. The same holds for `dtype` and `torch_dtype`.
+    `rope_theta`. The same holds for `dtype` and `torch_dtype`. Servers choose their class by `architectures`.
     """
     config = {**language, "dtype": dtype, "torch_dtype": dtype}
+    kinds = {kind: architecture for architecture, kind in LANGUAGE_MODELS.items()}
+    config["architectures"] = [kinds[config["model_type"]]]
     rope: dict[str, Any] = dict(config.get("rope_parameters") or {})
     if rope:
         config.setdefault("rope_theta", rope.pop("rope_theta"))
@@ -74,11 +82,14 @@ def base_model(contents: Contents) -> Contents:
     Raises:
         ValueError: InternVL's layouts cannot hold the model.
     """
-    check_internvit(contents.spec)
+    check_parts(contents.spec)
     return replace(contents, spec=replace(contents.spec, ratios=[4], router_heads=None), rule=None)
 
 
-def check_internvit(spec: ModelSpec) -> None:
-    """Refuse towers that InternVL's layouts have no names for."""
+def check_parts(spec: ModelSpec) -> None:
+    """Refuse towers and language models that InternVL's layouts have no names for."""
     if spec.vision.get("model_type") != "internvl_vision":
         raise ValueError("InternVL's layouts hold InternViT towers alone; this model's tower is of open_clip")
+    kind, known = spec.language["model_type"], LANGUAGE_MODELS.values()
+    if kind not in known:
+        raise ValueError(f"InternVL's layouts hold language models of {', '.join(known)}; this one is {kind}")

@@ -7,7 +7,13 @@ and the names of its modules alike (`model.language_model.*`, `lm_head.weight`);
 import re
 from pathlib import Path
 
-from vico_pl.model.checkpoint.compat import base_model, for_both_generations, language_pieces, placeholder_id
+from vico_pl.model.checkpoint.compat import (
+    LANGUAGE_MODELS,
+    base_model,
+    for_both_generations,
+    language_pieces,
+    placeholder_id,
+)
 from vico_pl.model.checkpoint.layout import CONFIG_NAME, Contents, Json, Layout
 from vico_pl.model.checkpoint.ours import read_json, write_json
 from vico_pl.model.checkpoint.pieces import Piece, Shape, Shapes
@@ -17,7 +23,6 @@ from vico_pl.model.vlm import ModelSpec
 ARCHITECTURE = "InternVLForConditionalGeneration"
 PROCESSOR_NAME = "preprocessor_config.json"
 WHOLE_PROCESSOR_NAME = "processor_config.json"  # transformers 5 keeps the image processor in here
-LANGUAGE_MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe")
 CONNECTOR_PARTS = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
 MODULE_NAMES = (  # names of modules -> stored names
     (r"^model\.language_model\.", "language_model.model."),
@@ -121,8 +126,9 @@ def _problems(config: Json) -> list[str]:
         if not isinstance(config.get(part), dict):
             return [*problems, f"{part} is missing"]
     kind = config["text_config"].get("model_type")
-    if kind not in LANGUAGE_MODELS:
-        problems.append(f"text_config.model_type is {kind!r}; expected one of {', '.join(LANGUAGE_MODELS)}")
+    known = LANGUAGE_MODELS.values()
+    if kind not in known:
+        problems.append(f"text_config.model_type is {kind!r}; expected one of {', '.join(known)}")
     if not config["vision_config"].get("use_mean_pooling", True):
         problems.append("use_mean_pooling is false: a final norm that InternVL's layouts have no place for")
     sizes = {name: config["vision_config"].get(name) for name in ("image_size", "patch_size")}

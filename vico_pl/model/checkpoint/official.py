@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from vico_pl.model.checkpoint.compat import (
+    LANGUAGE_MODELS,
     base_model,
-    check_internvit,
+    check_parts,
     for_both_generations,
     language_pieces,
     placeholder_id,
@@ -23,12 +24,6 @@ from vico_pl.model.router import RELEASED_HEADS, RoutingRule
 from vico_pl.model.vlm import ModelSpec
 
 ARCHITECTURE = "InternVLChatModel"
-LANGUAGE_MODELS = {  # architecture -> model_type of transformers
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
 # Settings of InternViT: official name -> (name in transformers, official default).
 VISION_KEYS = {
     "hidden_size": ("hidden_size", 3200),
@@ -87,7 +82,7 @@ def read(folder: Path, config: Json, names: set[str]) -> Contents:
     vision = {
         ours: config["vision_config"].get(name, default) for name, (ours, default) in VISION_KEYS.items()
     }
-    (architecture,) = config["llm_config"]["architectures"]
+    architecture = config["llm_config"]["architectures"][0]
     language = {**config["llm_config"], "model_type": LANGUAGE_MODELS[architecture]}
     if "language_model.lm_head.weight" not in names:
         language.setdefault("tie_word_embeddings", True)
@@ -174,7 +169,7 @@ def _rule(config: Json) -> RoutingRule | None:
 
 def _check_flash(contents: Contents) -> Contents:
     spec = contents.spec
-    check_internvit(spec)
+    check_parts(spec)
     if spec.ratios != [4, 16]:
         raise ValueError(
             f"Flash has the ratios [4, 16], the model {spec.ratios}; export it with --layout ours"
