@@ -139,3 +139,29 @@ def test_the_real_flash_attention_computes_the_same(language):
     set_packed_attention(language, "flash")
     found = run_packed(language, x, positions(LENGTHS).cuda(), LENGTHS)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gpt_of_nobody"}, "gpt_of_nobody"),
+        ({"model_type": "qwen3", "hidden_size": "wide"}, "'hidden_size' expected int"),
+        (
+            {"model_type": "gemma2", "num_hidden_layers": 2},
+            "gemma2 has layers of sliding_attention, soft-capped",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "max_window_layers": 0,
+                "num_hidden_layers": 1,
+            },
+            "qwen2 has layers of sliding_attention; packed samples run through causal attention",
+        ),
+    ],
+)
+def test_models_that_packed_attention_cannot_run_are_refused_in_a_sentence(config, said):
+    with pytest.raises(ValueError, match=r"language model: |Unrecognized") as caught:
+        build_language_model(config)
+    assert said in str(caught.value)

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,6 +21,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -42,9 +44,16 @@ def build_language_model(config: dict[str, Any]) -> PreTrainedModel:
 
     The config may be as stored in a checkpoint, of transformers 4 too: what says nothing about the model's
     shape is passed over.
+
+    Raises:
+        ValueError: transformers knows no such model, or packed attention cannot run it.
     """
     settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_OF_THE_SHAPE}
-    language_config = AutoConfig.for_model(config["model_type"], **settings)
+    try:
+        language_config = AutoConfig.for_model(config["model_type"], **settings)
+    except (KeyError, StrictDataclassError) as error:
+        raise ValueError(f"language model: {' '.join(str(error).split())}") from error
+    _check_attention(language_config)
     return AutoModelForCausalLM.from_config(language_config, attn_implementation="sdpa", dtype=torch.float32)
 
 
@@ -159,6 +168,18 @@ def flash_attention(
         causal=True,
     )
     return output[None], None
+
+
+def _check_attention(config: PreTrainedConfig) -> None:
+    """Refuse models whose attention is more than causal: packed, they would be wrong without a word."""
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    if getattr(config, "attn_logit_softcapping", None):
+        kinds.add("soft-capped attention")
+    if kinds:
+        raise ValueError(
+            f"language model: {config.model_type} has layers of {', '.join(sorted(kinds))}; "
+            "packed samples run through causal attention over all tokens alone"
+        )
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from vico_pl.model.checkpoint.compat import PLACEHOLDER, placeholder_id
 from vico_pl.model.checkpoint.folder import (
     LAYOUTS,
     ModelFolder,
@@ -14,6 +13,7 @@ from vico_pl.model.checkpoint.folder import (
     open_folder,
     own_tensors,
 )
+from vico_pl.model.checkpoint.internvl import PLACEHOLDER, placeholder_id
 from vico_pl.model.checkpoint.layout import CONFIG_NAME, Json, Layout
 from vico_pl.model.checkpoint.official import FLASH, INTERNVL
 from vico_pl.model.checkpoint.ours import CALIBRATION_NAME, OURS, read_json, write_json

@@ -7,7 +7,7 @@ and the names of its modules alike (`model.language_model.*`, `lm_head.weight`);
 import re
 from pathlib import Path
 
-from vico_pl.model.checkpoint.compat import (
+from vico_pl.model.checkpoint.internvl import (
     LANGUAGE_MODELS,
     base_model,
     for_both_generations,

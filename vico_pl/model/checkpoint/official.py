@@ -10,7 +10,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from vico_pl.model.checkpoint.compat import (
+from vico_pl.model.checkpoint.internvl import (
     LANGUAGE_MODELS,
     base_model,
     check_parts,
