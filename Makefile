@@ -51,7 +51,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A folder or file of the same name must not stand in for these.
 .PHONY: help env demo base train-stage1 train-router shards data tests test check
-.PHONY: format lint types tensorboard clean clean-all
+.PHONY: format lint types tensorboard bench clean clean-all
 
 help: ## List the targets
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [RECIPE=FILE.yaml] [RUN=FOLDER]'
@@ -201,6 +201,11 @@ lint: $(INSTALLED) ## Find faults of style and likely bugs (ruff)
 
 types: $(INSTALLED) ## Check types (mypy strict)
 	$(TYPES)
+
+# --- Benchmarks --------------------------------------------------------------------------------------------------
+
+bench: $(INSTALLED) ## Measure speed and memory against their goals: about 5 minutes, 10 GiB of memory
+	$(BIN)/python benchmarks/kl.py
 
 # --- Cleaning: fixed names only, so that no setting can point it at your data -------------------------------------
 

@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "data" / "README.md",
     ROOT / "docs" / "models.md",
+    ROOT / "benchmarks" / "README.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OPTIONAL = re.compile(r"\s\[([^\]]*)\]")  # [--budget 0.5], but not the brackets of key=[value]

@@ -143,6 +143,7 @@ def test_checkpoints_hold_the_policy_and_nothing_of_the_reference():
     [
         ({"ratio_draw": "patch"}, "consistency.ratio_draw is 'patch'; expected image, tile or mixed"),
         ({"temperature": 0.0}, "consistency.temperature is 0.0; expected more than 0"),
+        ({"chunk_size": 0}, "consistency.chunk_size is 0; expected 1 or more"),
     ],
 )
 def test_settings_that_the_stage_cannot_follow_are_refused(settings, message):

@@ -1,12 +1,25 @@
-"""The consistency loss: KL(reference || policy) per response token (InternVL3.5 report, equation 7)."""
+"""The consistency loss: KL(reference || policy) per response token (InternVL3.5 report, equation 7).
 
-from functools import partial
+The two output layers are part of the loss, so that their logits, (R, V) and by far the largest tensors of a
+training step, never exist whole. `_sweep` walks over the tokens, n at a time:
+
+    logits of the policy     (n, V) = states (n, D) @ head.T     -> log q
+    logits of the reference  (n, V) = states (n, D2) @ head.T    -> log p
+    KL (n,) and its slope by the policy's logits (n, V): q - p
+    gradient of the states   (n, D) = slope @ head
+    gradient of the head     (V, D) += slope.T @ states
+
+With V large everything but the four matrix products is small; `make bench` measures how small.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import log_softmax
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 
 def consistency_kl(
@@ -19,38 +32,215 @@ def consistency_kl(
     reverse: bool = False,
     chunk_size: int = 256,
 ) -> Float[Tensor, " R"]:
-    """Return the divergence of each response token in nats.
+    """Return the divergence of each response token in nats; `reverse` gives KL(policy || reference).
 
-    Logits exist for `chunk_size` tokens at a time and are made again in the backward pass: no (R, V) tensor
-    is ever held. They are produced in float32 whatever the type of the states: rounded to bfloat16 they make
-    a KL of 1e-3 nats useless. `reverse` gives KL(policy || reference).
+    Logits exist for `chunk_size` tokens at a time: no (R, V) tensor is ever held. They are produced in
+    float32 whatever the type of the states (float64 stays): rounded to bfloat16 they make a KL of 1e-3 nats
+    useless. Gradients reach the policy only and are made beside the values; the backward pass scales them.
+
+    Raises:
+        ValueError: If the two sides have different numbers of tokens or words, or `chunk_size` is below 1.
     """
-    chunk_kl = partial(_chunk_kl, temperature=temperature, reverse=reverse)
-    chunks = zip(policy_states.split(chunk_size), reference_states.split(chunk_size), strict=True)
-    pieces = [
-        checkpoint(chunk_kl, policy, policy_head, reference, reference_head, use_reentrant=False)
-        for policy, reference in chunks
-    ]
-    return torch.cat(pieces)
+    _check(policy_states, policy_head, reference_states, reference_head, chunk_size=chunk_size)
+    if not torch.is_grad_enabled():  # autograd.Function still sees `requires_grad` there
+        policy_states, policy_head = policy_states.detach(), policy_head.detach()
+    settings = _Settings(temperature=temperature, reverse=reverse, chunk_size=chunk_size)
+    return _ConsistencyKL.apply(
+        policy_states, policy_head, reference_states.detach(), reference_head.detach(), settings
+    )
 
 
-def _chunk_kl(
-    policy: Tensor,
-    policy_head: Tensor,
-    reference: Tensor,
-    reference_head: Tensor,
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """How the divergence is computed."""
+
+    temperature: float  # divides the logits of both sides
+    reverse: bool
+    chunk_size: int  # tokens whose logits exist at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Swept:
+    """What one walk over the tokens leaves; gradients are those at temperature 1, None where not wanted."""
+
+    kl: Tensor  # (R,)
+    states_gradient: Tensor | None  # (R, D): row r is the gradient of token r alone
+    head_gradient: Tensor | None  # (V, D): summed over tokens
+
+
+def _check(
+    policy: Tensor, policy_head: Tensor, reference: Tensor, reference_head: Tensor, *, chunk_size: int
+) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; expected 1 or more tokens")
+    sides = [(len(policy), len(policy_head)), (len(reference), len(reference_head))]
+    if sides[0] != sides[1]:
+        raise ValueError(f"policy and reference have {sides} tokens and words; expected the same of both")
+
+
+class _ConsistencyKL(torch.autograd.Function):
+    """The divergence with gradients made in the forward pass: 4 matrix products, where recomputation takes 6.
+
+    What the backward pass will multiply them with is not known yet. The states' gradient is kept per token,
+    so any upstream gradient scales it exactly. The head's is a sum over tokens, which only a gradient that is
+    the same for all tokens can scale, as that of `kl.sum()` times a number is; for any other, and when a
+    retained graph is used again, the backward pass makes it anew from the inputs. Right in every case, and
+    without extra cost in the one that training uses.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        policy: Tensor,
+        policy_head: Tensor,
+        reference: Tensor,
+        reference_head: Tensor,
+        settings: _Settings,
+    ) -> Tensor:
+        inputs = (policy, policy_head, reference, reference_head)
+        states, head = ctx.needs_input_grad[:2]
+        swept = _sweep(inputs, settings, with_states=states, with_head=head)
+        ctx.save_for_backward(*inputs, swept.states_gradient)
+        ctx.head_gradient, ctx.settings = swept.head_gradient, settings
+        return swept.kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        *inputs, states_gradient = ctx.saved_tensors
+        states = head = None
+        if ctx.needs_input_grad[0]:
+            states = (states_gradient * _by_logits(ctx, upstream)[:, None]).to(inputs[0].dtype)
+        if ctx.needs_input_grad[1]:
+            head = _head_gradient(ctx, inputs, upstream).to(inputs[1].dtype)
+        return states, head, None, None, None
+
+
+def _head_gradient(ctx: Any, inputs: list[Tensor], upstream: Tensor) -> Tensor:
+    """Scale the gradient made in forward, in place and therefore once; or make it anew."""
+    made, ctx.head_gradient = ctx.head_gradient, None
+    if made is not None and _is_uniform(upstream):
+        return made.mul_(_by_logits(ctx, upstream[0])) if len(upstream) else made
+    weights = _by_logits(ctx, upstream)
+    made = _sweep(inputs, ctx.settings, with_head=True, row_weights=weights).head_gradient
+    assert made is not None
+    return made
+
+
+def _by_logits(ctx: Any, upstream: Tensor) -> Tensor:
+    """Pass a gradient on through the division of logits by the temperature."""
+    return upstream / ctx.settings.temperature
+
+
+def _is_uniform(values: Tensor) -> bool:
+    """Say whether all values are the same. A sum's gradient is one number expanded: no look at the device."""
+    return len(values) < 2 or values.stride(0) == 0 or bool((values == values[0]).all())
+
+
+def _sweep(
+    inputs: Sequence[Tensor],
+    settings: _Settings,
     *,
-    temperature: float,
-    reverse: bool,
-) -> Tensor:
+    with_states: bool = False,
+    with_head: bool = False,
+    row_weights: Float[Tensor, " R"] | None = None,
+) -> _Swept:
+    """Walk over the tokens in chunks; `row_weights` multiply each token's part in the head's gradient."""
+    dtype = _accumulating_type(inputs)
+    policy, head = _operands(inputs[0], inputs[1], dtype)
+    reference = _operands(inputs[2], inputs[3], dtype)
+    kl = policy.new_empty(len(policy), dtype=dtype)
+    to_states = torch.empty_like(policy, dtype=dtype) if with_states else None
+    to_head = torch.zeros_like(head, dtype=dtype) if with_head else None
+    buffers = _buffers(min(settings.chunk_size, len(policy)), head, dtype)
     with torch.autocast(policy.device.type, enabled=False):
-        log_q = log_softmax(_logits(policy, policy_head) / temperature, dim=-1)
-        log_p = log_softmax(_logits(reference, reference_head) / temperature, dim=-1)
-    if reverse:
-        log_p, log_q = log_q, log_p
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+        for start in range(0, len(policy), settings.chunk_size):
+            rows = slice(start, start + settings.chunk_size)
+            chunk = policy[rows], head, reference[0][rows], reference[1]
+            kl[rows], slope = _divergence(chunk, settings, buffers, with_slope=with_states or with_head)
+            if to_states is not None:
+                _multiply(slope.to(head.dtype), head, out=to_states[rows])
+            if to_head is not None:
+                slope = slope if row_weights is None else slope.mul_(row_weights[rows, None])
+                _add_product(slope.to(policy.dtype).T, policy[rows], to=to_head)
+    return _Swept(kl=kl, states_gradient=to_states, head_gradient=to_head)
 
 
-def _logits(states: Tensor, head: Tensor) -> Tensor:
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    return states.to(dtype) @ head.to(dtype).T
+def _accumulating_type(inputs: Sequence[Tensor]) -> torch.dtype:
+    """Return the type of logits and sums: float32, or float64 where an input has it."""
+    dtype = torch.float32
+    for tensor in inputs:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _operands(states: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return states and head as the matrix products take them.
+
+    CUDA multiplies bfloat16 into float32. Elsewhere such a product is rounded to bfloat16, so both are
+    converted first, once for all chunks. So is float16, whose range is too small for slopes below 6e-8.
+    """
+    both_bfloat16 = states.dtype == head.dtype == torch.bfloat16
+    if both_bfloat16 and states.is_cuda and dtype == torch.float32:
+        return states, head
+    return states.to(dtype), head.to(dtype)
+
+
+def _buffers(num_rows: int, head: Tensor, dtype: torch.dtype) -> list[Float[Tensor, "n V"]]:
+    """Return the three tensors in which a chunk happens: beside the head's gradient, all the memory taken."""
+    return [head.new_empty(num_rows, len(head), dtype=dtype) for _ in range(3)]
+
+
+def _divergence(
+    chunk: tuple[Tensor, Tensor, Tensor, Tensor],
+    settings: _Settings,
+    buffers: list[Float[Tensor, "m V"]],
+    *,
+    with_slope: bool,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
+    """Return the divergence of each token of a chunk and, in one of the buffers, its slope by the logits."""
+    policy, head, reference, reference_head = chunk
+    log_p, log_q, scratch = (buffer[: len(policy)] for buffer in buffers)
+    for states, weight, out in ((reference, reference_head, log_p), (policy, head, log_q)):
+        _multiply(states, weight.T, out=scratch)
+        if settings.temperature != 1:
+            scratch.div_(settings.temperature)
+        torch.log_softmax(scratch, -1, out=out)
+    divergence = _reverse_kl if settings.reverse else _forward_kl
+    return divergence(log_p, log_q, scratch, with_slope=with_slope)
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor, scratch: Tensor, *, with_slope: bool) -> tuple[Tensor, Tensor]:
+    """Return sum p (log p - log q) and its derivative by the policy's logits, q - p; the buffers are used up.
+
+    Not H(p, q) - H(p): the difference of two large sums loses a small divergence.
+    """
+    p = torch.exp(log_p, out=scratch)
+    difference = log_p.sub_(log_q)
+    slope = log_q.exp_().sub_(p) if with_slope else log_q
+    return p.mul_(difference).sum(-1), slope
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, scratch: Tensor, *, with_slope: bool) -> tuple[Tensor, Tensor]:
+    """Return KL = sum q (log q - log p) and its derivative, q (log q - log p - KL), in the same way."""
+    q = torch.exp(log_q, out=scratch)
+    difference = log_q.sub_(log_p)
+    kl = torch.mul(q, difference, out=log_p).sum(-1)
+    slope = difference.sub_(kl[:, None]).mul_(q) if with_slope else difference
+    return kl, slope
+
+
+def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+    """Write left @ right to `out`, without rounding to the operands' type on the way."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _add_product(left: Tensor, right: Tensor, *, to: Tensor) -> None:
+    """Add left @ right in place: no second tensor of that size."""
+    if left.dtype == to.dtype:
+        to.addmm_(left, right)
+    else:
+        torch.addmm(to, left, right, out_dtype=to.dtype, out=to)

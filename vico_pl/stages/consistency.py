@@ -31,6 +31,8 @@ class ConsistencyConfig:
             raise ValueError(f"consistency.ratio_draw is '{self.ratio_draw}'; expected image, tile or mixed")
         if self.temperature <= 0:
             raise ValueError(f"consistency.temperature is {self.temperature}; expected more than 0")
+        if self.chunk_size < 1:
+            raise ValueError(f"consistency.chunk_size is {self.chunk_size}; expected 1 or more")
 
 
 class ConsistencyStage(Stage):
