@@ -1,7 +1,11 @@
 """What goes along with a run: records of metrics and bad records, seeds, checkpoints never half there."""
 
 import json
+import math
 import os
+import re
+import time
+from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,9 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from vico_pl.types import Batch
+from vico_pl.types import BadRecord, Batch
 
 
 class JsonlLogger(Logger):
@@ -66,25 +70,134 @@ class StepProgressBar(TQDMProgressBar):
 
 
 class BadRecordLog(L.Callback):
-    """Appends each bad record of a training batch to `bad_records.jsonl` and counts them."""
+    """Appends each bad record of a training batch to `bad_records.jsonl`, counts them and stops if too many.
 
-    def __init__(self, path: Path) -> None:
-        """Write to `path`."""
-        self._path = path
-        self._count = 0
+    `data/bad_records` counts all of them, `data/bad_records/train/json` those of one kind from the shards
+    train-000000.tar, train-000001.tar, ...
+    """
+
+    def __init__(self, path: Path, *, max_bad_fraction: float = 0.05, window: int = 2000) -> None:
+        """Write to `path`; let `max_bad_fraction * window` of the last `window` samples of all ranks be bad.
+
+        The window begins empty, also when a run goes on. Until it is full that number is allowed too, so that
+        few records at the start stop nothing and shards that are all bad stop the run at once.
+        """
+        self._path, self._window, self._max_bad_fraction = path, window, max_bad_fraction
+        self._counts: Counter[str] = Counter()
+        self._recent: deque[tuple[int, int]] = deque()  # samples and bad ones of each step, over all ranks
+        self._recent_bad: deque[BadRecord] = deque(maxlen=window)  # of this rank
+        self._next_line_s = -math.inf  # when the next line may be printed
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Write the bad records of the batch just used."""
-        if not batch.bad_records:
-            return
-        self._count += len(batch.bad_records)
-        step = trainer.global_step
-        lines = [{"step": step, "id": bad.id, "reason": bad.reason} for bad in batch.bad_records]
+        """Write the bad records of the batch just used.
+
+        Raises:
+            ValueError: too many of the last samples are bad; all ranks raise it at the same step.
+        """
+        if batch.bad_records:
+            self._write(batch.bad_records, trainer.global_step)
+            self._count(batch.bad_records, pl_module)
+        num_bad, num_good = len(batch.bad_records), sum(map(bool, batch.ids))  # a filler has no name
+        if trainer.world_size > 1:
+            here = torch.tensor([num_bad, num_good], device=pl_module.device)
+            num_bad, num_good = trainer.strategy.reduce(here, reduce_op="sum").tolist()
+        self._watch(num_bad, num_good)
+
+    def _write(self, bad_records: list[BadRecord], step: int) -> None:
+        lines = [{"step": step, "kind": bad.kind, "id": bad.id, "reason": bad.reason} for bad in bad_records]
         with self._path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        pl_module.log("data/bad_records", float(self._count), batch_size=1)
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def _count(self, bad_records: list[BadRecord], pl_module: L.LightningModule) -> None:
+        names = [f"data/bad_records/{_shard_set(bad)}/{bad.kind}" for bad in bad_records]
+        self._counts.update([*names, *["data/bad_records"] * len(names)])
+        for name in dict.fromkeys(["data/bad_records", *names]):
+            pl_module.log(name, float(self._counts[name]), batch_size=1)
+        self._recent_bad.extend(bad_records)
+        if time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + 60
+            total, last = self._counts["data/bad_records"], bad_records[-1]
+            told = f"{total} bad records so far, the last {last.id!r}: {last.reason}"
+            rank_zero_info(f"{told}; see {self._path}")
+
+    def _watch(self, num_bad: int, num_good: int) -> None:
+        self._recent.append((num_bad, num_bad + num_good))
+        while sum(samples for _, samples in self._recent) - self._recent[0][1] >= self._window:
+            self._recent.popleft()
+        num_bad = sum(bad for bad, _ in self._recent)
+        if num_bad > self._max_bad_fraction * self._window:
+            samples = sum(samples for _, samples in self._recent)
+            raise ValueError(
+                f"{num_bad} of the last {samples} samples are bad, and data.max_bad_fraction "
+                f"{self._max_bad_fraction} lets {self._max_bad_fraction * self._window:.0f} of "
+                f"{self._window} be so; most often {self._reasons(num_bad)}; all are in {self._path}"
+            )
+
+    def _reasons(self, num_bad: int) -> str:
+        """Name the most frequent kinds of this rank with an example each."""
+        recent = list(self._recent_bad)[-num_bad:]
+        examples = {bad.kind: f"{bad.id!r}: {bad.reason}" for bad in recent}
+        frequent = Counter(bad.kind for bad in recent).most_common(3)
+        return ", ".join(f"{kind} ({count}, such as {examples[kind]})" for kind, count in frequent)
+
+
+def _shard_set(bad: BadRecord) -> str:
+    """Return what the shards of a set have in common: train-000007.tar/000123 is of `train`."""
+    shard, is_named, _ = bad.id.partition(".tar")
+    if not is_named:  # source 0, sample 7: its key could not be read
+        return shard.partition(",")[0].replace(" ", "-")
+    return re.sub(r"[-_.]?\d*$", "", shard) or "shards"
+
+
+class SampleLog(L.Callback):
+    """Appends which samples each step of a rank used to `samples-rank-R.jsonl`: what `vico audit` reads.
+
+        {"attempt": 1, "from_step": 4, "world": 2}                 a run began, or went on, at step 4
+        {"step": 4, "ids": ["a.tar/7", "a.tar/3"], "bad": [...]}   the step's samples, and bad records if any
+
+    A line is one write, so a killed run leaves all lines but perhaps the last whole; ranks wait for nobody.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Write into `folder`."""
+        self._folder = folder
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Say where this attempt begins: lines of earlier ones from that step on no longer count."""
+        self._step = trainer.global_step
+        attempt = trainer.strategy.broadcast(self._num_attempts())  # rank 0 took part in all of them
+        line = {"attempt": attempt, "from_step": self._step, "world": trainer.world_size}
+        self._append(trainer, line, before=b"\n" if _is_torn(self._path(trainer)) else b"")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Write the samples of the step just taken."""
+        bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}
+        self._append(trainer, {"step": self._step, "ids": [name for name in batch.ids if name], **bad})
+        self._step += 1
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        """Sync the log to disk, so that it reaches as far as the checkpoint also after a power cut."""
+        with self._path(trainer).open("ab") as file:
+            os.fsync(file.fileno())
+
+    def _num_attempts(self) -> int:
+        path = self._folder / "samples-rank-0.jsonl"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            return sum(line.startswith(b'{"attempt"') for line in file)
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        return self._folder / f"samples-rank-{trainer.global_rank}.jsonl"
+
+    def _append(self, trainer: L.Trainer, line: dict[str, Any], *, before: bytes = b"") -> None:
+        with self._path(trainer).open("ab", buffering=0) as file:
+            file.write(before + json.dumps(line).encode() + b"\n")
 
 
 class StepSeed(L.Callback):
@@ -98,6 +211,15 @@ class StepSeed(L.Callback):
         """Seed the generator that dropout draws from."""
         entropy = [self._seed, trainer.global_step, trainer.global_rank, 1]  # 1: not that of the ratio draw
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+def _is_torn(path: Path) -> bool:
+    """Say whether a file ends within a line."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -135,6 +135,22 @@ def train(
 
 
 @app.command()
+def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
+    """Prove that a run used every sample once per epoch, in its order; faults are named (exit code 1)."""
+    from vico_pl.config import load_config
+    from vico_pl.data.audit import audit_run, format_table, format_verdict
+
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: no config.yaml; expected the folder of a run")
+    config = load_config(run / "config.yaml", [])
+    done = _completed_steps(run, max_steps=config.trainer.max_steps)
+    found = audit_run(run, config.data, seed=config.seed, completed_steps=done)
+    typer.echo(format_table(found))
+    typer.echo(format_verdict(found))
+    _tell_faults(found.faults)
+
+
+@app.command()
 def calibrate(
     model: Model,
     data: Data,
@@ -290,6 +306,16 @@ def _named_runs(runs: Sequence[Path]) -> dict[str, Path]:
             raise ValueError(f"{run}: no such run folder; --compare shows the curves of runs")
     names = [run.name for run in runs]
     return {run.name if names.count(run.name) == 1 else str(run): run for run in runs}
+
+
+def _completed_steps(run: Path, *, max_steps: int) -> int:
+    """Return how many steps a run took for certain: all if it is finished, else those of a checkpoint."""
+    from vico_pl.trainer import is_finished, newest_checkpoint
+
+    checkpoint = newest_checkpoint(run)
+    if is_finished(run):
+        return max_steps
+    return 0 if checkpoint is None else int(checkpoint.stem.split("-")[1])
 
 
 def _discard_unused(run_dir: Path) -> None:

@@ -15,7 +15,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepProgressBar, StepSeed
+from vico_pl.callbacks import (
+    AtomicCheckpointIO,
+    BadRecordLog,
+    JsonlLogger,
+    SampleLog,
+    StepProgressBar,
+    StepSeed,
+)
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
 from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
@@ -197,7 +204,8 @@ def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
             checkpoints,
             StepSeed(run.seed),
             StepProgressBar(run.stage),
-            BadRecordLog(run_dir / "bad_records.jsonl"),
+            SampleLog(run_dir),  # before BadRecordLog, which may stop the run
+            BadRecordLog(run_dir / "bad_records.jsonl", max_bad_fraction=run.data.max_bad_fraction),
         ],
         logger=[
             TensorBoardLogger(run_dir, name="tensorboard", version=""),

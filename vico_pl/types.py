@@ -83,6 +83,7 @@ class BadRecord:
 
     id: str
     reason: str
+    kind: str = "other"  # one word to count it under, see data/README.md
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,14 @@ def test_a_batch_without_a_usable_sample_says_why():
         collate([BAD, BadRecord(id="y", reason="other")])
 
 
+def test_a_filler_stands_in_only_where_nothing_else_does():
+    filler = encoded_sample(0, images=(), answers=(0,))
+    batch = collate([BAD, BAD], filler=filler)
+    assert (batch.ids, batch.bad_records) == ([filler.id], [BAD, BAD])
+    assert not batch.response_mask.any()
+    assert collate([BAD, encoded_sample(1)], filler=filler).ids == ["sample-1"]
+
+
 def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest():
     batch = collate([*mixed_samples(), BAD])
     moved = batch.to("meta")

@@ -90,7 +90,7 @@ def test_skills_belong_to_answers_in_their_order():
     assert [turn.skill for turn in without.turns] == [None] * 4
 
 
-JPEG, PNG = encoded_image("JPEG"), encoded_image("PNG")
+JPEG, PNG = encoded_image("JPEG", size=(200, 150)), encoded_image("PNG", size=(200, 150))
 PAIR = turns(("human", "<image>\nq"), ("gpt", "a"))
 FAULTS = {
     "no JSON": (record(files={"json": None}), "no .json member; found ['jpg']"),
@@ -119,7 +119,7 @@ FAULTS = {
     "a mark without image": (record(files={"jpg": None}), "1 <image> marks in the conversation but 0 images"),
     "skills of another kind": (record(skills="ocr"), "'skills' is no list of names"),
     "a skill that is no name": (record(skills=[["ocr"]]), "'skills' is no list of names"),
-    "not an image": (record(files={"jpg": b"hello"}), "image 'jpg' (5 bytes): Unsupported image file"),
+    "not an image": (record(files={"jpg": b"hello"}), "image 'jpg' (5 bytes): neither JPEG, PNG"),
     "an empty image": (record(files={"jpg": b""}), "image 'jpg' (0 bytes): "),
     "a truncated JPEG": (record(files={"jpg": JPEG[: len(JPEG) // 2]}), "incomplete or truncated"),
     "a truncated PNG": (
@@ -130,7 +130,7 @@ FAULTS = {
         record(
             files={"jpg": encoded_image("GIF", save_all=True, append_images=[Image.new("P", (40, 30), 3)])}
         ),
-        "image 'jpg': 2 frames, expected one",
+        "several frames, expected one",
     ),
     "a key that climbs": (
         record(key="../../etc/passwd"),

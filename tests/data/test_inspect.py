@@ -65,6 +65,10 @@ def test_contents_are_counted_by_kind(folder):
     assert count_contents(folder) == {
         "shards": 2,
         "bad records": 4,
+        "bad records: image": 1,
+        "bad records: json": 1,
+        "bad records: marks": 1,
+        "bad records: tar": 1,
         "samples": 4,
         "images": 4,
         "answers": 5,

@@ -1,10 +1,11 @@
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vico_pl.data.order import SampleOrder
+from vico_pl.data.order import BLOCK, SampleOrder, uses_before
 
 
 def order(sizes=(7,), ends=(None,), *, seed=0):
@@ -59,3 +60,110 @@ def test_an_order_of_known_numbers_stays_as_it_is():
 def test_there_is_nothing_behind_a_last_source_with_an_end():
     with pytest.raises(IndexError, match="position 4 lies behind the last source"):
         order([3], [4])(4)
+
+
+def test_a_curriculum_of_known_numbers_stays_as_it_is():
+    sequence = order([5, 3, 4], [4, 11, None], seed=7)
+    assert [tuple(sequence(position)) for position in (0, 3, 4, 10, 11, 15, 100, 10_000)] == [
+        (0, 0, 2),
+        (0, 0, 1),
+        (1, 0, 1),
+        (1, 2, 0),
+        (2, 0, 3),
+        (2, 1, 1),
+        (2, 22, 1),
+        (2, 2497, 0),
+    ]
+
+
+weights = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 100).map(float))
+mixtures = st.lists(st.tuples(st.integers(1, 40), weights), min_size=1, max_size=5)
+
+
+def mixture(sources, *, seed=0):
+    sizes, shares = zip(*sources, strict=True)
+    ends = [None] * len(sizes)
+    return SampleOrder(
+        source_sizes=list(sizes), source_ends=ends, seed=seed, weights=[float(share) for share in shares]
+    )
+
+
+@given(sources=mixtures, seed=st.integers(0, 2**32), length=st.integers(1, 500))
+def test_every_epoch_of_a_mixed_source_holds_every_sample_once(sources, seed, length):
+    sequence = mixture(sources, seed=seed)
+    used = {source: [] for source in range(len(sources))}
+    for position in range(length):
+        place = sequence(position)
+        used[place.source].append((place.epoch, place.sample))
+    for (size, _), places in zip(sources, used.values(), strict=True):
+        assert [epoch for epoch, _ in places] == [use // size for use in range(len(places))]
+        assert len(set(places)) == len(places), "no sample twice in an epoch"
+        assert all(0 <= sample < size for _, sample in places)
+
+
+@given(sources=mixtures, seed=st.integers(0, 2**32), block=st.integers(0, 10**9))
+def test_a_mixture_goes_on_over_the_blocks_wherever_one_begins_to_read(sources, seed, block):
+    sequence, end = mixture(sources, seed=seed), (block + 1) * BLOCK
+    exact = [Fraction(str(weight)) for _, weight in sources]
+    before, after = uses_before(block * BLOCK, exact), uses_before(end, exact)
+    places = [sequence(position) for position in range(end - BLOCK, end)]
+    for source, (size, _) in enumerate(sources):
+        epochs = [place.epoch for place in places if place.source == source]
+        assert epochs == [use // size for use in range(before[source], after[source])]
+
+
+@given(sources=mixtures, position=st.integers(0, 10**12))
+def test_shares_of_a_mixture_stay_exact_however_long_the_run(sources, position):
+    exact = [Fraction(str(weight)) for _, weight in sources]
+    counts, later = uses_before(position, exact), uses_before(position + 1, exact)
+    assert sum(counts) == position
+    for weight, count, next_count in zip(exact, counts, later, strict=True):
+        assert abs(count - position * weight / sum(exact)) < len(sources)
+        assert next_count >= count
+
+
+@given(sources=mixtures, seed=st.integers(0, 2**32), length=st.integers(1, 400))
+def test_the_share_of_any_prefix_is_within_a_block_of_its_weight(sources, seed, length):
+    sequence, total = mixture(sources, seed=seed), sum(weight for _, weight in sources)
+    counts = Counter(sequence(position).source for position in range(length))
+    for source, (_, weight) in enumerate(sources):
+        assert abs(counts[source] - length * weight / total) < BLOCK
+
+
+@given(sources=mixtures, seed=st.integers(0, 2**32), positions=st.lists(st.integers(0, 400), min_size=1))
+def test_a_position_of_a_mixture_alone_is_that_of_the_sequence(sources, seed, positions):
+    unbroken = [mixture(sources, seed=seed)(position) for position in range(max(positions) + 1)]
+    assert [mixture(sources, seed=seed)(p) for p in positions] == [unbroken[p] for p in positions]
+
+
+@given(size=st.integers(1, 50), weight=weights, seed=st.integers(0, 2**32), position=st.integers(0, 10**6))
+def test_a_mixture_of_one_source_is_that_source(size, weight, seed, position):
+    assert mixture([(size, weight)], seed=seed)(position) == order([size], seed=seed)(position)
+
+
+def test_weights_count_by_what_they_are_to_each_other():
+    tenths, whole = mixture([(9, 0.3), (7, 0.7)]), mixture([(9, 3), (7, 7)])
+    assert list(map(tenths, range(1000))) == list(map(whole, range(1000)))
+
+
+def test_blocks_and_seeds_mix_in_orders_of_their_own():
+    sources = [(9, 1), (9, 1)]
+    blocks = [
+        tuple(mixture(sources, seed=seed)(position).source for position in range(start, start + BLOCK))
+        for seed, start in ((0, 0), (0, BLOCK), (1, 0))
+    ]
+    assert len(set(blocks)) == 3
+    assert {sum(block) for block in blocks} == {BLOCK // 2}
+
+
+def test_a_mixture_of_known_numbers_stays_as_it_is():
+    sequence = mixture([(4, 3), (2, 1)], seed=3)
+    assert [tuple(sequence(position)) for position in (0, 1, 2, 3, 63, 64, 10_000)] == [
+        (0, 0, 3),
+        (0, 0, 2),
+        (0, 0, 1),
+        (0, 0, 0),
+        (0, 11, 0),
+        (1, 8, 0),
+        (0, 1874, 0),
+    ]

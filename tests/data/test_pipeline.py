@@ -3,12 +3,14 @@ import pickle
 import pytest
 import torch
 
-from tests.helpers import record
+from tests.helpers import record, tiny_model, tiny_spec
 from vico_pl.data.chat import ChatEncoder
+from vico_pl.data.decode import ImageLimits
 from vico_pl.data.order import SampleOrder
 from vico_pl.data.pipeline import apply, build_stages, group, run_stages
 from vico_pl.data.shards import read_index, write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
+from vico_pl.losses.consistency import consistency_kl
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_bytes_that_are_no_record_become_a_bad_record(tmp_path, tokenizer):
     (batch,) = run_stages(range(3), stages([index, index], tokenizer, batch_size=3))
     assert sorted(batch.ids) == ["f.tar/0", "f.tar/2"]
     (bad,) = batch.bad_records
-    assert bad.id == "source 1, sample 1"
+    assert (bad.id, bad.kind) == ("source 1, sample 1", "tar")
     assert f"bytes {first} to {second} of f.tar are no record" in bad.reason
 
 
@@ -75,11 +77,41 @@ def test_over_long_samples_become_bad_records(sources, tokenizer):
     pipeline = build_stages(
         sources[1:], order=order, tiling=TilingConfig(tile_size=32, max_tiles=2), chat=chat, batch_size=4
     )
-    with pytest.raises(ValueError, match="all 4 records of a batch are bad"):
-        list(run_stages(range(4), pipeline))
-    *earlier, _, _ = pipeline  # before they are grouped
-    reasons = [item.reason for item in run_stages(range(4), earlier)]
-    assert sum("tokens at full vision tokens; chat.max_tokens is 8192" in reason for reason in reasons) == 2
+    (batch,) = run_stages(range(4), pipeline)
+    too_long = [item.reason for item in batch.bad_records if item.kind == "length"]
+    assert len(too_long) == 2
+    assert all("tokens at full vision tokens; chat.max_tokens is 8192" in reason for reason in too_long)
+
+
+def test_a_batch_of_bad_records_alone_is_one_empty_sample_that_trains_nothing(tmp_path, tokenizer):
+    write_shard(tmp_path / "f.tar", [(str(i), {"json": b"{"}) for i in range(4)])
+    (batch,) = run_stages(range(4), stages([read_index(tmp_path)] * 2, tokenizer, batch_size=4))
+    assert len(batch.bad_records) == 4
+    assert (batch.ids, batch.num_tiles, int(batch.response_mask.sum())) == ([""], 0, 0)
+    model = tiny_model(language={**tiny_spec().language, "vocab_size": len(tokenizer)}).train()
+    features = model.encode_tiles(batch.tiles)
+    states = model.response_states(batch, features, model.full_ratios(batch))
+    loss = consistency_kl(states, model.head, states.detach(), model.head.detach()).sum()
+    loss.backward()
+    assert loss.item() == 0
+    gradients = {n: p.grad for n, p in model.named_parameters() if not n.startswith("router.")}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []  # none waits under DDP
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_images_above_the_limits_become_bad_records(sources, tokenizer):
+    order = SampleOrder(source_sizes=[18], source_ends=[None], seed=0)
+    pipeline = build_stages(
+        sources[:1],
+        order=order,
+        tiling=TilingConfig(tile_size=32, max_tiles=2),
+        chat=ChatEncoder(tokenizer, full_tokens_per_tile=4),
+        batch_size=18,
+        limits=ImageLimits(max_pixels=64 * 64),
+    )
+    (batch,) = run_stages(range(18), pipeline)
+    assert {bad.kind for bad in batch.bad_records} == {"image_limit"}
+    assert 0 < len(batch.bad_records) < 18
 
 
 def test_only_record_errors_are_taken_for_bad_records():

@@ -7,14 +7,19 @@ import torch
 from vico_pl.types import BadRecord, Batch, EncodedSample
 
 
-def collate(items: Sequence[EncodedSample | BadRecord]) -> Batch:
+def collate(items: Sequence[EncodedSample | BadRecord], *, filler: EncodedSample | None = None) -> Batch:
     """Lay samples end to end; bad records are dropped here and only listed.
 
+    `filler` stands in where not one sample is usable: every rank must take the step, and the models need a
+    token at least.
+
     Raises:
-        ValueError: not one usable sample.
+        ValueError: not one usable sample, and no filler.
     """
     samples = [item for item in items if isinstance(item, EncodedSample)]
     bad = [item for item in items if isinstance(item, BadRecord)]
+    if not samples and filler is not None:
+        samples = [filler]
     if not samples:
         first = f"{bad[0].id}: {bad[0].reason}"
         raise ValueError(f"all {len(items)} records of a batch are bad; the first: {first}")

@@ -1,36 +1,80 @@
 """Raw record -> decoded sample: pixels and conversation, or one sentence on why not."""
 
+import io
 import json
-from dataclasses import replace
+import unicodedata
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2.functional import to_dtype
 
-from vico_pl.types import Image, Record, Role, Sample, Turn
+from vico_pl.types import BadRecord, Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_TOKEN = "<image>"
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # told by their content, whatever the member is called
+_MAX_SCANS = 100  # of a JPEG: about 10 are usual, and thousands in a few kilobytes take minutes to decode
+_PILLOW_MAX_PIXELS = 178_956_970  # Pillow itself opens nothing above
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLimits:
+    """What an image may cost. Looked up in its header, before a pixel is decoded.
+
+    Twelve tiles of 448 px use 2.4 million pixels. 100 million are the largest cameras and a page scanned at
+    1000 dpi, and 300 MB as RGB in each worker.
+    """
+
+    max_pixels: int = 100_000_000  # width times height, at most Pillow's 178,956,970
+    max_bytes: int = 2**27  # of the file: 128 MiB
+    min_side: int = 1  # px
+
+    def __post_init__(self) -> None:
+        """Refuse limits that let nothing in, or that Pillow has already."""
+        if not 1 <= self.max_pixels <= _PILLOW_MAX_PIXELS:
+            given = f"max_pixels of images is {self.max_pixels}"
+            raise ValueError(f"{given}; expected 1 to {_PILLOW_MAX_PIXELS}, above which Pillow opens none")
+        if self.max_bytes < 1 or self.min_side < 1:
+            given = f"max_bytes of images is {self.max_bytes} and min_side {self.min_side}"
+            raise ValueError(f"{given}; expected at least 1 for both")
+
+
+DEFAULT_LIMITS = ImageLimits()
 
 
 class RecordError(ValueError):
-    """A record that cannot be used; its text is the reason."""
+    """A record that cannot be used; its text is the reason, `kind` one word to count it under."""
+
+    def __init__(self, reason: str, *, kind: str = "") -> None:
+        """Without `kind` whoever catches the error says what it is."""
+        super().__init__(reason)
+        self.kind = kind
 
 
-def decode_record(record: Record) -> Sample:
+def bad_record(name: str, error: RecordError, *, kind: str = "other") -> BadRecord:
+    """Return what is left of a record; `kind` counts for errors that have none of their own."""
+    return BadRecord(id=name, reason=printable(str(error)), kind=error.kind or kind)
+
+
+def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sample:
     """Decode the images and the conversation of a record.
 
     Raises:
-        RecordError: the key is a path to elsewhere, JSON or an image is unreadable, roles are out of order,
-            or there are not as many `<image>` marks as images.
+        RecordError: the key is a path to elsewhere, JSON or an image is unreadable, an image exceeds the
+            limits, roles are out of order, or there are not as many `<image>` marks as images.
     """
     _check_key(record.key)
     annotation, names = _parse_annotation(record), _image_names(record)
     turns = parse_conversation(annotation, num_images=len(names))
-    images = [_decode_image(name, record.files[name]) for name in names]
+    images = [_decode_image(name, record.files[name], limits) for name in names]
     metadata = {key: value for key, value in annotation.items() if key not in ("conversations", "skills")}
     return Sample(id=record.id, images=images, turns=turns, metadata=metadata)
 
@@ -42,11 +86,12 @@ def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
         RecordError: no conversation, roles out of order, or not as many `<image>` marks as images.
     """
     if not isinstance(annotation, dict) or not isinstance(annotation.get("conversations"), list):
-        raise RecordError("JSON has no list 'conversations'")
+        raise RecordError("JSON has no list 'conversations'", kind="conversation")
     turns = _parse_turns(annotation)
     num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if num_marks != num_images:
-        raise RecordError(f"{num_marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images")
+        reason = f"{num_marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images"
+        raise RecordError(reason, kind="marks")
     return turns
 
 
@@ -59,34 +104,42 @@ def read_image(path: Path) -> Image:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return _decode_image(path.name, path.read_bytes())
+        return _decode_image(path.name, path.read_bytes(), DEFAULT_LIMITS)
     except RecordError as error:
         raise ValueError(f"{path}: {error}; expected a {', '.join(IMAGE_EXTENSIONS)} file") from error
+
+
+def printable(text: str) -> str:
+    """Escape control characters and bytes that were no UTF-8, so that no name can forge a line of a log."""
+    escaped = (ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    return "".join(escaped)
 
 
 def _check_key(key: str) -> None:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts:
-        raise RecordError(f"key '{key}' is an absolute path or has '..'; keys are names")
+        raise RecordError(f"key '{key}' is an absolute path or has '..'; keys are names", kind="key")
+    if printable(key) != key:
+        raise RecordError(f"key '{key}' has control characters or is no UTF-8", kind="key")
 
 
 def _parse_annotation(record: Record) -> Any:
     if "json" not in record.files:
-        raise RecordError(f"no .json member; found {sorted(record.files)}")
+        raise RecordError(f"no .json member; found {sorted(record.files)}", kind="json")
     try:
         return json.loads(record.files["json"])
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"JSON: {error}") from error
+        raise RecordError(f"JSON: {error}", kind="json") from error
 
 
 def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:
     conversations, skills = annotation["conversations"], annotation.get("skills") or []
     if not isinstance(skills, list) or not all(isinstance(skill, str | None) for skill in skills):
-        raise RecordError("'skills' is no list of names")
+        raise RecordError("'skills' is no list of names", kind="conversation")
     roles: tuple[Role, ...] = get_args(Role)  # human, gpt
     turns = [_parse_turn(entry, index, roles[index % 2]) for index, entry in enumerate(conversations)]
     if len(turns) < 2 or turns[-1].role != "gpt":
-        raise RecordError("the conversation must end with an answer of 'gpt'")
+        raise RecordError("the conversation must end with an answer of 'gpt'", kind="conversation")
     answers = turns[1::2]
     turns[1::2] = [replace(turn, skill=skill) for turn, skill in zip_longest(answers, skills[: len(answers)])]
     return turns
@@ -94,12 +147,15 @@ def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:
 
 def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
     if not isinstance(entry, dict) or entry.get("from") != role or not isinstance(entry.get("value"), str):
-        raise RecordError(f"turn {index}: expected {{'from': '{role}', 'value': text}}")
+        reason = f"turn {index}: expected {{'from': '{role}', 'value': text}}"
+        raise RecordError(reason, kind="conversation")
     text: str = entry["value"]
     if role == "gpt" and IMAGE_TOKEN in text:
-        raise RecordError(f"turn {index}: {IMAGE_TOKEN} in an answer; images belong to the turns of 'human'")
+        reason = f"turn {index}: {IMAGE_TOKEN} in an answer; images belong to the turns of 'human'"
+        raise RecordError(reason, kind="marks")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RecordError(f"turn {index}: half a surrogate pair, which no UTF-8 text has")
+        reason = f"turn {index}: half a surrogate pair, which no UTF-8 text has"
+        raise RecordError(reason, kind="conversation")
     return Turn(role=role, text=text)
 
 
@@ -111,15 +167,86 @@ def _image_names(record: Record) -> list[str]:
 
 def _image_number(name: str) -> int:
     number = name.partition(".")[0]
-    return int(number) if number.isdigit() else 0
+    return int(number) if number.isdecimal() and len(number) < 10 else 0
 
 
-def _decode_image(name: str, content: bytes) -> Image:
+def _decode_image(name: str, content: bytes, limits: ImageLimits) -> Image:
+    """Decode an image; whatever its decoder raises makes a `RecordError`.
+
+    On hostile bytes that may be any exception: OSError, SyntaxError, struct.error, RuntimeError, ...
+    """
+    place = f"image '{name}' ({len(content)} bytes)"
     try:
-        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:  # ValueError: no bytes at all
-        reason = str(error).splitlines()[0].split(", ", 2)[-1]  # without the place in torchvision's source
-        raise RecordError(f"image '{name}' ({len(content)} bytes): {reason}") from error
-    if image.ndim != 3:
-        raise RecordError(f"image '{name}': {len(image)} frames, expected one")
-    return to_dtype(image, torch.uint8, scale=True)  # PNGs may have 16 bits
+        with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
+            return _pixels(content, limits)
+    except RecordError as error:
+        raise RecordError(f"{place}: {error}", kind=error.kind) from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason.split(", ", 2)[-1]  # without the place in torchvision's source
+        raise RecordError(f"{place}: {reason}", kind="image") from error
+
+
+def _pixels(content: bytes, limits: ImageLimits) -> Image:
+    """Decode by content: torchvision for grey and RGB JPEGs, Pillow for all else.
+
+    The pixels of both are the same and so, nearly, is the speed. But torchvision 0.29 ends the process
+    (segmentation fault) on a PNG with damaged pixel data, drops alpha and does not turn WebP by its EXIF.
+    """
+    if not 0 < len(content) <= limits.max_bytes:
+        kind = "image_limit" if content else "image"
+        raise RecordError(f"expected 1 to {limits.max_bytes} bytes", kind=kind)
+    image = _open_image(content)
+    _check_size(image, limits)
+    if image.format in ("JPEG", "MPO"):  # MPO: a photo with further pictures behind it, which are left alone
+        if content.count(b"\xff\xda") > _MAX_SCANS:
+            raise RecordError(f"more than {_MAX_SCANS} scans", kind="image_limit")
+        if image.mode in ("L", "RGB"):
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
+    elif getattr(image, "is_animated", False):
+        reason = "several frames, expected one: no question says which one it is about"
+        raise RecordError(reason, kind="image")
+    return _pixels_by_pillow(image, content)
+
+
+def _open_image(content: bytes) -> PIL.Image.Image:
+    """Read the header alone."""
+    try:
+        return PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
+    except PIL.UnidentifiedImageError as error:
+        reason = "neither JPEG, PNG, WebP nor GIF, or its header is damaged"
+        raise RecordError(reason, kind="image") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise RecordError(str(error), kind="image_limit") from error
+
+
+def _check_size(image: PIL.Image.Image, limits: ImageLimits) -> None:
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        reason = f"{width} x {height} pixels are more than max_pixels ({limits.max_pixels})"
+        raise RecordError(reason, kind="image_limit")
+    if min(width, height) < limits.min_side:
+        reason = f"{width} x {height} pixels: a side is shorter than min_side ({limits.min_side})"
+        raise RecordError(reason, kind="image_limit")
+
+
+def _pixels_by_pillow(image: PIL.Image.Image, content: bytes) -> Image:
+    if image.format == "PNG":
+        image.verify()  # checksums of all chunks up to the end, which decoding does not look at
+        image = _open_image(content)
+    image.load()
+    with suppress(Exception):  # damaged EXIF turns nothing, as in torchvision
+        image = PIL.ImageOps.exif_transpose(image)
+    pixels = np.array(_on_white(image))  # height width 3
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return RGB. What is transparent becomes white: below it files hold any colour, often black."""
+    if image.mode.startswith("I"):  # grey of 16 bits
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = PIL.Image.new("RGBA", image.size, "white")
+    return PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from vico_pl.data.decode import RecordError, decode_record
+from vico_pl.data.decode import RecordError, bad_record, decode_record, printable
 from vico_pl.data.shards import RecordReader, read_index
 from vico_pl.types import BadRecord, Sample
 
@@ -22,12 +22,13 @@ def find_faults(folder: Path) -> Iterator[BadRecord]:
 def count_contents(folder: Path) -> dict[str, int]:
     """Count what a folder holds.
 
-    Keys: shards, samples, bad records, images, answers, and `answers: SKILL` for each skill.
+    Keys: shards, samples, bad records, images, answers, `bad records: KIND` for each kind, and
+    `answers: SKILL` for each skill.
     """
     counts = Counter({"shards": len(read_index(folder).names)})
     for item in _read_all(folder):
         if isinstance(item, BadRecord):
-            counts["bad records"] += 1
+            counts.update(["bad records", f"bad records: {item.kind}"])
             continue
         answers = [turn for turn in item.turns if turn.role == "gpt"]
         counts.update({"samples": 1, "images": len(item.images), "answers": len(answers)})
@@ -42,7 +43,7 @@ def _read_all(folder: Path) -> Iterator[Sample | BadRecord]:
         name = f"{index.locate(position)[0]}, sample {position} of the set"  # until its key is known
         try:
             record = reader(position)
-            name = record.id
+            name = printable(record.id)
             yield decode_record(record)
         except RecordError as error:
-            yield BadRecord(id=name, reason=str(error))
+            yield bad_record(name, error)

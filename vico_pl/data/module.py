@@ -1,6 +1,7 @@
 """Lightning's side of the data: which positions this rank and this worker read."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
+from vico_pl.data.decode import ImageLimits
 from vico_pl.data.order import SampleOrder
 from vico_pl.data.pipeline import build_stages, run_stages
 from vico_pl.data.shards import read_index
@@ -18,29 +20,35 @@ from vico_pl.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """A folder of shards and how long it feeds the run."""
+    """A folder of shards, and how long (a curriculum) or how often (a mixture) it feeds the run."""
 
     path: str
     steps: int | None = None  # optimizer steps before the next source takes over; the last source has none
+    weight: float | None = None  # share of the samples, of any sum over the sources; all have one or none
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and how it becomes batches."""
 
-    sources: list[SourceConfig] = field(default_factory=list)  # one after the other
+    sources: list[SourceConfig] = field(default_factory=list)  # one after the other, or mixed by weight
     batch_size: int = 16  # samples of a global batch, which is one optimizer step over all ranks
     num_workers: int = 1  # processes per rank that decode; 0: in the training process
     tiling: TilingConfig = field(default_factory=TilingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    images: ImageLimits = field(default_factory=ImageLimits)  # what an image may cost
+    max_bad_fraction: float = 0.05  # of the last 2,000 samples; if more are bad the run stops
 
     def __post_init__(self) -> None:
-        """Refuse sources that would never be left or never be reached."""
+        """Refuse batches of nothing, and sources that are neither a curriculum nor a mixture."""
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size is {self.batch_size}; expected at least 1")
-        for source in self.sources[:-1]:
-            if source.steps is None:
-                raise ValueError(f"data.sources: {source.path} needs 'steps', as another source follows it")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+        if any(source.weight is not None for source in self.sources):
+            _check_mixture(self.sources)
+        else:
+            _check_curriculum(self.sources)
 
 
 class DataModule(L.LightningDataModule):
@@ -59,12 +67,7 @@ class DataModule(L.LightningDataModule):
             if index.num_samples == 0:
                 raise ValueError(f"{index.folder}: its shards hold no samples")
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
-        steps = list(itertools.accumulate(source.steps or 0 for source in config.sources[:-1]))
-        self.order = SampleOrder(
-            source_sizes=[index.num_samples for index in self.indexes],
-            source_ends=[step * config.batch_size for step in steps] + [None],
-            seed=seed,
-        )
+        self.order = build_order(config, [index.num_samples for index in self.indexes], seed=seed)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return an endless loader that goes on at the trainer's global step."""
@@ -90,7 +93,12 @@ class TrainingBatches(IterableDataset[Batch]):
             raise ValueError(f"data.batch_size {size} does not divide by the number of ranks, {world}")
         self.first_step, self.rank, self.share, self.batch_size = first_step, rank, size // world, size
         self.stages = build_stages(
-            data.indexes, order=data.order, tiling=data.config.tiling, chat=data.chat, batch_size=self.share
+            data.indexes,
+            order=data.order,
+            tiling=data.config.tiling,
+            chat=data.chat,
+            batch_size=self.share,
+            limits=data.config.images,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -103,3 +111,37 @@ class TrainingBatches(IterableDataset[Batch]):
         for step in itertools.count(self.first_step + worker, num_workers):
             start = step * self.batch_size + self.rank * self.share
             yield from range(start, start + self.share)
+
+
+def build_order(config: DataConfig, sizes: list[int], *, seed: int) -> SampleOrder:
+    """Return the order in which a run reads sources of `sizes` samples."""
+    weights = [source.weight for source in config.sources if source.weight is not None]
+    steps = itertools.accumulate(source.steps or 0 for source in config.sources[:-1])
+    curriculum: list[int | None] = [*(step * config.batch_size for step in steps), None]
+    return SampleOrder(
+        source_sizes=sizes,
+        source_ends=[None] * len(sizes) if weights else curriculum,
+        seed=seed,
+        weights=weights or None,
+    )
+
+
+def _check_curriculum(sources: list[SourceConfig]) -> None:
+    for source in sources[:-1]:
+        if source.steps is None:
+            raise ValueError(f"data.sources: {source.path} needs 'steps', as another source follows it")
+
+
+def _check_mixture(sources: list[SourceConfig]) -> None:
+    for source in sources:
+        if source.steps is not None:
+            raise ValueError(
+                f"data.sources: {source.path} has 'steps' where sources have a 'weight'; they either follow "
+                "each other by steps or are mixed by weight"
+            )
+        if source.weight is None:
+            raise ValueError(f"data.sources: {source.path} needs a 'weight', as other sources have one")
+        if not 0 < source.weight < math.inf:
+            raise ValueError(
+                f"data.sources: {source.path} has weight {source.weight}; expected a number above 0"
+            )

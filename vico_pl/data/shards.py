@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from vico_pl.types import Record
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
+MAX_RECORD_BYTES = 2**30  # members of a record together: it is read in one piece
+# What tarfile raises on hostile headers; RecursionError: names longer than long, one header after the other.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,25 +86,42 @@ def write_side_index(path: Path) -> np.ndarray:
 def scan_boundaries(path: Path) -> np.ndarray:
     """Return the byte positions between the samples of a tar, int64 (n + 1,).
 
-    Members that webdataset passes over (folders, metadata, names without a dot) begin no sample.
+    Members that webdataset passes over (folders, metadata, names without a dot) begin no sample. Links and
+    devices do: their record is then a bad one, with a sentence that says so.
 
     Raises:
-        ValueError: the file is no readable tar.
+        ValueError: the file is no readable tar, is cut short, or holds something between its members.
     """
     starts: list[int] = []
-    end, last_key = 0, None
+    last_key = None
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key = member_key(member.name) if member.isreg() else None
+                _check_progress(tar, member)
+                key = None if member.isdir() else member_key(member.name)
                 if key is not None and key != last_key:
                     starts.append(member.offset)
                     last_key = key
-                num_blocks = -(-member.size // tarfile.BLOCKSIZE)
-                end = member.offset_data + num_blocks * tarfile.BLOCKSIZE
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a readable tar ({error})") from error
-    return np.array([*starts, end], dtype=np.int64)
+        _check_rest(path, tar.offset)
+    except _TAR_ERRORS as error:
+        remedy = "fetch or write it again, then run 'vico shards index'"
+        raise ValueError(f"{path}: not a readable tar ({error}); {remedy}") from error
+    return np.array([*starts, tar.offset], dtype=np.int64)
+
+
+def _check_progress(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Refuse a size below zero, which would lead back to where the member began, for ever."""
+    if member.size < 0 or tar.offset <= member.offset:
+        raise tarfile.ReadError(f"member at byte {member.offset} has a negative size")
+
+
+def _check_rest(path: Path, end: int) -> None:
+    """Refuse what follows the last readable member and is no padding: tarfile would stop there in silence."""
+    with path.open("rb") as file:
+        file.seek(end)
+        for chunk in iter(partial(file.read, 2**20), b""):
+            if chunk.strip(b"\0"):
+                raise tarfile.ReadError(f"neither a member nor its end at byte {end}")
 
 
 def member_key(name: str) -> str | None:
@@ -145,8 +165,10 @@ def read_index(folder: Path | str) -> ShardIndex:
     """Open a folder of shards.
 
     Raises:
-        ValueError: the folder is absent, empty, or a shard is missing or has changed since it was indexed.
+        ValueError: the folder is absent, empty or a URL, or a shard is missing or has changed since it was
+            indexed.
     """
+    _check_local(str(folder))
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(
@@ -165,7 +187,7 @@ def read_index(folder: Path | str) -> ShardIndex:
             raise ValueError(f"{path}: its size differs from {INDEX_NAME}; run 'vico shards index {folder}'")
     boundaries = [_read_side_index(folder / entry["name"]) for entry in entries]
     for entry, bounds in zip(entries, boundaries, strict=True):
-        if len(bounds) - 1 != entry["num_samples"]:
+        if len(bounds) - 1 != entry["num_samples"] or not _fits(bounds, entry["num_bytes"]):
             path = side_index_path(folder / entry["name"])
             raise ValueError(f"{path}: does not match {INDEX_NAME}; run 'vico shards index {folder}'")
     return ShardIndex(folder=folder, names=[entry["name"] for entry in entries], boundaries=boundaries)
@@ -183,17 +205,23 @@ class RecordReader:
         """Return a record as raw bytes.
 
         Raises:
-            RecordError: the bytes are no readable part of a tar, or a member comes twice.
+            RecordError: the bytes cannot be read or are no readable part of a tar, or a member comes twice or
+                is no plain file.
         """
         shard, start, end = self._index.locate(sample)
-        content = os.pread(self._open(shard), end - start, start)
+        place = f"bytes {start} to {end} of {shard}"
+        if end - start > MAX_RECORD_BYTES:
+            raise RecordError(f"{place} are more than a record may have ({MAX_RECORD_BYTES})", kind="tar")
         try:
-            members = wds.tariterators.tar_file_iterator(io.BytesIO(content))
-            (grouped,) = wds.tariterators.group_by_keys(_named(members, shard))
-        except (tarfile.TarError, ValueError) as error:
-            raise RecordError(f"bytes {start} to {end} of {shard} are no record: {error}") from error
-        files = {name: data for name, data in grouped.items() if not name.startswith("__")}
-        return Record(shard=shard, key=grouped["__key__"], files=files)
+            content = os.pread(self._open(shard), end - start, start)
+            key, files = _read_members(content)
+        except OSError as error:
+            raise RecordError(f"{place} cannot be read: {error.strerror}", kind="io") from error
+        except RecordError as error:
+            raise RecordError(f"{place} are no record: {error}", kind=error.kind) from error
+        except _TAR_ERRORS as error:
+            raise RecordError(f"{place} are no record: {error}", kind="tar") from error
+        return Record(shard=shard, key=key, files=files)
 
     def _open(self, shard: str) -> int:
         if shard not in self._files:
@@ -230,24 +258,74 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _named(members: Iterable[dict[str, object]], shard: str) -> Iterator[dict[str, object]]:
-    for member in members:
-        yield {**member, "__url__": shard}
+def _read_members(content: bytes) -> tuple[str, dict[str, bytes]]:
+    """Return key and files of the one record in a piece of a tar; nothing is ever unpacked."""
+    key, files = None, {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            _check_progress(tar, member)
+            member_of = None if member.isdir() else member_key(member.name)
+            if member_of is None:
+                continue
+            key = key or member_of
+            if member_of != key:
+                raise tarfile.ReadError("members of two keys; 'vico shards index' tells them apart")
+            name = member.name[len(key) + 1 :].lower()
+            if name in files:
+                raise RecordError(f"duplicate member '{name}'", kind="member")
+            files[name] = _read_member(tar, member)
+    if key is None or content[tar.offset :].strip(b"\0"):
+        raise tarfile.ReadError("a tar header is damaged")
+    return key, files
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Read a plain file: links could lead anywhere, and a sparse file of one block be terabytes of 0."""
+    if not member.isreg() or member.issparse():
+        kind = "a sparse file" if member.issparse() else f"of type {member.type!r} (a link or a device)"
+        raise RecordError(f"member '{member.name}' is {kind}; expected a plain file", kind="member")
+    file = tar.extractfile(member)
+    assert file is not None  # as it is a plain file
+    return file.read()
+
+
+def _check_local(folder: str) -> None:
+    """Refuse URLs: webdataset would run what follows `pipe:` as a shell command."""
+    if re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*:/", folder):
+        raise ValueError(
+            f"{folder}: only folders are read, for 'pipe:' runs shell commands and a URL cannot be read at "
+            "any position; copy or mount the shards and name their folder"
+        )
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text())["shards"]
-        return [{key: entry[key] for key in ("name", "num_samples", "num_bytes")} for entry in entries]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = [{key: entry[key] for key in ("name", "num_samples", "num_bytes")} for entry in entries]
+        outside = [entry["name"] for entry in entries if Path(entry["name"]).name != entry["name"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: unreadable; 'vico shards index {path.parent}' writes it anew") from error
+    if outside:
+        raise ValueError(f"{path}: names '{outside[0]}', which is no file name of that folder")
+    return entries
 
 
 def _read_side_index(path: Path) -> np.ndarray:
     side = side_index_path(path)
     if not side.exists():
         return write_side_index(path)
-    return np.load(side, allow_pickle=False)
+    try:
+        return np.load(side, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        remedy = f"'vico shards index {side.parent}' writes it anew"
+        raise ValueError(f"{side}: no array of byte positions; {remedy}") from error
+
+
+def _fits(bounds: np.ndarray, num_bytes: int) -> bool:
+    """Say whether these are rising positions in a file."""
+    if bounds.ndim != 1 or bounds.dtype != np.int64 or (np.diff(bounds) <= 0).any():
+        return False
+    return bool(bounds[0] >= 0 and bounds[-1] <= num_bytes)
 
 
 def _sha256(path: Path) -> str:

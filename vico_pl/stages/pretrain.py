@@ -1,5 +1,9 @@
-"""Stage 0, for the embedded default only: make the starting model by predicting responses."""
+"""Stage 0: make the model that ViCO starts from, by predicting responses.
 
+The embedded default's, or one put together from a tower and a language model.
+"""
+
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vico_pl.model.vlm import VisionLanguageModel
@@ -24,10 +28,15 @@ class PretrainStage(Stage):
         states = self.model.response_states(batch, features, self.model.full_ratios(batch))
         logits = states.float() @ self.model.head.float().T
         targets = batch.input_ids[batch.response_mask]
-        accuracy = (logits.argmax(-1) == targets).float().mean()
         loss = cross_entropy(logits, targets, reduction="sum")
-        return StepResult(loss_sum=loss, count=len(targets), metrics={"pretrain/token_accuracy": accuracy})
+        return StepResult(loss_sum=loss, count=len(targets), metrics=_metrics(logits, targets))
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the trained model."""
         return self.model
+
+
+def _metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
+    if len(targets) == 0:  # a batch without a response
+        return {}
+    return {"pretrain/token_accuracy": (logits.argmax(-1) == targets).float().mean()}

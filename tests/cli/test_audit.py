@@ -1,0 +1,94 @@
+"""`vico audit` on runs that really trained."""
+
+import json
+from itertools import islice
+
+import pytest
+
+from tests.helpers import record, tiny_spec
+from tests.runs import STEPS, break_run, recipe, run
+from vico_pl.data.module import TrainingBatches
+from vico_pl.data.shards import write_index, write_shard
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shards):
+    """The recipe and the folder of a finished run on a mixture, one of whose records is bad."""
+    folder = tmp_path_factory.mktemp("audited")
+    records = [(str(i), record(text=f"<image>\n{i}?").files) for i in range(4)]
+    write_shard(folder / "few" / "train-000000.tar", [*records, ("bad", {"json": b"{"})])
+    write_index(folder / "few")
+    spec = tiny_spec()
+    model = {"ratios": [4], "vision": spec.vision, "language": spec.language, "vocab_size": 384}
+    path = recipe(folder, "pretrain", shards, model=model)
+    sources = f"data.sources=[{{path: {shards}, weight: 1}}, {{path: {folder}/few, weight: 0.5}}]"
+    run(path, sources)
+    return path, sources, folder / "pretrain"
+
+
+def test_a_finished_run_passes(vico, trained):
+    code, out, err = vico("audit", trained[2])
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split() == ["source", "epoch", "samples", "used", "bad", "missing", "twice"]
+    rows = [list(map(int, line.split()[3:])) for line in out.splitlines()[1:-1]]
+    assert sum(used + bad for used, bad, _, _ in rows) == 4 * STEPS
+    assert any(bad for _, bad, _, _ in rows)
+    assert out.splitlines()[-1].startswith(f"{STEPS} steps in 1 attempt: every sample of each source")
+
+
+def test_a_run_that_broke_passes_before_and_after_it_goes_on(vico, trained, tmp_path, monkeypatch):
+    path, sources, _ = trained
+    break_run(monkeypatch, path, sources, f"run_dir={tmp_path}")
+    code, out, _ = vico("audit", tmp_path)
+    assert (code, out.splitlines()[-1].split(":")[0]) == (0, "5 steps in 1 attempt")
+    run(path, sources, f"run_dir={tmp_path}")
+    code, out, _ = vico("audit", tmp_path)
+    assert (code, out.splitlines()[-1].split(":")[0]) == (0, f"{STEPS} steps in 2 attempts")
+    lines = [json.loads(line) for line in (tmp_path / "samples-rank-0.jsonl").read_text().splitlines()]
+    assert [line.get("from_step", line.get("step")) for line in lines] == [0, 0, 1, 2, 3, 4, 4, 4, 5]
+
+
+def test_a_finished_run_whose_log_ends_early_fails_and_names_what_is_missing(vico, trained, tmp_path):
+    path, sources, _ = trained
+    run(path, sources, f"run_dir={tmp_path}")
+    log = tmp_path / "samples-rank-0.jsonl"
+    *lines, last = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines))
+    code, out, err = vico("audit", tmp_path)
+    assert (code, out.splitlines()[-1]) == (1, f"{STEPS} steps in 1 attempt: 4 faults")
+    lost = json.loads(last)
+    assert {line.split(": ")[0] for line in err.splitlines()} == {*lost["ids"], *lost.get("bad", [])}
+
+
+def test_a_loader_that_passes_over_a_step_is_found_out(vico, trained, tmp_path, monkeypatch):
+    path, sources, _ = trained
+    positions = TrainingBatches._positions
+
+    def behind_the_first_step(self, *workers):
+        return islice(positions(self, *workers), self.share, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "_positions", behind_the_first_step)
+        run(path, sources, f"run_dir={tmp_path}")
+    code, _, err = vico("audit", tmp_path)
+    assert code == 1
+    assert "step 0, rank 0: was to be used and was not" in err
+
+
+def test_what_is_no_run_is_refused(refused, trained, tmp_path):
+    assert refused("audit", tmp_path) == f"{tmp_path}: no config.yaml; expected the folder of a run"
+    (tmp_path / "config.yaml").write_text((trained[2] / "config.yaml").read_text())
+    assert refused("audit", tmp_path).startswith(f"{tmp_path}: no samples-rank-0.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        ("[{path: a, weight: 1}, {path: b}]", "data.sources: b needs a 'weight', as other sources have one"),
+        ("[{path: a, weight: 1, steps: 5}]", "data.sources: a has 'steps' where sources have a 'weight'"),
+        ("[{path: a, weight: 0}]", "data.sources: a has weight 0.0; expected a number above 0"),
+        ("[{path: a, weight: .inf}]", "data.sources: a has weight inf; expected a number above 0"),
+    ],
+)
+def test_sources_that_are_neither_a_curriculum_nor_a_mixture_are_refused(refused, trained, sources, told):
+    assert told in refused("train", trained[0], f"data.sources={sources}", "run_dir=absent")

@@ -1,0 +1,280 @@
+"""A corpus of bad records and bad shards: each is counted under its kind, and none ends or hangs a run."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import encoded_image
+from tests.hostile import GOOD, member, png, whole, with_checksum
+from vico_pl.data.chat import ChatConfig, ChatEncoder
+from vico_pl.data.decode import RecordError
+from vico_pl.data.inspect import count_contents, find_faults, read_samples
+from vico_pl.data.order import SampleOrder
+from vico_pl.data.pipeline import build_stages, run_stages
+from vico_pl.data.shards import RecordReader, ShardIndex, read_index, write_index, write_shard
+from vico_pl.data.tiling import TilingConfig
+
+JPEG, PNG, WEBP = (encoded_image(image_format, size=(120, 90)) for image_format in ("JPEG", "PNG", "WEBP"))
+MOVING = {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]}
+PAIR = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+
+
+def with_image(content):
+    return {**GOOD, "jpg": content}
+
+
+def with_json(content):
+    return {**GOOD, "json": content if isinstance(content, bytes) else json.dumps(content).encode()}
+
+
+def with_turns(*turns):
+    return with_json({"conversations": list(turns)})
+
+
+DAMAGED_PNG = PNG[: len(PNG) // 2] + bytes(40) + PNG[len(PNG) // 2 + 40 :]
+RECORDS = {  # kind: name: files
+    "json": {
+        "no JSON": {"jpg": JPEG},
+        "empty JSON": with_json(b""),
+        "cut JSON": with_json(GOOD["json"][:-5]),
+        "JSON of another encoding": with_json(b'{"a": "\xff"}'),
+        "bottomless JSON": with_json(b"[" * 100_000),
+        "a number without end": with_json(b'{"a": ' + b"9" * 5000 + b"}"),
+        "a pickle for JSON": with_json(pickle.dumps({"conversations": PAIR})),
+    },
+    "conversation": {
+        "a list": with_json([1]),
+        "no conversations": with_json({"messages": PAIR}),
+        "no turn": with_turns(),
+        "no answer": with_turns(PAIR[0]),
+        "answer first": with_turns(*PAIR[::-1]),
+        "another role": with_turns({"from": "system", "value": ""}, *PAIR),
+        "no text": with_turns(PAIR[0], {"from": "gpt", "value": None}),
+        "half a surrogate pair": with_turns(PAIR[0], {"from": "gpt", "value": "\ud83d"}),
+        "skills that are numbers": with_json({"conversations": PAIR, "skills": [1]}),
+    },
+    "marks": {
+        "a mark too many": {"json": GOOD["json"]},
+        "a mark too few": {**GOOD, "0.jpg": JPEG},
+        "a mark in an answer": with_turns(PAIR[0], {"from": "gpt", "value": "<image>"}),
+        "an image in a pickle": {"json": GOOD["json"], "pyd": pickle.dumps(JPEG)},
+    },
+    "image": {
+        "no bytes": with_image(b""),
+        "one byte": with_image(b"\xff"),
+        "text": with_image(b"hello"),
+        "a web page": with_image(b"<!DOCTYPE html><html>404</html>"),
+        "cut JPEG": with_image(JPEG[: len(JPEG) * 2 // 3]),
+        "cut PNG": with_image(PNG[: len(PNG) * 2 // 3]),
+        "cut WebP": with_image(WEBP[: len(WEBP) * 2 // 3]),
+        "damaged PNG": with_image(DAMAGED_PNG),
+        "PNG without pixels": with_image(png(30, 30)),
+        "moving PNG": with_image(encoded_image("PNG", **MOVING)),
+        "moving WebP": with_image(encoded_image("WEBP", **MOVING)),
+        "moving GIF": with_image(encoded_image("GIF", **MOVING)),
+        "TIFF": with_image(encoded_image("TIFF")),
+        "an array": with_image(b"\x93NUMPY" + bytes(200)),
+    },
+    "image_limit": {
+        "bomb": with_image(png(60_000, 60_000)),
+        "small bomb": with_image(png(10_001, 10_000)),
+        "scans without end": with_image(JPEG + b"\xff\xda" * 1000),
+    },
+    "length": {"a long answer": with_turns(PAIR[0], {"from": "gpt", "value": "word " * 2000})},
+    "key": {"../climbing": GOOD, "/absolute": GOOD, "line\nbreak": GOOD, "bytes \udcff": GOOD},
+}
+KINDS = {name: kind for kind, names in RECORDS.items() for name in names}
+
+
+def pipeline(index, tokenizer):
+    size = index.num_samples
+    return build_stages(
+        [index],
+        order=SampleOrder(source_sizes=[size], source_ends=[None], seed=0),
+        tiling=TilingConfig(tile_size=32, max_tiles=2),
+        chat=ChatEncoder(tokenizer, ChatConfig(max_tokens=1000), full_tokens_per_tile=4),
+        batch_size=8,
+    )
+
+
+def outcome(folder):
+    """Return the keys of good records and the kinds of bad ones."""
+    return [sample.id.partition("/")[2] for sample in read_samples(folder)], [
+        bad.kind for bad in find_faults(folder)
+    ]
+
+
+def test_the_corpus_is_as_large_as_promised():
+    assert len(KINDS) >= 30
+
+
+def test_every_bad_record_is_counted_under_its_kind_and_the_good_ones_train(tmp_path, tokenizer):
+    names = [
+        name for pair in zip(KINDS, (f"good {i}" for i in range(len(KINDS))), strict=True) for name in pair
+    ]
+    files = [RECORDS[KINDS[name]][name] if name in KINDS else GOOD for name in names]
+    write_shard(tmp_path / "a.tar", zip(names, files, strict=True))
+    index = write_index(tmp_path)
+    assert index.num_samples == 2 * len(KINDS)
+    batches = list(run_stages(range(index.num_samples), pipeline(index, tokenizer)))
+    found = {bad.id.partition("/")[2]: bad.kind for batch in batches for bad in batch.bad_records}
+    assert found == KINDS
+    good = [name for batch in batches for name in batch.ids]
+    assert len(good) == len(set(good)) == len(KINDS)
+    assert all("\n" not in bad.reason for batch in batches for bad in batch.bad_records)
+
+
+def test_a_check_of_a_folder_counts_by_kind(tmp_path):
+    records = [(f"{i}", files) for i, files in enumerate(RECORDS["image"].values())]
+    write_shard(tmp_path / "a.tar", [*records, ("x", with_json(b"{"))])
+    counts = count_contents(tmp_path)
+    assert (counts["bad records: image"], counts["bad records: json"]) == (len(records), 1)
+
+
+ODD_MEMBERS = {
+    "symbolic link": member("1.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "hard link": member("1.jpg", type=tarfile.LNKTYPE, linkname="0.jpg"),
+    "character device": member("1.jpg", type=tarfile.CHRTYPE),
+    "block device": member("1.jpg", type=tarfile.BLKTYPE),
+    "fifo": member("1.jpg", type=tarfile.FIFOTYPE),
+    "sparse file of a terabyte": (
+        # GNU sparse: its real size stands at byte 483 of the header
+        lambda header: header[:483] + b"\x80" + (2**40).to_bytes(11, "big") + header[495:]
+    )(member("1.jpg", type=tarfile.GNUTYPE_SPARSE)),
+    "the same name twice": member("1.jpg", JPEG) + member("1.jpg", JPEG),
+}
+
+
+@pytest.mark.parametrize("name", ODD_MEMBERS)
+def test_members_that_are_no_plain_files_make_their_record_a_bad_one(tmp_path, name):
+    odd = ODD_MEMBERS[name]
+    odd = odd if "twice" in name else with_checksum(odd)
+    tar = whole("0") + odd + member("1.json", GOOD["json"]) + whole("2") + bytes(1024)
+    (tmp_path / "a.tar").write_bytes(tar)
+    assert outcome(tmp_path) == (["0", "2"], ["member"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar", "index.json"]
+
+
+def test_folders_and_members_of_other_kinds_are_passed_over(tmp_path):
+    pickled = b"".join(
+        member(f"0.{name}", b"cos\nsystem\n") for name in ("pyd", "pkl", "pickle", "pth", "npy")
+    )
+    folder = member("photos.v2", type=tarfile.DIRTYPE)
+    link = member("README", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+    (tmp_path / "a.tar").write_bytes(folder + whole("0") + pickled + link + folder + whole("1") + bytes(1024))
+    assert outcome(tmp_path) == (["0", "1"], [])
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_very_long_names_are_names(tmp_path, tar_format):
+    key = "folder/" * 300 + "x" * 200
+    with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as tar:
+        for name, content in GOOD.items():
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert outcome(tmp_path) == ([key], [])
+
+
+NEGATIVE = with_checksum((lambda header: header[:124] + b"\xff" * 12 + header[136:])(member("1.jpg")))
+REFUSED = {  # tars from which no one knows where records begin: refused before training starts
+    "no bytes": b"",
+    "one byte": b"x",
+    "text": b"hello" * 1000,
+    "gzip": b"\x1f\x8b" + bytes(2000),
+    "cut in a member": (whole("0") + whole("1"))[:-700],
+    "cut in a header": whole("0") + member("1.json")[:300],
+    "a size that lies": whole("0") + with_checksum(member("1.json", size=10**6)),
+    "a size of ten gigabytes": whole("0") + with_checksum(member("1.json", size=10**10)),
+    "a negative size": whole("0") + NEGATIVE + whole("2"),
+    "garbage between members": whole("0") + b"\xaa" * 512 + whole("1") + bytes(1024),
+    "two tars joined": (whole("0") + bytes(1024)) + (whole("1") + bytes(1024)),
+    "long names of long names": member("././@LongLink", b"x\0", type=tarfile.GNUTYPE_LONGNAME) * 3000,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_shards_that_cannot_be_indexed_are_refused_in_a_sentence(tmp_path, name):
+    (tmp_path / "a.tar").write_bytes(REFUSED[name])
+    with pytest.raises(ValueError, match=r"a\.tar: not a readable tar \(.*fetch or write it again") as caught:
+        read_index(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize("tar", [bytes(1024), bytes(10240), member("photos", type=tarfile.DIRTYPE)])
+def test_a_tar_without_records_has_none(tmp_path, tar):
+    (tmp_path / "a.tar").write_bytes(tar)
+    assert read_index(tmp_path).num_samples == 0
+
+
+def test_a_tar_of_one_empty_file_is_one_bad_record(tmp_path):
+    (tmp_path / "a.tar").write_bytes(member("0.json"))
+    assert outcome(tmp_path) == ([], ["json"])
+
+
+def test_damage_after_indexing_is_a_fault_of_the_records_it_hit(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"".join(map(whole, "012345")) + bytes(1024))
+    bounds = write_index(tmp_path).boundaries[0]
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[bounds[1] : bounds[1] + 512] = b"\xaa" * 512  # the first header of record 1
+    second = content.index(b"3.json")
+    content[second : second + 512] = b"\xaa" * 512  # the second header of record 3
+    (tmp_path / "a.tar").write_bytes(content)
+    assert outcome(tmp_path) == (["0", "2", "4", "5"], ["tar", "tar"])
+
+
+def test_a_shard_that_vanishes_or_shrinks_during_a_run_gives_bad_records(tmp_path):
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", [("0", GOOD)])
+    reader = RecordReader(write_index(tmp_path))
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "b.tar").write_bytes(b"")
+    kinds = []
+    for sample in range(2):
+        with pytest.raises(RecordError) as caught:
+            reader(sample)
+        kinds.append(caught.value.kind)
+    assert kinds == ["io", "tar"]
+
+
+def test_a_record_larger_than_memory_is_not_read(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", GOOD)])
+    index = ShardIndex(folder=tmp_path, names=["a.tar"], boundaries=[np.array([0, 2**40])])
+    with pytest.raises(RecordError, match="more than a record may have"):
+        RecordReader(index)(0)
+
+
+@pytest.mark.parametrize(
+    "path", ["pipe:cat x.tar", "s3://bucket/x", "https://host/x.tar", "gs://x", "file:/x"]
+)
+def test_urls_are_refused_with_the_reason(path):
+    with pytest.raises(ValueError, match=r"only folders are read, for 'pipe:' runs shell commands"):
+        read_index(path)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
+    write_shard(tmp_path / "set" / "a.tar", [("0", GOOD)])
+    write_index(tmp_path / "set")
+    path = tmp_path / "set" / "index.json"
+    path.write_text(path.read_text().replace("a.tar", "../a.tar"))
+    with pytest.raises(ValueError, match=r"index.json: names '../a.tar', which is no file name"):
+        read_index(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [b"", b"garbage", pickle.dumps([0, 1]), [0.0, 1024.0], [[0, 1024]], [1024, 0], [-512, 1024], [0, 2**50]],
+)
+def test_a_damaged_side_index_is_refused(tmp_path, positions):
+    write_shard(tmp_path / "a.tar", [("0", GOOD)])
+    write_index(tmp_path)
+    with (tmp_path / "a.idx").open("wb") as file:
+        file.write(positions) if isinstance(positions, bytes) else np.save(file, np.array(positions))
+    with pytest.raises(ValueError, match=r"a\.idx: .*vico shards index"):
+        read_index(tmp_path)

@@ -1,0 +1,74 @@
+"""Damage by chance, to images, JSON and tars: it makes bad records and nothing worse."""
+
+import random
+import signal
+from contextlib import suppress
+
+import pytest
+
+from tests.helpers import encoded_image, record
+from tests.hostile import GOOD, mutated, whole
+from vico_pl.data.decode import RecordError, decode_record
+from vico_pl.data.shards import RecordReader, read_index
+
+JPEG, PNG, WEBP = (encoded_image(image_format, size=(120, 90)) for image_format in ("JPEG", "PNG", "WEBP"))
+
+
+@pytest.fixture(autouse=True)
+def _no_hang():
+    """End a test that hangs."""
+
+    def ring(*_):
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(600)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def fuzz_records(rng):
+    for name, content in (("jpg", JPEG), ("png", PNG), ("webp", WEBP), ("json", GOOD["json"])):
+        image = JPEG if name == "json" else None
+        files = {"jpg": image, name: mutated(content, rng)}
+        with suppress(RecordError):
+            decode_record(record(files=files))
+
+
+def fuzz_tar(folder, tar, index, rng):
+    """Damage a shard before it is indexed, and after."""
+    content = mutated(tar, rng)
+    (folder / "a.tar").write_bytes(content)
+    for path in (folder / "a.idx", folder / "index.json"):
+        path.unlink(missing_ok=True)
+    with suppress(ValueError):
+        index_of_damaged = read_index(folder)
+        read_all(index_of_damaged)
+    read_all(index)
+
+
+def read_all(index):
+    reader = RecordReader(index)
+    for sample in range(index.num_samples):
+        with suppress(RecordError):
+            decode_record(reader(sample))
+
+
+def fuzz(folder, num_mutations):
+    rng = random.Random(0)
+    tar = whole("0") + whole("deep/" * 30 + "1") + whole("2") + bytes(1024)
+    (folder / "a.tar").write_bytes(tar)
+    index = read_index(folder)
+    for _ in range(num_mutations // 5):
+        fuzz_records(rng)
+        fuzz_tar(folder, tar, index, rng)
+
+
+def test_no_damage_of_300_does_more_than_make_a_bad_record(tmp_path):
+    fuzz(tmp_path, 300)
+
+
+@pytest.mark.slow
+def test_no_damage_of_10000_does_more_than_make_a_bad_record(tmp_path):
+    fuzz(tmp_path, 10_000)

@@ -1,0 +1,61 @@
+import json
+import sys
+
+import pytest
+import torch
+
+import vico_pl.cli
+from tests.helpers import record
+from tests.runs import run, weights
+from vico_pl.data.shards import write_index, write_shard
+from vico_pl.trainer import newest_checkpoint
+
+
+def faulty_set(folder, *, num_good, num_bad):
+    good = [(f"good-{i}", record(text=f"<image>\n{i}?").files) for i in range(num_good)]
+    write_shard(folder / "a-0.tar", [*good, *((f"bad-{i}", {"json": b"{"}) for i in range(num_bad))])
+    write_index(folder)
+    return folder
+
+
+def bad_records(run_dir):
+    return [json.loads(line) for line in (run_dir / "bad_records.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "consistency", "router"])
+def test_batches_of_bad_records_alone_do_not_end_a_run(runs, tmp_path, stage):
+    shards = faulty_set(tmp_path / "shards", num_good=1, num_bad=7)
+    changes = [f"run_dir={tmp_path}/run", f"data.sources=[{{path: {shards}}}]", "data.batch_size=2"]
+    run(runs / f"{stage}.yaml", *changes, "data.max_bad_fraction=1.0")
+    found = bad_records(tmp_path / "run")
+    assert {(line["kind"], line["id"].partition("-")[0]) for line in found} == {("json", "a")}
+    by_step = [line["step"] for line in found]
+    assert any(by_step.count(step) == 2 for step in by_step)  # a batch of nothing else
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("data/bad_records/a/json", 0) for line in logged) == len(found)
+    assert set(sample_ids(tmp_path / "run")) == {"a-0.tar/good-0"}  # fillers have no name there
+
+
+def sample_ids(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "samples-rank-0.jsonl").read_text().splitlines()]
+    return [name for line in lines for name in line.get("ids", [])]
+
+
+def test_too_many_bad_records_stop_a_run_in_a_sentence_with_the_last_checkpoint_intact(
+    runs, shards, tmp_path, monkeypatch, capsys
+):
+    faulty, run_dir = faulty_set(tmp_path / "shards", num_good=0, num_bad=4), tmp_path / "run"
+    sources = f"data.sources=[{{path: {shards}, steps: 3}}, {{path: {faulty}}}]"
+    command = ["vico", "train", str(runs / "pretrain.yaml"), f"run_dir={run_dir}", sources]
+    monkeypatch.setattr(sys, "argv", [*command, "data.max_bad_fraction=0.001"])
+    with pytest.raises(SystemExit) as stop:
+        vico_pl.cli.main()
+    assert stop.value.code == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vico:")]
+    assert "4 of the last 16 samples are bad, and data.max_bad_fraction 0.001 lets 2 of 2000 be so" in said
+    assert "most often json (4, such as 'a-0.tar/bad-" in said
+    assert said.endswith(f"all are in {run_dir}/bad_records.jsonl")
+    checkpoint = newest_checkpoint(run_dir)
+    assert checkpoint.name == "step-00000002.ckpt"
+    assert torch.load(checkpoint, weights_only=False)["global_step"] == 2
