@@ -15,11 +15,13 @@ from tests.released import (
     write_official,
 )
 from vico_pl.data.decode import read_image
-from vico_pl.data.tiling import tile_image
+from vico_pl.data.tiling import tile_image, tile_sample
+from vico_pl.inference.generate import generate_ids
 from vico_pl.inference.routing import compress_probability
 from vico_pl.inference.session import Session
 from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
 from vico_pl.model.checkpoint.tensors import StoredTensors
+from vico_pl.types import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -83,6 +85,20 @@ def compress_two_of_three(model, photo):
     (model / CALIBRATION_NAME).write_text(json.dumps(calibration))
 
 
+@torch.no_grad()
+def answer_ids(folder, photo):
+    """The tokens of a routed answer, and the ratios it was given at."""
+    session = Session.load(folder)
+    sample = tile_sample(Sample(id="x", images=[read_image(photo)], turns=[], metadata={}), session.tiling)
+    features = session.encode(sample.tiles)
+    ratios = session.route(features)
+    ids = generate_ids(
+        session, [sample], ["What is it?"], features=[features], ratios=[ratios], max_new_tokens=6
+    )
+    assert sorted(ratios.tolist()) == [4, 16, 16]
+    return ids.tolist(), ratios.tolist()
+
+
 def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, released, shards, tmp_path):
     sources, stage1, stage2 = f"data.sources=[{{path: {shards}}}]", tmp_path / "stage1", tmp_path / "stage2"
     train(vico, "consistency", f"model.path={released}", f"run_dir={stage1}", sources)
@@ -100,6 +116,7 @@ def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, released, shards
     assert (flash / "modeling_internvl_chat.py").exists()
     assert StoredTensors(flash).names == dict(official_shapes(config, flash=True)).keys()
 
+    assert answer_ids(flash, photo) == answer_ids(model, photo)
     question = ["--prompt", "What is it?", "--max-new-tokens", "6"]
     before, after = (vico("generate", folder, photo, *question) for folder in (model, flash))
     assert before[:2] == after[:2]

@@ -87,12 +87,8 @@ def build_tower(config: dict[str, Any]) -> Tower:
         raise ValueError(f"vision tower: model_type is '{kind}'; expected {known}")
     try:
         return _open_clip_tower(config) if kind is None else _intern_vit(config)
-    except (
-        KeyError,
-        TypeError,
-        RuntimeError,
-        StrictDataclassError,
-    ) as error:  # as the libraries refuse settings
+    # What open_clip, timm and transformers raise at settings they do not know.
+    except (KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"vision tower: {type(error).__name__}: {reason}") from error
 
@@ -101,7 +97,7 @@ def _intern_vit(config: dict[str, Any]) -> Tower:
     config = dict(config)
     mean, std = config.pop("image_mean", IMAGENET_MEAN), config.pop("image_std", IMAGENET_STD)
     settings = AutoConfig.for_model(config.pop("model_type"), **config)
-    # Not "auto": the language model's packed attention is switched per model, the tower's never.
+    # Tiles all have the same length, so the tower needs none of the language model's packed attention.
     module = AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
     return Tower(
         module=module,

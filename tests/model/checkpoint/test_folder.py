@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny_model, tiny_spec
-from vico_pl.model.checkpoint.folder import load_model, read_spec, save_model
+from vico_pl.model.checkpoint.folder import load_model, open_folder, save_model
 from vico_pl.model.checkpoint.layout import CONFIG_NAME
 from vico_pl.model.checkpoint.tensors import WEIGHTS_NAME
 
@@ -109,7 +109,7 @@ def test_a_folder_without_weights_or_configuration_is_named(folder, name):
 def test_a_configuration_that_is_not_ours_is_named(folder, content):
     (folder / CONFIG_NAME).write_text(content)
     with pytest.raises(ValueError, match=f"{folder}/{CONFIG_NAME}: "):
-        read_spec(folder)
+        open_folder(folder)
 
 
 def test_an_interrupted_save_leaves_no_folder_that_looks_complete(tmp_path, model, monkeypatch):

@@ -18,7 +18,7 @@ from tests.released import (
     write_official,
 )
 from vico_pl.model.checkpoint.export import shapes_of
-from vico_pl.model.checkpoint.folder import load_model, open_folder, read_spec
+from vico_pl.model.checkpoint.folder import load_model, open_folder
 from vico_pl.model.checkpoint.official import FLASH, SYSTEM_MESSAGES, read
 from vico_pl.model.checkpoint.pieces import stored_shapes
 from vico_pl.model.language import run_packed
@@ -245,7 +245,8 @@ def test_a_model_without_dynamic_tiling_has_one_tile(tmp_path):
 
 
 def test_the_placeholder_is_looked_up_in_the_tokenizer(flash):
-    assert read_spec(flash[0]).placeholder_id == qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
+    expected = qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert open_folder(flash[0]).contents.spec.placeholder_id == expected
 
 
 def test_python_files_in_the_folder_are_never_run(tmp_path):

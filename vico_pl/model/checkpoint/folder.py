@@ -64,11 +64,6 @@ def open_folder(path: Path | str) -> ModelFolder:
     return ModelFolder(path=path, layout=layout, contents=contents, tensors=tensors)
 
 
-def read_spec(path: Path | str) -> ModelSpec:
-    """Return what model a folder holds; raises as `open_folder` does."""
-    return open_folder(path).contents.spec
-
-
 def load_model(
     path: Path | str,
     *,
