@@ -9,7 +9,8 @@ from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model
 from vico_pl.model.reference import FrozenReference
 from vico_pl.optim import OptimConfig
 from vico_pl.stages import router as router_module
-from vico_pl.stages.router import RouterConfig, RouterStage, mean_per_sample, tile_loss_ratios
+from vico_pl.stages.labels import mean_per_sample, tile_loss_ratios
+from vico_pl.stages.router import RouterConfig, RouterStage
 
 EPSILON = 1e-3
 
@@ -60,7 +61,10 @@ def naive_ratios(policy, reference, samples, mode):
 
 def ratios_of(stage, batch):
     features = stage.policy.model.encode_tiles(batch.tiles)
-    return tile_loss_ratios(stage.policy.model, stage.reference, batch, features, stage.config)
+    mode = stage.config.label_mode
+    return tile_loss_ratios(
+        stage.policy.model, stage.reference, batch, features, mode=mode, epsilon=stage.config.epsilon
+    )
 
 
 @pytest.mark.parametrize("mode", ["tile", "image"])
@@ -123,7 +127,9 @@ def test_the_loss_is_cross_entropy_against_labels_below_the_percentile():
 
 def test_auroc_asks_whether_tiles_to_keep_rank_above_tiles_to_compress(monkeypatch):
     stage, batch = stage_of(), batch_of(encoded_sample(1, images=(4,)))
-    monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_: torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    monkeypatch.setattr(
+        router_module, "tile_loss_ratios", lambda *_, **__: torch.tensor([1.0, 2.0, 3.0, 4.0])
+    )
     for scores, expected in (
         ([0.0, 1.0, 2.0, 3.0], 1.0),
         ([3.0, 2.0, 1.0, 0.0], 0.0),

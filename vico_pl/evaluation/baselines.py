@@ -16,7 +16,7 @@ from vico_pl.inference.routing import NEVER, routing_scores
 from vico_pl.inference.session import Session
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.router import RoutingRule
-from vico_pl.stages.router import RouterConfig, tile_loss_ratios
+from vico_pl.stages.labels import tile_loss_ratios
 
 TileScores = list[Float[Tensor, " _"]]  # one entry per sample
 Size = tuple[int, int]  # width and height of an image in pixels
@@ -50,7 +50,7 @@ def oracle_scores(session: Session, group: Group) -> TileScores:
     batch = collate([chat.encode(sample) for sample in group.samples]).to(session.device)
     reference = FrozenReference(session.model)
     harm = tile_loss_ratios(
-        session.model, reference, batch, torch.cat(group.features), RouterConfig(epsilon=1e-6)
+        session.model, reference, batch, torch.cat(group.features), mode="tile", epsilon=1e-6
     )
     return list((-harm).cpu().split([len(sample.tiles) for sample in group.samples]))
 

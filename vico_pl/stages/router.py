@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc
 
-from vico_pl.losses.consistency import consistency_kl
-from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, loss_ratio, router_targets
-from vico_pl.model.branches import branch_per_tile
+from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, router_targets
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.labels import tile_loss_ratios
 from vico_pl.types import Batch
 
 
@@ -73,7 +71,14 @@ class RouterStage(Stage):
         """Label the tiles of the batch and classify them."""
         with torch.no_grad():
             features = self.policy.model.encode_tiles(batch.tiles)
-            ratios = tile_loss_ratios(self.policy.model, self.reference, batch, features, self.config)
+            ratios = tile_loss_ratios(
+                self.policy.model,
+                self.reference,
+                batch,
+                features,
+                mode=self.config.label_mode,
+                epsilon=self.config.epsilon,
+            )
         self.window.update(self._gather(ratios))
         threshold = self.window.threshold()
         logits = self.router(features)
@@ -94,50 +99,6 @@ class RouterStage(Stage):
         everywhere: list[list[float]] = [[] for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather_object(everywhere, ratios.tolist())
         return ratios.new_tensor([ratio for rank in everywhere for ratio in rank])
-
-
-@torch.no_grad()
-def tile_loss_ratios(
-    policy: VisionLanguageModel,
-    reference: FrozenReference,
-    batch: Batch,
-    features: Float[Tensor, "T P C"],
-    config: RouterConfig,
-) -> Float[Tensor, " T"]:
-    """Return for every tile how much compressing it multiplies the loss of its sample.
-
-    The vision encoder and the reference run once per sample.
-    """
-    target = reference.response_states(batch)
-    full_ratios = policy.full_ratios(batch)
-    compressed_ratio = policy.ratios[-1]
-
-    def sample_loss(states: Tensor, of: Batch, wanted: Tensor) -> Tensor:
-        kl = consistency_kl(states, policy.head, wanted, reference.head)
-        return mean_per_sample(kl, of)
-
-    states = policy.response_states(batch, features, full_ratios)
-    full = sample_loss(states, batch, target)[batch.tile_to_sample]
-    if len(full) == 0:  # a batch of text alone
-        return full
-    if config.label_mode == "image":
-        states = policy.response_states(batch, features, torch.full_like(full_ratios, compressed_ratio))
-        compressed = sample_loss(states, batch, target)[batch.tile_to_sample]
-    else:
-        branches = branch_per_tile(batch)
-        ratios = full_ratios[branches.tile_origin].masked_fill(branches.is_own_tile, compressed_ratio)
-        states = policy.response_states(branches.batch, features[branches.tile_origin], ratios)
-        wanted = target[branches.response_origin]
-        compressed = sample_loss(states, branches.batch, wanted)
-    return loss_ratio(compressed, full, epsilon=config.epsilon)
-
-
-def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tensor, " B"]:
-    """Average a value of response tokens over each sample; 0 for a sample without response."""
-    samples = torch.arange(batch.num_samples, device=per_token.device)
-    owner = samples.repeat_interleave(batch.sample_lengths)[batch.response_mask]
-    total = per_token.new_zeros(batch.num_samples).index_add_(0, owner, per_token)
-    return total / torch.bincount(owner, minlength=batch.num_samples).clamp(min=1)
 
 
 def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Tensor | float]:
