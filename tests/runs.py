@@ -61,13 +61,13 @@ def watch_steps(monkeypatch, before_step):
 
     def build(*args):
         stage = build_stage(*args)
-        step = stage.step
+        results = stage.results
 
-        def watched(batch):
+        def watched(packs):
             before_step(stage)
-            return step(batch)
+            return results(packs)
 
-        stage.step = watched
+        stage.results = watched
         return stage
 
     monkeypatch.setattr(vico_pl.trainer, "build_stage", build)

@@ -8,7 +8,7 @@ import torch
 from tests.helpers import encoded_sample
 from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepSeed
 from vico_pl.data.collate import collate
-from vico_pl.types import BadRecord
+from vico_pl.types import BadRecord, Share
 
 
 def lines(path):
@@ -29,47 +29,58 @@ def test_metrics_are_appended_as_lines(tmp_path):
     ]
 
 
-def test_bad_records_are_written_and_counted(tmp_path):
-    log, module = BadRecordLog(tmp_path / "bad.jsonl"), mock.Mock(spec=L.LightningModule)
-    good = encoded_sample(1)
+def step(log, module, *, bad=(), num_good=1, everywhere=None):
+    """Give the log a step; `everywhere` is (bad, samples) of all ranks, if there are several."""
+    filler = collate([encoded_sample(0)])
+    share = Share(packs=[filler], bad_records=list(bad), filler=filler)
+    num_bad, num_samples = everywhere or (len(bad), len(bad) + num_good)
+    outputs = {"num_bad": num_bad, "num_samples": num_samples}
+    log.on_train_batch_end(trainer_at(log.steps), module, outputs, share, log.steps)
+    log.steps += 1
+
+
+def log_into(path, **settings):
+    log = BadRecordLog(path, **settings)
+    log.steps = 0
+    return log
+
+
+def test_bad_records_are_written_and_counted_by_source_and_kind(tmp_path):
+    log, module = log_into(tmp_path / "bad.jsonl"), mock.Mock(spec=L.LightningModule)
     kinds = ["json", "image", "json"]
-    bad = [BadRecord(id=f"a-07.tar/{i}", reason=f"reason {i}", kind=kind) for i, kind in enumerate(kinds)]
-    for step, items in enumerate([[good, *bad[:2]], [good], [bad[2], good]]):
-        log.on_train_batch_end(trainer_at(step), module, None, collate(items), step)
-    assert lines(tmp_path / "bad.jsonl") == [
-        {"step": 0, "kind": "json", "id": "a-07.tar/0", "reason": "reason 0"},
-        {"step": 0, "kind": "image", "id": "a-07.tar/1", "reason": "reason 1"},
-        {"step": 2, "kind": "json", "id": "a-07.tar/2", "reason": "reason 2"},
+    bad = [
+        BadRecord(id=f"a-07.tar/{i}", reason=f"reason {i}", kind=kind, source="s")
+        for i, kind in enumerate(kinds)
     ]
-    assert [call.args for call in module.log.call_args_list] == [
-        ("data/bad_records", 2.0),
-        ("data/bad_records/a/json", 1.0),
-        ("data/bad_records/a/image", 1.0),
-        ("data/bad_records", 3.0),
-        ("data/bad_records/a/json", 2.0),
+    for records in (bad[:2], [], bad[2:]):
+        step(log, module, bad=records)
+    assert lines(tmp_path / "bad.jsonl") == [
+        {"step": 0, "source": "s", "kind": "json", "id": "a-07.tar/0", "reason": "reason 0"},
+        {"step": 0, "source": "s", "kind": "image", "id": "a-07.tar/1", "reason": "reason 1"},
+        {"step": 2, "source": "s", "kind": "json", "id": "a-07.tar/2", "reason": "reason 2"},
+    ]
+    names = ("data/bad_records", "data/bad_records/s/json", "data/bad_records/s/image")
+    logged = [call.args for call in module.log.call_args_list]
+    assert logged == [
+        (n, float(v))
+        for counts in ((2, 1, 1), (2, 1, 1), (3, 2, 1))
+        for n, v in zip(names, counts, strict=True)
     ]
 
 
 def test_no_file_appears_without_bad_records(tmp_path):
-    module, batch = mock.Mock(spec=L.LightningModule), collate([encoded_sample(1)])
-    BadRecordLog(tmp_path / "bad.jsonl").on_train_batch_end(trainer_at(0), module, None, batch, 0)
+    step(log_into(tmp_path / "bad.jsonl"), mock.Mock(spec=L.LightningModule))
     assert not (tmp_path / "bad.jsonl").exists()
 
 
-def feed(log, *, num_bad, num_good, rank_sum=None):
-    """Give the log a batch; `rank_sum` is what all ranks together have, if there are several."""
-    trainer = trainer_at(0)
-    if rank_sum:
-        trainer.world_size = 2
-        trainer.strategy = mock.Mock(reduce=lambda tensor, reduce_op: torch.tensor(rank_sum))
+def feed(log, *, num_bad, num_good, everywhere=None):
     bad = [BadRecord(id=f"a-1.tar/{i}", reason="JSON: broken", kind="json") for i in range(num_bad)]
-    batch = collate([*bad, *map(encoded_sample, range(num_good))])
-    module = mock.Mock(spec=L.LightningModule, device=torch.device("cpu"))
-    log.on_train_batch_end(trainer, module, None, batch, 0)
+    module = mock.Mock(spec=L.LightningModule)
+    step(log, module, bad=bad, num_good=num_good, everywhere=everywhere)
 
 
 def test_a_run_stops_when_more_than_the_allowed_share_of_a_window_is_bad(tmp_path):
-    log = BadRecordLog(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
+    log = log_into(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
     feed(log, num_bad=4, num_good=1)  # the start may be bad: five of twenty are allowed
     feed(log, num_bad=1, num_good=4)
     expected = (
@@ -81,32 +92,32 @@ def test_a_run_stops_when_more_than_the_allowed_share_of_a_window_is_bad(tmp_pat
 
 
 def test_bad_records_are_forgotten_when_the_window_has_passed_them(tmp_path):
-    log = BadRecordLog(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
+    log = log_into(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
     for _ in range(20):
         feed(log, num_bad=5, num_good=5)
         feed(log, num_bad=0, num_good=20)
 
 
 def test_no_bad_record_at_all_may_be_allowed_or_every_one(tmp_path):
-    feed(BadRecordLog(tmp_path / "a.jsonl", max_bad_fraction=0.0), num_bad=0, num_good=3)
+    feed(log_into(tmp_path / "a.jsonl", max_bad_fraction=0.0), num_bad=0, num_good=3)
     with pytest.raises(ValueError, match="1 of the last 2 samples are bad"):
-        feed(BadRecordLog(tmp_path / "a.jsonl", max_bad_fraction=0.0), num_bad=1, num_good=1)
-    anything = BadRecordLog(tmp_path / "a.jsonl", max_bad_fraction=1.0, window=20)
+        feed(log_into(tmp_path / "a.jsonl", max_bad_fraction=0.0), num_bad=1, num_good=1)
+    anything = log_into(tmp_path / "a.jsonl", max_bad_fraction=1.0, window=20)
     for _ in range(10):
         feed(anything, num_bad=9, num_good=1)
 
 
 def test_all_ranks_stop_together_for_what_one_of_them_saw(tmp_path):
-    log = BadRecordLog(tmp_path / "bad.jsonl", max_bad_fraction=0.1, window=10)
+    log = log_into(tmp_path / "bad.jsonl", max_bad_fraction=0.1, window=10)
     with pytest.raises(ValueError, match="2 of the last 8 samples are bad"):
-        feed(log, num_bad=0, num_good=4, rank_sum=[2, 6])
+        feed(log, num_bad=0, num_good=4, everywhere=(2, 8))
 
 
 def test_bad_records_are_told_once_a_minute(tmp_path, monkeypatch):
     told, now = [], iter([0, 0, 30, 61, 61])
     monkeypatch.setattr("vico_pl.callbacks.rank_zero_info", told.append)
     monkeypatch.setattr("vico_pl.callbacks.time.monotonic", lambda: next(now))
-    log = BadRecordLog(tmp_path / "bad.jsonl")
+    log = log_into(tmp_path / "bad.jsonl")
     for _ in range(3):
         feed(log, num_bad=2, num_good=1)
     assert [line.partition(",")[0] for line in told] == ["2 bad records so far", "6 bad records so far"]

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from vico_pl.types import BadRecord, Batch
+from vico_pl.types import BadRecord, Share
 
 
 class JsonlLogger(Logger):
@@ -70,10 +69,9 @@ class StepProgressBar(TQDMProgressBar):
 
 
 class BadRecordLog(L.Callback):
-    """Appends each bad record of a training batch to `bad_records.jsonl`, counts them and stops if too many.
+    """Appends each bad record of a step to `bad_records.jsonl`, counts them and stops if too many.
 
-    `data/bad_records` counts all of them, `data/bad_records/train/json` those of one kind from the shards
-    train-000000.tar, train-000001.tar, ...
+    `data/bad_records` counts all of this rank, `data/bad_records/SOURCE/json` those of one source and kind.
     """
 
     def __init__(self, path: Path, *, max_bad_fraction: float = 0.05, window: int = 2000) -> None:
@@ -89,32 +87,31 @@ class BadRecordLog(L.Callback):
         self._next_line_s = -math.inf  # when the next line may be printed
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
     ) -> None:
-        """Write the bad records of the batch just used.
+        """Write the bad records of the step just taken.
 
         Raises:
             ValueError: too many of the last samples are bad; all ranks raise it at the same step.
         """
         if batch.bad_records:
             self._write(batch.bad_records, trainer.global_step)
-            self._count(batch.bad_records, pl_module)
-        num_bad, num_good = len(batch.bad_records), sum(map(bool, batch.ids))  # a filler has no name
-        if trainer.world_size > 1:
-            here = torch.tensor([num_bad, num_good], device=pl_module.device)
-            num_bad, num_good = trainer.strategy.reduce(here, reduce_op="sum").tolist()
-        self._watch(num_bad, num_good)
+            self._count(batch.bad_records)
+        for name, count in self._counts.items():
+            pl_module.log(name, float(count), batch_size=1)
+        self._watch(outputs["num_bad"], outputs["num_samples"])
 
     def _write(self, bad_records: list[BadRecord], step: int) -> None:
-        lines = [{"step": step, "kind": bad.kind, "id": bad.id, "reason": bad.reason} for bad in bad_records]
+        lines = [
+            {"step": step, "source": bad.source, "kind": bad.kind, "id": bad.id, "reason": bad.reason}
+            for bad in bad_records
+        ]
         with self._path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
-    def _count(self, bad_records: list[BadRecord], pl_module: L.LightningModule) -> None:
-        names = [f"data/bad_records/{_shard_set(bad)}/{bad.kind}" for bad in bad_records]
-        self._counts.update([*names, *["data/bad_records"] * len(names)])
-        for name in dict.fromkeys(["data/bad_records", *names]):
-            pl_module.log(name, float(self._counts[name]), batch_size=1)
+    def _count(self, bad_records: list[BadRecord]) -> None:
+        self._counts["data/bad_records"] += len(bad_records)
+        self._counts.update(f"data/bad_records/{bad.source}/{bad.kind}" for bad in bad_records)
         self._recent_bad.extend(bad_records)
         if time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + 60
@@ -122,8 +119,8 @@ class BadRecordLog(L.Callback):
             told = f"{total} bad records so far, the last {last.id!r}: {last.reason}"
             rank_zero_info(f"{told}; see {self._path}")
 
-    def _watch(self, num_bad: int, num_good: int) -> None:
-        self._recent.append((num_bad, num_bad + num_good))
+    def _watch(self, num_bad: int, num_samples: int) -> None:
+        self._recent.append((num_bad, num_samples))
         while sum(samples for _, samples in self._recent) - self._recent[0][1] >= self._window:
             self._recent.popleft()
         num_bad = sum(bad for bad, _ in self._recent)
@@ -141,14 +138,6 @@ class BadRecordLog(L.Callback):
         examples = {bad.kind: f"{bad.id!r}: {bad.reason}" for bad in recent}
         frequent = Counter(bad.kind for bad in recent).most_common(3)
         return ", ".join(f"{kind} ({count}, such as {examples[kind]})" for kind, count in frequent)
-
-
-def _shard_set(bad: BadRecord) -> str:
-    """Return what the shards of a set have in common: train-000007.tar/000123 is of `train`."""
-    shard, is_named, _ = bad.id.partition(".tar")
-    if not is_named:  # source 0, sample 7: its key could not be read
-        return shard.partition(",")[0].replace(" ", "-")
-    return re.sub(r"[-_.]?\d*$", "", shard) or "shards"
 
 
 class SampleLog(L.Callback):
@@ -173,11 +162,11 @@ class SampleLog(L.Callback):
         self._append(trainer, line, before=b"\n" if _is_torn(self._path(trainer)) else b"")
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
     ) -> None:
         """Write the samples of the step just taken."""
         bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}
-        self._append(trainer, {"step": self._step, "ids": [name for name in batch.ids if name], **bad})
+        self._append(trainer, {"step": self._step, "ids": batch.ids, **bad})
         self._step += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:

@@ -119,6 +119,8 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe.")] = None,
 ) -> None:
     """Run a stage of training; an interrupted run goes on where it was."""
+    from lightning.pytorch.utilities import rank_zero_only
+
     from vico_pl.config import open_run
     from vico_pl.trainer import is_finished
     from vico_pl.trainer import train as run
@@ -128,10 +130,12 @@ def train(
         typer.echo(f"{config.run_dir} is finished: its model is {config.run_dir}/model")
         return
     try:
-        typer.echo(f"{run(config)} is written")
+        model = run(config)
     except (ValueError, OSError):
         _discard_unused(Path(config.run_dir))
         raise
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        typer.echo(f"{model} is written")
 
 
 @app.command()
@@ -148,6 +152,31 @@ def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finishe
     typer.echo(format_table(found))
     typer.echo(format_verdict(found))
     _tell_faults(found.faults)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file of recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Size of InternVL3.5 in the model's place: 8b.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of a GPU's peak that is reached.")] = 0.4,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the plan there, too.")] = None,
+) -> None:
+    """Tell what a recipe will take before it runs: memory per GPU, operations, hours, what fits."""
+    from vico_pl.planning.report import print_plan
+
+    print_plan(recipe, overrides or [], shape=shape, mfu=mfu, json_path=json_, write=typer.echo)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML file of recipes/, to check it too.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over it.")] = None,
+) -> None:
+    """Check this machine, and a recipe, for what would stop a run; problems are named (exit code 1)."""
+    from vico_pl.planning.doctor import examine
+
+    raise SystemExit(examine(recipe, overrides or [], write=typer.echo))
 
 
 @app.command()

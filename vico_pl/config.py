@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vico_pl.data.files import atomic_path
 from vico_pl.model.checkpoint.folder import open_folder
 from vico_pl.model.checkpoint.hub import is_pin_of, local_folder, pinned
 from vico_pl.trainer import STAGES, TRAINABLE_PARTS, RunConfig
@@ -87,8 +88,10 @@ def check_run(config: RunConfig) -> Iterator[str]:
         yield f"stage is '{config.stage}'; expected one of {', '.join(STAGES)}"
     yield from _check_trainable(config)
     precision = config.trainer.precision
-    if config.model.attention == "flash" and not precision.startswith(("16", "bf16")):
+    if config.model.attention == "flash" and not precision.startswith("bf16"):
         yield f"model.attention is 'flash' but trainer.precision is '{precision}'; set it to bf16-mixed"
+    if precision.startswith("16"):
+        yield f"trainer.precision is '{precision}', which needs its loss scaled; set it to bf16-mixed"
     if config.stage != "pretrain" and config.model.path is None:
         yield "model.path is not set; this stage starts from a model folder"
     if config.stage in ("consistency", "router") and len(config.model.ratios) < 2:
@@ -111,18 +114,26 @@ def _check_trainable(config: RunConfig) -> Iterator[str]:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration as a recipe that gives the same run."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write a configuration as a recipe that gives the same run; never half, as all ranks write it."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """List the settings in which two configurations differ; those that change no result do not count."""
     harmless = (
         "data.num_workers",
+        "data.packs.max_tiles",
+        "data.packs.max_tokens",
+        "data.streaming.cache_dir",
+        "data.streaming.cache_gib",
+        "trainer.accelerator",
         "trainer.activation_checkpointing",
         "trainer.checkpoint_every",
+        "trainer.devices",
         "trainer.keep_checkpoints",
         "trainer.log_every",
+        "trainer.num_nodes",
     )
     before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.structured(c)))) for c in (old, new))
     names = [name for name in before.keys() | after.keys() if name not in harmless]

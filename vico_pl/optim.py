@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
 
@@ -34,3 +35,15 @@ def build_optimizer(
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
     scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, num_steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, *, max_norm: float) -> float:
+    """Scale all gradients together so that their norm is at most `max_norm`; returns what it was.
+
+    With sharded weights it is the norm over all ranks.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm([p.grad for p in trained])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    clip_grads_with_norm_(trained, max_norm, norm)
+    return float(norm)

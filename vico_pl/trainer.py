@@ -25,6 +25,7 @@ from vico_pl.callbacks import (
 )
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
+from vico_pl.data.packing import SampleCost
 from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
 from vico_pl.model.adapters import LoraConfig, adapters_merged, add_adapters
 from vico_pl.model.assemble import assemble_model
@@ -32,12 +33,14 @@ from vico_pl.model.blocks import checkpoint_blocks, compile_blocks
 from vico_pl.model.checkpoint.folder import load_model, save_model
 from vico_pl.model.checkpoint.hub import local_folder
 from vico_pl.model.checkpoint.layout import CONFIG_NAME
+from vico_pl.model.flops import count_flops
 from vico_pl.model.language import PACKED_ATTENTION, check_flash_attention, set_packed_attention
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Stage
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
+from vico_pl.stages.cost import ConsistencyCost, PretrainCost, RouterCost
 from vico_pl.stages.pretrain import PretrainStage
 from vico_pl.stages.router import RouterConfig, RouterStage
 
@@ -60,6 +63,8 @@ class ModelConfig:
     # Patches per vision token; connectors that the folder lacks begin fresh.
     ratios: list[int] = field(default_factory=lambda: [4, 16])
     router_heads: int | None = None  # attention heads of the router to add; none: no router is added
+    # Of hidden layers of the router and of connectors above ratio 4, while they are trained.
+    dropout: float = 0.1
     # What pretrain and stage 1 train: of vision, connectors and language, or lora instead of language.
     trainable: list[str] = field(default_factory=lambda: list(PARTS))
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -80,6 +85,8 @@ class ModelConfig:
         if self.attention not in PACKED_ATTENTION:
             known = ", ".join(PACKED_ATTENTION)
             raise ValueError(f"model.attention is '{self.attention}'; expected one of {known}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; expected 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,11 @@ def train(config: RunConfig) -> Path:
     stage = build_stage(config, tokenizer)
     model = stage.trained_model()
     data = DataModule(
-        config.data, tokenizer=tokenizer, full_tokens_per_tile=model.tokens_per_full_tile, seed=config.seed
+        config.data,
+        tokenizer=tokenizer,
+        full_tokens_per_tile=model.tokens_per_full_tile,
+        seed=config.seed,
+        cost=sample_cost(config, model),
     )
     _check_tile_size(config, model)
     with _lock(run_dir):
@@ -157,6 +168,22 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     frozen_policy = FrozenReference(_set_speed(policy, config))
     reference = FrozenReference(original, beside=policy if start == compared else None)
     return RouterStage(frozen_policy, reference, config.router, optim, num_steps=num_steps)
+
+
+def sample_cost(config: RunConfig, model: VisionLanguageModel) -> SampleCost:
+    """Return what a sample costs in the stage that the recipe names."""
+    flops = count_flops(model.spec)
+    if config.stage == "pretrain":
+        return PretrainCost(flops=flops)
+    if config.stage == "router":
+        return RouterCost(flops=flops)
+    return ConsistencyCost(
+        flops=flops,
+        ratios=model.ratios,
+        ratio_draw=config.consistency.ratio_draw,
+        seed=config.seed,
+        trains_vision="vision" in config.model.trainable,
+    )
 
 
 def settings_without_effect(config: RunConfig) -> Iterator[str]:
@@ -199,7 +226,6 @@ def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
         max_steps=config.max_steps,
         limit_train_batches=config.max_steps,
         log_every_n_steps=config.log_every,
-        gradient_clip_val=run.optim.max_grad_norm,
         callbacks=[
             checkpoints,
             StepSeed(run.seed),
@@ -224,6 +250,9 @@ def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path
     warnings.filterwarnings(
         "ignore", message="Checkpoint directory .* exists and is not empty"
     )  # a resumed run
+    # What Lightning recommends there is a checkpoint of the weights before the step that it counts.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # within Lightning itself
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     try:
         trainer.fit(stage, data, ckpt_path=checkpoint)
     except SystemExit as error:  # how Lightning ends after Ctrl-C
@@ -242,16 +271,18 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def _starting_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> VisionLanguageModel:
     """Read the model to start from, or put one together, before anything is made trainable."""
     if config.path is not None:
-        dtype = DTYPES[config.frozen_dtype]
-        heads = config.router_heads
-        return load_model(_folder(config), ratios=config.ratios, router_heads=heads, dtype=dtype)
-    return assemble_model(
-        config.vision,
-        config.language,
-        ratios=config.ratios,
-        vocab_size=len(tokenizer),
-        placeholder_id=token_id(tokenizer, PLACEHOLDER),
-    )
+        dtype, heads = DTYPES[config.frozen_dtype], config.router_heads
+        model = load_model(_folder(config), ratios=config.ratios, router_heads=heads, dtype=dtype)
+    else:
+        model = assemble_model(
+            config.vision,
+            config.language,
+            ratios=config.ratios,
+            vocab_size=len(tokenizer),
+            placeholder_id=token_id(tokenizer, PLACEHOLDER),
+        )
+    model.set_dropout(config.dropout)
+    return model
 
 
 def _folder(config: ModelConfig, path: str | None = None) -> Path:

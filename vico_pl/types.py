@@ -8,9 +8,10 @@
     H, W  height and width in pixels
 
 One sample goes through them in the order below:
-shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch.
+shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch -> Share.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -84,6 +85,7 @@ class BadRecord:
     id: str
     reason: str
     kind: str = "other"  # one word to count it under, see data/README.md
+    source: str = ""  # of the run, as the recipe names it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +93,18 @@ class Batch:
     """Samples laid end to end: no padding, lengths say where each one ends."""
 
     ids: list[str]
+    positions: list[int]  # of each sample in the order of the run; -1: of none
     tiles: UInt8[Tensor, "T 3 H W"]
+    tiles_per_image: list[list[int]]  # of each sample
     tile_to_sample: Int64[Tensor, " T"]
-    tile_to_image: Int64[Tensor, " T"]
     input_ids: Int64[Tensor, " L"]  # one placeholder per tile, in the order of `tiles`
     response_mask: Bool[Tensor, " L"]
     sample_lengths: Int64[Tensor, " B"]  # tokens before expansion
-    bad_records: list[BadRecord]
+    num_response_tokens: int  # R, known without a look at the mask, which may be on a GPU
 
     @property
     def num_samples(self) -> int:
-        """Samples in the batch, bad records not counted."""
+        """Samples in the batch."""
         return len(self.ids)
 
     @property
@@ -117,6 +120,32 @@ class Batch:
         """Return the batch with every tensor in pinned memory (called by the DataLoader)."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function: Any) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A rank's part of a step: its samples in packs, which go through the model one at a time."""
+
+    packs: list[Batch]  # each with at least one tile
+    bad_records: list[BadRecord]
+    filler: Batch  # in place of a pack where other ranks have more: one tile, no response, so no gradient
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the samples."""
+        return [name for pack in self.packs for name in pack.ids if name]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Share":
+        """Return the share with every tensor on `device`."""
+        return self._map(lambda batch: batch.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Share":
+        """Return the share with every tensor in pinned memory (called by the DataLoader)."""
+        return self._map(Batch.pin_memory)
+
+    def _map(self, function: Callable[[Batch], Batch]) -> "Share":
+        return replace(self, packs=list(map(function, self.packs)), filler=function(self.filler))

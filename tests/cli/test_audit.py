@@ -1,13 +1,12 @@
 """`vico audit` on runs that really trained."""
 
 import json
-from itertools import islice
 
 import pytest
 
 from tests.helpers import record, tiny_spec
 from tests.runs import STEPS, break_run, recipe, run
-from vico_pl.data.module import TrainingBatches
+from vico_pl.data.module import Shares
 from vico_pl.data.shards import write_index, write_shard
 
 
@@ -62,17 +61,13 @@ def test_a_finished_run_whose_log_ends_early_fails_and_names_what_is_missing(vic
 
 def test_a_loader_that_passes_over_a_step_is_found_out(vico, trained, tmp_path, monkeypatch):
     path, sources, _ = trained
-    positions = TrainingBatches._positions
-
-    def behind_the_first_step(self, *workers):
-        return islice(positions(self, *workers), self.share, None)
-
+    positions = Shares.positions
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingBatches, "_positions", behind_the_first_step)
+        patch.setattr(Shares, "positions", lambda self, step: positions(self, step + 1))
         run(path, sources, f"run_dir={tmp_path}")
     code, _, err = vico("audit", tmp_path)
     assert code == 1
-    assert "step 0, rank 0: was to be used and was not" in err
+    assert "step 0: was to be used and was not" in err
 
 
 def test_what_is_no_run_is_refused(refused, trained, tmp_path):

@@ -13,9 +13,9 @@ from tests.helpers import batch_of, mixed_samples, record
 from vico_pl.callbacks import SampleLog
 from vico_pl.data.audit import audit_run, format_table, format_verdict
 from vico_pl.data.keys import SampleNames
-from vico_pl.data.module import DataConfig, SourceConfig, build_order
+from vico_pl.data.module import DataConfig, SourceConfig, build_order, open_sources
 from vico_pl.data.shards import RecordReader, read_index, write_index, write_shard
-from vico_pl.types import BadRecord
+from vico_pl.types import BadRecord, Share
 
 BATCH, SEED = 4, 5
 MODULE = mock.Mock(spec=L.LightningModule)
@@ -45,7 +45,7 @@ def mixture(shards, tmp_path_factory):
 def expected_ids(config):
     """Name what stands at a position, read as training reads it."""
     indexes = [read_index(source.path) for source in config.sources]
-    order = build_order(config, [index.num_samples for index in indexes], seed=SEED)
+    order = build_order(config, indexes, seed=SEED)
     readers = [RecordReader(index) for index in indexes]
 
     def name(position):
@@ -68,10 +68,9 @@ def train(run_dir, config, *, steps, world=1, bad=()):
             start = step * BATCH + rank * share
             names = [name(position) for position in range(start, start + share)]
             bad_records = [BadRecord(id=each, reason="JSON") for each in names if each in bad]
-            ids = [each for each in names if each not in bad] or [""]  # the name of a filler
-            log.on_train_batch_end(
-                trainer, MODULE, None, replace(ANY_BATCH, ids=ids, bad_records=bad_records), step
-            )
+            batch = replace(ANY_BATCH, ids=[*(each for each in names if each not in bad), ""])  # and a filler
+            taken = Share(packs=[batch], bad_records=bad_records, filler=ANY_BATCH)
+            log.on_train_batch_end(trainer, MODULE, None, taken, step)
         log.on_save_checkpoint(trainer, MODULE, {})
 
 
@@ -152,7 +151,7 @@ def test_a_mixture_tells_sources_of_the_same_names_apart(mixture, tmp_path):
     found = audit(tmp_path, mixture, completed_steps=8)
     assert found.faults == []
     used = {source: sum(c["used"] for (s, _), c in found.counts.items() if s == source) for source in (0, 1)}
-    place = build_order(mixture, [18, 5], seed=SEED)
+    place = build_order(mixture, open_sources(mixture), seed=SEED)
     assert used == {source: sum(place(p).source == source for p in range(32)) for source in (0, 1)}
     assert all(count["used"] <= (18, 5)[source] for (source, _), count in found.counts.items())
 
@@ -204,9 +203,7 @@ def test_a_lost_step_is_named_sample_by_sample(config, tmp_path):
     edit(tmp_path, lambda lines: lines.pop(3), rank=1)
     found = audit(tmp_path, config)
     assert [fault.id for fault in found.faults] == [expected_ids(config)(position) for position in (10, 11)]
-    assert all(
-        fault.reason.startswith("step 2, rank 1: was to be used and was not") for fault in found.faults
-    )
+    assert all(fault.reason.startswith("step 2: was to be used and was not") for fault in found.faults)
     assert totals(found) == {"used": 22, "missing": 2, "twice": 0}
     assert format_verdict(found) == "6 steps in 1 attempt: 2 faults"
 
@@ -217,7 +214,7 @@ def test_a_sample_in_the_place_of_another_is_twice_and_the_other_missing(config,
     edit(tmp_path, lambda lines: lines[2]["ids"].__setitem__(1, name(0)))
     found = audit(tmp_path, config)
     assert [fault.id for fault in found.faults] == [name(5), name(0)]
-    assert "step 1, rank 0: used where the order does not have it" in found.faults[1].reason
+    assert "step 1: used where the order does not have it" in found.faults[1].reason
     assert totals(found) == {"used": 11, "missing": 1, "twice": 1}
 
 
@@ -233,23 +230,19 @@ def test_a_foreign_sample_is_a_fault_of_its_own(config, tmp_path):
     edit(tmp_path, lambda lines: lines[3]["ids"].append("train-000000.tar/none"))
     found = audit(tmp_path, config)
     assert [fault.id for fault in found.faults] == ["elsewhere.tar/1", "train-000000.tar/none"]
-    assert {fault.reason for fault in found.faults} == {
-        "step 2, rank 0: used, but no source of the run holds it"
-    }
+    assert {fault.reason for fault in found.faults} == {"step 2: used, but no source of the run holds it"}
     assert totals(found) == {"used": 12, "missing": 0, "twice": 0}
 
 
-def test_a_batch_in_another_order_is_a_fault(config, tmp_path):
-    train(tmp_path, config, steps=range(1))
-    edit(tmp_path, lambda lines: lines[1]["ids"].reverse())
-    (fault,) = audit(tmp_path, config).faults
-    assert (fault.id, fault.reason) == (
-        expected_ids(config)(3),
-        "step 0, rank 0: stands in another place of the batch",
-    )
+def test_which_rank_takes_a_sample_and_in_which_pack_is_free(config, tmp_path):
+    train(tmp_path, config, steps=range(2), world=2)
+    ids = [json.loads(log_of(tmp_path, rank).read_text().splitlines()[1])["ids"] for rank in range(2)]
+    for rank, own in enumerate([[ids[1][1]], [ids[0][1], *ids[0][:1], ids[1][0]]]):
+        edit(tmp_path, lambda lines, own=own: lines[1].update(ids=own), rank=rank)
+    assert audit(tmp_path, config, completed_steps=2).faults == []
 
 
-def test_a_share_read_by_the_wrong_rank_is_a_fault(config, tmp_path):
+def test_a_sample_that_two_ranks_take_is_used_twice(config, tmp_path):
     train(tmp_path, config, steps=range(2), world=2)
     log_of(tmp_path, 1).write_text(log_of(tmp_path, 0).read_text())
     assert totals(audit(tmp_path, config)) == {"used": 4, "missing": 4, "twice": 4}
@@ -311,13 +304,6 @@ def test_a_line_of_no_attempt_is_a_fault(config, tmp_path):
     edit(tmp_path, lambda lines: lines.append({"step": 7, "ids": 3}))
     (fault,) = audit(tmp_path, config).faults
     assert (fault.id, fault.reason) == ("samples-rank-0.jsonl, line 1", "step 9 is of no attempt of rank 0")
-
-
-def test_a_number_of_ranks_that_cannot_share_a_batch_is_a_fault(config, tmp_path):
-    train(tmp_path, config, steps=range(2))
-    edit(tmp_path, lambda lines: lines[0].update(world=3))
-    first = audit(tmp_path, config).faults[0]
-    assert (first.id, first.reason) == ("attempt 0", "had 3 ranks, which cannot share batches of 4 samples")
 
 
 def test_a_run_without_a_log_is_refused(config, tmp_path):

@@ -14,7 +14,7 @@ from tests.hostile import GOOD, member, png, whole, with_checksum
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.decode import RecordError
 from vico_pl.data.inspect import count_contents, find_faults, read_samples
-from vico_pl.data.order import SampleOrder
+from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.pipeline import build_stages, run_stages
 from vico_pl.data.shards import RecordReader, ShardIndex, read_index, write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
@@ -92,13 +92,13 @@ KINDS = {name: kind for kind, names in RECORDS.items() for name in names}
 
 
 def pipeline(index, tokenizer):
-    size = index.num_samples
+    shape = SourceShape(shard_sizes=tuple(index.shard_sizes))
     return build_stages(
         [index],
-        order=SampleOrder(source_sizes=[size], source_ends=[None], seed=0),
+        order=SampleOrder(sources=[shape], source_ends=[None], seed=0),
         tiling=TilingConfig(tile_size=32, max_tiles=2),
         chat=ChatEncoder(tokenizer, ChatConfig(max_tokens=1000), full_tokens_per_tile=4),
-        batch_size=8,
+        cost=lambda *_: 1.0,
     )
 
 
@@ -121,12 +121,11 @@ def test_every_bad_record_is_counted_under_its_kind_and_the_good_ones_train(tmp_
     write_shard(tmp_path / "a.tar", zip(names, files, strict=True))
     index = write_index(tmp_path)
     assert index.num_samples == 2 * len(KINDS)
-    batches = list(run_stages(range(index.num_samples), pipeline(index, tokenizer)))
-    found = {bad.id.partition("/")[2]: bad.kind for batch in batches for bad in batch.bad_records}
+    (share,) = run_stages(range(index.num_samples), pipeline(index, tokenizer))
+    found = {bad.id.partition("/")[2]: bad.kind for bad in share.bad_records}
     assert found == KINDS
-    good = [name for batch in batches for name in batch.ids]
-    assert len(good) == len(set(good)) == len(KINDS)
-    assert all("\n" not in bad.reason for batch in batches for bad in batch.bad_records)
+    assert len(share.ids) == len(set(share.ids)) == len(KINDS)
+    assert all("\n" not in bad.reason for bad in share.bad_records)
 
 
 def test_a_check_of_a_folder_counts_by_kind(tmp_path):

@@ -1,11 +1,12 @@
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.helpers import PLACEHOLDER_ID, TILE, batch_of, encoded_sample, mixed_samples
 from vico_pl.data.collate import collate
-from vico_pl.types import BadRecord
+from vico_pl.types import BadRecord, Share
 
 BAD = BadRecord(id="train-000000.tar/7", reason="JSON: broken")
 
@@ -15,7 +16,9 @@ def test_samples_lie_end_to_end():
     batch = collate(samples)
     assert batch.ids == ["sample-1", "sample-2", "sample-3", "sample-4"]
     assert batch.tile_to_sample.tolist() == [0, 0, 0, 2, 2, 2, 3]
-    assert batch.tile_to_image.tolist() == [0, 0, 0, 1, 2, 2, 3]
+    assert batch.tiles_per_image == [[3], [], [1, 2], [1]]
+    assert batch.positions == [0, 1, 2, 3]
+    assert batch.num_response_tokens == 17
     assert batch.sample_lengths.tolist() == [len(s.input_ids) for s in samples]
     lengths = batch.sample_lengths.tolist()
     for sample, ids, mask in zip(
@@ -29,43 +32,37 @@ def test_samples_lie_end_to_end():
     assert int((batch.input_ids == PLACEHOLDER_ID).sum()) == batch.num_tiles
 
 
-def test_bad_records_are_listed_and_take_no_place():
-    first, second = encoded_sample(1), encoded_sample(2)
-    batch, clean = collate([first, BAD, second]), collate([first, second])
-    assert batch.bad_records == [BAD]
-    assert (batch.num_samples, batch.ids) == (2, clean.ids)
-    for name in ("tiles", "tile_to_sample", "tile_to_image", "input_ids", "response_mask", "sample_lengths"):
-        assert torch.equal(getattr(batch, name), getattr(clean, name)), name
+def test_positions_are_kept():
+    assert collate([encoded_sample(1), encoded_sample(2)], positions=[7, -1]).positions == [7, -1]
 
 
 def test_a_batch_of_text_alone_has_no_tiles():
     batch = batch_of(encoded_sample(1, images=()), encoded_sample(2, images=()))
     assert batch.tiles.shape == (0, 3, TILE, TILE)
-    assert batch.tile_to_image.dtype == batch.tile_to_sample.dtype == torch.int64
+    assert batch.tile_to_sample.dtype == torch.int64
 
 
-def test_a_batch_without_a_usable_sample_says_why():
-    expected = "all 2 records of a batch are bad; the first: train-000000.tar/7: JSON: broken"
-    with pytest.raises(ValueError, match=expected):
-        collate([BAD, BadRecord(id="y", reason="other")])
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no sample to make a batch of"):
+        collate([])
 
 
-def test_a_filler_stands_in_only_where_nothing_else_does():
-    filler = encoded_sample(0, images=(), answers=(0,))
-    batch = collate([BAD, BAD], filler=filler)
-    assert (batch.ids, batch.bad_records) == ([filler.id], [BAD, BAD])
-    assert not batch.response_mask.any()
-    assert collate([BAD, encoded_sample(1)], filler=filler).ids == ["sample-1"]
-
-
-def test_moving_a_batch_moves_every_tensor_and_keeps_the_rest():
-    batch = collate([*mixed_samples(), BAD])
-    moved = batch.to("meta")
-    assert {moved.tiles.device.type, moved.sample_lengths.device.type, moved.tile_to_image.device.type} == {
-        "meta"
-    }
-    assert (moved.ids, moved.bad_records) == (batch.ids, batch.bad_records)
+def test_moving_a_share_moves_every_tensor_and_keeps_the_rest():
+    batch, filler = collate(mixed_samples()), collate([encoded_sample(9)], positions=[-1])
+    share = Share(packs=[batch], bad_records=[BAD], filler=filler)
+    moved = share.to("meta")
+    for ours, theirs in ((share.packs[0], moved.packs[0]), (share.filler, moved.filler)):
+        tensors = [value for value in vars(theirs).values() if isinstance(value, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+        assert (theirs.ids, theirs.positions) == (ours.ids, ours.positions)
+    assert (moved.ids, moved.bad_records) == (share.ids, [BAD])
     assert batch.tiles.device.type == "cpu"
+
+
+def test_a_filler_without_a_name_is_no_sample_of_a_share():
+    filler = replace(collate([encoded_sample(9)], positions=[-1]), ids=[""])
+    share = Share(packs=[filler, collate(mixed_samples())], bad_records=[], filler=filler)
+    assert share.ids == ["sample-1", "sample-2", "sample-3", "sample-4"]
 
 
 def test_a_batch_travels_between_processes(batch):

@@ -1,11 +1,10 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vico_pl.data.module import DataConfig, DataModule, SourceConfig, TrainingBatches
+from vico_pl.data.module import DataConfig, DataModule, Shares, SourceConfig
 from vico_pl.data.shards import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
 
@@ -25,67 +24,83 @@ def data_module(sources, tokenizer, **changes):
     return DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=4, seed=1)
 
 
-def shares(module, *, world, num_workers, first_step, num_steps):
-    """Positions of each step as Lightning's ranks and their workers read them: {step: [of each rank]}."""
-    found = {}
-    for rank in range(world):
-        batches = TrainingBatches(module, first_step=first_step, rank=rank, world=world)
-        size = BATCH // world
-        for worker in range(num_workers):
-            positions = batches._positions(worker, num_workers)
-            for step in range(first_step + worker, first_step + num_steps, num_workers):
-                found.setdefault(step, []).append([next(positions) for _ in range(size)])
-    return found
-
-
-@settings(deadline=None)
-@given(
-    world=st.sampled_from([1, 2, 3, 4, 6, 12]), num_workers=st.integers(1, 5), first_step=st.integers(0, 100)
-)
-def test_ranks_and_workers_tile_every_global_batch_exactly(module, world, num_workers, first_step):
-    found = shares(module, world=world, num_workers=num_workers, first_step=first_step, num_steps=7)
-    assert sorted(found) == list(range(first_step, first_step + 7))
-    for step, of_ranks in found.items():
-        assert len(of_ranks) == world
-        assert sorted(p for share in of_ranks for p in share) == list(range(step * BATCH, (step + 1) * BATCH))
-
-
 def read(module, *, first_step, num_steps, num_workers=0, rank=0, world=1):
-    """Batches as the trainer sees them."""
+    """Shares of a rank as its trainer sees them."""
     module.config = DataConfig(**{**vars(module.config), "num_workers": num_workers})
     module.trainer = SimpleNamespace(global_step=first_step, global_rank=rank, world_size=world)
     loader = iter(module.train_dataloader())
     return [next(loader) for _ in range(num_steps)]
 
 
-def test_resuming_at_any_step_goes_on_with_the_unbroken_sequence(module):
-    unbroken = read(module, first_step=0, num_steps=4)
-    for step in range(1, 4):
-        resumed = read(module, first_step=step, num_steps=4 - step)
-        assert [batch.ids for batch in resumed] == [batch.ids for batch in unbroken[step:]]
-    assert torch.equal(resumed[0].tiles, unbroken[3].tiles)
+def global_batches(module, *, world, **settings):
+    """What the ranks have together in each step: {position: (name, tiles, token ids)}."""
+    ranks = [read(module, rank=rank, world=world, **settings) for rank in range(world)]
+    return [
+        {k: v for share in shares for k, v in samples(share).items()} for shares in zip(*ranks, strict=True)
+    ]
+
+
+def samples(share):
+    found = {}
+    for pack in share.packs:
+        tiles = [pack.tiles[pack.tile_to_sample == place] for place in range(pack.num_samples)]
+        ids = pack.input_ids.split(pack.sample_lengths.tolist())
+        for place, position in enumerate(pack.positions):
+            if position >= 0:
+                found[position] = (pack.ids[place], tiles[place].tolist(), ids[place].tolist())
+    return found
+
+
+@settings(max_examples=30)
+@given(world=st.integers(1, 15), step=st.integers(0, 10**6))
+def test_ranks_deal_every_global_batch_among_them(module, world, step):
+    hands = [Shares(module, first_step=0, rank=rank, world=world).positions(step) for rank in range(world)]
+    assert sorted(p for hand in hands for p in hand) == list(range(step * BATCH, (step + 1) * BATCH))
+
+
+def test_ranks_get_like_amounts_of_work(shards, tokenizer):
+    module = data_module([SourceConfig(path=str(shards))], tokenizer, batch_size=48)
+    for step in range(5):
+        packs = [
+            read(module, first_step=step, num_steps=1, rank=rank, world=4)[0].packs[0] for rank in range(4)
+        ]
+        tiles = [pack.num_tiles for pack in packs]
+        assert max(tiles) - min(tiles) <= 2
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_and_workers_gives_the_same_global_batches_byte_for_byte(
+    module, world, num_workers
+):
+    expected = global_batches(module, world=1, first_step=0, num_steps=5)
+    assert [sorted(batch) for batch in expected] == [list(range(12 * i, 12 * i + 12)) for i in range(5)]
+    for first_step in (0, 3):  # from the start, and taken up again by these ranks and workers
+        found = global_batches(
+            module, world=world, num_workers=num_workers, first_step=first_step, num_steps=5 - first_step
+        )
+        assert found == expected[first_step:]
 
 
 def test_an_epoch_over_ranks_holds_every_sample_once(module):
-    by_rank = [read(module, first_step=0, num_steps=3, rank=rank, world=2) for rank in range(2)]
-    ids = [name for batches in by_rank for batch in batches for name in batch.ids]
+    steps = global_batches(module, world=2, first_step=0, num_steps=3)
+    ids = [name for batch in steps for name, _, _ in batch.values()]
     assert len(ids) == 36  # two epochs of 18
     assert sorted(ids) == sorted(2 * list(set(ids)))
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_worker_processes_give_the_batches_in_the_same_order(module):
-    alone = read(module, first_step=1, num_steps=5)
-    with_workers = read(module, first_step=1, num_steps=5, num_workers=2)
-    assert [batch.ids for batch in with_workers] == [batch.ids for batch in alone]
-    assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(alone, with_workers, strict=True))
+def test_a_rank_without_a_sample_has_a_filler(module):
+    shares = [read(module, first_step=0, num_steps=1, rank=rank, world=15)[0] for rank in range(15)]
+    assert sorted(len(share.ids) for share in shares) == [0] * 3 + [1] * 12
+    assert all(share.packs[0].num_tiles for share in shares)
 
 
 def test_sources_take_over_at_their_steps(shards, tmp_path, tokenizer):
     write_shard(tmp_path / "text.tar", [("0", {"json": CONVERSATION})])
     sources = [SourceConfig(path=str(tmp_path), steps=2), SourceConfig(path=str(shards))]
-    batches = read(data_module(sources, tokenizer, batch_size=2), first_step=0, num_steps=4)
-    assert [{name.split("-")[0] for name in batch.ids} for batch in batches] == [
+    read_shares = read(data_module(sources, tokenizer, batch_size=2), first_step=0, num_steps=4)
+    assert [{name.split("-")[0] for name in share.ids} for share in read_shares] == [
         {"text.tar/0"},
         {"text.tar/0"},
         {"train"},
@@ -94,11 +109,6 @@ def test_sources_take_over_at_their_steps(shards, tmp_path, tokenizer):
 
 
 CONVERSATION = b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}'
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(module):
-    with pytest.raises(ValueError, match="batch_size 12 does not divide by the number of ranks, 5"):
-        TrainingBatches(module, first_step=0, rank=0, world=5)
 
 
 def test_missing_and_empty_shards_are_found_before_anything_is_built(tmp_path, tokenizer):

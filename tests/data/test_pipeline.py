@@ -6,8 +6,9 @@ import torch
 from tests.helpers import record, tiny_model, tiny_spec
 from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.decode import ImageLimits
-from vico_pl.data.order import SampleOrder
-from vico_pl.data.pipeline import apply, build_stages, group, run_stages
+from vico_pl.data.order import SampleOrder, SourceShape
+from vico_pl.data.packing import PackLimits
+from vico_pl.data.pipeline import apply, build_stages, run_stages
 from vico_pl.data.shards import read_index, write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.losses.consistency import consistency_kl
@@ -23,37 +24,66 @@ def sources(shards, tmp_path):
     return [read_index(shards), read_index(tmp_path / "faulty")]
 
 
-def stages(sources, tokenizer, *, batch_size, first_source_ends=0):
-    order = SampleOrder(
-        source_sizes=[index.num_samples for index in sources], source_ends=[first_source_ends, None], seed=0
-    )
-    chat = ChatEncoder(tokenizer, full_tokens_per_tile=4)
+def stages(sources, tokenizer, *, first_source_ends=0, full_tokens_per_tile=4, **changes):
+    shapes = [SourceShape(shard_sizes=tuple(index.shard_sizes)) for index in sources]
+    ends = [*[first_source_ends] * (len(sources) - 1), None]
     return build_stages(
-        sources, order=order, tiling=TilingConfig(tile_size=32, max_tiles=2), chat=chat, batch_size=batch_size
+        sources,
+        order=SampleOrder(sources=shapes, source_ends=ends, seed=0),
+        tiling=TilingConfig(tile_size=32, max_tiles=2),
+        chat=ChatEncoder(tokenizer, full_tokens_per_tile=full_tokens_per_tile),
+        cost=num_tiles,
+        **changes,
     )
 
 
-def test_positions_become_batches_in_their_order(sources, tokenizer):
-    pipeline = stages(sources, tokenizer, batch_size=4, first_source_ends=18)
-    batches = list(run_stages(range(18), pipeline))
-    assert [batch.num_samples for batch in batches] == [4, 4, 4, 4, 2]
-    ids = [name for batch in batches for name in batch.ids]
-    assert len(set(ids)) == 18
-    alone = [batch.ids[0] for position in range(18) for batch in run_stages([position], pipeline)]
-    assert alone == ids
-    assert all(batch.bad_records == [] for batch in batches)
+def num_tiles(_, tiles_per_image, __):
+    return float(sum(tiles_per_image))
+
+
+def run(positions, pipeline):
+    (share,) = run_stages(positions, pipeline)
+    return share
+
+
+def test_positions_become_a_share_of_the_same_samples_however_they_are_asked_for(sources, tokenizer):
+    pipeline = stages(sources, tokenizer, first_source_ends=18)
+    share = run(range(18), pipeline)
+    assert len(set(share.ids)) == 18
+    (pack,) = share.packs
+    assert pack.positions == list(range(18))
+    assert [run([position], pipeline).ids for position in range(18)] == [[name] for name in share.ids]
+    assert share.bad_records == []
+
+
+def test_packs_keep_their_limits_and_hold_every_sample_once(sources, tokenizer):
+    limits = PackLimits(max_tiles=6)
+    share = run(range(18), stages(sources, tokenizer, first_source_ends=18, pack_limits=limits))
+    assert len(share.packs) > 2
+    assert all(pack.num_tiles <= 6 for pack in share.packs)
+    assert sorted(position for pack in share.packs for position in pack.positions) == list(range(18))
+
+
+def test_every_pack_has_a_tile_if_need_be_that_of_the_filler(tmp_path, tokenizer):
+    text = record(text="How many days has a leap year?", answer="366", files={"jpg": None}).files
+    write_shard(tmp_path / "t.tar", [(str(i), text) for i in range(3)])
+    share = run(range(3), stages([read_index(tmp_path)], tokenizer))
+    (pack,) = share.packs
+    assert (pack.num_tiles, pack.positions) == (1, [0, 1, 2, -1])
+    assert len(share.ids) == 3
+    assert pack.num_response_tokens == int(pack.response_mask.sum()) > 0
+    (rows,) = [pack.response_mask.split(pack.sample_lengths.tolist())[-1]]
+    assert not rows.any()
 
 
 def test_bad_records_keep_their_slots_so_that_positions_never_shift(sources, tokenizer):
-    batches = list(
-        run_stages(range(8), stages(sources, tokenizer, batch_size=4))
-    )  # two epochs of four records
-    assert [batch.num_samples for batch in batches] == [2, 2]
-    for batch in batches:
-        assert sorted(batch.ids) == ["f.tar/0", "f.tar/3"]
-        bad = {item.id: item.reason for item in batch.bad_records}
+    pipeline = stages(sources, tokenizer)
+    for share in (run(range(4), pipeline), run(range(4, 8), pipeline)):  # two epochs
+        assert sorted(share.ids) == ["f.tar/0", "f.tar/3"]
+        bad = {item.id: item for item in share.bad_records}
         assert bad.keys() == {"f.tar/1", "f.tar/../climbing"}
-        assert bad["f.tar/1"].startswith("JSON: ")
+        assert bad["f.tar/1"].reason.startswith("JSON: ")
+        assert {item.source for item in share.bad_records} == {str(sources[1].folder)}
 
 
 def test_bytes_that_are_no_record_become_a_bad_record(tmp_path, tokenizer):
@@ -64,30 +94,27 @@ def test_bytes_that_are_no_record_become_a_bad_record(tmp_path, tokenizer):
     content = bytearray((tmp_path / "f.tar").read_bytes())
     content[first:second] = b"\xff" * (second - first)
     (tmp_path / "f.tar").write_bytes(content)
-    (batch,) = run_stages(range(3), stages([index, index], tokenizer, batch_size=3))
-    assert sorted(batch.ids) == ["f.tar/0", "f.tar/2"]
-    (bad,) = batch.bad_records
+    share = run(range(3), stages([index, index], tokenizer))
+    assert sorted(share.ids) == ["f.tar/0", "f.tar/2"]
+    (bad,) = share.bad_records
     assert (bad.id, bad.kind) == ("source 1, sample 1", "tar")
     assert f"bytes {first} to {second} of f.tar are no record" in bad.reason
 
 
 def test_over_long_samples_become_bad_records(sources, tokenizer):
-    order = SampleOrder(source_sizes=[4], source_ends=[None], seed=0)
-    chat = ChatEncoder(tokenizer, full_tokens_per_tile=9000)
-    pipeline = build_stages(
-        sources[1:], order=order, tiling=TilingConfig(tile_size=32, max_tiles=2), chat=chat, batch_size=4
-    )
-    (batch,) = run_stages(range(4), pipeline)
-    too_long = [item.reason for item in batch.bad_records if item.kind == "length"]
+    share = run(range(4), stages(sources[1:], tokenizer, full_tokens_per_tile=9000))
+    too_long = [item.reason for item in share.bad_records if item.kind == "length"]
     assert len(too_long) == 2
     assert all("tokens at full vision tokens; chat.max_tokens is 8192" in reason for reason in too_long)
 
 
-def test_a_batch_of_bad_records_alone_is_one_empty_sample_that_trains_nothing(tmp_path, tokenizer):
+def test_a_share_of_bad_records_alone_is_one_filler_that_trains_nothing(tmp_path, tokenizer):
     write_shard(tmp_path / "f.tar", [(str(i), {"json": b"{"}) for i in range(4)])
-    (batch,) = run_stages(range(4), stages([read_index(tmp_path)] * 2, tokenizer, batch_size=4))
-    assert len(batch.bad_records) == 4
-    assert (batch.ids, batch.num_tiles, int(batch.response_mask.sum())) == ([""], 0, 0)
+    share = run(range(4), stages([read_index(tmp_path)] * 2, tokenizer))
+    assert (len(share.bad_records), share.ids) == (4, [])
+    (batch,) = share.packs
+    assert (batch.positions, batch.num_tiles, batch.num_response_tokens) == ([-1], 1, 0)
+    assert torch.equal(batch.tiles, share.filler.tiles)
     model = tiny_model(language={**tiny_spec().language, "vocab_size": len(tokenizer)}).train()
     features = model.encode_tiles(batch.tiles)
     states = model.response_states(batch, features, model.full_ratios(batch))
@@ -100,18 +127,10 @@ def test_a_batch_of_bad_records_alone_is_one_empty_sample_that_trains_nothing(tm
 
 
 def test_images_above_the_limits_become_bad_records(sources, tokenizer):
-    order = SampleOrder(source_sizes=[18], source_ends=[None], seed=0)
-    pipeline = build_stages(
-        sources[:1],
-        order=order,
-        tiling=TilingConfig(tile_size=32, max_tiles=2),
-        chat=ChatEncoder(tokenizer, full_tokens_per_tile=4),
-        batch_size=18,
-        limits=ImageLimits(max_pixels=64 * 64),
-    )
-    (batch,) = run_stages(range(18), pipeline)
-    assert {bad.kind for bad in batch.bad_records} == {"image_limit"}
-    assert 0 < len(batch.bad_records) < 18
+    pipeline = stages(sources[:1], tokenizer, image_limits=ImageLimits(max_pixels=64 * 64))
+    share = run(range(18), pipeline)
+    assert {bad.kind for bad in share.bad_records} == {"image_limit"}
+    assert 0 < len(share.bad_records) < 18
 
 
 def test_only_record_errors_are_taken_for_bad_records():
@@ -119,18 +138,12 @@ def test_only_record_errors_are_taken_for_bad_records():
         raise KeyError("a fault of ours")
 
     with pytest.raises(KeyError):
-        list(apply([1], function=broken))
-
-
-def test_groups_hold_size_items_and_the_rest():
-    assert list(group(range(7), size=3)) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(group(range(6), size=3)) == [[0, 1, 2], [3, 4, 5]]
-    assert list(group([], size=3)) == []
+        list(apply([(0, 1)], function=broken))
 
 
 def test_stages_travel_to_worker_processes_and_do_the_same_there(sources, tokenizer):
-    pipeline = stages(sources, tokenizer, batch_size=2, first_source_ends=4)
-    copy = pickle.loads(pickle.dumps(pipeline))
-    for ours, theirs in zip(run_stages(range(4), pipeline), run_stages(range(4), copy), strict=True):
-        assert ours.ids == theirs.ids
-        assert torch.equal(ours.tiles, theirs.tiles)
+    pipeline = stages(sources, tokenizer, first_source_ends=4)
+    ours, copy = run(range(4), pipeline), pickle.loads(pickle.dumps(pipeline))
+    theirs = run(range(4), copy)
+    assert ours.ids == theirs.ids
+    assert torch.equal(ours.packs[0].tiles, theirs.packs[0].tiles)

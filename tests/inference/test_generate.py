@@ -8,7 +8,6 @@ from vico_pl.data.decode import read_image
 from vico_pl.inference.generate import answer, answer_image, generate_ids, pad_left
 from vico_pl.inference.session import question_text
 from vico_pl.model.language import run_packed
-from vico_pl.model.splice import Spliced
 
 MAX_NEW = 9
 
@@ -147,17 +146,30 @@ def test_training_time_attention_does_not_leak_into_generation(session, mixed):
     assert torch.equal(batched_ids(session, samples, questions, ratios), first)
 
 
-def test_rows_end_together_and_padding_is_masked():
-    rows = torch.arange(1.0, 7.0)[:, None]  # two samples of 4 and 2 tokens, width 1
-    spliced = Spliced(
-        embeddings=rows,
-        position_ids=torch.tensor([0, 1, 2, 3, 0, 1]),
-        segment_lengths=[4, 2],
-        response_positions=torch.empty(0, dtype=torch.int64),
-    )
-    embeddings, mask = pad_left(spliced)
-    assert embeddings.squeeze(2).tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
-    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+def test_rows_end_together():
+    packed = torch.arange(1.0, 13.0).view(1, 2, 6, 1)  # two heads; samples of 4 and 2 tokens
+    padded = pad_left(packed, [4, 2])
+    assert padded[0, :, :, 0].tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
+    assert padded[1, :, :, 0].tolist() == [[0, 0, 5, 6], [0, 0, 11, 12]]
+
+
+def test_prompts_run_in_one_pass_without_padding_and_only_once(session, mixed):
+    samples, questions, ratios = mixed
+    seen = []
+
+    def note(_, __, given):
+        tokens = given.get("inputs_embeds")
+        seen.append(tuple((given["input_ids"] if tokens is None else tokens).shape[:2]))
+
+    session.model.language.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    batched_ids(never_ends(session), samples, questions, ratios, max_new_tokens=3)
+    prompts = [
+        session.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+        for sample, question in zip(samples, questions, strict=True)
+    ]
+    vision = sum(int((16 // r).sum()) - len(r) for r in ratios)
+    total = sum(len(prompt.input_ids) for prompt in prompts) + vision
+    assert seen == [(1, total), (6, 1), (6, 1), (6, 1)]
 
 
 def test_questions_and_samples_must_pair_up(session):

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.helpers import WIDTH, tiny_spec
 from vico_pl.model.language import (
+    Prefixes,
     build_language_model,
     check_flash_attention,
     run_packed,
@@ -67,6 +68,37 @@ def test_a_token_sees_its_own_sample_up_to_itself_and_nothing_else(language):
     assert seen == [3, 4, 5, 6]
 
 
+# Segments that go on from the samples of LENGTHS: after how many tokens of which, and by how many.
+PREFIXES = [(1, 4, 3), (1, 0, 2), (3, 5, 1), (1, 7, 4)]
+
+
+def run_after_prefixes(model, x, more):
+    starts, kept = [0, 3, 10, 11], {}
+    run_packed(model, x, positions(LENGTHS), LENGTHS, keep=kept)
+    prefixes = Prefixes(
+        kept=kept, starts=[starts[s] for s, _, _ in PREFIXES], lengths=[length for _, length, _ in PREFIXES]
+    )
+    position_ids = torch.cat([torch.arange(length, length + n) for _, length, n in PREFIXES])
+    lengths = [n for _, _, n in PREFIXES]
+    return run_packed(model, more, position_ids, lengths, prefixes=prefixes)
+
+
+def whole_after_prefixes(model, x, more):
+    """Each continuation as one sample, prefix and all."""
+    parts, found = x.split(LENGTHS), []
+    for (sample, length, n), own in zip(PREFIXES, more.split([n for _, _, n in PREFIXES]), strict=True):
+        whole = torch.cat([parts[sample][:length], own])
+        found.append(one_by_one(model, whole, [length + n])[length:])
+    return torch.cat(found)
+
+
+def test_segments_go_on_from_tokens_of_an_earlier_pass(language):
+    x, more = embeddings(LENGTHS), embeddings([10], seed=2)
+    with torch.no_grad():
+        found, expected = run_after_prefixes(language, x, more), whole_after_prefixes(language, x, more)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_the_configuration_is_left_as_it_was():
     config = tiny_spec().language
     build_language_model(config)
@@ -79,15 +111,23 @@ def flash_calls(monkeypatch):
     calls = []
 
     def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **rest):
-        calls.append({"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens_q.tolist(), "causal": causal, **rest})
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert cu_seqlens_q.dtype == torch.int32
-        lengths = cu_seqlens_q.diff().tolist()
-        parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        alone = [
-            scaled_dot_product_attention(*part, is_causal=causal, scale=softmax_scale, enable_gqa=True)
-            for part in parts
-        ]
+        bounds = {"cu_seqlens_q": cu_seqlens_q.tolist(), "cu_seqlens_k": cu_seqlens_k.tolist()}
+        calls.append({"q": q, "k": k, "v": v, "causal": causal, **bounds, **rest})
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        alone = []
+        splits = ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+        for one_q, one_k, one_v in zip(
+            *(x.transpose(0, 1).split(bounds.diff().tolist(), dim=1) for x, bounds in splits), strict=True
+        ):
+            queries, keys = one_q.shape[1], one_k.shape[1]
+            mask = torch.ones(queries, keys, dtype=torch.bool).tril(
+                keys - queries
+            )  # as the package aligns it
+            alone.append(
+                scaled_dot_product_attention(
+                    one_q, one_k, one_v, attn_mask=mask, scale=softmax_scale, enable_gqa=True
+                )
+            )
         return torch.cat(alone, dim=1).transpose(0, 1)  # S heads width
 
     package = ModuleType("flash_attn")
@@ -103,10 +143,20 @@ def test_flash_attention_computes_the_same_in_one_call_per_layer(language, flash
     torch.testing.assert_close(run_packed(language, x, positions(LENGTHS), LENGTHS), expected)
     assert len(flash_calls) == 2
     first = flash_calls[0]
-    assert first["cu_seqlens"] == [0, 3, 10, 11, 16]
+    assert first["cu_seqlens_q"] == first["cu_seqlens_k"] == [0, 3, 10, 11, 16]
     assert (first["max_seqlen_q"], first["max_seqlen_k"], first["dropout_p"]) == (7, 7, 0.0)
     assert first["causal"]
     assert (first["q"].shape, first["k"].shape, first["v"].shape) == ((16, 2, 16), (16, 1, 16), (16, 1, 16))
+
+
+def test_flash_attention_goes_on_from_tokens_of_an_earlier_pass(language, flash_calls):
+    x, more = embeddings(LENGTHS), embeddings([10], seed=2)
+    expected = run_after_prefixes(language, x, more)
+    set_packed_attention(language, "flash")
+    torch.testing.assert_close(run_after_prefixes(language, x, more), expected)
+    last = flash_calls[-1]
+    assert (last["cu_seqlens_q"], last["cu_seqlens_k"]) == ([0, 3, 5, 6, 10], [0, 7, 9, 15, 26])
+    assert (last["max_seqlen_q"], last["max_seqlen_k"]) == (4, 11)
 
 
 def test_flash_attention_is_given_half_precision_under_autocast(language, flash_calls):

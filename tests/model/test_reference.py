@@ -131,6 +131,22 @@ def test_a_shared_reference_leaves_training_as_it_was(batch):
     assert all(p.grad is not None for p in policy.language.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(("trainable", "passes"), [(["connectors"], 0), (["vision", "connectors"], 1)])
+def test_features_of_a_shared_vision_encoder_are_not_computed_twice(trainable, passes, batch):
+    policy, reference = beside(trainable)
+    expected = reference.response_states(batch)
+    features, encoded = policy.encode_tiles(batch.tiles), []
+    reference.model.vision.register_forward_hook(lambda *_: encoded.append(True))
+    assert torch.equal(reference.response_states(batch, policy_features=features), expected)
+    assert len(encoded) == passes
+
+
+def test_features_of_no_policy_beside_it_are_not_used(owner, batch):
+    expected = owner.reference.response_states(batch)
+    others = torch.zeros_like(owner.reference.model.encode_tiles(batch.tiles))
+    assert torch.equal(owner.reference.response_states(batch, policy_features=others), expected)
+
+
 def test_adapters_drop_out_for_the_policy_and_not_for_the_reference():
     batch = batch_of(encoded_sample(1))
     policy, reference = beside(["lora"], dropout=0.5)

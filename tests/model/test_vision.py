@@ -40,6 +40,15 @@ def test_every_tile_is_encoded_by_itself():
     assert module(x).shape == (3, 16, WIDTH)
 
 
+def test_a_frozen_encoder_drops_nothing_at_random():
+    module, x = encoder(patch_dropout=0.5).train(), tiles(2)
+    assert module(x).shape != (2, 16, WIDTH), "while it is trained, it does"
+    module.requires_grad_(requires_grad=False)
+    assert torch.equal(module(x), module(x))
+    assert module(x).shape == (2, 16, WIDTH)
+    assert module.tower.training, "it is left as it was"
+
+
 def test_no_tiles_give_no_features():
     assert encoder()(tiles(0)).shape == (0, 16, WIDTH)
 

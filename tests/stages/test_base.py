@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -5,8 +6,10 @@ import torch
 from torch import nn
 
 from tests.helpers import batch_of, encoded_sample
+from vico_pl.data.collate import collate
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.base import Mean, ShareFacts, Stage, StepResult
+from vico_pl.types import BadRecord, Share
 
 
 class WeightTimesTokens(Stage):
@@ -15,52 +18,116 @@ class WeightTimesTokens(Stage):
     area = "toy"
 
     def __init__(self):
-        super().__init__(OptimConfig(), num_steps=10)
+        super().__init__(OptimConfig(lr=1.0, max_grad_norm=1e9), num_steps=10)
         self.weight = nn.Parameter(torch.tensor(1.0))
 
     def step(self, batch):
         ids = batch.input_ids[batch.response_mask]
-        return StepResult(
-            loss_sum=(self.weight - ids).square().sum(), count=len(ids), metrics={"toy/seen": 3.0}
-        )
+        return StepResult(loss_sum=(self.weight - ids).square().sum(), metrics={"toy/seen": Mean(3.0, 1)})
 
     def trained_model(self):
         raise NotImplementedError
 
 
-def run(batch, *, world=1, everywhere=None):
-    """Loss, gradient and log of one training step of a rank; all ranks come to the count `everywhere`."""
-    stage, logged = WeightTimesTokens(), {}
-    stage.log = lambda name, value, **_: logged.update({name: float(value)})
-    stage.trainer = SimpleNamespace(
-        world_size=world,
-        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.25}])],
-        strategy=SimpleNamespace(reduce=lambda _, reduce_op: {"sum": everywhere}[reduce_op]),
+class Others:
+    """Ranks beside this one, whose facts are known."""
+
+    def __init__(self, *facts):
+        self.world, self._facts = 1 + len(facts), facts
+
+    def gather(self, value):
+        return [value, *self._facts] if isinstance(value, ShareFacts) else [value] * self.world
+
+
+def share_of(*packs, bad=()):
+    filler = collate([encoded_sample(0, images=(1,), answers=())], positions=[-1])
+    return Share(packs=list(packs), bad_records=list(bad), filler=filler)
+
+
+def run(share, *others):
+    """What one training step of a rank leaves behind."""
+    stage, logged, seen = WeightTimesTokens(), {}, []
+    stage.log = lambda name, value, **_: logged.update({name: value})
+    stage.ranks = Others(*others)
+    weight, gradients, events = stage.weight, [], []
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(weight.grad.item()))
+    stage.optimizers, stage.lr_schedulers = lambda: optimizer, lambda: SimpleNamespace(step=lambda: None)
+
+    @contextmanager
+    def here():
+        events.append("kept")
+        yield
+
+    stage._gradients_stay_here = here
+    stage.manual_backward = lambda loss: (
+        events.append("backward"),
+        seen.append(loss.item()),
+        loss.backward(),
     )
-    loss = stage.training_step(batch, 0)
-    loss.backward()
-    return loss.item(), stage.weight.grad.item(), logged
+    stage.trainer = SimpleNamespace(global_step=1, log_every_n_steps=1, optimizers=[optimizer])
+    outputs = stage.training_step(share, 0)
+    assert weight.grad is None
+    return SimpleNamespace(
+        loss=sum(seen), gradient=gradients[0], logged=logged, outputs=outputs, events=events, stage=stage
+    )
 
 
 def test_the_loss_is_the_mean_over_response_tokens():
     batch = batch_of(encoded_sample(1, answers=(3,)), encoded_sample(2, answers=(1,)))
     ids = batch.input_ids[batch.response_mask].float()
-    loss, _, logged = run(batch)
-    assert loss == pytest.approx((1 - ids).square().mean().item(), rel=1e-6)
-    assert logged == {"toy/loss": pytest.approx(loss), "toy/seen": 3.0, "optim/lr": 0.25}
+    found = run(share_of(batch))
+    assert found.loss == pytest.approx((1 - ids).square().mean().item(), rel=1e-6)
+    assert found.logged == {
+        "toy/loss": pytest.approx(found.loss),
+        "toy/seen": 3.0,
+        "optim/lr": 1.0,
+        "optim/grad_norm": pytest.approx(abs(found.gradient)),
+    }
+
+
+def test_any_split_into_packs_gives_the_step_of_the_whole_batch():
+    samples = [encoded_sample(i, answers=(n,)) for i, n in ((1, 3), (2, 9), (3, 1))]
+    whole = run(share_of(batch_of(*samples)))
+    packs = run(share_of(*map(batch_of, samples)))
+    assert packs.gradient == pytest.approx(whole.gradient, rel=1e-6)
+    assert packs.logged == pytest.approx(whole.logged, rel=1e-6)
+    assert packs.stage.weight.item() == pytest.approx(whole.stage.weight.item(), rel=1e-6)
 
 
 def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
     # Ranks with 3 and 9 response tokens: a mean of their means would weigh tokens of the first three times.
     first, second = encoded_sample(1, answers=(3,)), encoded_sample(2, answers=(9,))
-    loss, gradient, _ = run(batch_of(first, second))
-    ranks = [run(batch_of(sample), world=2, everywhere=12.0) for sample in (first, second)]
-    assert sum(rank[1] for rank in ranks) / 2 == pytest.approx(gradient, rel=1e-6)  # what DDP makes of it
-    assert sum(rank[0] for rank in ranks) / 2 == pytest.approx(loss, rel=1e-6)
-    assert sum(rank[2]["toy/loss"] for rank in ranks) / 2 == pytest.approx(loss, rel=1e-6)
+    whole = run(share_of(batch_of(first, second)))
+    ranks = [
+        run(share_of(batch_of(sample)), ShareFacts(1, others, 1, 0))
+        for sample, others in ((first, 9), (second, 3))
+    ]
+    assert sum(rank.gradient for rank in ranks) / 2 == pytest.approx(
+        whole.gradient, rel=1e-6
+    )  # what DDP does
+    assert sum(rank.loss for rank in ranks) / 2 == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_a_rank_with_fewer_packs_runs_fillers_that_change_nothing():
+    batch = batch_of(encoded_sample(1, answers=(3,)))
+    alone, beside = run(share_of(batch)), run(share_of(batch), ShareFacts(3, 0, 0, 0))
+    assert beside.events.count("backward") == 3
+    assert beside.gradient == pytest.approx(2 * alone.gradient)  # halved by the mean over two ranks
+
+
+def test_gradients_are_exchanged_with_the_last_pack_alone():
+    packs = [batch_of(encoded_sample(i)) for i in range(3)]
+    assert run(share_of(*packs)).events == ["kept", "backward", "kept", "backward", "backward"]
 
 
 def test_a_step_without_anything_to_learn_from_is_zero():
-    batch = batch_of(encoded_sample(1, answers=()))
-    loss, gradient, _ = run(batch)
-    assert (loss, gradient) == (0, 0)
+    found = run(share_of(batch_of(encoded_sample(1, answers=()))))
+    assert (found.loss, found.gradient) == (0, 0)
+    assert "toy/loss" not in found.logged
+
+
+def test_callbacks_are_told_of_the_samples_of_all_ranks():
+    bad = [BadRecord(id="a", reason="b")] * 2
+    found = run(share_of(batch_of(encoded_sample(1)), bad=bad), ShareFacts(1, 4, 5, 1))
+    assert found.outputs == {"num_samples": 9, "num_bad": 3}

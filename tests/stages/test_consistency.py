@@ -1,22 +1,23 @@
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model
+from vico_pl.data.collate import collate
 from vico_pl.model.reference import FrozenReference
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage, draw_ratios
+from vico_pl.stages.ranks import Ranks
 
 
-def stage_of(model, reference=None, *, step=0, rank=0, seed=0, **config):
+def stage_of(model, reference=None, *, seed=0, **config):
     reference = FrozenReference(copy.deepcopy(reference or model))
     stage = ConsistencyStage(
         model, reference, ConsistencyConfig(**config), OptimConfig(), num_steps=10, seed=seed
     )
-    stage.trainer = SimpleNamespace(global_step=step, global_rank=rank, world_size=1)
+    stage.ranks = Ranks(1)
     return stage
 
 
@@ -26,12 +27,11 @@ def many_images():
 
 
 def draw(batch, *, mode, ratios=(4, 16), seed=0):
-    return draw_ratios(batch, list(ratios), mode=mode, generator=torch.Generator().manual_seed(seed))
+    return draw_ratios(batch, ratios, mode=mode, seed=seed)
 
 
 def drawn_by(stage, batch):
-    mode, generator = stage.config.ratio_draw, stage._generator()
-    return draw_ratios(batch, stage.model.ratios, mode=mode, generator=generator)
+    return draw_ratios(batch, stage.model.ratios, mode=stage.config.ratio_draw, seed=stage.seed)
 
 
 def fraction_of_uniform_images(ratios):
@@ -68,13 +68,26 @@ def test_a_batch_of_text_alone_draws_nothing(mode):
     assert draw(batch_of(encoded_sample(1, images=())), mode=mode).shape == (0,)
 
 
-def test_the_draw_is_a_function_of_seed_step_and_rank():
-    batch, model = many_images(), tiny_model()
-    draws = [drawn_by(stage_of(model, step=3, rank=1, seed=2), batch) for _ in range(2)]
-    assert torch.equal(*draws)
-    for changed in ({"step": 4}, {"rank": 0}, {"seed": 3}):
-        other = drawn_by(stage_of(model, **{"step": 3, "rank": 1, "seed": 2, **changed}), batch)
-        assert (other != draws[0]).float().mean() > 0.3
+def test_a_sample_draws_the_same_whatever_it_shares_the_batch_with():
+    samples, positions = mixed_samples(), [70, 3, 12, 9]
+    together = draw(collate(samples, positions=positions), mode="mixed")
+    alone = [
+        draw(collate([sample], positions=[position]), mode="mixed")
+        for sample, position in zip(samples, positions, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("mode", ["image", "tile", "mixed"])
+def test_positions_and_seeds_draw_by_themselves(mode):
+    samples = [encoded_sample(i, images=(3, 3), answers=(1,)) for i in range(200)]
+    draws = [
+        draw(collate(samples, positions=range(start, start + 200)), mode=mode, seed=seed)
+        for start, seed in ((0, 0), (0, 0), (200, 0), (0, 1))
+    ]
+    assert torch.equal(draws[0], draws[1])
+    for one, other in ((0, 2), (0, 3), (2, 3)):
+        assert (draws[one] == draws[other]).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 @torch.no_grad()
@@ -108,16 +121,15 @@ def test_the_loss_is_kl_of_the_reference_at_full_tokens_from_the_policy_at_drawn
         reverse=config.get("reverse_kl", False),
         temperature=config.get("temperature", 1.0),
     )
-    assert result.count == 17
     assert result.loss_sum.item() == pytest.approx(expected, rel=1e-4)
-    fraction = (4 / ratios).mean().item()
-    assert result.metrics["vision_tokens/fraction"].item() == pytest.approx(fraction)
+    total, count = result.metrics["vision_tokens/fraction"]
+    assert (total.item(), count) == (pytest.approx((4 / ratios).sum().item()), 7)
 
 
 def test_a_policy_at_full_tokens_that_is_the_reference_loses_nothing():
     result = stage_of(tiny_model(ratios=[4])).step(batch_of(*mixed_samples()))
     assert result.loss_sum.item() == pytest.approx(0, abs=1e-4)
-    assert result.metrics["vision_tokens/fraction"] == 1
+    assert result.metrics["vision_tokens/fraction"] == (7, 7)
 
 
 @pytest.mark.parametrize("images", [(), (3,)])

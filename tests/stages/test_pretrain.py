@@ -16,7 +16,6 @@ def test_its_loss_is_the_language_models_own_over_the_response():
         labels = torch.where(sample.response_mask, sample.input_ids, -100)
         mean = model.language(input_ids=sample.input_ids[None], labels=labels[None]).loss.item()
         expected += mean * int(sample.response_mask.sum())
-    assert result.count == 8
     assert result.loss_sum.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -25,4 +24,5 @@ def test_every_parameter_learns_from_a_step():
     result = PretrainStage(model, OptimConfig(), num_steps=1).step(batch_of(encoded_sample(1, images=(2,))))
     result.loss_sum.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    assert 0 <= result.metrics["pretrain/token_accuracy"] <= 1
+    hits, count = result.metrics["pretrain/token_accuracy"]
+    assert 0 <= hits <= count == 3

@@ -1,8 +1,8 @@
 """Proof, from what a run left behind, that it used each sample once per epoch and nothing else.
 
-Two accounts meet here. The order says which sample stands at each position (`order.py`), and so which ones
-each rank has to use at each step. The sample logs say which ones each rank did use. A sample is named
-`shard/key`, as in batches; two sources may share names, and are told apart by the position.
+Two accounts meet here. The order says which sample stands at each position (`order.py`), and so which ones a
+step has to use. The sample logs say which ones each rank did use. A sample is named `shard/key`, as in
+batches; two sources may share names, and are told apart by the position.
 
 An attempt (a process that trained) counts up to the step at which a later one took up again.
 """
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vico_pl.data.keys import SampleNames
-from vico_pl.data.module import DataConfig, build_order
+from vico_pl.data.module import DataConfig, build_order, open_sources
 from vico_pl.data.order import Place, SampleOrder
-from vico_pl.data.shards import read_index
 
 COLUMNS = ("used", "bad", "missing", "twice")
 
@@ -82,23 +81,23 @@ def audit_run(run_dir: Path, config: DataConfig, *, seed: int, completed_steps: 
         ValueError: there is no sample log, or a source is absent or damaged.
     """
     logs = read_logs(run_dir)
-    indexes = [read_index(source.path) for source in config.sources]
-    sizes = [index.num_samples for index in indexes]
+    indexes = open_sources(config)
     names = [SampleNames(index) for index in indexes]
-    ledger = _Ledger(build_order(config, sizes, seed=seed), names, config.batch_size)
+    ledger = _Ledger(build_order(config, indexes, seed=seed), names, config.batch_size)
     num_steps = max(completed_steps, _steps_logged(logs))
     for attempt in [_before(logs.attempts), *logs.attempts]:
         end = num_steps if attempt.end_step is None else attempt.end_step
         for step in range(attempt.first_step, end):
-            for rank in range(attempt.world):
-                used = logs.steps.get((attempt.number, rank), {}).get(step)
-                ledger.enter(step, rank, attempt.world, used)
+            of_ranks = (logs.steps.get((attempt.number, rank), {}) for rank in range(attempt.world))
+            ledger.enter(step, [steps[step] for steps in of_ranks if step in steps])
     return Audit(
-        sources=[(source.path, size) for source, size in zip(config.sources, sizes, strict=True)],
+        sources=[
+            (source.path, index.num_samples) for source, index in zip(config.sources, indexes, strict=True)
+        ],
         num_steps=num_steps,
         num_attempts=len(logs.attempts),
         counts=dict(ledger.counts),
-        faults=[*logs.faults, *_uneven(logs.attempts, config.batch_size), *ledger.faults],
+        faults=[*logs.faults, *ledger.faults],
     )
 
 
@@ -161,22 +160,18 @@ class _Ledger:
         self.counts: defaultdict[tuple[int, int], Counter[str]] = defaultdict(Counter)
         self.faults: list[Fault] = []
 
-    def enter(self, step: int, rank: int, world: int, used: Step | None) -> None:
-        """Enter what a rank used in a step; None: it left no word of it."""
-        share = self._batch_size // world
-        start = step * self._batch_size + rank * share
-        places = [self._order(position) for position in range(start, start + share)]
-        where = f"step {step}, rank {rank}"
-        ids, bad = (Counter(used.ids), Counter(used.bad)) if used else (Counter(), Counter())
-        in_order = [name for place in places if (name := self._cross_off(place, ids, bad, where))]
+    def enter(self, step: int, ranks: list[Step]) -> None:
+        """Enter what the ranks that left word of a step used in it; which of them did makes no difference."""
+        where = f"step {step}"
+        ids = Counter(name for used in ranks for name in used.ids)
+        bad = Counter(name for used in ranks for name in used.bad)
+        for position in range(step * self._batch_size, (step + 1) * self._batch_size):
+            self._cross_off(self._order(position), ids, bad, where)
         for name in (ids + bad).elements():
             self._enter_extra(name, where)
-        if used is not None and in_order != used.ids and Counter(in_order) == Counter(used.ids):
-            first = next(ours for ours, theirs in zip(used.ids, in_order, strict=True) if ours != theirs)
-            self.faults.append(Fault(id=first, reason=f"{where}: stands in another place of the batch"))
 
-    def _cross_off(self, place: Place, ids: Counter[str], bad: Counter[str], where: str) -> str | None:
-        """Find what stands at a place; returns its name if it was used."""
+    def _cross_off(self, place: Place, ids: Counter[str], bad: Counter[str], where: str) -> None:
+        """Find what stands at a place among what was used."""
         count = self.counts[place.source, place.epoch]
         self._epochs[place.source] = place.epoch
         name = self._names[place.source](place.sample)
@@ -186,12 +181,12 @@ class _Ledger:
         if name is not None and ids[name]:
             ids[name] -= 1
             count["used"] += 1
-            return name
+            return
         for bad_name in (name, unnamed):
             if bad_name is not None and bad[bad_name]:
                 bad[bad_name] -= 1
                 count["bad"] += 1
-                return None
+                return
         count["missing"] += 1
         self.faults.append(
             Fault(id=name or unnamed, reason=f"{where}: was to be used and was not ({unnamed})")
@@ -251,13 +246,6 @@ def _attempts(lines: Iterable[dict[str, Any]]) -> list[Attempt]:
         found.append(Attempt(number=line["attempt"], first_step=first, end_step=end, world=world))
         end = first if end is None else min(first, end)
     return found[::-1]
-
-
-def _uneven(attempts: list[Attempt], batch_size: int) -> Iterator[Fault]:
-    for attempt in attempts:
-        if batch_size % attempt.world:
-            reason = f"had {attempt.world} ranks, which cannot share batches of {batch_size} samples"
-            yield Fault(id=f"attempt {attempt.number}", reason=reason)
 
 
 def _before(attempts: list[Attempt]) -> Attempt:

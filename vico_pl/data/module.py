@@ -2,41 +2,65 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.decode import ImageLimits
-from vico_pl.data.order import SampleOrder
+from vico_pl.data.order import SampleOrder, SourceShape
+from vico_pl.data.packing import BYTES_PER_TOKEN, PackLimits, SampleCost, deal, estimated_tiles
 from vico_pl.data.pipeline import build_stages, run_stages
-from vico_pl.data.shards import read_index
+from vico_pl.data.shards import ShardIndex, read_index
 from vico_pl.data.tiling import TilingConfig
-from vico_pl.types import Batch
+from vico_pl.types import Share
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """A folder of shards, and how long (a curriculum) or how often (a mixture) it feeds the run."""
+    """A set of shards, and how long (a curriculum) or how often (a mixture) it feeds the run."""
 
-    path: str
+    path: str  # a folder, glob, brace range or URL of shards, see data/README.md
     steps: int | None = None  # optimizer steps before the next source takes over; the last source has none
     weight: float | None = None  # share of the samples, of any sum over the sources; all have one or none
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamingConfig:
+    """How shards are read that must be fetched or unpacked whole: those at URLs, and compressed ones."""
+
+    window: int = 8  # shards that are shuffled together
+    cache_dir: str | None = None  # where they lie meanwhile, best on a disk of the node; none: in ~/.cache
+    cache_gib: float = 100.0  # shards used longest ago go when there are more
+    max_shard_gib: float = 16.0  # a larger one is refused while it is fetched
+    allow_pipe: bool = False  # whether a path may be pipe:COMMAND, which runs in a shell
+
+    def __post_init__(self) -> None:
+        """Refuse windows and limits of nothing."""
+        if self.window < 1:
+            raise ValueError(f"data.streaming.window is {self.window}; expected at least 1")
+        if min(self.cache_gib, self.max_shard_gib) <= 0:
+            given = f"cache_gib is {self.cache_gib} and max_shard_gib {self.max_shard_gib}"
+            raise ValueError(f"data.streaming.{given}; expected more than 0 for both")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and how it becomes batches."""
+    """What is read, and how it becomes steps."""
 
     sources: list[SourceConfig] = field(default_factory=list)  # one after the other, or mixed by weight
     batch_size: int = 16  # samples of a global batch, which is one optimizer step over all ranks
     num_workers: int = 1  # processes per rank that decode; 0: in the training process
     tiling: TilingConfig = field(default_factory=TilingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    packs: PackLimits = field(default_factory=PackLimits)  # what goes through the model at a time
     images: ImageLimits = field(default_factory=ImageLimits)  # what an image may cost
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)  # of URLs and compressed shards
     max_bad_fraction: float = 0.05  # of the last 2,000 samples; if more are bad the run stops
 
     def __post_init__(self) -> None:
@@ -52,78 +76,123 @@ class DataConfig:
 
 
 class DataModule(L.LightningDataModule):
-    """Gives the trainer batches, from the position that its global step implies."""
+    """Gives the trainer steps, from the position that its global step implies."""
 
     def __init__(
-        self, config: DataConfig, *, tokenizer: PreTrainedTokenizerBase, full_tokens_per_tile: int, seed: int
+        self,
+        config: DataConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        full_tokens_per_tile: int,
+        seed: int,
+        cost: SampleCost | None = None,
     ) -> None:
-        """Open the shards, so that a missing one is found before anything else is built."""
+        """Open the shards, so that a missing one is found before anything else is built.
+
+        `cost` of a sample decides which rank takes it; without one, its tokens at full vision tokens do.
+        """
         super().__init__()
         if not config.sources:
             raise ValueError("data.sources is empty; name at least one folder of shards")
         self.config = config
-        self.indexes = [read_index(source.path) for source in config.sources]
-        for index in self.indexes:
-            if index.num_samples == 0:
-                raise ValueError(f"{index.folder}: its shards hold no samples")
+        self.indexes = open_sources(config)
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
-        self.order = build_order(config, [index.num_samples for index in self.indexes], seed=seed)
+        self.order = build_order(config, self.indexes, seed=seed)
+        self.cost = cost or partial(_num_tokens, tokens_per_tile=full_tokens_per_tile)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Share]:
         """Return an endless loader that goes on at the trainer's global step."""
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the DataModule is not attached to a Trainer")
-        dataset = TrainingBatches(
+        dataset = Shares(
             self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size
         )
         workers = self.config.num_workers
-        prefetch = 4 if workers else None
-        return DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=prefetch)
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
 
 
-class TrainingBatches(IterableDataset[Batch]):
-    """This rank's share of every global batch, from `first_step` on; worker k of w takes every w-th step."""
+class Shares(IterableDataset[Share]):
+    """A rank's share of every step from `first_step` on; worker k of w makes every w-th."""
 
     def __init__(self, data: DataModule, *, first_step: int, rank: int, world: int) -> None:
-        """Refuse a global batch that the ranks cannot share evenly."""
+        """Serve one rank of `world`."""
         super().__init__()
-        size = data.config.batch_size
-        if size % world:
-            raise ValueError(f"data.batch_size {size} does not divide by the number of ranks, {world}")
-        self.first_step, self.rank, self.share, self.batch_size = first_step, rank, size // world, size
+        self.data, self.first_step, self.rank, self.world = data, first_step, rank, world
         self.stages = build_stages(
             data.indexes,
             order=data.order,
             tiling=data.config.tiling,
             chat=data.chat,
-            batch_size=self.share,
-            limits=data.config.images,
+            cost=data.cost,
+            image_limits=data.config.images,
+            pack_limits=data.config.packs,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield batches without end."""
+    def __iter__(self) -> Iterator[Share]:
+        """Yield shares without end."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        return run_stages(self._positions(worker, num_workers), self.stages)
-
-    def _positions(self, worker: int, num_workers: int) -> Iterator[int]:
         for step in itertools.count(self.first_step + worker, num_workers):
-            start = step * self.batch_size + self.rank * self.share
-            yield from range(start, start + self.share)
+            yield from run_stages(self.positions(step), self.stages)
+
+    def positions(self, step: int) -> list[int]:
+        """Return which positions of a step's global batch are this rank's: all ranks deal alike."""
+        size = self.data.config.batch_size
+        positions = range(step * size, (step + 1) * size)
+        if self.world == 1:
+            return list(positions)
+        hands = deal([self._estimated_cost(position) for position in positions], self.world)
+        return [positions[index] for index in hands[self.rank]]
+
+    def _estimated_cost(self, position: int) -> float:
+        place = self.data.order(position)
+        size = self.data.indexes[place.source].size_of(place.sample)
+        tiles_per_image = estimated_tiles(size, self.data.config.tiling)
+        return self.data.cost(position, tiles_per_image, size.text_bytes // BYTES_PER_TOKEN)
 
 
-def build_order(config: DataConfig, sizes: list[int], *, seed: int) -> SampleOrder:
-    """Return the order in which a run reads sources of `sizes` samples."""
+def open_sources(config: DataConfig) -> list[ShardIndex]:
+    """Open the sources of a run.
+
+    Raises:
+        ValueError: one is absent, damaged or without samples.
+    """
+    indexes = [read_index(source.path) for source in config.sources]
+    for index in indexes:
+        if index.num_samples == 0:
+            raise ValueError(f"{index.folder}: its shards hold no samples")
+    return indexes
+
+
+def build_order(config: DataConfig, indexes: Sequence[ShardIndex], *, seed: int) -> SampleOrder:
+    """Return the order in which a run reads its sources."""
     weights = [source.weight for source in config.sources if source.weight is not None]
     steps = itertools.accumulate(source.steps or 0 for source in config.sources[:-1])
     curriculum: list[int | None] = [*(step * config.batch_size for step in steps), None]
+    shapes = [
+        SourceShape(
+            shard_sizes=tuple(index.shard_sizes),
+            window=config.streaming.window if index.is_streamed else None,
+        )
+        for index in indexes
+    ]
     return SampleOrder(
-        source_sizes=sizes,
-        source_ends=[None] * len(sizes) if weights else curriculum,
+        sources=shapes,
+        source_ends=[None] * len(indexes) if weights else curriculum,
         seed=seed,
         weights=weights or None,
     )
+
+
+def _num_tokens(_: int, tiles_per_image: Sequence[int], text_tokens: int, *, tokens_per_tile: int) -> float:
+    return float(text_tokens + sum(tiles_per_image) * tokens_per_tile)
 
 
 def _check_curriculum(sources: list[SourceConfig]) -> None:

@@ -1,20 +1,22 @@
-"""Which record is next: a pure function of (index sizes, weights, seed, position).
+"""Which record is next: a pure function of (shard sizes, weights, seed, position).
 
 The order of samples does not depend on the number of ranks or workers, and the position is one integer, so a
-run resumes anywhere at once. Epoch e of a source is the permutation drawn from (seed, e). Several sources
-follow each other (a curriculum), or are mixed by weight, each with epochs of its own.
+run resumes anywhere at once. Epoch e of a source is the shuffle drawn from (seed, e). Several sources follow
+each other (a curriculum), or are mixed by weight, each with epochs of its own.
 
 A mixture is laid out in blocks of `BLOCK` positions. How often a source is used before a block has a closed
 form, so that no position needs those before it; within the block, chance decides, drawn from (seed, block).
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+
+from vico_pl.data.shuffle import Shuffle, shuffle_keys
 
 BLOCK = 64  # positions over which a mixture keeps its shares
 
@@ -28,35 +30,59 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceShape:
+    """What the order has to know of a source."""
+
+    shard_sizes: tuple[int, ...]  # samples of each shard
+    window: int | None = None  # shards that are shuffled together; none: the whole source is
+
+    @cached_property
+    def size(self) -> int:
+        """Samples of an epoch."""
+        return sum(self.shard_sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleOrder:
     """The endless sequence of samples of a run.
 
-    >>> order = SampleOrder(source_sizes=[3, 2], source_ends=[4, None], seed=0)
+    >>> three, two = SourceShape(shard_sizes=(3,)), SourceShape(shard_sizes=(2,))
+    >>> order = SampleOrder(sources=[three, two], source_ends=[4, None], seed=0)
     >>> [(place.source, place.epoch) for place in map(order, range(7))]
     [(0, 0), (0, 0), (0, 0), (0, 1), (1, 0), (1, 0), (1, 1)]
 
     A mixture, three samples of the first source for each one of the second: of 64 positions 48 and 16 are
-    theirs, which makes 12 epochs of four samples and 8 of two.
+    theirs, which makes 16 epochs of three samples and 8 of two.
 
-    >>> mixture = SampleOrder(source_sizes=[4, 2], source_ends=[None, None], seed=0, weights=[3.0, 1.0])
+    >>> mixture = SampleOrder(sources=[three, two], source_ends=[None, None], seed=0, weights=[3.0, 1.0])
     >>> [place.source for place in map(mixture, range(12))]
     [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
     >>> places = list(map(mixture, range(64)))
-    >>> [(places.count((0, epoch, 3)), places.count((1, epoch, 0))) for epoch in (0, 7, 8, 11, 12)]
+    >>> [(places.count((0, epoch, 2)), places.count((1, epoch, 0))) for epoch in (0, 7, 8, 15, 16)]
     [(1, 1), (1, 1), (1, 0), (1, 0), (0, 0)]
     """
 
-    source_sizes: list[int]  # samples of each source
-    source_ends: list[int | None]  # position at which the next source takes over; None: never
+    sources: Sequence[SourceShape]
+    source_ends: Sequence[int | None]  # position at which the next source takes over; None: never
     seed: int
-    weights: list[float] | None = None  # of a mixture: share of each source, above 0, of any sum
+    weights: Sequence[float] | None = None  # of a mixture: share of each source, above 0, of any sum
 
     def __call__(self, position: int) -> Place:
         """Return what stands at a position of the run."""
+        source, epoch, offset = self._locate(position)
+        return Place(source, epoch, self._shuffle(source, epoch)(offset))
+
+    def shards_after(self, position: int) -> tuple[int, ...]:
+        """Return the shards of the window that follows the one a position falls into, of the same source."""
+        source, epoch, offset = self._locate(position)
+        return self._shuffle(source, epoch).shards_after(offset) or self._shuffle(
+            source, epoch + 1
+        ).shards_of(0)
+
+    def _locate(self, position: int) -> tuple[int, int, int]:
+        """Return source, epoch and offset in the epoch."""
         source, use = self._use(position)
-        size = self.source_sizes[source]
-        epoch, offset = divmod(use, size)
-        return Place(source, epoch, int(_permutations(size, self.seed + source)(epoch)[offset]))
+        return source, *divmod(use, self.sources[source].size)
 
     def _use(self, position: int) -> tuple[int, int]:
         """Return whose turn it is, and how often it had one before."""
@@ -69,6 +95,20 @@ class SampleOrder:
                 return source, position - start
             start = end
         raise IndexError(f"position {position} lies behind the last source")
+
+    def _shuffle(self, source: int, epoch: int) -> Shuffle:
+        """Return the shuffle of an epoch; two of each source are kept, for steps that reach into the next."""
+        if (source, epoch) not in self._shuffles:
+            for kept in [key for key in self._shuffles if key[0] == source][:-1]:
+                del self._shuffles[kept]
+            shape, keys = self.sources[source], shuffle_keys(self.seed, source, epoch)
+            made = Shuffle(shard_sizes=shape.shard_sizes, window=shape.window, keys=keys)
+            self._shuffles[source, epoch] = made
+        return self._shuffles[source, epoch]
+
+    @cached_property
+    def _shuffles(self) -> dict[tuple[int, int], Shuffle]:
+        return {}
 
 
 def uses_before(position: int, weights: list[Fraction]) -> list[int]:
@@ -95,20 +135,10 @@ def _turns(weights: tuple[float, ...], seed: int, block: int) -> list[tuple[int,
     exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not the float next to it
     before, after = (uses_before(start * BLOCK, exact) for start in (block, block + 1))
     quotas = [end - start for start, end in zip(before, after, strict=True)]
-    # 1: not the permutation of an epoch
+    # 1: not the shuffle of an epoch
     drawn = np.random.default_rng([seed, block, 1]).permutation(np.repeat(np.arange(len(quotas)), quotas))
     turns = []
     for source in drawn.tolist():
         turns.append((source, before[source]))
         before[source] += 1
     return turns
-
-
-@lru_cache(maxsize=256)
-def _permutations(size: int, seed: int) -> Callable[[int], np.ndarray]:
-    """Return the permutations of a source by epoch; two are kept, for batches that reach into the next."""
-    return lru_cache(maxsize=2)(partial(_permutation, size, seed))
-
-
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)

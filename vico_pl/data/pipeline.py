@@ -1,6 +1,10 @@
-"""The way from a position in the order to a batch: one list, top to bottom."""
+"""The way from positions in the order to a rank's share of a step: one list, top to bottom.
 
-from collections.abc import Callable, Iterable, Iterator
+An item keeps its position all the way, so that a bad record leaves a gap in its batch and none in the order.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,79 +15,112 @@ from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import DEFAULT_LIMITS, ImageLimits, RecordError, bad_record, decode_record
 from vico_pl.data.order import SampleOrder
+from vico_pl.data.packing import PackLimits, SampleCost, split_into_packs
 from vico_pl.data.shards import RecordReader, ShardIndex
 from vico_pl.data.tiling import TilingConfig, tile_sample
-from vico_pl.types import BadRecord, EncodedSample, Record, TiledSample
+from vico_pl.types import BadRecord, EncodedSample, Share, TiledSample
 
+Item = tuple[int, Any]  # position and what it has become so far
 Stage = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 def build_stages(
-    sources: list[ShardIndex],
+    sources: Sequence[ShardIndex],
     *,
     order: SampleOrder,
     tiling: TilingConfig,
     chat: ChatEncoder,
-    batch_size: int,
-    limits: ImageLimits = DEFAULT_LIMITS,
+    cost: SampleCost,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
+    pack_limits: PackLimits = PackLimits(),  # noqa: B008 - frozen
 ) -> list[Stage]:
-    """Return the stages that turn positions of the run into batches of `batch_size` records."""
+    """Return the stages that turn the positions of a share into that share."""
+    filler = filler_sample(tiling, chat)
     return [
         partial(read, order=order, readers=[RecordReader(index) for index in sources]),
-        partial(apply, function=partial(decode_record, limits=limits)),
+        partial(apply, function=partial(decode_record, limits=image_limits)),
         partial(apply, function=partial(tile_sample, config=tiling)),
         partial(apply, function=chat.encode, kind="length"),
-        partial(group, size=batch_size),
-        partial(apply, function=partial(collate, filler=empty_sample(tiling, chat))),
+        partial(name_sources, order=order, names=[str(index.folder) for index in sources]),
+        partial(
+            pack, limits=pack_limits, cost=cost, filler=filler, tokens_per_tile=chat.full_tokens_per_tile
+        ),
     ]
 
 
-def read(
-    positions: Iterable[int], *, order: SampleOrder, readers: list[RecordReader]
-) -> Iterator[Record | BadRecord]:
-    """Turn positions into raw records."""
+def read(positions: Iterable[int], *, order: SampleOrder, readers: Sequence[RecordReader]) -> Iterator[Item]:
+    """Turn positions into raw records, and let each reader know which shards come next."""
     for position in positions:
         place = order(position)
+        reader = readers[place.source]
+        reader.expect(order.shards_after(position))
         try:
-            yield readers[place.source](place.sample)
+            yield position, reader(place.sample)
         except RecordError as error:
-            yield bad_record(f"source {place.source}, sample {place.sample}", error)
+            yield position, bad_record(f"source {place.source}, sample {place.sample}", error)
 
 
-def apply(source: Iterable[Any], *, function: Callable[[Any], Any], kind: str = "other") -> Iterator[Any]:
+def apply(source: Iterable[Item], *, function: Callable[[Any], Any], kind: str = "other") -> Iterator[Item]:
     """Apply `function` to each item; one that raises `RecordError` becomes a `BadRecord` in its place.
 
     `kind` counts for errors that name none.
     """
-    for item in source:
+    for position, item in source:
         if isinstance(item, BadRecord):
-            yield item
+            yield position, item
             continue
         try:
-            yield function(item)
+            yield position, function(item)
         except RecordError as error:
-            yield bad_record(item.id, error, kind=kind)
+            yield position, bad_record(item.id, error, kind=kind)
 
 
-def group(source: Iterable[Any], *, size: int) -> Iterator[list[Any]]:
-    """Gather `size` items at a time; a short last group is given too."""
-    items: list[Any] = []
-    for item in source:
-        items.append(item)
-        if len(items) == size:
-            yield items
-            items = []
-    if items:
-        yield items
+def name_sources(source: Iterable[Item], *, order: SampleOrder, names: Sequence[str]) -> Iterator[Item]:
+    """Note on bad records which source they are from."""
+    for position, item in source:
+        if isinstance(item, BadRecord):
+            item = replace(item, source=names[order(position).source])
+        yield position, item
 
 
-def empty_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:
-    """Return a sample without name, images, text and response: its loss and all its gradients are 0."""
-    tiles = torch.empty(0, 3, tiling.tile_size, tiling.tile_size, dtype=torch.uint8)
-    sample = TiledSample(id="", tiles=tiles, tiles_per_image=[], turns=[], metadata={})
-    return chat.encode_prompt(sample, "")
+def pack(
+    source: Iterable[Item],
+    *,
+    limits: PackLimits,
+    cost: SampleCost,
+    filler: EncodedSample,
+    tokens_per_tile: int,
+) -> Iterator[Share]:
+    """Gather all items into one share.
+
+    Every pack has a tile, and every share a pack, if need be that of the filler: so all ranks run the same
+    parts of the model, and the filler, which has no response, adds nothing to loss and gradients.
+    """
+    items = list(source)
+    good = [(position, item) for position, item in items if isinstance(item, EncodedSample)]
+    tiles = [len(item.tiles) for _, item in good]
+    texts = [len(item.input_ids) - count for (_, item), count in zip(good, tiles, strict=True)]
+    tokens = [text + count * tokens_per_tile for text, count in zip(texts, tiles, strict=True)]
+    costs = [cost(p, item.tiles_per_image, text) for (p, item), text in zip(good, texts, strict=True)]
+    packs = []
+    for chosen in split_into_packs(costs, tiles, tokens, limits):
+        members = [good[index] for index in chosen]
+        if not any(tiles[index] for index in chosen):
+            members.append((-1, filler))
+        packs.append(collate([item for _, item in members], positions=[position for position, _ in members]))
+    bad = [item for _, item in items if isinstance(item, BadRecord)]
+    alone = collate([filler], positions=[-1])
+    yield Share(packs=packs or [alone], bad_records=bad, filler=alone)
 
 
-def run_stages(positions: Iterable[int], stages: list[Stage]) -> Iterator[Any]:
+def filler_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:
+    """Return a black tile without name and response."""
+    tile = torch.zeros(1, 3, tiling.tile_size, tiling.tile_size, dtype=torch.uint8)
+    return chat.encode_prompt(
+        TiledSample(id="", tiles=tile, tiles_per_image=[1], turns=[], metadata={}), "<image>"
+    )
+
+
+def run_stages(positions: Iterable[int], stages: Sequence[Stage]) -> Iterator[Any]:
     """Run positions through the stages."""
     return iter(wds.DataPipeline(partial(iter, positions), *stages))

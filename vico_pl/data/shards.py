@@ -15,7 +15,7 @@ import os
 import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ import numpy as np
 import webdataset as wds
 
 from vico_pl.data.decode import RecordError
+from vico_pl.data.sizes import SampleSize
 from vico_pl.types import Record
 
 INDEX_NAME = "index.json"
@@ -48,6 +49,20 @@ class ShardIndex:
     def num_samples(self) -> int:
         """Samples in the whole set."""
         return self._starts[-1]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [len(bounds) - 1 for bounds in self.boundaries]
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether shards are fetched whole."""
+        return False
+
+    def size_of(self, sample: int) -> SampleSize:
+        """Return what the cost of a sample follows from."""
+        return SampleSize(0, 0, 0, 0)
 
     def locate(self, sample: int) -> tuple[str, int, int]:
         """Return (shard, first byte, byte after the last) of a sample of the set."""
@@ -222,6 +237,9 @@ class RecordReader:
         except _TAR_ERRORS as error:
             raise RecordError(f"{place} are no record: {error}", kind="tar") from error
         return Record(shard=shard, key=key, files=files)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Fetch these shards ahead."""
 
     def _open(self, shard: str) -> int:
         if shard not in self._files:

@@ -1,4 +1,8 @@
-"""Routed, batched, greedy generation with a key-value cache."""
+"""Routed, batched, greedy generation with a key-value cache.
+
+Prompts run packed, end to end and without padding, as samples do in training; only the cache that they fill
+has rows of one length.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +11,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
 
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import tile_sample
 from vico_pl.data.tokenizer import TURN_END, token_id
 from vico_pl.inference.session import Session, question_text
+from vico_pl.model.language import KeyValues, run_packed
 from vico_pl.model.splice import Spliced
 from vico_pl.types import Image, Sample, TiledSample
 
@@ -65,23 +71,50 @@ def generate_ids(
     ]
     batch, chosen = collate(prompts).to(session.device), torch.cat(list(ratios)).to(session.device)
     spliced = session.model.splice_batch(batch, torch.cat(list(features)), chosen)
-    embeddings, attention_mask = pad_left(spliced)
+    cache = prefill(session.model.language, spliced)
     session.model.language.set_attn_implementation("sdpa")
     generate: Any = session.model.language.generate  # typed by its mixin alone
-    return generate(
-        inputs_embeds=embeddings,
-        attention_mask=attention_mask,
+    last = torch.stack([prompt.input_ids[-1] for prompt in prompts]).to(session.device)
+    # Of what the cache holds, generate() wants the number and looks at no token.
+    seen = last[:, None].expand(-1, cache.get_seq_length() + 1)
+    ids = generate(
+        inputs=seen,
+        past_key_values=cache,
+        attention_mask=left_mask(spliced.segment_lengths).to(session.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         # Not the tokenizer's own end of text, which in some families is another token.
         eos_token_id=token_id(session.tokenizer, TURN_END),
         pad_token_id=session.tokenizer.pad_token_id,
     )
+    return ids[:, seen.shape[1] :]
 
 
-def pad_left(spliced: Spliced) -> tuple[Float[Tensor, "B S D"], Int64[Tensor, "B S"]]:
-    """Turn samples that lie end to end into rows that end together, and their attention mask."""
-    rows = spliced.embeddings.split(spliced.segment_lengths)
-    masks = [torch.ones(len(row), dtype=torch.int64, device=row.device) for row in rows]
-    embeddings = pad_sequence(list(rows), batch_first=True, padding_side="left")
-    return embeddings, pad_sequence(masks, batch_first=True, padding_side="left")
+def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
+    """Run prompts; return the keys and values of all tokens but each one's last, where decoding begins."""
+    kept: KeyValues = {}
+    run_packed(language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths, keep=kept)
+    cache = DynamicCache()
+    for layer in sorted(kept):
+        key, value = (pad_left(x, spliced.segment_lengths)[:, :, :-1] for x in kept.pop(layer))
+        cache.update(key, value, layer)
+    return cache
+
+
+def pad_left(
+    packed: Float[Tensor, "1 heads S width"], lengths: Sequence[int]
+) -> Float[Tensor, "B heads longest width"]:
+    """Turn samples that lie end to end into rows that end together."""
+    rows = packed[0].transpose(0, 1).split(list(lengths))  # each: tokens, heads, width
+    return pad_sequence(list(rows), batch_first=True, padding_side="left").transpose(1, 2)
+
+
+def left_mask(lengths: Sequence[int]) -> Int64[Tensor, "B longest"]:
+    """Return 1 for the tokens of such rows and 0 for their padding.
+
+    >>> left_mask([3, 1])
+    tensor([[1, 1, 1],
+            [0, 0, 1]])
+    """
+    behind = torch.arange(max(lengths), 0, -1)  # tokens from here to the end
+    return (behind <= torch.tensor(lengths)[:, None]).long()

@@ -1,52 +1,144 @@
-"""Copies of samples that differ in one tile: what per-tile router labels are computed from."""
+"""Answers with one tile compressed, for every tile: what per-tile router labels are computed from.
 
-from dataclasses import dataclass, replace
+What stands before a tile does not depend on it, so only a sample at full tokens runs whole. A branch is what
+is left to run when tile b is compressed; it goes on from the keys and values of the tokens before b:
+
+    at full tokens   system a a a a b b b b question response
+    branch of b                     b       question response
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vico_pl.model.language import KeyValues, Prefixes, run_packed
+from vico_pl.model.splice import Spliced
+from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
+
+MAX_TOKENS = 16_384  # of the branches that run at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branches:
-    """One copy of a sample for each of its tiles, in the order of the tiles."""
+    """One branch for each tile, in the order of the tiles, end to end."""
 
-    batch: Batch  # T samples; branch i belongs to tile i of the original batch
-    tile_origin: Int64[Tensor, " TB"]  # tile of the original batch behind each tile of the branches
-    is_own_tile: Bool[Tensor, " TB"]  # the tile that its branch stands for
-    response_origin: Int64[Tensor, " RB"]  # response token of the original batch behind each of the branches
+    tokens: Int64[Tensor, " SB"]  # places among all tokens at full, and all compressed ones behind them
+    position_ids: Int64[Tensor, " SB"]
+    lengths: list[int]
+    prefix_starts: list[int]  # place of the sample's first token
+    prefix_lengths: list[int]
+    response_branch: Int64[Tensor, " RB"]
+    response_origin: Int64[Tensor, " RB"]  # response token of the batch behind each of the branches
+    response_places: Int64[Tensor, " RB"]  # of the tokens that predict it; -1: one before the tile does
 
 
-def branch_per_tile(batch: Batch) -> Branches:
-    """Repeat every sample once per tile of its own.
+@dataclass(frozen=True, kw_only=True)
+class BranchStates:
+    """Hidden states that predict the response tokens."""
 
-    Samples of 2 tiles (a, b) and 1 tile (c) give the branches a: (a b), b: (a b), c: (c).
+    full: Float[Tensor, "R D"]  # every tile at full tokens
+    branches: Float[Tensor, "RB D"]  # all response tokens of a tile's sample, that tile compressed
+    response_branch: Int64[Tensor, " RB"]  # the tile
+    response_origin: Int64[Tensor, " RB"]  # the response token
+
+
+def branch_states(
+    policy: VisionLanguageModel,
+    batch: Batch,
+    features: Float[Tensor, "T P C"],
+    *,
+    ratio: int,
+    max_tokens: int = MAX_TOKENS,
+) -> BranchStates:
+    """Run a batch at full tokens, and every branch with its tile at `ratio`.
+
+    Branches run in groups of at most `max_tokens` tokens, or one by one where a single one has more.
     """
-    token_starts = batch.sample_lengths.cumsum(0) - batch.sample_lengths
-    tiles_per_sample = torch.bincount(batch.tile_to_sample, minlength=batch.num_samples)
-    tile_starts = tiles_per_sample.cumsum(0) - tiles_per_sample
-    sample_of_branch = batch.tile_to_sample
-    tokens, _ = _ranges(token_starts[sample_of_branch], batch.sample_lengths[sample_of_branch])
-    tiles, branch_of_tile = _ranges(tile_starts[sample_of_branch], tiles_per_sample[sample_of_branch])
-    copies = replace(
-        batch,
-        ids=[batch.ids[s] for s in sample_of_branch.tolist()],
-        tiles=batch.tiles[tiles],
-        tile_to_sample=branch_of_tile,
-        tile_to_image=_renumber(batch.tile_to_image[tiles], branch_of_tile),
-        input_ids=batch.input_ids[tokens],
-        response_mask=batch.response_mask[tokens],
-        sample_lengths=batch.sample_lengths[sample_of_branch],
+    kept: KeyValues = {}
+    full_ratios = policy.full_ratios(batch)
+    spliced = policy.splice_batch(batch, features, full_ratios)
+    hidden = run_packed(
+        policy.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths, keep=kept
     )
-    response_number = batch.response_mask.cumsum(0) - 1
+    full = hidden[spliced.response_positions]
+    compressed, _ = policy.connectors(features, torch.full_like(full_ratios, ratio))
+    embeddings = torch.cat([spliced.embeddings, compressed.to(spliced.embeddings.dtype)])
+    branches = branch_per_tile(
+        spliced,
+        batch.tile_to_sample,
+        full_length=policy.tokens_per_full_tile,
+        compressed_length=policy.vision.num_patches // ratio,
+    )
+    states = full[branches.response_origin]
+    for chosen, tokens in _groups(branches.lengths, max_tokens):
+        hidden = _run(policy, branches, chosen, embeddings[branches.tokens[tokens]], tokens, kept)
+        places = branches.response_places - tokens.start
+        here = ((places >= 0) & (places < len(hidden))).nonzero().squeeze(1)
+        states[here] = hidden[places[here]]
+    return BranchStates(
+        full=full,
+        branches=states,
+        response_branch=branches.response_branch,
+        response_origin=branches.response_origin,
+    )
+
+
+def branch_per_tile(
+    spliced: Spliced, tile_to_sample: Int64[Tensor, " T"], *, full_length: int, compressed_length: int
+) -> Branches:
+    """Find the tokens of every branch in a batch at full tokens, `full_length` per tile."""
+    sample_lengths = torch.tensor(spliced.segment_lengths, device=tile_to_sample.device)
+    sample_ends = sample_lengths.cumsum(0)
+    first = (sample_ends - sample_lengths)[tile_to_sample]  # of the sample's tokens
+    behind = spliced.tile_starts + full_length  # the first token behind the tile
+    lengths = compressed_length + sample_ends[tile_to_sample] - behind
+
+    places, branch = _ranges(torch.zeros_like(lengths), lengths)
+    compressed = len(spliced.position_ids) + branch * compressed_length + places
+    unchanged = behind[branch] + places - compressed_length
+    response_branch, response_origin = _responses(spliced.response_positions, sample_ends, tile_to_sample)
+    position = spliced.response_positions[response_origin]
+    moved = lengths.cumsum(0) - lengths + compressed_length - behind  # from there to its place here
     return Branches(
-        batch=copies,
-        tile_origin=tiles,
-        is_own_tile=tiles == branch_of_tile,
-        response_origin=response_number[tokens][copies.response_mask],
+        tokens=torch.where(places < compressed_length, compressed, unchanged),
+        position_ids=(spliced.tile_starts - first)[branch] + places,
+        lengths=lengths.tolist(),
+        prefix_starts=first.tolist(),
+        prefix_lengths=(spliced.tile_starts - first).tolist(),
+        response_branch=response_branch,
+        response_origin=response_origin,
+        response_places=(position + moved[response_branch]).masked_fill(
+            position < spliced.tile_starts[response_branch], -1
+        ),
     )
+
+
+def _responses(positions: Tensor, sample_ends: Tensor, tile_to_sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for the response tokens of all branches their branch and their number in the batch."""
+    sample = torch.bucketize(positions, sample_ends, right=True)
+    counts = torch.bincount(sample, minlength=len(sample_ends))
+    starts = counts.cumsum(0) - counts
+    origin, branch = _ranges(starts[tile_to_sample], counts[tile_to_sample])
+    return branch, origin
+
+
+def _run(
+    policy: VisionLanguageModel,
+    branches: Branches,
+    chosen: slice,
+    embeddings: Float[Tensor, "S D"],
+    tokens: slice,
+    kept: KeyValues,
+) -> Float[Tensor, "S D"]:
+    prefixes = Prefixes(
+        kept=kept, starts=branches.prefix_starts[chosen], lengths=branches.prefix_lengths[chosen]
+    )
+    positions, lengths = branches.position_ids[tokens], branches.lengths[chosen]
+    return run_packed(policy.language, embeddings, positions, lengths, prefixes=prefixes)
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +148,17 @@ def _ranges(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return starts[owner] + offsets, owner
 
 
-def _renumber(image: Tensor, branch: Tensor) -> Tensor:
-    """Give images of different branches different numbers, counted from 0."""
-    pairs = torch.stack([branch, image], dim=1)
-    return torch.unique_consecutive(pairs, dim=0, return_inverse=True)[1]
+def _groups(lengths: list[int], max_tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Cut neighbours into groups of at most `max_tokens`; yields their numbers and their tokens.
+
+    >>> [(group.start, group.stop, tokens.stop) for group, tokens in _groups([2, 2, 5, 1], 4)]
+    [(0, 2, 4), (2, 3, 9), (3, 4, 10)]
+    """
+    first = begin = end = 0
+    for number, length in enumerate(lengths):
+        if number > first and end + length - begin > max_tokens:
+            yield slice(first, number), slice(begin, end)
+            first, begin = number, end
+        end += length
+    if lengths:
+        yield slice(first, len(lengths)), slice(begin, end)

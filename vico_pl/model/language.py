@@ -5,16 +5,18 @@ from position ids, but leaks silently with `use_cache=True` or an all-ones mask;
 passed explicitly.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
@@ -57,15 +59,45 @@ def build_language_model(config: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(language_config, attn_implementation="sdpa", dtype=torch.float32)
 
 
+KeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values, each (1, heads, S, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefixes:
+    """What stands before segments: tokens of an earlier pass, whose keys and values were kept."""
+
+    kept: KeyValues
+    starts: list[int]  # place in that pass of each segment's first token
+    lengths: list[int]
+
+    def before(self, pieces: Sequence[Tensor], kept: Tensor) -> list[Tensor]:
+        """Put the prefix of each segment before its piece, along the tokens."""
+        ranges = zip(pieces, self.starts, self.lengths, strict=True)
+        return [torch.cat([kept.narrow(2, start, length), piece], 2) for piece, start, length in ranges]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """Where samples that lie end to end begin and end.
+    """Where samples that lie end to end begin and end, and what they continue.
 
     One object and no list: torch.compile would make a new program for each length of a list that passes by.
     """
 
     lengths: list[int]
     bounds: Int32[Tensor, " _"]  # 0 and the end of each; flash-attn's cu_seqlens
+    keep: KeyValues | None = None  # filled layer by layer
+    prefixes: Prefixes | None = None
+
+    def visible(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the keys and values that each segment sees."""
+        layer = cast("int", module.layer_idx)
+        if self.keep is not None:
+            self.keep[layer] = (key, value)
+        keys, values = (list(x.split(self.lengths, dim=2)) for x in (key, value))
+        if self.prefixes is None:
+            return keys, values
+        kept_key, kept_value = self.prefixes.kept[layer]
+        return self.prefixes.before(keys, kept_key), self.prefixes.before(values, kept_value)
 
 
 def set_packed_attention(model: PreTrainedModel, name: str) -> None:
@@ -96,10 +128,15 @@ def run_packed(
     embeddings: Float[Tensor, "S D"],
     position_ids: Int64[Tensor, " S"],
     segment_lengths: list[int],
+    *,
+    keep: KeyValues | None = None,
+    prefixes: Prefixes | None = None,
 ) -> Float[Tensor, "S D"]:
     """Run samples that lie end to end; returns the hidden states after the final norm.
 
-    Equal to running them one by one (tested to 1e-5).
+    Equal to running them one by one (tested to 1e-5). `keep` is filled with the keys and values of all
+    layers. With `prefixes`, segments go on from tokens whose keys and values an earlier call kept, as if
+    they had been run together; position ids go on too.
     """
     model.set_attn_implementation(getattr(model, "packed_attention", PACKED_ATTENTION["sdpa"]))
     bounds = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=embeddings.device)
@@ -107,7 +144,7 @@ def run_packed(
         inputs_embeds=embeddings[None],
         position_ids=position_ids[None],
         use_cache=False,
-        segments=Segments(lengths=segment_lengths, bounds=bounds),
+        segments=Segments(lengths=segment_lengths, bounds=bounds, keep=keep, prefixes=prefixes),
     )
     return output.last_hidden_state[0]
 
@@ -125,16 +162,25 @@ def segment_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment; the shape of a transformers attention function.
+    """Causal attention inside each segment and its prefix; the shape of a transformers attention function.
 
     query is (1, heads, S, width); key and value may have fewer heads.
     """
-    pieces = [
-        scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+    queries, visible = query.split(segments.lengths, dim=2), segments.visible(module, key, value)
+    pieces = []
+    for q, k, v in zip(queries, *visible, strict=True):
+        is_whole = q.shape[2] == k.shape[2]  # no prefix
+        piece = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if is_whole else causal_lower_right(q.shape[2], k.shape[2]),
+            dropout_p=dropout,
+            is_causal=is_whole,
+            scale=scaling,
+            enable_gqa=True,
         )
-        for q, k, v in zip(*(x.split(segments.lengths, dim=2) for x in (query, key, value)), strict=True)
-    ]
+        pieces.append(piece)
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
@@ -152,20 +198,24 @@ def flash_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The same in one kernel for all segments, that of the flash-attn package."""
+    keys, values = segments.visible(module, key, value)
+    ends, key_bounds = list(accumulate(k.shape[2] for k in keys)), segments.bounds
+    if segments.prefixes is not None:
+        key, value = torch.cat(keys, 2), torch.cat(values, 2)
+        key_bounds = key_bounds.new_tensor([0, *ends])
     # Under autocast a norm leaves query and key in float32, which the kernel does not take; value is half.
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # S heads width
-    longest = max(segments.lengths)
     output = import_module("flash_attn").flash_attn_varlen_func(
         q,
         k,
         v,
         cu_seqlens_q=segments.bounds,
-        cu_seqlens_k=segments.bounds,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_k=key_bounds,
+        max_seqlen_q=max(segments.lengths),
+        max_seqlen_k=max(x.shape[2] for x in keys),
         dropout_p=dropout,
         softmax_scale=scaling,
-        causal=True,
+        causal=True,  # the last query sees the last key: what is shorter are the queries
     )
     return output[None], None
 

@@ -1,13 +1,13 @@
 """A frozen model beside the trained one."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vico_pl.model.adapters import adapters_off, own_parameters
+from vico_pl.model.vision import eval_mode
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
 
@@ -30,6 +30,7 @@ class FrozenReference(nn.Module):
         """
         super().__init__()
         self._hidden = [model.requires_grad_(requires_grad=False).eval()]
+        self._beside = [beside]  # in a list, as it is no submodule either
         for part in SHAREABLE_PARTS if beside is not None else ():
             if _is_frozen_same(getattr(beside, part), getattr(model, part)):
                 setattr(model, part, getattr(beside, part))
@@ -45,10 +46,21 @@ class FrozenReference(nn.Module):
         return self.model.head
 
     @torch.no_grad()
-    def response_states(self, batch: Batch) -> Float[Tensor, "R D"]:
-        """Return the hidden states that predict the response, every tile at full tokens."""
-        with _eval_mode(self.model), adapters_off(self.model):
-            features = self.model.encode_tiles(batch.tiles)
+    def response_states(
+        self, batch: Batch, *, policy_features: Float[Tensor, "T P C"] | None = None
+    ) -> Float[Tensor, "R D"]:
+        """Return the hidden states that predict the response, every tile at full tokens.
+
+        `policy_features` are what the policy beside it has just encoded; where they are the reference's too,
+        the tiles are not encoded a second time.
+        """
+        (beside,) = self._beside
+        shares_vision = beside is not None and beside.vision is self.model.vision
+        with eval_mode(self.model), adapters_off(self.model):
+            if policy_features is not None and shares_vision:
+                features = policy_features.detach()
+            else:
+                features = self.model.encode_tiles(batch.tiles)
             return self.model.response_states(batch, features, self.model.full_ratios(batch))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenReference":  # noqa: FBT001, FBT002
@@ -60,16 +72,3 @@ def _is_frozen_same(part: nn.Module, copy: nn.Module) -> bool:
     """Say whether a part is frozen, but for adapters, and of the types of its copy."""
     own, types = own_parameters(part), {name: p.dtype for name, p in copy.named_parameters()}
     return not any(p.requires_grad for p in own.values()) and {n: p.dtype for n, p in own.items()} == types
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Keep modules that are in training mode out of it for a while."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

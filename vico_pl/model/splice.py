@@ -14,6 +14,7 @@ class Spliced:
     embeddings: Float[Tensor, "S D"]
     position_ids: Int64[Tensor, " S"]  # begin at 0 in every sample
     segment_lengths: list[int]  # tokens of each sample
+    tile_starts: Int64[Tensor, " T"]  # position of each tile's first vision token
     response_positions: Int64[Tensor, " R"]  # of the tokens that predict it: one before each response token
 
 
@@ -45,5 +46,6 @@ def splice(
         embeddings=embeddings,
         position_ids=position_ids,
         segment_lengths=lengths.tolist(),
+        tile_starts=(expansion.cumsum(0) - expansion)[is_placeholder],
         response_positions=response_mask[origin].nonzero().squeeze(1) - 1,
     )

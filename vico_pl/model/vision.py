@@ -8,7 +8,8 @@ Two kinds of tower are told apart by their configuration:
 Both give the patch tokens of their last layer; class tokens are dropped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,10 +70,27 @@ class VisionEncoder(nn.Module):
         """Encode tiles.
 
         Without tiles a blank one is encoded and dropped, so that every parameter takes part on every rank.
+        A frozen tower runs in eval mode whatever its mode: it drops nothing at random, so that all models
+        that share it have the same features.
         """
         some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
         pixels = (some_tiles - self.mean) / self.std
-        return self._patch_features(pixels.to(next(self.tower.parameters()).dtype))[: len(tiles)]
+        is_trained = any(p.requires_grad for p in self.tower.parameters())
+        with nullcontext() if is_trained else eval_mode(self.tower):
+            return self._patch_features(pixels.to(next(self.tower.parameters()).dtype))[: len(tiles)]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keep modules that are in training mode out of it for a while."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def build_tower(config: dict[str, Any]) -> Tower:

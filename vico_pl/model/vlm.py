@@ -90,9 +90,16 @@ class VisionLanguageModel(nn.Module):
         hidden = run_packed(self.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
         return hidden[spliced.response_positions]
 
+    def set_dropout(self, probability: float) -> None:
+        """Set the dropout of connectors and router, which acts in training mode alone."""
+        parts = [self.connectors, *([] if self.router is None else [self.router])]
+        for module in (module for part in parts for module in part.modules()):
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+
     def full_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
         """Return full tokens for every tile."""
-        return torch.full_like(batch.tile_to_image, FULL_RATIO)
+        return torch.full_like(batch.tile_to_sample, FULL_RATIO)
 
 
 def _check_grid(vision: VisionEncoder, ratios: list[int]) -> None:

@@ -1,67 +1,147 @@
-"""What all stages share: normalisation by global counts, logging, the optimizer."""
+"""What all stages share: a step goes through the packs of a share, and its loss is a mean over all ranks."""
 
 from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
-import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import OptimConfig, build_optimizer
-from vico_pl.types import Batch
+from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients
+from vico_pl.stages.ranks import Ranks
+from vico_pl.types import Batch, Share
+
+
+class Mean(NamedTuple):
+    """A metric as what it is the mean of, so that those of packs and ranks can be put together."""
+
+    total: Tensor | float
+    weight: int  # how many it is the total of
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a stage computes from a batch."""
+    """What a stage computes from a pack."""
 
-    loss_sum: Tensor  # summed over `count` items
-    count: int  # response tokens, or tiles, of this rank
-    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    loss_sum: Tensor  # over the items that the stage counts
+    metrics: Mapping[str, Mean] = field(default_factory=dict)
+
+
+class ShareFacts(NamedTuple):
+    """What the others have to know of a rank's share."""
+
+    num_packs: int
+    num_items: int
+    num_samples: int
+    num_bad: int
 
 
 class Stage(L.LightningModule):
-    """A stage of training: turns a batch into a `StepResult`; the rest happens here."""
+    """A stage of training: turns packs into `StepResult`s; the rest happens here."""
 
     area: str  # first part of the metrics' names
+    ranks: Ranks
 
     def __init__(self, optim: OptimConfig, *, num_steps: int) -> None:
-        """Keep the settings."""
+        """Keep the settings. In Lightning's words optimization is manual: a step has a backward per pack."""
         super().__init__()
+        self.automatic_optimization = False
         self.optim, self.num_steps = optim, num_steps
 
     @abstractmethod
     def step(self, batch: Batch) -> StepResult:
-        """Compute the loss of one batch."""
+        """Compute the loss of one pack."""
 
     @abstractmethod
     def trained_model(self) -> VisionLanguageModel:
         """Return the model that the next stage takes over."""
 
+    def results(self, packs: list[Batch]) -> Iterator[StepResult]:
+        """Yield the result of each pack, whose backward is over when the next is asked for."""
+        return map(self.step, packs)
+
+    def num_items(self, batch: Batch) -> int:
+        """Return over how many items the loss of a pack is summed: response tokens."""
+        return batch.num_response_tokens
+
     def setup(self, stage: str) -> None:
         """Put what is trained into training mode: models are loaded in eval mode, which Lightning keeps."""
         self.train()
+        self.ranks = Ranks(self.trainer.world_size)
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
-        """Divide the loss by the count over all ranks, so that it is exact under any split of the batch."""
-        result = self.step(batch)
-        count = self._sum_over_ranks(result.count)
-        # DDP averages gradients over ranks; the loss is a sum over them.
-        loss = result.loss_sum / max(count, 1) * self.trainer.world_size
-        self.log(f"{self.area}/loss", loss.detach(), prog_bar=True, batch_size=batch.num_samples)
-        for name, value in result.metrics.items():
-            self.log(name, value, batch_size=batch.num_samples)
+    def training_step(self, share: Share, _: int) -> dict[str, Any]:
+        """Take an optimizer step on a global batch: the same one however ranks and packs split it.
+
+        Returns what callbacks ask for, over all ranks: `num_samples`, and of these `num_bad`.
+        """
+        facts = self.ranks.gather(self._facts(share))
+        num_packs, num_items = max(f.num_packs for f in facts), sum(f.num_items for f in facts)
+        # All ranks run as many packs: sharded weights are gathered by all or by none.
+        packs = share.packs + [share.filler] * (num_packs - len(share.packs))
+        metrics: list[Mapping[str, Mean]] = []
+        for index, result in enumerate(self.results(packs)):
+            # Gradients are averaged over ranks; the loss is a sum over them.
+            loss = result.loss_sum / max(num_items, 1) * self.ranks.world
+            with nullcontext() if index == num_packs - 1 else self._gradients_stay_here():
+                self.manual_backward(loss)
+            loss_mean = Mean(result.loss_sum.detach(), self.num_items(packs[index]))
+            metrics.append({f"{self.area}/loss": loss_mean, **result.metrics})
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("optim/lr", lr, batch_size=batch.num_samples)
-        return loss
+        metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(self._update(), 1)})
+        self._log(metrics)
+        num_bad = sum(f.num_bad for f in facts)
+        return {"num_samples": sum(f.num_samples for f in facts) + num_bad, "num_bad": num_bad}
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""
         return build_optimizer(self.parameters(), self.optim, num_steps=self.num_steps)
 
-    def _sum_over_ranks(self, count: int) -> float:
-        if self.trainer.world_size == 1:
-            return float(count)
-        return float(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="sum"))
+    def _facts(self, share: Share) -> ShareFacts:
+        return ShareFacts(
+            num_packs=len(share.packs),
+            num_items=sum(map(self.num_items, share.packs)),
+            num_samples=len(share.ids),
+            num_bad=len(share.bad_records),
+        )
+
+    def _gradients_stay_here(self) -> AbstractContextManager[Any]:
+        """Let DDP add up gradients of all packs before ranks exchange them."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
+
+    def _update(self) -> float:
+        """Apply the gradients and forget them; returns their norm before clipping."""
+        optimizer: Any = self.optimizers()  # the one and only
+        schedule: Any = self.lr_schedulers()
+        norm = clip_gradients(optimizer, max_norm=self.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        return norm
+
+    def _log(self, metrics: list[Mapping[str, Mean]]) -> None:
+        """Log means over all ranks, at the steps that Lightning writes down: a GPU is waited for here."""
+        if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        here = {name: Mean(float(total), weight) for name, (total, weight) in add_up(metrics).items()}
+        for name, (total, weight) in add_up(self.ranks.gather(here)).items():
+            if weight:
+                self.log(name, total / weight, prog_bar=name == f"{self.area}/loss", batch_size=1)
+
+
+def add_up(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """Put the metrics of packs or ranks together.
+
+    >>> add_up([{"a": Mean(3.0, 2)}, {"a": Mean(1.0, 2), "b": Mean(0.0, 1)}])
+    {'a': Mean(total=4.0, weight=4), 'b': Mean(total=0.0, weight=1)}
+    """
+    sums: dict[str, Mean] = {}
+    for part in parts:
+        for name, (total, weight) in part.items():
+            before, weighed = sums.get(name, (0.0, 0))
+            sums[name] = Mean(before + total, weighed + weight)
+    return sums

@@ -1,5 +1,6 @@
 """Stage 1: make the policy answer at any compression ratio as the frozen reference does at full tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.base import Mean, Stage, StepResult
 from vico_pl.types import Batch
 
 
@@ -58,8 +59,7 @@ class ConsistencyStage(Stage):
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on the response tokens, where sequence lengths do not matter."""
-        mode, generator = self.config.ratio_draw, self._generator()
-        ratios = draw_ratios(batch, self.model.ratios, mode=mode, generator=generator)
+        ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, seed=self.seed)
         policy = self.model.response_states(batch, self.model.encode_tiles(batch.tiles), ratios)
         reference = self.reference.response_states(batch)
         kl = consistency_kl(
@@ -71,7 +71,8 @@ class ConsistencyStage(Stage):
             reverse=self.config.reverse_kl,
             chunk_size=self.config.chunk_size,
         )
-        return StepResult(loss_sum=kl.sum(), count=len(kl), metrics=_metrics(ratios, self.model.ratios[0]))
+        fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
+        return StepResult(loss_sum=kl.sum(), metrics={"vision_tokens/fraction": fraction})
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the policy."""
@@ -93,28 +94,29 @@ class ConsistencyStage(Stage):
         always = ("model.vision.", "model.language.")
         return [name for name, p in parameters if name.startswith(always) and not p.requires_grad]
 
-    def _generator(self) -> torch.Generator:
-        """Make the draw a function of (seed, step, rank): a resumed run draws what an unbroken one would."""
-        entropy = [self.seed, self.trainer.global_step, self.trainer.global_rank]
-        return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+def draw_ratios(batch: Batch, ratios: Sequence[int], *, mode: str, seed: int) -> Int64[Tensor, " T"]:
+    """Draw a ratio for each tile of a batch; those of a sample do not depend on the others."""
+    drawn = [
+        ratio
+        for position, tiles_per_image in zip(batch.positions, batch.tiles_per_image, strict=True)
+        for ratio in draw_sample_ratios(position, tiles_per_image, ratios=ratios, mode=mode, seed=seed)
+    ]
+    return torch.tensor(drawn, dtype=torch.int64).to(batch.tiles.device, non_blocking=True)
 
 
-def draw_ratios(
-    batch: Batch, ratios: list[int], *, mode: str, generator: torch.Generator
-) -> Int64[Tensor, " T"]:
-    """Draw a ratio for each tile, all ratios alike; `image` gives all tiles of an image the same one."""
-    choices = torch.tensor(ratios)
-    num_tiles, images = batch.num_tiles, batch.tile_to_image.cpu()
-    num_images = int(images[-1]) + 1 if num_tiles else 0
-    per_tile = choices[torch.randint(len(ratios), (num_tiles,), generator=generator)]
-    per_image = choices[torch.randint(len(ratios), (num_images,), generator=generator)][images]
-    tilewise = {"tile": torch.ones(num_images), "image": torch.zeros(num_images)}.get(mode)
-    if tilewise is None:
-        tilewise = torch.randint(2, (num_images,), generator=generator)
-    return torch.where(tilewise.bool()[images], per_tile, per_image).to(batch.tile_to_image.device)
+def draw_sample_ratios(
+    position: int, tiles_per_image: Sequence[int], *, ratios: Sequence[int], mode: str, seed: int
+) -> list[int]:
+    """Draw a ratio for each tile of the sample at a position of the run, all ratios alike.
 
-
-def _metrics(ratios: Tensor, full_ratio: int) -> dict[str, Tensor | float]:
-    if len(ratios) == 0:  # a batch of text alone
-        return {}
-    return {"vision_tokens/fraction": (full_ratio / ratios).mean()}
+    `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
+    probability 1/2 for each image.
+    """
+    chance = np.random.default_rng([seed, position + 1])  # + 1: the filler's position is -1
+    drawn: list[int] = []
+    for num_tiles in tiles_per_image:
+        tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)
+        choices = chance.integers(len(ratios), size=num_tiles if tilewise else 1).tolist()
+        drawn += [ratios[choice] for choice in choices] * (1 if tilewise else num_tiles)
+    return drawn

@@ -1,12 +1,12 @@
 """What router labels are made from: how much worse the answer gets when a tile is compressed."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.losses.routing import loss_ratio
-from vico_pl.model.branches import branch_per_tile
+from vico_pl.model.branches import branch_states
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
@@ -25,29 +25,28 @@ def tile_loss_ratios(
     """Return for every tile how much compressing it multiplies the loss of its sample.
 
     `mode` is `tile` (only the tile in question is compressed) or `image` (all at once); `epsilon` in nats is
-    added to both losses. The vision encoder and the reference run once per sample.
+    added to both losses. The vision encoder and the reference run once per sample; the policy's language
+    model once at full tokens and then, for each tile, on what stands behind it.
     """
-    target = reference.response_states(batch)
-    full_ratios = policy.full_ratios(batch)
-    compressed_ratio = policy.ratios[-1]
+    target, ratio = reference.response_states(batch), policy.ratios[-1]
 
-    def sample_loss(states: Tensor, of: Batch, wanted: Tensor) -> Tensor:
-        kl = consistency_kl(states, policy.head, wanted, reference.head)
-        return mean_per_sample(kl, of)
+    def divergence(states: Tensor, wanted: Tensor) -> Tensor:
+        return consistency_kl(states, policy.head, wanted, reference.head)
 
-    states = policy.response_states(batch, features, full_ratios)
-    full = sample_loss(states, batch, target)[batch.tile_to_sample]
-    if len(full) == 0:  # a batch of text alone
-        return full
     if mode == "image":
-        states = policy.response_states(batch, features, torch.full_like(full_ratios, compressed_ratio))
-        compressed = sample_loss(states, batch, target)[batch.tile_to_sample]
-    else:
-        branches = branch_per_tile(batch)
-        ratios = full_ratios[branches.tile_origin].masked_fill(branches.is_own_tile, compressed_ratio)
-        states = policy.response_states(branches.batch, features[branches.tile_origin], ratios)
-        wanted = target[branches.response_origin]
-        compressed = sample_loss(states, branches.batch, wanted)
+        full_ratios = policy.full_ratios(batch)
+        full, compressed = (
+            mean_per_sample(divergence(policy.response_states(batch, features, ratios), target), batch)
+            for ratios in (full_ratios, torch.full_like(full_ratios, ratio))
+        )
+        return loss_ratio(compressed, full, epsilon=epsilon)[batch.tile_to_sample]
+    states = branch_states(policy, batch, features, ratio=ratio)
+    full = mean_per_sample(divergence(states.full, target), batch)[batch.tile_to_sample]
+    compressed = _mean_by(
+        states.response_branch,
+        divergence(states.branches, target[states.response_origin]),
+        count=batch.num_tiles,
+    )
     return loss_ratio(compressed, full, epsilon=epsilon)
 
 
@@ -55,5 +54,9 @@ def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tenso
     """Average a value of response tokens over each sample; 0 for a sample without response."""
     samples = torch.arange(batch.num_samples, device=per_token.device)
     owner = samples.repeat_interleave(batch.sample_lengths)[batch.response_mask]
-    total = per_token.new_zeros(batch.num_samples).index_add_(0, owner, per_token)
-    return total / torch.bincount(owner, minlength=batch.num_samples).clamp(min=1)
+    return _mean_by(owner, per_token, count=batch.num_samples)
+
+
+def _mean_by(owner: Int64[Tensor, " R"], values: Float[Tensor, " R"], *, count: int) -> Float[Tensor, " _"]:
+    total = values.new_zeros(count).index_add_(0, owner, values)
+    return total / torch.bincount(owner, minlength=count).clamp(min=1)

@@ -3,12 +3,11 @@
 The embedded default's, or one put together from a tower and a language model.
 """
 
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.base import Mean, Stage, StepResult
 from vico_pl.types import Batch
 
 
@@ -29,14 +28,9 @@ class PretrainStage(Stage):
         logits = states.float() @ self.model.head.float().T
         targets = batch.input_ids[batch.response_mask]
         loss = cross_entropy(logits, targets, reduction="sum")
-        return StepResult(loss_sum=loss, count=len(targets), metrics=_metrics(logits, targets))
+        hits = (logits.argmax(-1) == targets).sum()
+        return StepResult(loss_sum=loss, metrics={"pretrain/token_accuracy": Mean(hits, len(targets))})
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the trained model."""
         return self.model
-
-
-def _metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor | float]:
-    if len(targets) == 0:  # a batch without a response
-        return {}
-    return {"pretrain/token_accuracy": (logits.argmax(-1) == targets).float().mean()}

@@ -1,8 +1,10 @@
 """Stage 2: freeze everything else and teach the router which tiles can be compressed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc
@@ -11,7 +13,7 @@ from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, router_tar
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.base import Mean, Stage, StepResult
 from vico_pl.stages.labels import tile_loss_ratios
 from vico_pl.types import Batch
 
@@ -67,45 +69,80 @@ class RouterStage(Stage):
             percentile=config.percentile, window=config.window, min_history=config.min_history
         )
 
-    def step(self, batch: Batch) -> StepResult:
-        """Label the tiles of the batch and classify them."""
-        with torch.no_grad():
-            features = self.policy.model.encode_tiles(batch.tiles)
-            ratios = tile_loss_ratios(
-                self.policy.model,
-                self.reference,
-                batch,
-                features,
-                mode=self.config.label_mode,
-                epsilon=self.config.epsilon,
-            )
-        self.window.update(self._gather(ratios))
+    def num_items(self, batch: Batch) -> int:
+        """Return over how many tiles the loss of a pack is summed: those of the filler teach nothing."""
+        return len(_tiles_of_samples(batch))
+
+    def results(self, packs: list[Batch]) -> Iterator[StepResult]:
+        """Label the tiles of all packs of all ranks, and only then classify those of each pack."""
+        seen = [self._look(pack) for pack in packs]
+        self._remember(packs, [ratios for _, ratios in seen])
         threshold = self.window.threshold()
-        logits = self.router(features)
-        if threshold is None:
-            return StepResult(loss_sum=0 * logits.sum(), count=0)
-        targets = router_targets(ratios, threshold)
-        loss = cross_entropy(logits, targets, reduction="sum")
-        return StepResult(loss_sum=loss, count=len(targets), metrics=_metrics(logits, targets, threshold))
+        for pack, (features, ratios) in zip(packs, seen, strict=True):
+            yield self._classify(pack, features, ratios, threshold)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Label the tiles of one pack and classify them."""
+        return next(self.results([batch]))
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the policy with the trained router."""
         return self.policy.model
 
-    def _gather(self, ratios: Tensor) -> Tensor:
-        """Collect the loss ratios of all ranks, whose tile counts differ."""
-        if self.trainer.world_size == 1:
-            return ratios
-        everywhere: list[list[float]] = [[] for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(everywhere, ratios.tolist())
-        return ratios.new_tensor([ratio for rank in everywhere for ratio in rank])
+    @torch.no_grad()
+    def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
+        """Return the patch features and the loss ratio of every tile."""
+        features = self.policy.model.encode_tiles(batch.tiles)
+        mode, epsilon = self.config.label_mode, self.config.epsilon
+        return features, tile_loss_ratios(
+            self.policy.model, self.reference, batch, features, mode=mode, epsilon=epsilon
+        )
+
+    def _remember(self, packs: list[Batch], ratios: list[Tensor]) -> None:
+        """Add the loss ratios of all ranks to the window, in the order of the run: the same on each."""
+        here = [
+            (position, values.tolist())
+            for pack, of_pack in zip(packs, ratios, strict=True)
+            for position, values in zip(pack.positions, of_pack.split(_tiles_per_sample(pack)), strict=True)
+            if position >= 0
+        ]
+        everywhere = sorted(sample for rank in self.ranks.gather(here) for sample in rank)
+        self.window.update(ratios[0].new_tensor([ratio for _, values in everywhere for ratio in values]))
+
+    def _classify(
+        self, batch: Batch, features: Tensor, ratios: Tensor, threshold: float | None
+    ) -> StepResult:
+        logits = self.router(features)
+        if threshold is None:
+            return StepResult(loss_sum=0 * logits.sum())
+        tiles = torch.tensor(_tiles_of_samples(batch), dtype=torch.int64, device=logits.device)
+        logits, targets = logits[tiles], router_targets(ratios[tiles], threshold)
+        loss = cross_entropy(logits, targets, reduction="sum")
+        return StepResult(loss_sum=loss, metrics=_metrics(logits, targets, threshold))
 
 
-def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Tensor | float]:
-    metrics: dict[str, Tensor | float] = {"router/threshold": threshold}
-    if len(targets):
-        metrics["router/accuracy"] = (logits.argmax(-1) == targets).float().mean()
-        metrics["router/compressed_fraction"] = (logits.argmax(-1) == COMPRESS).float().mean()
+def _tiles_per_sample(batch: Batch) -> list[int]:
+    return list(map(sum, batch.tiles_per_image))
+
+
+def _tiles_of_samples(batch: Batch) -> list[int]:
+    """Return the numbers of all tiles but those of the filler, whose position is -1."""
+    owners = [
+        position
+        for position, n in zip(batch.positions, _tiles_per_sample(batch), strict=True)
+        for _ in range(n)
+    ]
+    return [tile for tile, position in enumerate(owners) if position >= 0]
+
+
+def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Mean]:
+    chosen, count = logits.argmax(-1), len(targets)
+    metrics = {
+        "router/threshold": Mean(threshold, 1),
+        "router/accuracy": Mean((chosen == targets).sum(), count),
+        "router/compressed_fraction": Mean((chosen == COMPRESS).sum(), count),
+    }
     if len(targets.unique()) == 2:  # it takes both classes to rank one above the other
-        metrics["router/auroc"] = binary_auroc(logits.softmax(-1)[:, KEEP], targets)
+        auroc = binary_auroc(logits.softmax(-1)[:, KEEP], targets)
+        metrics["router/auroc"] = Mean(auroc * count, count)
     return metrics

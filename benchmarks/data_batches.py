@@ -1,0 +1,182 @@
+"""How evenly 64 simulated ranks share the work of stage 1, by our dealing and by other ways."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy as np
+
+from vico_pl.data.packing import BYTES_PER_TOKEN, PackLimits, deal, split_into_packs
+from vico_pl.model.flops import count_flops
+from vico_pl.model.vlm import ModelSpec
+from vico_pl.stages.consistency import ConsistencyConfig, draw_sample_ratios
+from vico_pl.stages.cost import ConsistencyCost
+
+RANKS, SAMPLES = 64, 8  # samples of a rank's share, on average
+PACK_TOKENS = 8192  # at drawn ratios: what packing by tokens fills
+TILES = {1: 0.20, 3: 0.15, 5: 0.20, 7: 0.20, 10: 0.10, 13: 0.15}  # of a sample -> how often
+TEMPLATE_TOKENS = 30
+# Of the logarithm of bytes per token from text to text. With GPT-2's tokenizer it is 0.05 to 0.26 within each
+# of four public sets of images with questions.
+ESTIMATE_SPREAD = 1 / 6
+RATIOS = [4, 16]
+TOKENS_PER_TILE = {4: 256, 16: 64}
+VISION = {
+    "model_type": "internvl_vision",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 448,
+    "patch_size": 14,
+}
+LANGUAGE = {
+    "1b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+}
+TITLES = {
+    "dealt": "dealt by cost as estimated from the index",
+    "dealt_exactly": "dealt by cost as it will be",
+    "dealt_in_step": "dealt by estimated cost, ranks waiting for each other after each pack (sharded models)",
+    "contiguous": f"{SAMPLES} neighbours each",
+    "tokens": f"packs of {PACK_TOKENS} tokens at drawn ratios, one each",
+}
+
+Hands = list[list[int]]  # of each rank: its samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a sample costs, and what its shard's index lets expect."""
+
+    cost: float  # FLOP
+    estimate: float  # FLOP
+    tiles: int
+    full_tokens: int  # at full vision tokens
+    drawn_tokens: int  # at drawn ratios
+
+
+def measure_efficiency(*, steps: int) -> dict[str, dict[str, float]]:
+    """Return mean over maximum of the ranks' cost, by model and way to share; averages over steps."""
+    return {size: _efficiencies(size, steps=steps) for size in LANGUAGE}
+
+
+def efficiency_figures(measured: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the efficiency of our dealing."""
+    return {f"parallel_efficiency_{RANKS}_{size}": ways["dealt"] for size, ways in measured.items()}
+
+
+def efficiency_table(measured: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of the table of ways to share."""
+    sizes = list(measured)
+    return [
+        f"| {RANKS} ranks, mean over maximum of their cost | {' | '.join(size.upper() for size in sizes)} |",
+        "|---" * (1 + len(sizes)) + "|",
+        *(
+            f"| {title} | {' | '.join(f'{100 * measured[size][way]:.1f} %' for size in sizes)} |"
+            for way, title in TITLES.items()
+        ),
+        "",
+    ]
+
+
+def _efficiencies(size: str, *, steps: int) -> dict[str, float]:
+    cost = cost_of(size)
+    drawn = [draw_samples(cost, step=step) for step in range(steps)]
+    return {
+        "dealt": mean(_balance(samples, deal([s.estimate for s in samples], RANKS)) for samples in drawn),
+        "dealt_exactly": mean(_balance(samples, deal([s.cost for s in samples], RANKS)) for samples in drawn),
+        "dealt_in_step": mean(_balance_in_step(samples) for samples in drawn),
+        "contiguous": mean(_balance(samples, _neighbours(len(samples))) for samples in drawn),
+        "tokens": mean(_balance(samples, packs) for samples in drawn for packs in _packs_by_tokens(samples)),
+    }
+
+
+def cost_of(size: str) -> ConsistencyCost:
+    """Return what a sample costs in stage 1 of a model of that size, everything trained."""
+    language = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
+    spec = ModelSpec(vision=VISION, language={**language, **LANGUAGE[size]}, ratios=RATIOS, placeholder_id=0)
+    draw = ConsistencyConfig().ratio_draw
+    return ConsistencyCost(flops=count_flops(spec), ratios=RATIOS, ratio_draw=draw, seed=0)
+
+
+def draw_samples(cost: ConsistencyCost, *, step: int) -> list[Sample]:
+    """Draw the samples of a step: a single image each, text of lognormal length.
+
+    A token has `BYTES_PER_TOKEN` bytes on average but not in each text, so that the estimate by bytes is
+    off, as it is in a run.
+    """
+    chance, count = np.random.default_rng(step), RANKS * SAMPLES
+    tiles = chance.choice(list(TILES), size=count, p=list(TILES.values()))
+    texts = np.clip(chance.lognormal(np.log(180), 0.9, size=count), 20, 3000).astype(int)
+    text_bytes = texts * BYTES_PER_TOKEN * chance.lognormal(0, ESTIMATE_SPREAD, size=count)
+    numbers = zip(tiles.tolist(), texts.tolist(), text_bytes.astype(int).tolist(), strict=True)
+    return [_sample(cost, step * count + index, *drawn) for index, drawn in enumerate(numbers)]
+
+
+def _sample(cost: ConsistencyCost, position: int, tiles: int, text: int, text_bytes: int) -> Sample:
+    tokens, drawn = text + TEMPLATE_TOKENS, _drawn_ratios(cost, position, tiles)
+    return Sample(
+        cost=cost(position, [tiles], tokens),
+        estimate=cost(position, [tiles], text_bytes // BYTES_PER_TOKEN),
+        tiles=tiles,
+        full_tokens=tokens + tiles * TOKENS_PER_TILE[RATIOS[0]],
+        drawn_tokens=tokens + sum(TOKENS_PER_TILE[ratio] for ratio in drawn),
+    )
+
+
+def _drawn_ratios(cost: ConsistencyCost, position: int, tiles: int) -> list[int]:
+    return draw_sample_ratios(position, [tiles], ratios=RATIOS, mode=cost.ratio_draw, seed=cost.seed)
+
+
+def _balance(samples: Sequence[Sample], hands: Hands) -> float:
+    loads = [sum(samples[index].cost for index in hand) for hand in hands]
+    return mean(loads) / max(loads)
+
+
+def _balance_in_step(samples: Sequence[Sample]) -> float:
+    """Let all ranks run their first pack, then all their second: each turn takes as long as its dearest."""
+    hands = deal([sample.estimate for sample in samples], RANKS)
+    packs = [_pack_costs([samples[index] for index in hand]) for hand in hands]
+    turns = max(map(len, packs))
+    slowest = [max(costs[turn] for costs in packs if turn < len(costs)) for turn in range(turns)]
+    return mean(map(sum, packs)) / sum(slowest)
+
+
+def _pack_costs(samples: Sequence[Sample]) -> list[float]:
+    costs = [sample.cost for sample in samples]
+    tiles, tokens = [s.tiles for s in samples], [s.full_tokens for s in samples]
+    packs = split_into_packs(costs, tiles, tokens, PackLimits())
+    return [sum(costs[index] for index in pack) for pack in packs]
+
+
+def _neighbours(count: int) -> Hands:
+    return [list(range(start, start + count // RANKS)) for start in range(0, count, count // RANKS)]
+
+
+def _packs_by_tokens(samples: Sequence[Sample]) -> Iterator[Hands]:
+    """Fill packs first-fit, the longest first, and give each rank one, in random order; drop the rest."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(samples)), key=lambda index: -samples[index].drawn_tokens):
+        tokens = samples[index].drawn_tokens
+        place = next((pack for pack, left in enumerate(room) if left >= tokens), None)
+        if place is None:
+            place = len(packs)
+            packs.append([])
+            room.append(PACK_TOKENS)
+        packs[place].append(index)
+        room[place] -= tokens
+    np.random.default_rng(0).shuffle(packs)
+    for start in range(0, len(packs) - RANKS + 1, RANKS):
+        yield packs[start : start + RANKS]

@@ -1,0 +1,229 @@
+"""How true the memory is that `vico plan` tells: steps of a small model, measured and predicted.
+
+Every measurement is a process of its own that builds the models of a stage, runs a pack as in the middle of a
+run and steps the optimizer, and reports by how much the peak of its memory rose. `vico_pl.planning` predicts
+the same from the recipe alone. The model has 0.16 billion parameters, in float32, so that what is counted is
+far more than what a process takes anyway.
+"""
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+# Freed memory goes back at once: without this, glibc keeps half a gigabyte in pieces.
+os.environ.update(MALLOC_MMAP_THRESHOLD_="262144", MALLOC_TRIM_THRESHOLD_="262144")
+
+import harness
+import torch
+from harness import Goal
+from torch import Tensor
+
+from vico_pl.config import parse_config
+from vico_pl.losses.consistency import consistency_kl
+from vico_pl.model.blocks import checkpoint_blocks
+from vico_pl.model.reference import FrozenReference
+from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+from vico_pl.optim import build_optimizer
+from vico_pl.planning.memory import GIB, Pack, draw_batch, measure_memory, per_gpu
+from vico_pl.planning.models import ModelSource
+from vico_pl.stages.labels import tile_loss_ratios
+from vico_pl.trainer import RunConfig
+from vico_pl.types import Batch
+
+GOALS = {"plan_memory_error": Goal(0.10)}
+SPEC = ModelSpec(
+    vision={
+        "model_type": "internvl_vision",
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "attention_bias": True,
+        "image_size": 224,
+        "patch_size": 14,
+    },
+    language={
+        "model_type": "qwen3",
+        "hidden_size": 768,
+        "intermediate_size": 2304,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+        "tie_word_embeddings": False,
+    },
+    ratios=[4, 16],
+    router_heads=8,
+    placeholder_id=5,
+)
+CASES: dict[str, dict[str, Any]] = {
+    "stage 1": {"stage": "consistency"},
+    "stage 1, activation checkpointing": {"stage": "consistency", "checkpointing": True},
+    "stage 1, vision frozen": {"stage": "consistency", "trainable": ["connectors", "language"]},
+    "stage 1, connectors alone": {"stage": "consistency", "trainable": ["connectors"]},
+    "stage 2, a label per tile": {"stage": "router", "label_mode": "tile"},
+    "stage 2, a label per image": {"stage": "router", "label_mode": "image"},
+}
+PACK = Pack(num_samples=3, tiles=4, text_tokens=100, response_tokens=50)
+
+
+def recipe(case: str) -> tuple[RunConfig, bool]:
+    """Return the configuration of a case, and whether activations are recomputed."""
+    settings = {"trainable": ["vision", "connectors", "language"], "label_mode": "tile", **CASES[case]}
+    model = {"path": "start", "reference": "other", "router_heads": 8, "trainable": settings["trainable"]}
+    config = parse_config(
+        {
+            "stage": settings["stage"],
+            "run_dir": "unused",
+            "model": model,
+            "router": {"label_mode": settings["label_mode"]},
+            "data": {"sources": [{"path": "unused"}]},
+        },
+        name=case,
+    )
+    return config, settings.get("checkpointing", False)
+
+
+# --- What is measured ---------------------------------------------------------------------------------------
+
+
+def measure(case: str) -> dict[str, float]:
+    """Take a step in this process, after a tiny one that loads what is loaded at the first use."""
+    torch.set_num_threads(1)
+    train(case, Pack(num_samples=1, tiles=1, text_tokens=8, response_tokens=4))
+    gc.collect()  # blocks that recompute refer to themselves
+    return harness.measure(lambda: train(case, PACK))
+
+
+def train(case: str, pack: Pack) -> None:
+    """Build the models of a case with weights and run a pack as in the middle of a run.
+
+    The optimizer has its averages by then, and an earlier pack of the same step has left its gradients.
+    """
+    config, checkpointing = recipe(case)
+    start = {"consistency": start_consistency, "router": start_router}[config.stage]
+    policy, run_pack = start(config, checkpointing=checkpointing)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = build_optimizer(trained, config.optim, num_steps=2)["optimizer"]
+    for parameter in trained:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    drawn = draw_batch(policy, pack)
+    batch = replace(drawn, tiles=torch.zeros(drawn.tiles.shape, dtype=torch.uint8))
+    run_pack(batch).backward()
+    optimizer.step()
+
+
+def start_consistency(
+    config: RunConfig, *, checkpointing: bool
+) -> tuple[VisionLanguageModel, Callable[[Batch], Tensor]]:
+    """Stage 1: a policy that is trained in part, and a reference of its own."""
+    policy, reference = VisionLanguageModel(SPEC).train(), FrozenReference(VisionLanguageModel(SPEC))
+    policy.router.requires_grad_(requires_grad=False)
+    for name in {"vision", "connectors", "language"} - set(config.model.trainable):
+        getattr(policy, name).requires_grad_(requires_grad=False)
+    for part in (policy.vision, policy.language) if checkpointing else ():
+        checkpoint_blocks(part)
+
+    def run_pack(batch: Batch) -> Tensor:
+        features = policy.encode_tiles(batch.tiles)
+        states = policy.response_states(batch, features, policy.full_ratios(batch))
+        target = reference.response_states(batch)
+        return consistency_kl(states, policy.head, target, reference.head).sum()
+
+    return policy, run_pack
+
+
+def start_router(
+    config: RunConfig, *, checkpointing: bool
+) -> tuple[VisionLanguageModel, Callable[[Batch], Tensor]]:
+    """Stage 2: a router on frozen models."""
+    policy, reference = (FrozenReference(VisionLanguageModel(SPEC)) for _ in range(2))
+    router, mode = policy.model.router.requires_grad_(), config.router.label_mode
+
+    def run_pack(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            features = policy.model.encode_tiles(batch.tiles)
+            tile_loss_ratios(policy.model, reference, batch, features, mode=mode, epsilon=1e-3)
+        return router(features).sum()
+
+    return policy.model, run_pack
+
+
+def predict(case: str, pack: Pack) -> dict[str, float]:
+    """Return what the plan says of a case, in MiB by term."""
+    config, checkpointing = recipe(case)
+    source = ModelSource(name="this benchmark", spec=SPEC, dtype=torch.float32)
+    memory = measure_memory(config, source, pack, checkpointing=checkpointing)
+    terms = per_gpu(memory, sharded=False, world=1, foreach=False)
+    return {name: size / GIB * 1024 for name, size in terms.items()}
+
+
+# --- What is written ----------------------------------------------------------------------------------------
+
+
+def compare(cases: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Measure and predict each case."""
+    found: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        terms, peak = predict(case, PACK), harness.measure_apart(__file__, case)["peak_mib"]
+        found[case] = {"measured_mib": peak, "predicted_mib": sum(terms.values()), "terms_mib": terms}
+        sys.stdout.write(f"{case}: measured {peak:.0f} MiB, predicted {sum(terms.values()):.0f} MiB\n")
+        sys.stdout.flush()
+    return found
+
+
+def error(result: dict[str, Any]) -> float:
+    """Return by what share of the measured memory a prediction is off."""
+    return result["predicted_mib"] / result["measured_mib"] - 1
+
+
+def tables(content: dict[str, Any]) -> str:
+    """Return what was found as Markdown."""
+    lines = [
+        *harness.heading(content),
+        *harness.figure_table(content["figures"], GOALS),
+        "| case | measured, MiB | predicted, MiB | off by | largest terms of the prediction, MiB |",
+        "|---|---|---|---|---|",
+        *(_row(case, result) for case, result in content["cases"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(case: str, result: dict[str, Any]) -> str:
+    largest = sorted(result["terms_mib"].items(), key=lambda term: -term[1])[:4]
+    listed = ", ".join(f"{name} {size:.0f}" for name, size in largest)
+    sizes = f"{result['measured_mib']:.0f} | {result['predicted_mib']:.0f} | {100 * error(result):+.1f} %"
+    return f"| {case} | {sizes} | {listed} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one measurement, or all of them and write what they gave."""
+    parser = harness.parser("Compare the memory that `vico plan` tells with memory that was measured.")
+    parser.add_argument("--measure", choices=CASES, help="one measurement in this process, as JSON")
+    given = parser.parse_args(arguments)
+    if given.measure:
+        sys.stdout.write(json.dumps(measure(given.measure)))
+        return
+    cases = compare(list(CASES))
+    measured = {"plan_memory_error": max(abs(error(result)) for result in cases.values())}
+    figures = harness.figures_of(measured, GOALS)
+    written = harness.write(
+        "plan",
+        figures=figures,
+        details={"cases": cases},
+        tables=tables,
+        command="python benchmarks/plan.py",
+        output=given.output,
+        page=given.page,
+    )
+    sys.stdout.write(tables(written))
+
+
+if __name__ == "__main__":
+    main()

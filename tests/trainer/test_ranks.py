@@ -1,0 +1,101 @@
+"""Runs of several real processes, and runs that are taken up again by another number of them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.runs import differing, metrics, run, weights
+from vico_pl.trainer import is_finished, newest_checkpoint
+
+EXACT = ["model.dropout=0.0", "seed=3"]  # dropout draws from the generator of each rank
+
+
+def command(recipe, run_dir, *, ranks, workers=0, settings=()):
+    parallel = [f"trainer.devices={ranks}", f"data.num_workers={workers}"]
+    strategy = ["trainer.strategy=ddp"] if ranks > 1 else []
+    start = [sys.executable, "-m", "vico_pl", "train", str(recipe), f"run_dir={run_dir}"]
+    return [*start, *EXACT, *parallel, *strategy, *settings]
+
+
+def finish(recipe, run_dir, **options):
+    subprocess.run(command(recipe, run_dir, **options), check=True, capture_output=True, timeout=300)
+    assert is_finished(run_dir)
+
+
+def audit(run_dir):
+    """What `vico audit` says last, and its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vico_pl", "audit", str(run_dir)], capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout.splitlines()[-1] + done.stderr
+
+
+def assert_alike(run_dir, other, *, tolerance):
+    """Same curve and same weights, but for the order in which floats were added, which Adam makes larger."""
+    ours, theirs = ({line["step"]: line for line in metrics(folder)} for folder in (run_dir, other))
+    assert ours.keys() == theirs.keys()
+    for step, line in ours.items():
+        assert line == pytest.approx(theirs[step], rel=tolerance, abs=1e-7)
+    expected = weights(other)
+    for name, tensor in weights(run_dir).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("pretrain", 2), ("consistency", 4), ("router", 2)])
+def test_any_number_of_ranks_gives_the_run_of_one(runs, tmp_path, stage, ranks):
+    recipe, alone, several = runs / f"{stage}.yaml", tmp_path / "alone", tmp_path / "several"
+    run(recipe, f"run_dir={alone}", *EXACT)
+    finish(recipe, several, ranks=ranks)
+    assert_alike(several, alone, tolerance=2e-3)
+    assert audit(several)[0] == 0
+
+
+def kill_when(run_dir, process, *, step, victim):
+    """Kill a run without warning once it has a checkpoint of `step`."""
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run_dir / "checkpoints" / f"step-{step:08d}.ckpt").exists():
+            victim(process)
+            break
+        time.sleep(0.005)
+    process.wait(timeout=200)
+
+
+def all_of_it(process):
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def start(recipe, run_dir, log, **options):
+    return subprocess.Popen(
+        command(recipe, run_dir, **options), stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tmp_path):
+    recipe, unbroken, changed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "changed"
+    length = ["trainer.max_steps=12"]
+    run(recipe, f"run_dir={unbroken}", *EXACT, *length)
+    with (tmp_path / "log").open("w") as log:
+        for step, ranks, workers in ((2, 2, 1), (6, 1, 2)):
+            process = start(recipe, changed, log, ranks=ranks, workers=workers, settings=length)
+            kill_when(changed, process, step=step, victim=all_of_it)
+            assert newest_checkpoint(changed) is not None, (tmp_path / "log").read_text()
+    finish(recipe, changed, ranks=4, settings=length)
+    assert_alike(changed, unbroken, tolerance=5e-3)
+    code, said = audit(changed)
+    assert code == 0, said
+    assert said.startswith("12 steps in 3 attempts")
+
+
+def test_killed_ranks_end_with_the_weights_of_an_unbroken_run_bit_for_bit(runs, tmp_path):
+    recipe, unbroken, killed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "killed"
+    finish(recipe, unbroken, ranks=2)
+    with (tmp_path / "log").open("w") as log:
+        kill_when(killed, start(recipe, killed, log, ranks=2), step=2, victim=all_of_it)
+    finish(recipe, killed, ranks=2)
+    assert differing(killed, unbroken) == set()

@@ -1,0 +1,160 @@
+"""How a set of shards is named: a folder, some tars of it, or the same at a URL.
+
+    data/shards/mine                          a folder
+    data/shards/mine/train-{000000..000031}.tar, .../train-*.tar, .../train-000000.tar
+    https://host/mine                         a folder at a URL, with an index.json
+    s3://bucket/mine/train-{000000..000031}.tar.gz
+    pipe:ssh host cat train-{000..031}.tar    only where shell commands are allowed
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
+MAX_SHARDS = 1_000_000  # of one set: a brace range of more is a slip of the keyboard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the shards of a set are; they all lie in one folder."""
+
+    text: str  # as it was named
+    base: str  # the folder or its URL; of commands: the text
+    names: list[str] | None  # of the shards; None: all of the folder
+    is_local: bool
+    query: str = ""  # of URLs: what follows the name, such as a signature
+    commands: dict[str, str] | None = None  # shell command of each shard
+
+    def location(self, name: str) -> str:
+        """Return the path, the URL or the command that gives a file."""
+        if self.commands is not None:
+            return self.commands[name]
+        return f"{self.base}/{name}{self.query}"
+
+    @property
+    def folder(self) -> Path | str:
+        """Return what the set is called: its folder if it has one."""
+        return Path(self.base) if self.is_local else self.base
+
+
+def parse_source(text: str, *, allow_pipe: bool = False) -> Source:
+    """Find out which shards are meant.
+
+    Raises:
+        ValueError: they are a shell command and this is not allowed, lie in several folders, or none is there.
+    """
+    if text.startswith("pipe:"):
+        return _parse_pipe(text, allow_pipe=allow_pipe)
+    if text.startswith("file:/"):
+        text = "/" + text.removeprefix("file:").lstrip("/")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        return _parse_url(text)
+    return _parse_path(text)
+
+
+def is_packed(name: str) -> bool:
+    """Say whether a shard has to be unpacked before it can be read, by its name."""
+    return name.endswith((".gz", ".tgz"))
+
+
+def list_shards(folder: Path) -> list[str]:
+    """Return the shards of a folder, sorted.
+
+    Raises:
+        ValueError: there is none, or one both packed and not.
+    """
+    names = sorted(path.name for path in folder.iterdir() if _is_shard(path.name))
+    if not names:
+        raise ValueError(
+            f"{folder}: no shard found; expected names such as train-000000.tar (see data/README.md)"
+        )
+    return names
+
+
+def _parse_path(text: str) -> Source:
+    path = Path(text)
+    if path.is_dir():
+        return Source(text=text, base=str(path), names=None, is_local=True)
+    if not _names_shards(text):
+        raise ValueError(
+            f"{text}: no such folder of shards; make one with 'vico shards build' or 'make shards'"
+        )
+    paths = [str(found) for named in _expand(text) for found in _glob(named)]
+    if not paths:
+        raise ValueError(f"{text}: no such shard; expected names such as train-000000.tar")
+    base, names = _split(paths, text)
+    return Source(text=text, base=base or ".", names=names, is_local=True)
+
+
+def _parse_url(text: str) -> Source:
+    plain, query = re.fullmatch(r"([^?]*)(\?.*)?", text, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    if "*" in plain:
+        raise ValueError(f"{text}: '*' finds only files of a folder; name shards of a URL as train-{{00..31}}.tar")
+    if not _names_shards(plain):
+        return Source(text=text, base=plain.rstrip("/"), names=None, is_local=False, query=query)
+    base, names = _split(_expand(plain), text)
+    return Source(text=text, base=base, names=names, is_local=False, query=query)
+
+
+def _parse_pipe(text: str, *, allow_pipe: bool) -> Source:
+    if not allow_pipe:
+        raise ValueError(
+            f"{text}: 'pipe:' runs a shell command, which a recipe has to allow by data.allow_pipe=true; name "
+            "a folder or a URL instead if you can"
+        )
+    commands = _expand(text)
+    found = [re.findall(r"[\w.-]+\.(?:tar\.gz|tgz|tar)\b", command) for command in commands]
+    named = [names[-1] if names else "" for names in found]
+    if len(set(named)) < len(named) or "" in named:  # names that tell nothing
+        named = [f"pipe-{number:06d}.tar" for number in range(len(commands))]
+    return Source(
+        text=text, base=text, names=named, is_local=False, commands=dict(zip(named, commands, strict=True))
+    )
+
+
+def _names_shards(text: str) -> bool:
+    """Say whether a text names tars, and not a folder."""
+    return _is_shard(text.rpartition("/")[2]) or "{" in text
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(SHARD_ENDINGS) and not name.startswith(".")
+
+
+def _expand(text: str) -> list[str]:
+    """Expand `{00..31}` and `{a,b}`."""
+    try:
+        expanded = list(islice(braceexpand(text), MAX_SHARDS + 1))
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}; expected a range such as train-{{00..31}}.tar") from error
+    if len(expanded) > MAX_SHARDS:
+        raise ValueError(f"{text}: more than {MAX_SHARDS} shards")
+    return expanded
+
+
+def _glob(text: str) -> Iterator[Path]:
+    """Yield the files that a path with `*` and `?` stands for, or that path."""
+    path = Path(text)
+    if not re.search(r"[*?\[]", text) or path.exists():
+        yield path
+        return
+    found = (path for path in Path(path.anchor or ".").glob(text.removeprefix(path.anchor)))
+    yield from sorted(path for path in found if _is_shard(path.name))
+
+
+def _split(locations: list[str], text: str) -> tuple[str, list[str]]:
+    """Return the one folder and the names of shards."""
+    folders = sorted({location.rpartition("/")[0] for location in locations})
+    if len(folders) > 1:
+        both = f"'{folders[0]}' and '{folders[1]}'"
+        raise ValueError(f"{text}: names shards of {both}; expected one folder: name each as a source of its own")
+    names = [location.rpartition("/")[2] for location in locations]
+    for name in names:
+        if not _is_shard(name):
+            raise ValueError(f"{text}: '{name}' is no shard; expected a name that ends in {' or '.join(SHARD_ENDINGS)}")
+    return folders[0], list(dict.fromkeys(names))

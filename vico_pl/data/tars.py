@@ -1,0 +1,113 @@
+"""The inside of a tar: where its records begin, and what is in one; nothing is ever unpacked to a file."""
+
+import io
+import re
+import tarfile
+from functools import partial
+from typing import BinaryIO
+
+import numpy as np
+import webdataset as wds
+
+from vico_pl.data.decode import RecordError
+
+MAX_RECORD_BYTES = 2**30  # members of a record together: it is read in one piece
+# What tarfile raises on hostile headers; RecursionError: names longer than long, one header after the other.
+TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError)
+
+
+def scan_tar(file: BinaryIO) -> np.ndarray:
+    """Return the byte positions between the samples of a tar, int64 (n + 1,).
+
+    Members that webdataset passes over (folders, metadata, names without a dot) begin no sample. Links and
+    devices do: their record is then a bad one, with a sentence that says so.
+
+    Raises:
+        ValueError: the file is no readable tar, is cut short, or holds something between its members.
+    """
+    starts: list[int] = []
+    last_key = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                _check_progress(tar, member)
+                key = None if member.isdir() else member_key(member.name)
+                if key is not None and key != last_key:
+                    starts.append(member.offset)
+                    last_key = key
+        _check_rest(file, tar.offset)
+    except TAR_ERRORS as error:
+        raise ValueError(f"not a readable tar ({error})") from error
+    return np.array([*starts, tar.offset], dtype=np.int64)
+
+
+def member_key(name: str) -> str | None:
+    """Return what names a sample: a member's path up to the first dot of its file name; None: of no sample.
+
+    >>> member_key("photos/000017.0.jpg")
+    'photos/000017'
+    >>> member_key("README") is member_key("__meta__/x.json") is None
+    True
+    """
+    if re.match(r"__[^/]*__($|/)", name):  # webdataset's own mark of metadata
+        return None
+    key: str | None = wds.tariterators.base_plus_ext(name)[0]
+    return key
+
+
+def read_members(content: bytes) -> tuple[str, dict[str, bytes]]:
+    """Return key and files of the one record in a piece of a tar.
+
+    Raises:
+        RecordError: the bytes are no readable part of a tar, or a member comes twice or is no plain file.
+    """
+    try:
+        return _read_members(content)
+    except RecordError:
+        raise
+    except TAR_ERRORS as error:
+        raise RecordError(str(error), kind="tar") from error
+
+
+def _read_members(content: bytes) -> tuple[str, dict[str, bytes]]:
+    key, files = None, {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            _check_progress(tar, member)
+            member_of = None if member.isdir() else member_key(member.name)
+            if member_of is None:
+                continue
+            key = key or member_of
+            if member_of != key:
+                raise tarfile.ReadError("members of two keys; 'vico shards index' tells them apart")
+            name = member.name[len(key) + 1 :].lower()
+            if name in files:
+                raise RecordError(f"duplicate member '{name}'", kind="member")
+            files[name] = _read_member(tar, member)
+    if key is None or content[tar.offset :].strip(b"\0"):
+        raise tarfile.ReadError("a tar header is damaged")
+    return key, files
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Read a plain file: links could lead anywhere, and a sparse file of one block be terabytes of 0."""
+    if not member.isreg() or member.issparse():
+        kind = "a sparse file" if member.issparse() else f"of type {member.type!r} (a link or a device)"
+        raise RecordError(f"member '{member.name}' is {kind}; expected a plain file", kind="member")
+    file = tar.extractfile(member)
+    assert file is not None  # as it is a plain file
+    return file.read()
+
+
+def _check_progress(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Refuse a size below zero, which would lead back to where the member began, for ever."""
+    if member.size < 0 or tar.offset <= member.offset:
+        raise tarfile.ReadError(f"member at byte {member.offset} has a negative size")
+
+
+def _check_rest(file: BinaryIO, end: int) -> None:
+    """Refuse what follows the last readable member and is no padding: tarfile would stop there in silence."""
+    file.seek(end)
+    for chunk in iter(partial(file.read, 2**20), b""):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError(f"neither a member nor its end at byte {end}")

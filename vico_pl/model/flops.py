@@ -1,0 +1,102 @@
+"""What a forward pass costs in floating-point operations, from a model's description alone.
+
+Vision tower, connectors and router run once over one tile, without data or memory (PyTorch's `meta` device),
+while PyTorch counts: right for every tower that can be built. The language model is not run, as its length
+varies and a mixture of experts chooses by values: there, every weight of the blocks is one multiply and one
+add per token, of experts only the chosen ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from vico_pl.model.blocks import find_blocks
+from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlops:
+    """Operations of a forward pass; a multiply and an add are two. A backward pass takes twice as many."""
+
+    vision_per_tile: float
+    router_per_tile: float  # 0 without router
+    connector_per_tile: dict[int, float]  # by ratio
+    vision_tokens_per_tile: dict[int, int]  # by ratio
+    language_per_token: float  # weights of all blocks, of experts the active ones; the head is not among them
+    language_per_pair: float  # attention of a query to one key, over all layers
+    head_per_token: float
+
+    def language(self, num_tokens: int) -> float:
+        """Return the cost of the blocks over one sample, in which token i sees the i tokens up to itself."""
+        pairs = num_tokens * (num_tokens + 1) / 2
+        return self.language_per_token * num_tokens + self.language_per_pair * pairs
+
+
+def count_flops(spec: ModelSpec) -> ModelFlops:
+    """Count what each part of a model costs.
+
+    Raises:
+        ValueError: the description is of no model that can be built.
+    """
+    return flops_of(build_without_weights(spec))
+
+
+def build_without_weights(spec: ModelSpec) -> VisionLanguageModel:
+    """Build a model whose tensors have shapes but no memory.
+
+    Raises:
+        ValueError: the description is of no model that can be built.
+    """
+    with torch.device("meta"), no_init_weights():
+        return VisionLanguageModel(spec)
+
+
+def flops_of(model: VisionLanguageModel) -> ModelFlops:
+    """Count what each part of a model without weights costs."""
+    size, num_patches = model.vision.tile_size, model.vision.num_patches
+    tile = torch.empty(1, 3, size, size, dtype=torch.uint8, device="meta")
+    features = torch.empty(1, num_patches, model.vision.width, device="meta")
+    connectors = {ratio: model.connectors.by_ratio[str(ratio)] for ratio in model.ratios}
+    return ModelFlops(
+        vision_per_tile=_count(model.encode_tiles, tile),
+        router_per_tile=0.0 if model.router is None else _count(model.router, features),
+        connector_per_tile={ratio: _count(connector, features) for ratio, connector in connectors.items()},
+        vision_tokens_per_tile={ratio: num_patches // ratio for ratio in model.ratios},
+        language_per_token=2.0 * active_weights(model.language),
+        language_per_pair=_attention_per_pair(model.language.config),
+        head_per_token=2.0 * model.head.numel(),
+    )
+
+
+def active_weights(language: PreTrainedModel) -> float:
+    """Return how many weights of its blocks a token meets; norms and biases, below a thousandth, not counted."""
+    return sum(
+        _active(weight, language.config) for block in find_blocks(language) for weight in block.parameters()
+    )
+
+
+def _active(weight: nn.Parameter, config: PreTrainedConfig) -> float:
+    """Return how much of a weight a token meets; (experts, rows, columns) holds all experts of a layer."""
+    if weight.ndim < 2:
+        return 0.0
+    share = config.num_experts_per_tok / weight.shape[0] if weight.ndim == 3 else 1.0
+    return weight.numel() * share
+
+
+def _attention_per_pair(config: PreTrainedConfig) -> float:
+    """Each head multiplies a query with a key, and the weight that comes out with a value."""
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2.0 * 2 * heads * head_width * config.num_hidden_layers
+
+
+def _count(function: Callable[[Tensor], Tensor], given: Tensor) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        function(given)
+    return float(counter.get_total_flops())

@@ -1,0 +1,212 @@
+"""Counting the memory that real code would take, by running it on tensors that have none.
+
+PyTorch's `meta` device gives every tensor its shape and nothing else, so that a step of a model of any size
+runs in seconds. `MemoryMeter` sees each tensor come and go and remembers how much was alive at the highest
+point, and in which part of the step it had come. What the step does is thereby never told a second time.
+
+Two things differ on that device, and are put right here: it has no kernels of fused attention, which keep no
+(S, S) tensor, and no autocast.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from vico_pl.model.blocks import find_blocks
+from vico_pl.model.language import Segments
+
+METERED_ATTENTION = "vico_metered"  # the name under which transformers knows `packed_attention`
+
+# What CUDA's autocast runs in the lower precision, and what it runs in float32, of the functions that models use.
+_LOWERED = {functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm}
+_RAISED = {functional.layer_norm, functional.softmax, torch.softmax, torch.pow, torch.rsqrt, Tensor.pow}
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Adds up the tensors on `meta` that are alive; integers on the CPU keep their values and do not count."""
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        """Leave out tensors that exist already, such as weights and their gradients."""
+        super().__init__()
+        self.peak = 0  # bytes
+        self.at_peak: dict[str, int] = {}  # bytes by the part of the step that made them
+        self._alive: dict[str, int] = {}
+        self._part = "other"
+        self._storages = {tensor.untyped_storage()._cdata for tensor in known}  # noqa: SLF001 - its identity
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Name the part of the step that runs now."""
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation and count what it made."""
+        given = (tuple(args), kwargs or {})
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        if any(tensor.is_meta for tensor in tensors):
+            given = tree_map(_without_memory, given)
+        made = func(*given[0], **given[1])
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._count(tensor)
+        return made
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        identity, size, part = storage._cdata, storage.nbytes(), self._part  # noqa: SLF001
+        if identity in self._storages:
+            return
+        self._storages.add(identity)
+        self._alive[part] = self._alive.get(part, 0) + size
+        weakref.finalize(storage, self._forget, identity, size, part)
+        total = sum(self._alive.values())
+        if total > self.peak:
+            self.peak, self.at_peak = total, dict(self._alive)
+
+    def _forget(self, identity: int, size: int, part: str) -> None:
+        self._storages.discard(identity)
+        self._alive[part] -= size
+
+
+class DeviceRules(TorchFunctionMode):
+    """Runs attention as fused kernels do and, for mixed precision, each function in autocast's type."""
+
+    def __init__(self, lowered: torch.dtype | None, meter: MemoryMeter) -> None:
+        """Take the lower type of autocast; None: no autocast."""
+        super().__init__()
+        self._lowered, self._meter = lowered, meter
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # of weights: autocast casts each once per pass
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function, or what takes its place."""
+        kwargs = kwargs or {}
+        if func is functional.multi_head_attention_forward:
+            with self:  # PyTorch would run what is inside without rules
+                return _multi_head_attention(*args, **kwargs), None
+        if func is functional.scaled_dot_product_attention:
+            query, key, value = (self._lower(tensor) for tensor in args[:3])
+            return _FusedAttention.apply(query, key, value)
+        if self._lowered is not None and func in _LOWERED:
+            args, kwargs = tree_map(self._lower, (tuple(args), kwargs))
+        elif self._lowered is not None and func in _RAISED:
+            args, kwargs = tree_map(_raise, (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+    def hold_within(self, part: nn.Module) -> None:
+        """Hold in blocks that run once more in the backward pass, too, where PyTorch lets no mode in."""
+        for block in find_blocks(part):
+            block.forward = partial(self._run_within, block.forward)
+
+    def _run_within(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return forward(*args, **kwargs)
+
+    def forget_casts(self) -> None:
+        """Free the weights in the lower type, as autocast does where it ends."""
+        self._casts.clear()
+
+    def _lower(self, given: Any) -> Any:
+        if self._lowered is None or not isinstance(given, Tensor) or given.dtype != torch.float32:
+            return given
+        if not (given.is_leaf and given.requires_grad):
+            return given.to(self._lowered)
+        if id(given) not in self._casts:
+            with self._meter.part("weights as autocast has them"):
+                self._casts[id(given)] = (given, given.to(self._lowered))
+        return self._casts[id(given)][1]
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what fused kernels keep for the backward pass: operands, output and a number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        normaliser = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, normaliser)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _multi_head_attention(  # noqa: PLR0913 - the arguments of PyTorch's function, of which these matter
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    num_heads: int,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    *rest: Any,
+    **_: Any,
+) -> Tensor:
+    """Take the memory of `nn.MultiheadAttention`: query (L, B, C), key and value (S, B, C)."""
+    out_weight, out_bias = rest[4:6]
+    if query is key:
+        packed = functional.linear(query, in_weight, in_bias).unflatten(-1, (3, width))
+        projected = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous().unbind(0)
+    else:
+        queries = functional.linear(query, in_weight[:width], in_bias[:width])
+        packed = functional.linear(key, in_weight[width:], in_bias[width:]).unflatten(-1, (2, width))
+        projected = queries, *packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous().unbind(0)
+    heads = [x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected]  # B heads L width
+    output = functional.scaled_dot_product_attention(*heads).permute(2, 0, 1, 3).contiguous()
+    return functional.linear(output.flatten(0, 1).flatten(1), out_weight, out_bias).view(query.shape)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Take the memory of `segment_attention`, whose masks cannot be made while a meter watches."""
+    queries, visible = query.split(segments.lengths, dim=2), segments.visible(module, key, value)
+    attend = functional.scaled_dot_product_attention
+    pieces = [attend(q, k, v) for q, k, v in zip(queries, *visible, strict=True)]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _without_memory(given: Any) -> Any:
+    """Bring a tensor of known values to where the others are; a mask becomes positions, whose number is known."""
+    if not isinstance(given, Tensor) or given.is_meta:
+        return given
+    if given.dtype == torch.bool and given.ndim == 1:
+        given = given.nonzero().squeeze(1)
+    return given.to("meta")
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """None is needed."""
+
+
+def _raise(given: Any) -> Any:
+    return given.float() if isinstance(given, Tensor) and given.is_floating_point() else given
+
+
+AttentionInterface.register(METERED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(METERED_ATTENTION, _no_mask)

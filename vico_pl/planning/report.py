@@ -1,0 +1,219 @@
+"""A plan as text for people and as JSON for programs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vico_pl.config import load_config
+from vico_pl.model.checkpoint.ours import write_json
+from vico_pl.planning.hardware import GPUS, USABLE
+from vico_pl.planning.memory import GIB, per_gpu
+from vico_pl.planning.plan import MAX_WORLD, Layout, Plan, build_plan, cheaper_settings, smallest_layout
+
+_SMALL_GIB = 0.01  # a term that no layout has more of is not shown: left out of tables, not of sums
+
+
+def print_plan(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    shape: str | None,
+    mfu: float,
+    json_path: Path | None,
+    write: Callable[[str], None],
+) -> None:
+    """Plan a recipe and write what was found.
+
+    Raises:
+        ValueError: the recipe is wrong, or the shape of its model is not known.
+    """
+    plan = build_plan(load_config(recipe, overrides), shape=shape, mfu=mfu)
+    write(format_plan(plan))
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(plan_as_json(plan), json_path)
+        write(f"\n{json_path} is written")
+
+
+def format_plan(plan: Plan) -> str:
+    """Return the plan as tables and sentences."""
+    on = plan.config.trainer.activation_checkpointing
+    sections = [
+        _heading(plan),
+        _table(_parameter_rows(plan)),
+        _memory_title(plan, on=on),
+        _table(_memory_rows(plan, on=on)),
+        *_other_memory(plan, on=not on),
+        "Work",
+        _table(_work_rows(plan)),
+        f"Hours for {plan.config.trainer.max_steps} steps at {plan.mfu:.0%} of a GPU's peak",
+        _table(_hour_rows(plan)),
+        "What fits",
+        "\n".join(f"  {sentence}" for sentence in advice(plan)),
+    ]
+    return "\n\n".join(sections)
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON."""
+    return {
+        "stage": plan.config.stage,
+        "model": plan.source.name,
+        "parameters": {k: {"total": n, "trained": t} for k, (n, t) in plan.parameters.items()},
+        "sample": vars(plan.sample),
+        "pack": vars(plan.pack),
+        "memory_gib": {
+            "activation_checkpointing" if on else "no_activation_checkpointing": {
+                str(layout): {k: v / GIB for k, v in plan.per_gpu(layout, checkpointing=on).items()}
+                for layout in plan.layouts()
+            }
+            for on in (False, True)
+        },
+        "flops_per_sample": plan.work.flops,
+        "flops_per_step": plan.work.total * plan.config.data.batch_size,
+        "flops": plan.run_flops,
+        "vision_tokens_per_sample": plan.work.vision_tokens,
+        "samples": plan.run_samples,
+        "epochs": _epochs(plan),
+        "gpu_hours": {gpu: plan.hours(gpu, 1) for gpu in GPUS},
+        "run_dir_gib": plan.disk_gib,
+        "advice": list(advice(plan)),
+    }
+
+
+def advice(plan: Plan) -> Iterator[str]:
+    """Say what fits where, and what would make it fit."""
+    memory = plan.memory[plan.config.trainer.activation_checkpointing]
+    too_small = []
+    for name, gpu in GPUS.items():
+        layout = smallest_layout(memory, gpu.memory_gib)
+        usable = f"{gpu.memory_gib * USABLE:.0f} GiB usable"
+        if layout is None:
+            yield f"{name} ({usable}): does not fit, not even sharded by FSDP over {MAX_WORLD} GPUs."
+        elif layout.world == 1:
+            yield f"{name} ({usable}): fits on each GPU; several of them work under DDP{_ddp(plan, name)}."
+        else:
+            yield f"{name} ({usable}): needs FSDP over {layout.world} GPUs or more."
+        if layout is None or layout.world > 1:
+            too_small.append(name)
+    if too_small:
+        yield "Settings that take less on each GPU without FSDP:"
+        for setting, changed in cheaper_settings(plan):
+            held = sum(per_gpu(changed, sharded=False, world=1).values()) / GIB
+            fitting = [name for name, gpu in GPUS.items() if held <= gpu.memory_gib * USABLE]
+            yield f"  {setting}: {held:.1f} GiB, fits {', '.join(fitting) or 'none of these GPUs'}"
+
+
+def _ddp(plan: Plan, name: str) -> str:
+    on = plan.config.trainer.activation_checkpointing
+    held = plan.gib(Layout(world=2, sharded=False), checkpointing=on)
+    return "" if held <= GPUS[name].memory_gib * USABLE else " no more, whose buckets do not fit; take FSDP"
+
+
+def _heading(plan: Plan) -> str:
+    config = plan.config
+    return (
+        f"Stage {config.stage}, model of {plan.source.name}; precision {config.trainer.precision}, "
+        f"{config.trainer.max_steps} steps of {config.data.batch_size} samples"
+    )
+
+
+def _parameter_rows(plan: Plan) -> list[list[str]]:
+    rows = [["parameters", "total", "trained", "frozen"]]
+    for part, (total, trained) in plan.parameters.items():
+        rows.append([part, _number(total), _number(trained), _number(total - trained)])
+    total, trained = (sum(pair[i] for pair in plan.parameters.values()) for i in (0, 1))
+    rows.append(["policy", _number(total), _number(trained), _number(total - trained)])
+    if plan.shared_parameters:
+        rows.append(["shared with the reference", _number(plan.shared_parameters), "", ""])
+    return rows
+
+
+def _memory_title(plan: Plan, *, on: bool) -> str:
+    pack = plan.pack
+    return (
+        f"Memory per GPU, GiB, with{'' if on else 'out'} activation checkpointing; packs of {pack.num_samples}"
+        f" samples ({pack.tiles} tiles, {pack.text_tokens} text tokens each), every tile at full tokens"
+    )
+
+
+def _memory_rows(plan: Plan, *, on: bool) -> list[list[str]]:
+    layouts = plan.layouts()
+    held = [plan.per_gpu(layout, checkpointing=on) for layout in layouts]
+    names = dict.fromkeys(name for terms in held for name in terms)
+    rows = [["", *map(str, layouts)]]
+    for name in names:
+        sizes = [terms.get(name, 0.0) / GIB for terms in held]
+        if max(sizes) >= _SMALL_GIB:
+            rows.append([name, *(_gib(size) if size else "-" for size in sizes)])
+    rows.append(["sum", *(_gib(sum(terms.values()) / GIB) for terms in held)])
+    return rows
+
+
+def _other_memory(plan: Plan, *, on: bool) -> list[str]:
+    if plan.config.stage == "router":  # nothing is recomputed there
+        return []
+    return [_memory_title(plan, on=on).partition(";")[0], _table(_memory_rows(plan, on=on))]
+
+
+def _work_rows(plan: Plan) -> list[list[str]]:
+    batch, sample, work = plan.config.data.batch_size, plan.sample, plan.work
+    rows = [["", "per sample", "per step", "run"]]
+
+    def add(name: str, each: float) -> None:
+        rows.append([name, *map(_number, (each, each * batch, each * plan.run_samples))])
+
+    for name, count in work.flops.items():
+        add(f"FLOPs, {name}", count)
+    add("FLOPs", work.total)
+    add("tiles", sample.tiles)
+    for name, count in work.vision_tokens.items():
+        add(f"vision tokens, {name}", count)
+    add("text tokens", sample.text_tokens)
+    rows.append(["samples", "1", _number(batch), _number(plan.run_samples)])
+    epochs = _epochs(plan)
+    if epochs is not None:
+        rows.append(["epochs", "", "", f"{epochs:.2f}"])
+    return [*rows, [f"(tiles and text: {sample.origin})"]]
+
+
+def _hour_rows(plan: Plan) -> list[list[str]]:
+    worlds = sorted({1, 8, *([plan.world] if plan.world else [])})
+    rows = [["", *(f"{world} GPU{'s' if world > 1 else ''}" for world in worlds)]]
+    rows += [[gpu, *(_hours(plan.hours(gpu, world)) for world in worlds)] for gpu in GPUS]
+    return rows
+
+
+def _epochs(plan: Plan) -> float | None:
+    return None if not plan.sample.num_samples else plan.run_samples / plan.sample.num_samples
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first to the left, numbers to the right; a row of one cell is a remark."""
+    full = [row for row in rows if len(row) > 1]
+    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False))]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size:.2f}" if size < 10 else f"{size:.1f}"
+
+
+def _hours(hours: float) -> str:
+    return "< 0.1" if hours < 0.1 else f"{hours:.1f}"
+
+
+def _number(count: float) -> str:
+    """Write a number with three digits and a prefix.
+
+    >>> _number(7), _number(1490), _number(3.62e12)
+    ('7', '1.49 k', '3.62 T')
+    """
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if count >= 0.9995 * 10**power:
+            return f"{count / 10**power:.3g} {prefix}"
+    return f"{count:.3g}"

@@ -1,0 +1,179 @@
+"""What a run reads and computes: tiles and tokens of a sample, operations of a sample, a step and the run.
+
+A forward pass of a part counts once. What is trained counts twice more, for the gradients of its weights and
+of its input; a frozen part that gradients pass through counts once more; and once more what is recomputed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from vico_pl.data.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
+from vico_pl.data.module import DataConfig
+from vico_pl.data.packing import BYTES_PER_TOKEN, estimated_tiles
+from vico_pl.data.sizes import SampleSize
+from vico_pl.model.flops import ModelFlops
+from vico_pl.planning.memory import Pack
+from vico_pl.trainer import RunConfig
+
+TEXT_TOKENS, TILES = 200, 5  # of a sample whose shards are not here; half of the text is response
+MAX_MEASURED = 20_000  # samples of a source whose sizes are looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleShape:
+    """A sample of mean size."""
+
+    tiles: float
+    text_tokens: float
+    response_tokens: float
+    num_samples: int | None  # of all sources; none: the shards are not here
+    origin: str  # how this is known
+
+
+def read_samples(config: DataConfig) -> SampleShape:
+    """Read what lies beside the shards of a recipe; without it, take usual figures."""
+    found = [_read_source(Path(source.path)) for source in config.sources]
+    sizes = [SampleSize(*row) for _, rows in found for row in rows]
+    counts = [count for count, _ in found]
+    num_samples = sum(counts) if counts and all(counts) else None
+    if not sizes:
+        tiles = float(min(TILES, config.tiling.max_tiles))
+        return SampleShape(
+            tiles=tiles,
+            text_tokens=TEXT_TOKENS,
+            response_tokens=TEXT_TOKENS / 2,
+            num_samples=num_samples,
+            origin="assumed: the shards tell no sizes" if num_samples else "assumed: no index of shards here",
+        )
+    text = fmean(size.text_bytes for size in sizes) / BYTES_PER_TOKEN
+    return SampleShape(
+        tiles=fmean(sum(estimated_tiles(size, config.tiling)) for size in sizes),
+        text_tokens=max(text, 2.0),
+        response_tokens=max(text / 2, 1.0),
+        num_samples=num_samples,
+        origin=f"mean of {len(sizes)} samples; half of the text taken as response",
+    )
+
+
+def pack_of(config: DataConfig, sample: SampleShape, *, tokens_per_tile: int, world: int) -> Pack:
+    """Return the largest pack that the limits and a rank's share of the batch allow."""
+    tiles, text = max(round(sample.tiles), 1), max(round(sample.text_tokens), 2)
+    length = tiles * tokens_per_tile + text
+    limits, share = config.packs, max(config.batch_size // world, 1)
+    fitting = min(limits.max_tiles // tiles, limits.max_tokens // length, share)
+    response = min(max(round(sample.response_tokens), 1), text - 1)
+    return Pack(num_samples=max(fitting, 1), tiles=tiles, text_tokens=text, response_tokens=response)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleWork:
+    """Operations and vision tokens of a sample."""
+
+    flops: dict[str, float]  # by what is run
+    vision_tokens: dict[str, float]  # that the policy and the reference see
+
+    @property
+    def total(self) -> float:
+        """Operations of a sample."""
+        return sum(self.flops.values())
+
+
+def count_work(
+    config: RunConfig, flops: ModelFlops, sample: SampleShape, *, checkpointing: bool
+) -> SampleWork:
+    """Count the operations of a sample of mean size."""
+    count = {"pretrain": _pretrain, "consistency": _consistency, "router": _router}[config.stage]
+    return count(config, _Parts(flops=flops, sample=sample), checkpointing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Forward operations of each part over a sample."""
+
+    flops: ModelFlops
+    sample: SampleShape
+
+    @property
+    def vision(self) -> float:
+        return self.sample.tiles * self.flops.vision_per_tile
+
+    @property
+    def head(self) -> float:
+        return self.sample.response_tokens * self.flops.head_per_token
+
+    def tokens(self, ratio: int) -> float:
+        return self.sample.tiles * self.flops.vision_tokens_per_tile[ratio]
+
+    def connectors(self, ratio: int) -> float:
+        return self.sample.tiles * self.flops.connector_per_tile[ratio]
+
+    def language(self, ratio: int) -> float:
+        return self.flops.language(round(self.tokens(ratio) + self.sample.text_tokens))
+
+    def mean(self, function: str, ratios: Sequence[int]) -> float:
+        return fmean(getattr(self, function)(ratio) for ratio in ratios)
+
+
+def _trained(config: RunConfig, parts: _Parts, ratios: Sequence[int], *, again: bool) -> dict[str, float]:
+    """Return the policy's work: forward, backward and what is recomputed."""
+    trainable = set(config.model.trainable)
+    language = trainable & {"language", "lora"}
+    vision, before = "vision" in trainable, bool(trainable & {"vision", "connectors"})
+    passes = {
+        "vision": 3 + again if vision else 1,
+        "connectors": 1 + ("connectors" in trainable) + vision if before else 1,
+        "language": 1 + ("language" in trainable) + 1 + again,
+        "head": 2 + ("language" in trainable),
+    }
+    connectors, blocks = parts.mean("connectors", ratios), parts.mean("language", ratios)
+    forward = {"vision": parts.vision, "connectors": connectors, "language": blocks, "head": parts.head}
+    assert before or language  # the recipe has been checked: something is trained
+    return {f"policy {name}": passes[name] * work for name, work in forward.items()}
+
+
+def _pretrain(config: RunConfig, parts: _Parts, again: bool) -> SampleWork:  # noqa: FBT001 - see count_work
+    flops = _trained(config, parts, [4], again=again)
+    return SampleWork(flops=flops, vision_tokens={"policy": parts.tokens(4)})
+
+
+def _consistency(config: RunConfig, parts: _Parts, again: bool) -> SampleWork:  # noqa: FBT001
+    ratios = config.model.ratios
+    flops = _trained(config, parts, ratios, again=again)
+    flops["reference"] = parts.vision + parts.connectors(4) + parts.language(4) + parts.head
+    tokens = {"policy": parts.mean("tokens", ratios), "reference": parts.tokens(4)}
+    return SampleWork(flops=flops, vision_tokens=tokens)
+
+
+def _router(config: RunConfig, parts: _Parts, again: bool) -> SampleWork:  # noqa: FBT001, ARG001
+    """Count labels: reference and policy at full tokens, then the answers with tiles compressed.
+
+    Per tile, a branch runs what stands behind its tile: half of the tokens on average, each of which still
+    attends to all before it.
+    """
+    full, coarse, tiles = 4, config.model.ratios[-1], parts.sample.tiles
+    once = parts.vision + parts.connectors(full) + parts.language(full)
+    flops = {"reference": once + parts.head, "policy at full tokens": once + 2 * parts.head}
+    if config.router.label_mode == "image":
+        compressed = parts.connectors(coarse) + parts.language(coarse) + 2 * parts.head
+    else:
+        compressed = parts.connectors(coarse) + tiles * (parts.language(full) / 2 + 2 * parts.head)
+    flops |= {"policy with tiles compressed": compressed, "router": 3 * tiles * parts.flops.router_per_tile}
+    return SampleWork(flops=flops, vision_tokens={"policy": parts.tokens(full), "reference": parts.tokens(full)})
+
+
+def _read_source(folder: Path) -> tuple[int, np.ndarray]:
+    """Return how many samples a folder of shards has, and the sizes of the first; 0 and none if not known."""
+    sizes: list[np.ndarray] = []
+    if not (folder / INDEX_NAME).is_file():
+        return 0, np.empty((0, 4), dtype=np.int32)
+    entries = parse_entries((folder / INDEX_NAME).read_bytes(), where=str(folder / INDEX_NAME))
+    for entry in entries:
+        stored = map_sizes(sizes_path(folder / entry.name), count=entry.num_samples)
+        if stored is not None and sum(map(len, sizes)) < MAX_MEASURED:
+            sizes.append(np.asarray(stored))
+    rows = np.concatenate(sizes)[:MAX_MEASURED] if sizes else np.empty((0, 4), dtype=np.int32)
+    return sum(entry.num_samples for entry in entries), rows
