@@ -1,6 +1,8 @@
 """Raw records from tars in the page cache: ours by index and shuffled, webdataset's, and bare reads."""
 
+import itertools
 import os
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -73,7 +75,7 @@ def runs_of(folder: Path) -> dict[str, Callable[[], object]]:
         "ours_in_order": partial(_read_in_order, reader, order, len(shuffled)),
         "webdataset": partial(_read_webdataset, paths),
         "webdataset_shuffled": partial(_read_webdataset, paths, shuffle=1000),
-        "pread": partial(_pread_bytes, [index.locate(sample) for sample in shuffled], folder),
+        "pread": partial(_pread_bytes, _shuffled_ranges(paths)),
         "read": partial(_read_bytes, paths),
     }
     counts = {name: run() for name, run in runs.items() if "read" not in name}
@@ -98,9 +100,17 @@ def _read_webdataset(paths: list[str], shuffle: int = 0) -> int:
     return sum(len(sample["jpg"]) + len(sample["json"]) for sample in samples)
 
 
-def _pread_bytes(ranges: list[tuple[str, int, int]], folder: Path) -> int:
-    files = {name: os.open(folder / name, os.O_RDONLY) for name in {shard for shard, _, _ in ranges}}
-    total = sum(len(os.pread(files[name], end - start, start)) for name, start, end in ranges)
+def _shuffled_ranges(paths: list[str]) -> list[tuple[str, int, int]]:
+    """Return (path, first byte, number of bytes) of all records."""
+    bounds = {path: np.load(Path(path).with_suffix(".idx")).tolist() for path in paths}
+    ranges = [(path, a, b - a) for path in paths for a, b in itertools.pairwise(bounds[path])]
+    random.Random(0).shuffle(ranges)
+    return ranges
+
+
+def _pread_bytes(ranges: list[tuple[str, int, int]]) -> int:
+    files = {path: os.open(path, os.O_RDONLY) for path in {path for path, _, _ in ranges}}
+    total = sum(len(os.pread(files[path], count, start)) for path, start, count in ranges)
     for descriptor in files.values():
         os.close(descriptor)
     return total

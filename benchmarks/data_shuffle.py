@@ -111,8 +111,8 @@ def ours(_: Path, *, window: int | None = None) -> Iterator[int]:
 
 def webdataset(folder: Path) -> Iterator[int]:
     """Webdataset as its documentation proposes for training."""
-    random.seed(0)
-    samples = wds.WebDataset(write_tars(folder), shardshuffle=SHARDS, seed=0).shuffle(1000)
+    samples = wds.WebDataset(write_tars(folder), shardshuffle=SHARDS, seed=0)
+    samples = samples.shuffle(1000, rng=random.Random(0))
     return (int(sample["txt"]) for sample in samples)
 
 

@@ -123,7 +123,7 @@ def _memory_mib(field: str) -> float:
 def figures_of(measured: Mapping[str, float], goals: Mapping[str, Goal]) -> Figures:
     """Put each measured figure beside its goal."""
     return {
-        name: {"measured": round(value, 4), "goal": goals[name].value} for name, value in measured.items()
+        name: {"measured": _rounded(value), "goal": goals[name].value} for name, value in measured.items()
     }
 
 

@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     details = harness.write(
         "inference",
         figures=figures(times, predicted=predicted, share=share),
-        details={"predicted_speedup": predicted, "cpu_s": times},
+        details={"predicted_speedup": predicted, "router_share": share, "cpu_s": times},
         tables=tables,
         packages=["transformers"],
         output=given.output,

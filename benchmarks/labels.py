@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.splice import splice
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages import labels as stage_labels
 from vico_pl.types import Batch
@@ -58,15 +59,31 @@ def label_ratios(policy: VisionLanguageModel, reference: VisionLanguageModel, ba
 
 def loss(policy: VisionLanguageModel, reference: VisionLanguageModel, batch: Batch, ratios: Tensor) -> Tensor:
     """Return the mean divergence over the response."""
-    logits = response_logits(policy, batch, ratios)
-    target = response_logits(reference, batch, reference.full_ratios(batch))
+    logits = response_logits(policy, batch, ratios, connectors=policy.ratios)
+    full = reference.full_ratios(batch)
+    target = response_logits(reference, batch, full, connectors=reference.ratios[:1])
     log_q, log_p = log_softmax(logits, -1), log_softmax(target, -1)
     return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
 
 
-def response_logits(model: VisionLanguageModel, batch: Batch, ratios: Tensor) -> Tensor:
-    """Return the logits that predict the response, from a forward pass as transformers has it."""
-    spliced = model.splice_batch(batch, model.encode_tiles(batch.tiles), ratios)
+def response_logits(
+    model: VisionLanguageModel, batch: Batch, ratios: Tensor, *, connectors: Sequence[int]
+) -> Tensor:
+    """Return the logits that predict the response, from a forward pass as transformers has it.
+
+    Each of the connectors runs on all tiles, as both do in released code, and then one is picked for each tile.
+    """
+    features = model.encode_tiles(batch.tiles)
+    tokens = {ratio: model.connectors.by_ratio[str(ratio)](features) for ratio in connectors}
+    picked = [tokens[ratio][tile] for tile, ratio in enumerate(ratios.tolist())]
+    spliced = splice(
+        model.language.get_input_embeddings()(batch.input_ids),
+        torch.cat(picked),
+        model.vision.num_patches // ratios,
+        is_placeholder=batch.input_ids == model.spec.placeholder_id,
+        response_mask=batch.response_mask,
+        sample_lengths=batch.sample_lengths,
+    )
     model.language.set_attn_implementation("sdpa")
     logits = model.language(inputs_embeds=spliced.embeddings[None]).logits[0]
     return logits[spliced.response_positions]

@@ -23,7 +23,8 @@ STANDS_ON = {
     "evaluation": CONDUCTS,
     "trainer": CONDUCTS,
     "config": CONDUCTS | {"evaluation", "trainer"},
-    "cli": CONDUCTS | {"evaluation", "trainer", "config"},
+    "planning": CONDUCTS | {"trainer", "config"},
+    "cli": CONDUCTS | {"evaluation", "trainer", "config", "planning"},
     "__main__": {"cli"},
     "__init__": set(),
 }

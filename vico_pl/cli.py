@@ -134,7 +134,7 @@ def train(
     except (ValueError, OSError):
         _discard_unused(Path(config.run_dir))
         raise
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    if model is not None and getattr(rank_zero_only, "rank", 0) == 0:
         typer.echo(f"{model} is written")
 
 
@@ -339,7 +339,8 @@ def _named_runs(runs: Sequence[Path]) -> dict[str, Path]:
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:
     """Return how many steps a run took for certain: all if it is finished, else those of a checkpoint."""
-    from vico_pl.trainer import is_finished, newest_checkpoint
+    from vico_pl.callbacks.checkpoints import newest_checkpoint
+    from vico_pl.trainer import is_finished
 
     checkpoint = newest_checkpoint(run)
     if is_finished(run):

@@ -10,19 +10,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from vico_pl.callbacks import (
-    AtomicCheckpointIO,
-    BadRecordLog,
-    JsonlLogger,
-    SampleLog,
-    StepProgressBar,
-    StepSeed,
-)
+from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
+from vico_pl.callbacks.guards import GradientGuard, SyncGuard, Watchdog
+from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog
+from vico_pl.callbacks.signals import REQUEUE_SIGNAL, StopSignals, requeue
+from vico_pl.callbacks.steps import StepProgressBar, StepSeed
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.module import DataConfig, DataModule
 from vico_pl.data.packing import SampleCost
@@ -104,6 +101,7 @@ class TrainerConfig:
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
+    watchdog_s: float = 600.0  # a rank whose step takes longer says where it waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +119,24 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-def train(config: RunConfig) -> Path:
-    """Run a stage to its end, from its newest checkpoint if it has one; returns the model folder it wrote."""
+def train(config: RunConfig) -> Path | None:
+    """Run a stage to its end, from its newest checkpoint if it has one.
+
+    Returns the model folder that was written; None: the run was told to stop, and is saved.
+    """
+    with StopSignals() as stop:
+        trainer, folder = _train(config, stop)
+    if folder is None and trainer.is_global_zero and stop.received == REQUEUE_SIGNAL:
+        requeue()
+    return folder
+
+
+def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None]:
     run_dir = Path(config.run_dir)
     L.seed_everything(config.seed, verbose=False)
     for setting in settings_without_effect(config):
         rank_zero_warn(setting)
-    trainer = _build_trainer(config, run_dir)
+    trainer = _build_trainer(config, run_dir, stop)
     if config.model.attention == "flash":
         check_flash_attention(trainer.strategy.root_device)
     tokenizer = _tokenizer(config.model)
@@ -143,9 +152,11 @@ def train(config: RunConfig) -> Path:
     _check_tile_size(config, model)
     with _lock(run_dir):
         _fit(trainer, stage, data, checkpoint=newest_checkpoint(run_dir))
+        if trainer.global_step < config.trainer.max_steps:
+            return trainer, None
         if trainer.is_global_zero:
             _write_model(model, tokenizer, config)
-    return run_dir / "model"
+    return trainer, run_dir / "model"
 
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
@@ -200,23 +211,8 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "model" / CONFIG_NAME).exists()
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint of a run with the most steps."""
-    return max((run_dir / "checkpoints").glob("step-*.ckpt"), default=None, key=lambda path: path.name)
-
-
-def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
+def _build_trainer(run: RunConfig, run_dir: Path, stop: StopSignals) -> L.Trainer:
     config = run.trainer
-    checkpoints = ModelCheckpoint(
-        dirpath=run_dir / "checkpoints",
-        filename="step-{step:08d}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=config.checkpoint_every,
-        save_top_k=config.keep_checkpoints,
-        monitor="step",
-        mode="max",
-        save_last="link",
-    )
     return L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -227,21 +223,32 @@ def _build_trainer(run: RunConfig, run_dir: Path) -> L.Trainer:
         limit_train_batches=config.max_steps,
         log_every_n_steps=config.log_every,
         callbacks=[
-            checkpoints,
+            stop,
             StepSeed(run.seed),
             StepProgressBar(run.stage),
-            SampleLog(run_dir),  # before BadRecordLog, which may stop the run
+            SampleLog(run_dir),  # before those that may stop the run
             BadRecordLog(run_dir / "bad_records.jsonl", max_bad_fraction=run.data.max_bad_fraction),
+            GradientGuard(run_dir / "skipped_steps.jsonl"),
+            SyncGuard(every=config.checkpoint_every),
+            Watchdog(run_dir, limit_s=config.watchdog_s),
+            StepCheckpoint(
+                run_dir / "checkpoints", every=config.checkpoint_every, keep=config.keep_checkpoints
+            ),
         ],
         logger=[
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
             JsonlLogger(run_dir / "metrics.jsonl"),
         ],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *_slurm()],
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """Leave stopping and queueing again to `StopSignals`, which waits for the end of a step."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path | None) -> None:
@@ -253,6 +260,8 @@ def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path
     # What Lightning recommends there is a checkpoint of the weights before the step that it counts.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # within Lightning itself
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    # A broadcast and a wait of the GPU at each step; `StopSignals` tells the ranks.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
     try:
         trainer.fit(stage, data, ckpt_path=checkpoint)
     except SystemExit as error:  # how Lightning ends after Ctrl-C

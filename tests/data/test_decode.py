@@ -154,7 +154,8 @@ def test_bad_records_keep_their_places_and_the_others_go_through():
     broken = [record(key="b", files={"json": b"{"}), record(key="d", answer="<image>")]
     good = [record(key="a"), record(key="c"), record(key="e")]
     stream = [good[0], broken[0], good[1], BadRecord(id="earlier", reason="unreadable"), broken[1], good[2]]
-    found = list(apply(stream, function=decode_record))
+    positions, found = zip(*apply(enumerate(stream, start=40), function=decode_record), strict=True)
+    assert positions == (40, 41, 42, 43, 44, 45)
     assert [type(item) for item in found] == [Sample, BadRecord, Sample, BadRecord, BadRecord, Sample]
     assert [item.id.rpartition("/")[2] for item in found] == ["a", "b", "c", "earlier", "d", "e"]
     assert found[1].reason.startswith("JSON: ")

@@ -144,6 +144,7 @@ def test_a_sample_keeps_its_images_in_order():
     sample = Sample(id="x", images=images, turns=[Turn(role="human", text="q")], metadata={"a": 1})
     tiled = tile_sample(sample, TilingConfig(tile_size=16, max_tiles=4))
     assert tiled.tiles_per_image == [3, 1]
+    assert tiled.tiles.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(tiled.tiles[3], images[1])
     assert (tiled.id, tiled.turns, tiled.metadata) == (sample.id, sample.turns, sample.metadata)
 

@@ -1,4 +1,6 @@
+import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +41,12 @@ class Others:
         return [value, *self._facts] if isinstance(value, ShareFacts) else [value] * self.world
 
 
+def facts(**known):
+    return ShareFacts(
+        **{"num_packs": 1, "num_items": 0, "num_samples": 0, "num_bad": 0, "stop": False, **known}
+    )
+
+
 def share_of(*packs, bad=()):
     filler = collate([encoded_sample(0, images=(1,), answers=())], positions=[-1])
     return Share(packs=list(packs), bad_records=list(bad), filler=filler)
@@ -51,7 +59,9 @@ def run(share, *others):
     stage.ranks = Others(*others)
     weight, gradients, events = stage.weight, [], []
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    optimizer.register_step_pre_hook(lambda *_: gradients.append(weight.grad.item()))
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(weight.grad if weight.grad is None else weight.grad.item())
+    )
     stage.optimizers, stage.lr_schedulers = lambda: optimizer, lambda: SimpleNamespace(step=lambda: None)
 
     @contextmanager
@@ -69,7 +79,13 @@ def run(share, *others):
     outputs = stage.training_step(share, 0)
     assert weight.grad is None
     return SimpleNamespace(
-        loss=sum(seen), gradient=gradients[0], logged=logged, outputs=outputs, events=events, stage=stage
+        loss=sum(seen),
+        gradient=gradients[0],
+        num_steps=len(gradients),
+        logged=logged,
+        outputs=outputs,
+        events=events,
+        stage=stage,
     )
 
 
@@ -100,7 +116,7 @@ def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
     first, second = encoded_sample(1, answers=(3,)), encoded_sample(2, answers=(9,))
     whole = run(share_of(batch_of(first, second)))
     ranks = [
-        run(share_of(batch_of(sample)), ShareFacts(1, others, 1, 0))
+        run(share_of(batch_of(sample)), facts(num_items=others))
         for sample, others in ((first, 9), (second, 3))
     ]
     assert sum(rank.gradient for rank in ranks) / 2 == pytest.approx(
@@ -111,7 +127,7 @@ def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
 
 def test_a_rank_with_fewer_packs_runs_fillers_that_change_nothing():
     batch = batch_of(encoded_sample(1, answers=(3,)))
-    alone, beside = run(share_of(batch)), run(share_of(batch), ShareFacts(3, 0, 0, 0))
+    alone, beside = run(share_of(batch)), run(share_of(batch), facts(num_packs=3))
     assert beside.events.count("backward") == 3
     assert beside.gradient == pytest.approx(2 * alone.gradient)  # halved by the mean over two ranks
 
@@ -127,7 +143,23 @@ def test_a_step_without_anything_to_learn_from_is_zero():
     assert "toy/loss" not in found.logged
 
 
-def test_callbacks_are_told_of_the_samples_of_all_ranks():
+def test_callbacks_are_told_of_all_ranks():
     bad = [BadRecord(id="a", reason="b")] * 2
-    found = run(share_of(batch_of(encoded_sample(1)), bad=bad), ShareFacts(1, 4, 5, 1))
-    assert found.outputs == {"num_samples": 9, "num_bad": 3}
+    found = run(share_of(batch_of(encoded_sample(1)), bad=bad), facts(num_samples=6, num_bad=1, stop=True))
+    assert found.outputs == {
+        "num_samples": 9,
+        "num_bad": 3,
+        "grad_norm": pytest.approx(abs(found.gradient)),
+        "stop": True,
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_no_number_changes_no_weight_and_counts(value, monkeypatch):
+    step = WeightTimesTokens.step
+    broken = lambda stage, batch: replace(step(stage, batch), loss_sum=value * stage.weight)  # noqa: E731
+    monkeypatch.setattr(WeightTimesTokens, "step", broken)
+    found = run(share_of(batch_of(encoded_sample(1))))
+    assert found.stage.weight.item() == 1.0
+    assert (found.gradient, found.num_steps) == (None, 1)
+    assert not math.isfinite(found.outputs["grad_norm"])

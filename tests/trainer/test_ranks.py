@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.runs import differing, metrics, run, weights
-from vico_pl.trainer import is_finished, newest_checkpoint
+from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.trainer import is_finished
 
 EXACT = ["model.dropout=0.0", "seed=3"]  # dropout draws from the generator of each rank
 

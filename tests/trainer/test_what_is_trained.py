@@ -8,8 +8,9 @@ import torch
 
 from tests.helpers import PLACEHOLDER_ID, batch_of, mixed_samples
 from tests.runs import break_run, differing, run, watch_steps, weights
+from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.model.checkpoint.folder import load_model
-from vico_pl.trainer import is_finished, newest_checkpoint
+from vico_pl.trainer import is_finished
 
 LORA = ("model.trainable=[connectors,lora]", "model.lora={rank: 4, dropout: 0.2}")
 

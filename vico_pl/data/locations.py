@@ -7,8 +7,8 @@
     pipe:ssh host cat train-{000..031}.tar    only where shell commands are allowed
 """
 
+import glob
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -66,7 +66,7 @@ def list_shards(folder: Path) -> list[str]:
     """Return the shards of a folder, sorted.
 
     Raises:
-        ValueError: there is none, or one both packed and not.
+        ValueError: there is none.
     """
     names = sorted(path.name for path in folder.iterdir() if _is_shard(path.name))
     if not names:
@@ -84,11 +84,12 @@ def _parse_path(text: str) -> Source:
         raise ValueError(
             f"{text}: no such folder of shards; make one with 'vico shards build' or 'make shards'"
         )
-    paths = [str(found) for named in _expand(text) for found in _glob(named)]
+    paths = [found for named in _expand(text) for found in _glob(named)]
     if not paths:
         raise ValueError(f"{text}: no such shard; expected names such as train-000000.tar")
     base, names = _split(paths, text)
-    return Source(text=text, base=base or ".", names=names, is_local=True)
+    here = "/" if text.startswith("/") else "."
+    return Source(text=text, base=base or here, names=names, is_local=True)
 
 
 def _parse_url(text: str) -> Source:
@@ -137,14 +138,11 @@ def _expand(text: str) -> list[str]:
     return expanded
 
 
-def _glob(text: str) -> Iterator[Path]:
-    """Yield the files that a path with `*` and `?` stands for, or that path."""
-    path = Path(text)
-    if not re.search(r"[*?\[]", text) or path.exists():
-        yield path
-        return
-    found = (path for path in Path(path.anchor or ".").glob(text.removeprefix(path.anchor)))
-    yield from sorted(path for path in found if _is_shard(path.name))
+def _glob(text: str) -> list[str]:
+    """Return the shards that a path with `*` and `?` stands for, or that path."""
+    if glob.has_magic(text) and not Path(text).exists():
+        return sorted(filter(_is_shard, glob.glob(text)))
+    return [text]
 
 
 def _split(locations: list[str], text: str) -> tuple[str, list[str]]:

@@ -43,7 +43,7 @@ def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
     tiles = [tile_image(image, per_image) for image in sample.images]
     return TiledSample(
         id=sample.id,
-        tiles=tiles[0] if len(tiles) == 1 else torch.cat([*tiles, _empty_tiles(0, config.tile_size)]),
+        tiles=_join(tiles, config.tile_size),
         tiles_per_image=[len(t) for t in tiles],
         turns=sample.turns,
         metadata=sample.metadata,
@@ -102,6 +102,13 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
         if min_tiles <= columns * rows <= max_tiles
     }
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
+def _join(tiles: list[UInt8[Tensor, "_ 3 side side"]], size: int) -> UInt8[Tensor, "t 3 side side"]:
+    """Lay tiles of several images end to end; those of one are not copied."""
+    if len(tiles) == 1:
+        return tiles[0]
+    return torch.cat(tiles) if tiles else _empty_tiles(0, size)
 
 
 def _empty_tiles(num_tiles: int, size: int) -> UInt8[Tensor, "t 3 side side"]:

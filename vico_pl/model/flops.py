@@ -74,7 +74,7 @@ def flops_of(model: VisionLanguageModel) -> ModelFlops:
 
 
 def active_weights(language: PreTrainedModel) -> float:
-    """Return how many weights of its blocks a token meets; norms and biases, below a thousandth, not counted."""
+    """Return how many weights of its blocks a token meets; vectors, below a thousandth, do not count."""
     return sum(
         _active(weight, language.config) for block in find_blocks(language) for weight in block.parameters()
     )

@@ -4,19 +4,20 @@ A check returns what it found, in a few words; what it finds wrong it raises as 
 """
 
 import os
+import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from itertools import islice
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from vico_pl.config import load_config
 from vico_pl.data.inspect import read_samples
@@ -72,7 +73,7 @@ def find(name: str, check: Check) -> Finding:
         return Finding(name=name, detail=check(), problem=False)
     except (ValueError, OSError) as error:
         return Finding(name=name, detail=_one_line(error), problem=True)
-    except Exception as error:  # noqa: BLE001 - the others still run
+    except Exception as error:  # whatever it is, the other checks still run
         detail = f"the check itself failed with {type(error).__name__}: {_one_line(error)}; please report it"
         return Finding(name=name, detail=detail, problem=True)
 
@@ -100,11 +101,11 @@ def recipe_checks(config: RunConfig) -> Iterator[tuple[str, Check]]:
     yield "slurm", partial(check_slurm, os.environ, config)
     yield "workers", partial(check_workers, config)
     for source in config.data.sources:
-        yield f"shards {source.path}", partial(check_shards, source.path)
+        yield "shards", partial(check_shards, source.path)
     named = [config.model.path] + [config.model.reference] * (config.model.reference != config.model.path)
     for path in named:
         if path is not None:
-            yield f"model {path}", partial(check_model, path)
+            yield "model", partial(check_model, path)
     if config.model.attention == "flash":
         yield "attention", check_attention
     yield "run folder", partial(check_run_dir, config)
@@ -113,9 +114,10 @@ def recipe_checks(config: RunConfig) -> Iterator[tuple[str, Check]]:
 
 def check_python() -> str:
     """Hold Python against what the project needs."""
-    if sys.version_info < (3, 11):
-        raise ValueError(f"Python {sys.version.split()[0]} is too old; make PYTHON=python3.11 env")
-    return sys.version.split()[0]
+    found, needed = platform.python_version(), SpecifierSet(metadata(PACKAGE)["Requires-Python"])
+    if not needed.contains(found, prereleases=True):
+        raise ValueError(f"Python is {found}, needed is {needed}; make PYTHON=/path/to/python3 env")
+    return found
 
 
 def check_packages() -> str:
@@ -198,8 +200,8 @@ def check_shards(path: str) -> str:
     count = read_index(path).num_samples
     sample = next(islice(read_samples(Path(path)), 1), None)
     if sample is None:
-        raise ValueError(f"no usable sample; 'vico shards check {path}' names the faults")
-    return f"{count} samples; the first decodes"
+        raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' names the faults")
+    return f"{path}: {count} samples, the first decodes"
 
 
 def check_model(path: str) -> str:
@@ -209,7 +211,7 @@ def check_model(path: str) -> str:
         name, revision = split_revision(path)
         cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
         if not isinstance(cached, str):
-            return "will be fetched from the Hugging Face Hub"
+            return f"{path}: will be fetched from the Hugging Face Hub"
         folder = Path(cached).parent
     opened = open_folder(folder)
     load_tokenizer(folder)
@@ -217,7 +219,7 @@ def check_model(path: str) -> str:
     model.language.tie_weights()
     wanted = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
     check_tensors(opened, opened.layout.pieces(wanted), wanted)
-    return f"layout {opened.layout.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
+    return f"{path}: layout {opened.layout.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
 
 
 def check_attention() -> str:
@@ -249,7 +251,7 @@ def check_fit(config: RunConfig) -> str:
     has = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else _available_gib()
     if needed > has:
         raise ValueError(
-            f"a pack takes {needed:.1f} GiB without FSDP, the device has {has:.1f}; 'vico plan' says what fits"
+            f"a pack takes {needed:.1f} GiB without FSDP, there are {has:.1f}; 'vico plan' says what fits"
         )
     return f"{needed:.1f} GiB of {has:.0f}"
 
@@ -261,7 +263,7 @@ def num_cores() -> int:
 
 def shared_gib() -> float:
     """Return the size of /dev/shm; 0 where there is none."""
-    path = Path("/dev/shm")  # noqa: S108
+    path = Path("/dev/shm")
     return shutil.disk_usage(path).total / GIB if path.is_dir() else 0.0
 
 

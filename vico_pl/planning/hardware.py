@@ -18,10 +18,10 @@ class Gpu:
 
 # Memory is what the driver reports, a little less than the name says.
 GPUS = {
-    "L40S": Gpu(memory_gib=44.4, half_tflops=362, full_tflops=91.6),
-    "A100-80": Gpu(memory_gib=79.2, half_tflops=312, full_tflops=19.5),
-    "H100-80": Gpu(memory_gib=79.1, half_tflops=989, full_tflops=67),
-    "H200": Gpu(memory_gib=139.8, half_tflops=989, full_tflops=67),
+    "L40S": Gpu(memory_gib=44.4, half_tflops=362.0, full_tflops=91.6),
+    "A100-80": Gpu(memory_gib=79.2, half_tflops=312.0, full_tflops=19.5),
+    "H100-80": Gpu(memory_gib=79.1, half_tflops=989.0, full_tflops=67.0),
+    "H200": Gpu(memory_gib=139.8, half_tflops=989.0, full_tflops=67.0),
 }
 # Share of the memory that a run can count on: the CUDA context, NCCL and gaps between tensors take the rest.
 USABLE = 0.92

@@ -27,13 +27,21 @@ from vico_pl.model.language import Segments
 
 METERED_ATTENTION = "vico_metered"  # the name under which transformers knows `packed_attention`
 
-# What CUDA's autocast runs in the lower precision, and what it runs in float32, of the functions that models use.
-_LOWERED = {functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm}
+# Of the functions that models use: what CUDA's autocast runs in the lower precision, and what in float32.
+_LOWERED = {
+    functional.linear,
+    functional.conv2d,
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.addmm,
+    torch.baddbmm,
+}
 _RAISED = {functional.layer_norm, functional.softmax, torch.softmax, torch.pow, torch.rsqrt, Tensor.pow}
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Adds up the tensors on `meta` that are alive; integers on the CPU keep their values and do not count."""
+    """Adds up the tensors on `meta` that are alive; those on the CPU keep their values and do not count."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """Leave out tensors that exist already, such as weights and their gradients."""
@@ -149,7 +157,7 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _multi_head_attention(  # noqa: PLR0913 - the arguments of PyTorch's function, of which these matter
+def _multi_head_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -192,7 +200,7 @@ def packed_attention(
 
 
 def _without_memory(given: Any) -> Any:
-    """Bring a tensor of known values to where the others are; a mask becomes positions, whose number is known."""
+    """Bring a tensor of known values to the others; a mask becomes positions, whose number is known."""
     if not isinstance(given, Tensor) or given.is_meta:
         return given
     if given.dtype == torch.bool and given.ndim == 1:

@@ -97,7 +97,6 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     tokens_per_tile = flops.vision_tokens_per_tile[min(flops.vision_tokens_per_tile)]
     pack = pack_of(config.data, sample, tokens_per_tile=tokens_per_tile, world=world or 1)
     models = build_models(config, source)
-    recomputed = config.trainer.activation_checkpointing and config.stage != "router"
     return Plan(
         config=config,
         source=source,
@@ -106,7 +105,7 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
         sample=sample,
         pack=pack,
         memory={on: measure_memory(config, source, pack, checkpointing=on) for on in (False, True)},
-        work=count_work(config, flops, sample, checkpointing=recomputed),
+        work=count_work(config, flops, sample),
         mfu=mfu,
         world=world,
     )

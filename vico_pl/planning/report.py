@@ -130,10 +130,10 @@ def _parameter_rows(plan: Plan) -> list[list[str]]:
 
 
 def _memory_title(plan: Plan, *, on: bool) -> str:
-    pack = plan.pack
+    pack, whether = plan.pack, "with" if on else "without"
     return (
-        f"Memory per GPU, GiB, with{'' if on else 'out'} activation checkpointing; packs of {pack.num_samples}"
-        f" samples ({pack.tiles} tiles, {pack.text_tokens} text tokens each), every tile at full tokens"
+        f"Memory per GPU, GiB, {whether} activation checkpointing; packs of {pack.num_samples} samples "
+        f"({pack.tiles} tiles, {pack.text_tokens} text tokens each), every tile at full tokens"
     )
 
 

@@ -41,7 +41,9 @@ INTERN_VIT_6B = {
 }
 
 
-def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int = 8) -> dict[str, Any]:
+def _qwen3(
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int = 8
+) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
         "hidden_size": hidden,
@@ -152,6 +154,6 @@ def _language_shape(path: str) -> dict[str, Any]:
         return read_json(Path(cached))
     if path not in LANGUAGE:
         raise ValueError(
-            f"model.language.path {path}: its shape is not known here; fetch its {CONFIG_NAME}, or set a folder"
+            f"model.language.path {path}: its shape is not known here; fetch its {CONFIG_NAME} first"
         )
     return LANGUAGE[path]

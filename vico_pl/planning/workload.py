@@ -15,6 +15,7 @@ from vico_pl.data.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
 from vico_pl.data.module import DataConfig
 from vico_pl.data.packing import BYTES_PER_TOKEN, estimated_tiles
 from vico_pl.data.sizes import SampleSize
+from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.planning.memory import Pack
 from vico_pl.trainer import RunConfig
@@ -82,12 +83,10 @@ class SampleWork:
         return sum(self.flops.values())
 
 
-def count_work(
-    config: RunConfig, flops: ModelFlops, sample: SampleShape, *, checkpointing: bool
-) -> SampleWork:
+def count_work(config: RunConfig, flops: ModelFlops, sample: SampleShape) -> SampleWork:
     """Count the operations of a sample of mean size."""
     count = {"pretrain": _pretrain, "consistency": _consistency, "router": _router}[config.stage]
-    return count(config, _Parts(flops=flops, sample=sample), checkpointing)
+    return count(config, _Parts(flops=flops, sample=sample))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +117,9 @@ class _Parts:
         return fmean(getattr(self, function)(ratio) for ratio in ratios)
 
 
-def _trained(config: RunConfig, parts: _Parts, ratios: Sequence[int], *, again: bool) -> dict[str, float]:
+def _trained(config: RunConfig, parts: _Parts, ratios: Sequence[int]) -> dict[str, float]:
     """Return the policy's work: forward, backward and what is recomputed."""
-    trainable = set(config.model.trainable)
-    language = trainable & {"language", "lora"}
+    trainable, again = set(config.model.trainable), config.trainer.activation_checkpointing
     vision, before = "vision" in trainable, bool(trainable & {"vision", "connectors"})
     passes = {
         "vision": 3 + again if vision else 1,
@@ -131,30 +129,29 @@ def _trained(config: RunConfig, parts: _Parts, ratios: Sequence[int], *, again: 
     }
     connectors, blocks = parts.mean("connectors", ratios), parts.mean("language", ratios)
     forward = {"vision": parts.vision, "connectors": connectors, "language": blocks, "head": parts.head}
-    assert before or language  # the recipe has been checked: something is trained
     return {f"policy {name}": passes[name] * work for name, work in forward.items()}
 
 
-def _pretrain(config: RunConfig, parts: _Parts, again: bool) -> SampleWork:  # noqa: FBT001 - see count_work
-    flops = _trained(config, parts, [4], again=again)
-    return SampleWork(flops=flops, vision_tokens={"policy": parts.tokens(4)})
+def _pretrain(config: RunConfig, parts: _Parts) -> SampleWork:
+    flops = _trained(config, parts, [FULL_RATIO])
+    return SampleWork(flops=flops, vision_tokens={"policy": parts.tokens(FULL_RATIO)})
 
 
-def _consistency(config: RunConfig, parts: _Parts, again: bool) -> SampleWork:  # noqa: FBT001
+def _consistency(config: RunConfig, parts: _Parts) -> SampleWork:
     ratios = config.model.ratios
-    flops = _trained(config, parts, ratios, again=again)
-    flops["reference"] = parts.vision + parts.connectors(4) + parts.language(4) + parts.head
-    tokens = {"policy": parts.mean("tokens", ratios), "reference": parts.tokens(4)}
+    flops = _trained(config, parts, ratios)
+    flops["reference"] = parts.vision + parts.connectors(FULL_RATIO) + parts.language(FULL_RATIO) + parts.head
+    tokens = {"policy": parts.mean("tokens", ratios), "reference": parts.tokens(FULL_RATIO)}
     return SampleWork(flops=flops, vision_tokens=tokens)
 
 
-def _router(config: RunConfig, parts: _Parts, again: bool) -> SampleWork:  # noqa: FBT001, ARG001
+def _router(config: RunConfig, parts: _Parts) -> SampleWork:
     """Count labels: reference and policy at full tokens, then the answers with tiles compressed.
 
     Per tile, a branch runs what stands behind its tile: half of the tokens on average, each of which still
     attends to all before it.
     """
-    full, coarse, tiles = 4, config.model.ratios[-1], parts.sample.tiles
+    full, coarse, tiles = FULL_RATIO, config.model.ratios[-1], parts.sample.tiles
     once = parts.vision + parts.connectors(full) + parts.language(full)
     flops = {"reference": once + parts.head, "policy at full tokens": once + 2 * parts.head}
     if config.router.label_mode == "image":
@@ -162,7 +159,9 @@ def _router(config: RunConfig, parts: _Parts, again: bool) -> SampleWork:  # noq
     else:
         compressed = parts.connectors(coarse) + tiles * (parts.language(full) / 2 + 2 * parts.head)
     flops |= {"policy with tiles compressed": compressed, "router": 3 * tiles * parts.flops.router_per_tile}
-    return SampleWork(flops=flops, vision_tokens={"policy": parts.tokens(full), "reference": parts.tokens(full)})
+    return SampleWork(
+        flops=flops, vision_tokens={"policy": parts.tokens(full), "reference": parts.tokens(full)}
+    )
 
 
 def _read_source(folder: Path) -> tuple[int, np.ndarray]:

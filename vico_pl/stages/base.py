@@ -1,5 +1,6 @@
 """What all stages share: a step goes through the packs of a share, and its loss is a mean over all ranks."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,7 @@ class ShareFacts(NamedTuple):
     num_items: int
     num_samples: int
     num_bad: int
+    stop: bool
 
 
 class Stage(L.LightningModule):
@@ -45,6 +47,7 @@ class Stage(L.LightningModule):
 
     area: str  # first part of the metrics' names
     ranks: Ranks
+    stop_requested = False  # of this rank
 
     def __init__(self, optim: OptimConfig, *, num_steps: int) -> None:
         """Keep the settings. In Lightning's words optimization is manual: a step has a backward per pack."""
@@ -76,7 +79,8 @@ class Stage(L.LightningModule):
     def training_step(self, share: Share, _: int) -> dict[str, Any]:
         """Take an optimizer step on a global batch: the same one however ranks and packs split it.
 
-        Returns what callbacks ask for, over all ranks: `num_samples`, and of these `num_bad`.
+        Returns what callbacks ask for, the same on all ranks: `num_samples` and of these `num_bad`,
+        `grad_norm`, and `stop`: whether some rank was asked to.
         """
         facts = self.ranks.gather(self._facts(share))
         num_packs, num_items = max(f.num_packs for f in facts), sum(f.num_items for f in facts)
@@ -90,11 +94,15 @@ class Stage(L.LightningModule):
                 self.manual_backward(loss)
             loss_mean = Mean(result.loss_sum.detach(), self.num_items(packs[index]))
             metrics.append({f"{self.area}/loss": loss_mean, **result.metrics})
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(self._update(), 1)})
+        lr, norm = self.trainer.optimizers[0].param_groups[0]["lr"], self._update()
+        metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
         self._log(metrics)
-        num_bad = sum(f.num_bad for f in facts)
-        return {"num_samples": sum(f.num_samples for f in facts) + num_bad, "num_bad": num_bad}
+        return {
+            "num_samples": sum(f.num_samples for f in facts),
+            "num_bad": sum(f.num_bad for f in facts),
+            "grad_norm": norm,
+            "stop": any(f.stop for f in facts),
+        }
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""
@@ -104,8 +112,9 @@ class Stage(L.LightningModule):
         return ShareFacts(
             num_packs=len(share.packs),
             num_items=sum(map(self.num_items, share.packs)),
-            num_samples=len(share.ids),
+            num_samples=len(share.ids) + len(share.bad_records),
             num_bad=len(share.bad_records),
+            stop=self.stop_requested,
         )
 
     def _gradients_stay_here(self) -> AbstractContextManager[Any]:
@@ -114,10 +123,15 @@ class Stage(L.LightningModule):
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def _update(self) -> float:
-        """Apply the gradients and forget them; returns their norm before clipping."""
+        """Apply the gradients, if they are finite, and forget them; returns their norm before clipping.
+
+        A step without gradients changes no weight but counts, so that its samples are not met again.
+        """
         optimizer: Any = self.optimizers()  # the one and only
         schedule: Any = self.lr_schedulers()
         norm = clip_gradients(optimizer, max_norm=self.optim.max_grad_norm)
+        if not math.isfinite(norm):
+            optimizer.zero_grad()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -1,4 +1,4 @@
-"""What goes along with a run: records of metrics and bad records, seeds, checkpoints never half there."""
+"""What a run writes down: metrics, bad records, and which samples each step used."""
 
 import json
 import math
@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -46,26 +42,6 @@ class JsonlLogger(Logger):
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Settings are in the run's config.yaml."""
-
-
-class StepProgressBar(TQDMProgressBar):
-    """A bar over the steps of the whole run, also when the run goes on in the middle."""
-
-    def __init__(self, title: str) -> None:
-        """Show `title` before the bar."""
-        super().__init__(refresh_rate=5)
-        self._title = title
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin at the step that the run resumes from, so that speed and time left are right."""
-        super().on_train_start(trainer, pl_module)
-        bar = self.train_progress_bar
-        bar.reset(total=trainer.max_steps)
-        bar.initial = bar.n = bar.last_print_n = trainer.global_step
-        bar.set_description(self._title)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """There are no epochs to show: a run is one count of steps."""
 
 
 class BadRecordLog(L.Callback):
@@ -189,19 +165,6 @@ class SampleLog(L.Callback):
             file.write(before + json.dumps(line).encode() + b"\n")
 
 
-class StepSeed(L.Callback):
-    """Seeds torch at each step from (seed, step, rank): a resumed run drops out what an unbroken one does."""
-
-    def __init__(self, seed: int) -> None:
-        """Derive all seeds from `seed`."""
-        self._seed = seed
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Seed the generator that dropout draws from."""
-        entropy = [self._seed, trainer.global_step, trainer.global_rank, 1]  # 1: not that of the ratio draw
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-
 def _is_torn(path: Path) -> bool:
     """Say whether a file ends within a line."""
     if not path.exists() or path.stat().st_size == 0:
@@ -209,15 +172,3 @@ def _is_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name, syncs it to disk and renames it."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save; at every moment `path` is either the old checkpoint or the new one."""
-        temporary = f"{path}.partial"
-        super().save_checkpoint(checkpoint, temporary, storage_options)
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)

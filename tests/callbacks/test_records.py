@@ -3,10 +3,9 @@ from unittest import mock
 
 import lightning as L
 import pytest
-import torch
 
 from tests.helpers import encoded_sample
-from vico_pl.callbacks import AtomicCheckpointIO, BadRecordLog, JsonlLogger, StepSeed
+from vico_pl.callbacks.records import BadRecordLog, JsonlLogger
 from vico_pl.data.collate import collate
 from vico_pl.types import BadRecord, Share
 
@@ -115,42 +114,9 @@ def test_all_ranks_stop_together_for_what_one_of_them_saw(tmp_path):
 
 def test_bad_records_are_told_once_a_minute(tmp_path, monkeypatch):
     told, now = [], iter([0, 0, 30, 61, 61])
-    monkeypatch.setattr("vico_pl.callbacks.rank_zero_info", told.append)
-    monkeypatch.setattr("vico_pl.callbacks.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("vico_pl.callbacks.records.rank_zero_info", told.append)
+    monkeypatch.setattr("vico_pl.callbacks.records.time.monotonic", lambda: next(now))
     log = log_into(tmp_path / "bad.jsonl")
     for _ in range(3):
         feed(log, num_bad=2, num_good=1)
     assert [line.partition(",")[0] for line in told] == ["2 bad records so far", "6 bad records so far"]
-
-
-def drawn(*, seed=1, step=2, rank=0):
-    StepSeed(seed).on_train_batch_start(
-        trainer_at(step, rank=rank), mock.Mock(spec=L.LightningModule), None, 0
-    )
-    return torch.rand(4).tolist()
-
-
-def test_random_numbers_of_a_step_depend_on_seed_step_and_rank_alone():
-    first = drawn()
-    torch.rand(100)
-    assert drawn() == first
-    assert len({tuple(x) for x in (first, drawn(seed=2), drawn(step=3), drawn(rank=1))}) == 4
-
-
-def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
-    path, io = tmp_path / "step.ckpt", AtomicCheckpointIO()
-    io.save_checkpoint({"step": 1}, path)
-    assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["step.ckpt"]
-
-    def full_disk(_, target, *__):
-        with open(target, "wb") as file:
-            file.write(b"half a checkpoint")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(
-        "vico_pl.callbacks.TorchCheckpointIO.save_checkpoint", lambda _, c, t, __: full_disk(c, t)
-    )
-    with pytest.raises(OSError, match="No space left"):
-        io.save_checkpoint({"step": 2}, path)
-    assert io.load_checkpoint(path, weights_only=True) == {"step": 1}

@@ -1,0 +1,81 @@
+import shutil
+
+import pytest
+import torch
+
+from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
+
+
+def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    path, io = tmp_path / "step.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+    assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["step.ckpt"]
+
+    def full_disk(_, target, *__):
+        with open(target, "wb") as file:
+            file.write(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(
+        "vico_pl.callbacks.checkpoints.TorchCheckpointIO.save_checkpoint", lambda _, c, t, __: full_disk(c, t)
+    )
+    with pytest.raises(ValueError, match=r"could not be written .No space left.*; the one before is whole"):
+        io.save_checkpoint({"step": 2}, path)
+    assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["step.ckpt"]
+
+
+def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=2**20))
+    state = {"state_dict": {"a": torch.zeros(2**19)}, "optimizer_states": [{"b": [torch.zeros(3)]}]}
+    expected = r"0\.0 GiB are free and a checkpoint needs 0\.0; make room, or lower trainer\.keep_checkpoints"
+    with pytest.raises(ValueError, match=expected):
+        AtomicCheckpointIO().save_checkpoint(state, tmp_path / "step.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def save(run_dir, step, **state):
+    path = run_dir / "checkpoints" / f"step-{step:08d}.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"global_step": step, "weight": torch.ones(1000), **state}, path)
+    return path
+
+
+def test_a_run_that_never_saved_has_no_newest_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
+    save(tmp_path, 10)
+    newest = save(tmp_path, 200)
+    save(tmp_path, 30)
+    (tmp_path / "checkpoints" / "step-00000300.ckpt.partial").write_bytes(b"of a killed process")
+    assert newest_checkpoint(tmp_path) == newest
+
+
+def damages(path):
+    """Every way in which a file of this content may be left behind."""
+    content = path.read_bytes()
+    yield b""
+    yield content[:100]
+    yield content[: len(content) // 2]
+    yield content[:-1]
+    yield b"\0" * len(content)
+    yield b"text, not a checkpoint"
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_damaged_checkpoints_are_passed_over_and_named(tmp_path, number):
+    whole, newest = save(tmp_path, 10), save(tmp_path, 20)
+    newest.write_bytes(list(damages(newest))[number])
+    with pytest.warns(UserWarning, match=f"{newest} is passed over, as it cannot be read"):
+        assert newest_checkpoint(tmp_path) == whole
+
+
+def test_a_file_that_is_no_training_state_is_passed_over(tmp_path):
+    path = tmp_path / "checkpoints" / "step-00000009.ckpt"
+    path.parent.mkdir()
+    torch.save([1, 2], path)
+    with pytest.warns(UserWarning, match="it holds no training state"):
+        assert newest_checkpoint(tmp_path) is None

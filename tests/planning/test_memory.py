@@ -1,0 +1,133 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers import tiny_spec
+from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.planning.memory import Pack, RunMemory, draw_batch, measure_memory, num_bytes, per_gpu
+from vico_pl.planning.models import build_models
+
+PACK = Pack(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
+MEMORY = RunMemory(
+    weights={"policy weights": 800.0, "reference weights": 400.0},
+    gradients=160.0,
+    optimizer=320.0,
+    largest=10.0,
+    pack={"activations": 1000.0},
+    unit=80.0,
+    root=40.0,
+)
+
+
+def measured(config, source, pack=PACK, *, checkpointing=False):
+    return measure_memory(config, source, pack, checkpointing=checkpointing)
+
+
+def trained_bytes(part, dtype_bytes=4):
+    model = VisionLanguageModel(tiny_spec(router_heads=None))
+    return sum(p.numel() for p in getattr(model, part).parameters()) * dtype_bytes
+
+
+def test_what_is_trained_is_float32_and_what_is_frozen_as_stored(config, source):
+    memory = measured(config(), source)
+    parts = sum(trained_bytes(part) for part in ("vision", "connectors", "language"))
+    assert memory.weights["policy weights"] == parts
+    assert memory.gradients == parts
+    assert memory.optimizer == 2 * parts
+    reference = VisionLanguageModel(source.spec)
+    assert memory.weights["reference weights"] == num_bytes(reference.parameters()) / 2
+
+
+def test_frozen_parts_serve_the_reference_too(config, source):
+    shared = measured(config(model={"trainable": ["connectors"]}), source)
+    apart = measured(config(model={"trainable": ["connectors"], "reference": "other"}), source)
+    connector = trained_bytes("connectors", 2)
+    assert 0 < shared.weights["reference weights"] < connector
+    assert apart.weights["reference weights"] > shared.weights["reference weights"]
+    assert shared.gradients == trained_bytes("connectors")
+
+
+def test_adapters_take_less_than_the_language_model(config, source):
+    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), source)
+    whole = measured(config(model={"trainable": ["language"]}), source)
+    assert 0 < adapters.gradients < whole.gradients / 4
+
+
+def test_stage_router_trains_the_router_alone(config, source):
+    memory = measured(config("router"), source)
+    models = build_models(config("router"), source)
+    assert memory.gradients == num_bytes(models.policy.router.parameters()) - num_bytes(
+        p for p in models.policy.router.parameters() if not p.requires_grad
+    )
+    assert {p.dtype for p in models.policy.router.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("label_mode", ["tile", "image"])
+def test_labels_take_memory(config, source, label_mode):
+    pack = measured(config("router", router={"label_mode": label_mode}), source).pack
+    assert pack
+    larger = replace(PACK, num_samples=8)
+    assert sum(
+        measured(config("router", router={"label_mode": label_mode}), source, larger).pack.values()
+    ) > sum(pack.values())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "consistency"])
+def test_activations_grow_with_the_pack_and_shrink_by_recomputing(config, source, stage):
+    model = {"ratios": [4]} if stage == "pretrain" else {}
+    settings = config(stage, model=model)
+    small = measured(settings, source).pack
+    large = measured(settings, source, replace(PACK, num_samples=8)).pack
+    again = measured(settings, source, replace(PACK, num_samples=8), checkpointing=True).pack
+    for part in ("vision activations", "language activations"):
+        assert large[part] == pytest.approx(4 * small[part], rel=0.05)
+    assert sum(again.values()) < sum(large.values())
+
+
+def test_half_precision_saves_activations(config, source):
+    whole = measured(config(), source).pack
+    mixed = measured(config(trainer={"precision": "bf16-mixed"}), source).pack
+    assert mixed["language activations"] < whole["language activations"]
+    assert "weights as autocast has them" in mixed
+    assert "weights as autocast has them" not in whole
+
+
+def test_one_gpu_holds_everything():
+    assert per_gpu(MEMORY, sharded=False, world=1) == {
+        "policy weights": 800,
+        "reference weights": 400,
+        "gradients": 160,
+        "optimizer": 320,
+        "activations": 1000,
+    }
+
+
+def test_ddp_adds_its_buckets_whatever_the_number_of_gpus():
+    two, many = (per_gpu(MEMORY, sharded=False, world=world) for world in (2, 64))
+    assert two == many == {**per_gpu(MEMORY, sharded=False, world=1), "buckets of DDP": 160}
+
+
+def test_fsdp_divides_all_but_the_pack_and_what_computes():
+    terms = per_gpu(MEMORY, sharded=True, world=4)
+    assert [terms[name] for name in ("policy weights", "gradients", "optimizer")] == [200, 40, 80]
+    assert terms["activations"] == 1000
+    assert terms["gathered by FSDP"] == (2 * 80 + 40) * 3 / 4 + 80
+
+
+def test_the_optimizer_counts_where_it_takes_more_than_a_pack():
+    small = replace(MEMORY, pack={"activations": 100.0})
+    assert per_gpu(small, sharded=False, world=1)["optimizer's temporaries"] == 160
+    assert per_gpu(small, sharded=False, world=1, foreach=False)["activations"] == 100
+    assert "activations" not in per_gpu(small, sharded=False, world=1)
+
+
+@pytest.mark.parametrize("placeholder_id", [0, 5])
+def test_drawn_samples_have_the_sizes_they_should(placeholder_id):
+    model = VisionLanguageModel(tiny_spec(placeholder_id=placeholder_id))
+    batch = draw_batch(model, PACK)
+    assert (batch.num_samples, batch.num_tiles) == (2, 6)
+    assert (batch.input_ids == placeholder_id).sum() == 6
+    assert batch.sample_lengths.tolist() == [23, 23]
+    assert batch.response_mask.sum() == 16
+    assert not batch.response_mask[batch.input_ids == placeholder_id].any()
