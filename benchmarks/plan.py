@@ -30,8 +30,8 @@ from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import build_optimizer
 from vico_pl.planning.memory import GIB, Pack, draw_batch, measure_memory, per_gpu
 from vico_pl.planning.models import ModelSource
+from vico_pl.recipe import RunConfig
 from vico_pl.stages.labels import tile_loss_ratios
-from vico_pl.trainer import RunConfig
 from vico_pl.types import Batch
 
 GOALS = {"plan_memory_error": Goal(0.10)}

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 import vico_pl.trainer
 from tests.helpers import TILE
+from vico_pl.build import build_stage
 from vico_pl.config import open_run
-from vico_pl.trainer import build_stage, train
+from vico_pl.trainer import train
 
 STEPS = 6
 

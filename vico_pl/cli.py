@@ -294,7 +294,7 @@ def export(
 ) -> None:
     """Write a model in another layout; weights keep their values unless --dtype says otherwise."""
     from vico_pl.model.checkpoint.export import export as write
-    from vico_pl.trainer import DTYPES
+    from vico_pl.recipe import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")

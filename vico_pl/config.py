@@ -13,7 +13,7 @@ from yaml import YAMLError
 from vico_pl.data.files import atomic_path
 from vico_pl.model.checkpoint.folder import open_folder
 from vico_pl.model.checkpoint.hub import is_pin_of, local_folder, pinned
-from vico_pl.trainer import STAGES, TRAINABLE_PARTS, RunConfig
+from vico_pl.recipe import STAGES, TRAINABLE_PARTS, RunConfig
 
 
 def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:

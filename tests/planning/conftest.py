@@ -18,7 +18,11 @@ def config():
     """Make a checked configuration: `config("router", model={...})` adds to it."""
 
     def make(stage="consistency", **sections):
-        model = {"path": "start", "router_heads": 4 if stage == "router" else None, **sections.pop("model", {})}
+        model = {
+            "path": "start",
+            "router_heads": 4 if stage == "router" else None,
+            **sections.pop("model", {}),
+        }
         data = {"sources": [{"path": "nowhere"}], **sections.pop("data", {})}
         settings = {"stage": stage, "run_dir": "run", "model": model, "data": data, **sections}
         return parse_config(settings, name="test")

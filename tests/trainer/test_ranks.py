@@ -24,14 +24,14 @@ def command(recipe, run_dir, *, ranks, workers=0, settings=()):
 
 
 def finish(recipe, run_dir, **options):
-    subprocess.run(command(recipe, run_dir, **options), check=True, capture_output=True, timeout=300)
+    subprocess.run(command(recipe, run_dir, **options), check=True, capture_output=True, timeout=900)
     assert is_finished(run_dir)
 
 
 def audit(run_dir):
     """What `vico audit` says last, and its exit code."""
     done = subprocess.run(
-        [sys.executable, "-m", "vico_pl", "audit", str(run_dir)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "vico_pl", "audit", str(run_dir)], capture_output=True, text=True, timeout=900
     )
     return done.returncode, done.stdout.splitlines()[-1] + done.stderr
 
@@ -39,9 +39,11 @@ def audit(run_dir):
 def assert_alike(run_dir, other, *, tolerance):
     """Same curve and same weights, but for the order in which floats were added, which Adam makes larger."""
     ours, theirs = ({line["step"]: line for line in metrics(folder)} for folder in (run_dir, other))
-    assert ours.keys() == theirs.keys()
+    # A line is written just after the checkpoint of its step: a kill in between loses it.
+    assert len(theirs) - 2 <= len(ours.keys() & theirs.keys()) == len(ours)
     for step, line in ours.items():
-        assert line == pytest.approx(theirs[step], rel=tolerance, abs=1e-7)
+        for name in line.keys() - {"router/auroc"}:  # ranks of tiles within a pack, not over packs
+            assert line[name] == pytest.approx(theirs[step][name], rel=tolerance, abs=1e-7), name
     expected = weights(other)
     for name, tensor in weights(run_dir).items():
         torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)

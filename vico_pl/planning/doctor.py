@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from itertools import islice
 from pathlib import Path
@@ -29,8 +29,8 @@ from vico_pl.model.checkpoint.layout import CONFIG_NAME
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.language import check_flash_attention
 from vico_pl.planning.memory import GIB
-from vico_pl.planning.plan import Layout, build_plan
-from vico_pl.trainer import RunConfig
+from vico_pl.planning.plan import Layout, Plan, build_plan
+from vico_pl.recipe import RunConfig
 
 PACKAGE = "vico-pl"
 KNOWN_BAD = {
@@ -108,8 +108,9 @@ def recipe_checks(config: RunConfig) -> Iterator[tuple[str, Check]]:
             yield "model", partial(check_model, path)
     if config.model.attention == "flash":
         yield "attention", check_attention
-    yield "run folder", partial(check_run_dir, config)
-    yield "memory of the run", partial(check_fit, config)
+    plan = cache(partial(build_plan, config))  # made by the first that needs it
+    yield "run folder", partial(check_run_dir, config, plan)
+    yield "memory of the run", partial(check_fit, config, plan)
 
 
 def check_python() -> str:
@@ -228,13 +229,13 @@ def check_attention() -> str:
     return "flash-attn is installed"
 
 
-def check_run_dir(config: RunConfig) -> str:
+def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     """Look for the right to write and for room for checkpoints."""
     folder = Path(config.run_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{existing} cannot be written to; set run_dir to another folder")
-    free, needed = shutil.disk_usage(existing).free / GIB, build_plan(config).disk_gib
+    free, needed = shutil.disk_usage(existing).free / GIB, make_plan().disk_gib
     if free < needed:
         raise ValueError(
             f"{existing} has {free:.1f} GiB free, checkpoints take {needed:.1f}; free some, set run_dir, or "
@@ -243,9 +244,9 @@ def check_run_dir(config: RunConfig) -> str:
     return f"{free:.0f} GiB free, {needed:.1f} GiB needed"
 
 
-def check_fit(config: RunConfig) -> str:
+def check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     """Hold the memory that the plan tells against that of the device."""
-    plan = build_plan(config)
+    plan = make_plan()
     needed = plan.gib(Layout(world=1, sharded=False), checkpointing=config.trainer.activation_checkpointing)
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
     has = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else _available_gib()

@@ -20,7 +20,7 @@ from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.meter import DeviceRules, MemoryMeter
 from vico_pl.planning.models import ModelSource, RunModels, build_models
 from vico_pl.planning.steps import STEPS
-from vico_pl.trainer import RunConfig
+from vico_pl.recipe import RunConfig
 from vico_pl.types import Batch, EncodedSample
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from vico_pl.model.flops import build_without_weights
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.planning.meter import METERED_ATTENTION
-from vico_pl.trainer import DTYPES, PARTS, ModelConfig, RunConfig
+from vico_pl.recipe import DTYPES, PARTS, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

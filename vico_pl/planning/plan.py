@@ -11,7 +11,7 @@ from vico_pl.planning.memory import GIB, Pack, RunMemory, Terms, measure_memory,
 from vico_pl.planning.models import ModelSource, RunModels, build_models, with_routing
 from vico_pl.planning.sources import find_model
 from vico_pl.planning.workload import SampleShape, SampleWork, count_work, pack_of, read_samples
-from vico_pl.trainer import PARTS, RunConfig
+from vico_pl.recipe import PARTS, RunConfig
 
 WORLDS = (1, 2, 4, 8)
 MAX_WORLD = 64  # up to which a number of GPUs that fits is looked for

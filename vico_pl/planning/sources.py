@@ -17,7 +17,7 @@ from vico_pl.model.checkpoint.ours import read_json
 from vico_pl.model.checkpoint.shape import read_shape
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.planning.models import ModelSource
-from vico_pl.trainer import ModelConfig
+from vico_pl.recipe import ModelConfig
 
 INTERN_VIT_300M = {
     "model_type": "internvl_vision",

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from vico_pl.model.branches import branch_states
 from vico_pl.planning.meter import MemoryMeter
 from vico_pl.planning.models import RunModels
-from vico_pl.trainer import RunConfig
+from vico_pl.recipe import RunConfig
 from vico_pl.types import Batch
 
 Step = Callable[[RunConfig, RunModels, Batch, MemoryMeter], Tensor]

@@ -18,9 +18,9 @@ from vico_pl.data.sizes import SampleSize
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.planning.memory import Pack
-from vico_pl.trainer import RunConfig
+from vico_pl.recipe import RunConfig
 
-TEXT_TOKENS, TILES = 200, 5  # of a sample whose shards are not here; half of the text is response
+TEXT_TOKENS, TILES = 200.0, 5  # of a sample whose shards are not here; half of the text is response
 MAX_MEASURED = 20_000  # samples of a source whose sizes are looked at
 
 

@@ -59,7 +59,7 @@ class RouterCost:
 
 
 def forward_flops(flops: ModelFlops, ratios: Sequence[int], text_tokens: int) -> float:
-    """Return the cost of a sample from tiles, seen at these ratios, to hidden states; the head is left out."""
+    """Return the cost from tiles, seen at these ratios, to hidden states; the head is left out."""
     tokens = text_tokens + sum(flops.vision_tokens_per_tile[ratio] for ratio in ratios)
     tiles = sum(flops.vision_per_tile + flops.connector_per_tile[ratio] for ratio in ratios)
     return tiles + flops.language(tokens)

@@ -1,0 +1,226 @@
+import json
+import os
+from collections import namedtuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import vico_pl.cli
+from tests.helpers import TILE
+from tests.sessions import write_model_folder
+from vico_pl.config import load_config
+from vico_pl.planning import doctor
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "8"}
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def recipe(tmp_path, shards):
+    """Write a recipe without any fault; settings change it."""
+    folder = write_model_folder(tmp_path / "model")
+
+    def write(**sections):
+        model = {"path": str(folder), "router_heads": 4, **sections.pop("model", {})}
+        data = {"sources": [{"path": str(shards)}], "tiling": {"tile_size": TILE}, **sections.pop("data", {})}
+        settings = {"stage": "router", "run_dir": str(tmp_path / "run"), "model": model, "data": data}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**settings, **sections}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    """Examine a recipe; returns the problems by the name of their check."""
+    monkeypatch.setattr(doctor, "num_cores", lambda: 4)
+    monkeypatch.setattr(doctor, "shared_gib", lambda: 8.0)
+
+    def examine(recipe=None):
+        found = [doctor.find(name, check) for name, check in doctor.checks(recipe, [])]
+        return {finding.name: finding.detail for finding in found if finding.problem}
+
+    return examine
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["vico", "doctor", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        vico_pl.cli.main()
+    return stop.value.code or 0, capsys.readouterr().out.splitlines()
+
+
+def test_a_sound_recipe_has_no_problem(problems, recipe):
+    assert problems(recipe()) == {}
+    assert problems() == {}
+
+
+def test_the_command_writes_a_line_per_check_and_its_exit_code_tells(problems, recipe, monkeypatch, capsys):
+    code, lines = run_command(monkeypatch, capsys, recipe())
+    assert code == 0
+    assert len(lines) == len(list(doctor.checks(recipe(), [])))
+    assert all(line.startswith("ok: ") for line in lines)
+    code, lines = run_command(monkeypatch, capsys, recipe(data={"num_workers": 99}))
+    assert code == 1
+    assert [line.split(": ")[1] for line in lines if line.startswith("problem: ")] == ["workers"]
+
+
+def test_a_check_that_fails_by_itself_stops_no_other(problems, recipe, monkeypatch):
+    def broken():
+        raise AttributeError("no such\nthing")
+
+    monkeypatch.setattr(doctor, "check_memory", broken)
+    found = problems(recipe(data={"num_workers": 99}))
+    assert set(found) == {"memory", "workers"}
+    assert "AttributeError: no such thing" in found["memory"]
+
+
+def test_a_recipe_that_does_not_load_is_told_once(problems, tmp_path):
+    (tmp_path / "bad.yaml").write_text("stage: nonsense\nrun_dir: x\n")
+    assert set(problems(tmp_path / "bad.yaml")) == {"recipe"}
+    assert set(problems(tmp_path / "absent.yaml")) == {"recipe"}
+
+
+@pytest.mark.parametrize(
+    ("package", "number", "told"),
+    [
+        ("lightning", "2.6.2", "compromised"),
+        ("lightning", "2.6.3", "pip install"),
+        ("torch", "2.13.0", "no torchvision imports"),
+        ("torch", "2.1.0", "pip install 'torch>=2.8'"),
+        ("webdataset", None, "webdataset is not installed"),
+    ],
+)
+def test_versions_that_do_not_work(problems, monkeypatch, package, number, told):
+    installed = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda name: number if name == package else installed(name))
+    assert told in problems()["packages"]
+
+
+def test_an_old_python(problems, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
+    assert "Python is 3.9.1, needed is >=3.11" in problems()["python"]
+
+
+@pytest.mark.parametrize(("cuda", "told"), [(None, "built for the CPU"), ("12.8", "update the driver")])
+def test_gpus_that_torch_does_not_see(problems, monkeypatch, cuda, told):
+    exists = doctor.Path.exists
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor.Path, "exists", lambda path: "nvidia" in str(path) or exists(path))
+    assert told in problems()["devices"]
+
+
+def test_too_little_shared_memory(problems, monkeypatch):
+    monkeypatch.setattr(doctor, "shared_gib", lambda: 0.06)
+    assert "--shm-size" in problems()["/dev/shm"]
+
+
+def test_more_workers_than_cores(problems, recipe):
+    assert (
+        "set data.num_workers=2"
+        in problems(recipe(data={"num_workers": 3}, trainer={"devices": "2"}))["workers"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "trainer", "told"),
+    [
+        ({}, {"num_nodes": 1, "devices": "4"}, "the job has 2 nodes, trainer.num_nodes is 1"),
+        ({}, {"num_nodes": 2, "devices": "2"}, "the job has 8 tasks, but the recipe takes 4"),
+        ({"PATH": ""}, {"num_nodes": 2, "devices": "4"}, "srun, scontrol not found"),
+    ],
+)
+def test_slurm_and_recipe_at_odds(monkeypatch, recipe, environment, trainer, told):
+    found = None if environment else "/usr/bin/any"
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: found)
+    with pytest.raises(ValueError, match=told):
+        doctor.check_slurm(SLURM, load_config(recipe(trainer=trainer), []))
+
+
+def test_slurm_that_fits(monkeypatch, recipe):
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/any")
+    config = load_config(recipe(trainer={"num_nodes": 2, "devices": "4"}), [])
+    assert doctor.check_slurm(SLURM, config) == "job 7, 8 tasks"
+
+
+def test_shards_that_are_absent(problems, recipe):
+    assert "no such folder of shards" in problems(recipe(data={"sources": [{"path": "nowhere"}]}))["shards"]
+
+
+def damage_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<IMG_CONTEXT>", "<IMAGE>"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("<IMG_CONTEXT>", "<IMAGE>"))
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["connectors.by_ratio.4.mlp.1.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def reshape_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["connectors.by_ratio.4.mlp.1.weight"] = torch.zeros(2, 2)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def forget_config(folder):
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Other"]}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (damage_tokenizer, "lacks the special token"),
+        (drop_tensor, "missing connectors.by_ratio.4.mlp.1.weight"),
+        (reshape_tensor, "has shape [2, 2]"),
+        (pickle_weights, "pickled"),
+        (forget_config, "'architectures' is ['Other']"),
+    ],
+)
+def test_model_folders_that_will_not_load(problems, recipe, tmp_path, fault, told):
+    path = recipe()
+    fault(tmp_path / "model")
+    assert told in problems(path)["model"]
+
+
+def test_flash_attention_that_is_not_there(problems, recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = recipe(model={"attention": "flash"}, trainer={"precision": "bf16-mixed"})
+    assert "model.attention=sdpa" in problems(path)["attention"]
+
+
+def test_a_run_folder_that_cannot_be_made(problems, recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "set run_dir" in problems(recipe(run_dir=str(tmp_path / "file" / "run")))["run folder"]
+
+
+def test_a_run_folder_without_the_right_to_write(problems, recipe, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert "cannot be written to" in problems(recipe())["run folder"]
+    assert os.access is doctor.os.access
+
+
+def test_a_disk_that_is_full(problems, recipe, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(1, 1, 0))
+    assert "lower trainer.keep_checkpoints" in problems(recipe())["run folder"]
+
+
+def test_a_run_that_takes_more_memory_than_there_is(problems, recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_available_gib", lambda: 0.0)
+    assert "'vico plan' says what fits" in problems(recipe())["memory of the run"]
+
+
+def test_names_on_the_hub_are_not_fetched():
+    assert "will be fetched" in doctor.check_model("someone/something")
