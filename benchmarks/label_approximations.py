@@ -152,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     session = Session.load(given.model, device="cpu")
+    if len(session.model.ratios) < 2:
+        raise SystemExit(f"{given.model}: ratios {session.model.ratios}; expected a model after stage 1")
     ratios = Ratios(session.model, load_model(given.reference, dtype=torch.float32))
     batches = islice(usable_batches(session, given.data), given.samples)
     found = [ratios.of(batch) for batch in batches]

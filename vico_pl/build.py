@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.glyphs import question_words
@@ -42,9 +43,11 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     policy = _starting_model(settings, tokenizer)
     start, compared = _folder(settings), _folder(settings, settings.reference)
     original = _set_speed(load_model(compared, dtype=DTYPES[settings.frozen_dtype]), config)
+    # A part that two models share can be split over ranks for one of them only.
+    shares = start == compared and config.trainer.strategy != "fsdp"
     if config.stage == "consistency":
         policy = _prepare_policy(policy, config)
-        reference = FrozenReference(original, beside=policy if start == compared else None)
+        reference = FrozenReference(original, beside=policy if shares else None)
         return ConsistencyStage(
             policy, reference, config.consistency, optim, num_steps=num_steps, seed=config.seed
         )
@@ -69,6 +72,15 @@ def sample_cost(config: RunConfig, model: VisionLanguageModel) -> SampleCost:
         seed=config.seed,
         trains_vision="vision" in config.model.trainable,
     )
+
+
+def load_trained(
+    state: dict[str, Tensor], config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> VisionLanguageModel:
+    """Build the trained model in one piece from weights that were split over ranks."""
+    model = _prepare_policy(_starting_model(config.model, tokenizer), config)
+    model.load_state_dict(state)
+    return model
 
 
 def _starting_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> VisionLanguageModel:

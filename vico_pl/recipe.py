@@ -66,7 +66,7 @@ class TrainerConfig:
     accelerator: str = "auto"  # cpu, gpu, ...
     devices: str = "auto"  # per node
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: str = "auto"  # auto, ddp, or fsdp: weights, gradients and optimizer split over all ranks
     precision: str = "32-true"
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
     compile: bool = False  # torch.compile for each block: minutes at the start, faster steps

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from vico_pl.build import build_run_tokenizer, build_stage, sample_cost
+from vico_pl.build import build_run_tokenizer, build_stage, load_trained, sample_cost
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
 from vico_pl.callbacks.guards import GradientGuard, SyncGuard, Watchdog
 from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog
@@ -24,8 +26,9 @@ from vico_pl.model.adapters import adapters_merged
 from vico_pl.model.checkpoint.folder import save_model
 from vico_pl.model.checkpoint.layout import CONFIG_NAME
 from vico_pl.model.language import check_flash_attention
+from vico_pl.model.sharding import whole_state
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.recipe import RunConfig, settings_without_effect
+from vico_pl.recipe import RunConfig, TrainerConfig, settings_without_effect
 from vico_pl.stages.base import Stage
 
 
@@ -64,8 +67,10 @@ def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None
         _fit(trainer, stage, data, checkpoint=newest_checkpoint(run_dir))
         if trainer.global_step < config.trainer.max_steps:
             return trainer, None
+        state = whole_state(model) if stage.is_sharded else None
         if trainer.is_global_zero:
-            _write_model(model, tokenizer, config)
+            whole = model if state is None else load_trained(state, config, tokenizer)
+            _write_model(whole, tokenizer, config)
     return trainer, run_dir / "model"
 
 
@@ -80,7 +85,7 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: StopSignals) -> L.Traine
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=config.strategy,
+        strategy=_strategy(config),
         precision=config.precision,  # type: ignore[arg-type]  # Lightning itself checks the name
         max_steps=config.max_steps,
         limit_train_batches=config.max_steps,
@@ -109,6 +114,18 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: StopSignals) -> L.Traine
     )
 
 
+def _strategy(config: TrainerConfig) -> str | Strategy:
+    if config.strategy != "fsdp":
+        return config.strategy
+    per_node = int(config.devices) if config.devices != "auto" else max(torch.cuda.device_count(), 1)
+    # One file, put together on the first rank, which any number of ranks can load.
+    return ModelParallelStrategy(
+        data_parallel_size=per_node * config.num_nodes,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,
+    )
+
+
 def _slurm() -> list[SLURMEnvironment]:
     """Leave stopping and queueing again to `StopSignals`, which waits for the end of a step."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -120,6 +137,8 @@ def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path
     warnings.filterwarnings(
         "ignore", message="Checkpoint directory .* exists and is not empty"
     )  # a resumed run
+    # Nothing changes what a sharded model returns in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # What Lightning recommends there is a checkpoint of the weights before the step that it counts.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # within Lightning itself
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")

@@ -25,7 +25,7 @@ def memory_of(gib, *, pack=0.0):
         gradients=part,
         optimizer=2 * part,
         largest=0.0,
-        pack={"activations": pack * GIB},
+        pack={"activations": float(pack * GIB)},
         unit=0.0,
         root=0.0,
     )
@@ -89,7 +89,7 @@ def test_the_recipes_own_gpus_are_shown(config):
 def test_what_does_not_fit_comes_with_what_would(config):
     plan = build_plan(config(trainer={"precision": "bf16-mixed"}), shape="8b")
     told = "\n".join(advice(plan))
-    assert "needs FSDP over" in told
+    assert "sharded by FSDP" in told
     for setting in (
         "activation_checkpointing=true",
         "[connectors,language]",

@@ -16,11 +16,11 @@ from vico_pl.trainer import is_finished
 EXACT = ["model.dropout=0.0", "seed=3"]  # dropout draws from the generator of each rank
 
 
-def command(recipe, run_dir, *, ranks, workers=0, settings=()):
-    parallel = [f"trainer.devices={ranks}", f"data.num_workers={workers}"]
-    strategy = ["trainer.strategy=ddp"] if ranks > 1 else []
+def command(recipe, run_dir, *, ranks, workers=0, strategy=None, settings=()):
+    strategy = strategy or ("ddp" if ranks > 1 else "auto")
+    parallel = [f"trainer.devices={ranks}", f"data.num_workers={workers}", f"trainer.strategy={strategy}"]
     start = [sys.executable, "-m", "vico_pl", "train", str(recipe), f"run_dir={run_dir}"]
-    return [*start, *EXACT, *parallel, *strategy, *settings]
+    return [*start, *EXACT, *parallel, *settings]
 
 
 def finish(recipe, run_dir, **options):
@@ -49,11 +49,14 @@ def assert_alike(run_dir, other, *, tolerance):
         torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("pretrain", 2), ("consistency", 4), ("router", 2)])
-def test_any_number_of_ranks_gives_the_run_of_one(runs, tmp_path, stage, ranks):
+@pytest.mark.parametrize(
+    ("stage", "ranks", "strategy"),
+    [("pretrain", 2, "fsdp"), ("consistency", 4, "ddp"), ("consistency", 2, "fsdp"), ("router", 2, "ddp")],
+)
+def test_any_number_of_ranks_gives_the_run_of_one(runs, tmp_path, stage, ranks, strategy):
     recipe, alone, several = runs / f"{stage}.yaml", tmp_path / "alone", tmp_path / "several"
     run(recipe, f"run_dir={alone}", *EXACT)
-    finish(recipe, several, ranks=ranks)
+    finish(recipe, several, ranks=ranks, strategy=strategy)
     assert_alike(several, alone, tolerance=2e-3)
     assert audit(several)[0] == 0
 
@@ -79,26 +82,32 @@ def start(recipe, run_dir, log, **options):
     )
 
 
-def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tmp_path):
+@pytest.mark.parametrize(
+    "strategies", [("ddp", "auto", "ddp"), ("fsdp", "fsdp", "fsdp"), ("fsdp", "auto", "fsdp")]
+)
+def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tmp_path, strategies):
     recipe, unbroken, changed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "changed"
     length = ["trainer.max_steps=12"]
     run(recipe, f"run_dir={unbroken}", *EXACT, *length)
     with (tmp_path / "log").open("w") as log:
-        for step, ranks, workers in ((2, 2, 1), (6, 1, 2)):
-            process = start(recipe, changed, log, ranks=ranks, workers=workers, settings=length)
+        for step, ranks, workers, strategy in zip((2, 6), (2, 1), (1, 2), strategies[:2], strict=True):
+            parallel = {"ranks": ranks, "workers": workers, "strategy": strategy}
+            process = start(recipe, changed, log, **parallel, settings=length)
             kill_when(changed, process, step=step, victim=all_of_it)
             assert newest_checkpoint(changed) is not None, (tmp_path / "log").read_text()
-    finish(recipe, changed, ranks=4, settings=length)
+    finish(recipe, changed, ranks=4, strategy=strategies[2], settings=length)
     assert_alike(changed, unbroken, tolerance=5e-3)
     code, said = audit(changed)
     assert code == 0, said
     assert said.startswith("12 steps in 3 attempts")
 
 
-def test_killed_ranks_end_with_the_weights_of_an_unbroken_run_bit_for_bit(runs, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_killed_ranks_end_with_the_weights_of_an_unbroken_run_bit_for_bit(runs, tmp_path, strategy):
     recipe, unbroken, killed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "killed"
-    finish(recipe, unbroken, ranks=2)
+    finish(recipe, unbroken, ranks=2, strategy=strategy)
     with (tmp_path / "log").open("w") as log:
-        kill_when(killed, start(recipe, killed, log, ranks=2), step=2, victim=all_of_it)
-    finish(recipe, killed, ranks=2)
+        process = start(recipe, killed, log, ranks=2, strategy=strategy)
+        kill_when(killed, process, step=2, victim=all_of_it)
+    finish(recipe, killed, ranks=2, strategy=strategy)
     assert differing(killed, unbroken) == set()

@@ -207,7 +207,7 @@ def _hours(hours: float) -> str:
     return "< 0.1" if hours < 0.1 else f"{hours:.1f}"
 
 
-def _number(count: float) -> str:
+def _number(count: int | float) -> str:
     """Write a number with three digits and a prefix.
 
     >>> _number(7), _number(1490), _number(3.62e12)

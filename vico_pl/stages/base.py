@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from vico_pl.model.sharding import shard_model
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients
 from vico_pl.stages.ranks import Ranks
@@ -48,6 +50,7 @@ class Stage(L.LightningModule):
     area: str  # first part of the metrics' names
     ranks: Ranks
     stop_requested = False  # of this rank
+    is_sharded = False
 
     def __init__(self, optim: OptimConfig, *, num_steps: int) -> None:
         """Keep the settings. In Lightning's words optimization is manual: a step has a backward per pack."""
@@ -75,6 +78,23 @@ class Stage(L.LightningModule):
         """Put what is trained into training mode: models are loaded in eval mode, which Lightning keeps."""
         self.train()
         self.ranks = Ranks(self.trainer.world_size)
+
+    def configure_model(self) -> None:
+        """Split the models over the ranks, where the strategy says so."""
+        mesh = self.device_mesh
+        if mesh is not None and not self.is_sharded:
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            for model in self.sharded_models():
+                shard_model(model, mesh["data_parallel"], dtype=dtype)
+            self.is_sharded = True
+
+    def sharded_models(self) -> list[VisionLanguageModel]:
+        """Return the models to split.
+
+        Raises:
+            ValueError: the stage cannot be run so.
+        """
+        return [self.trained_model()]
 
     def training_step(self, share: Share, _: int) -> dict[str, Any]:
         """Take an optimizer step on a global batch: the same one however ranks and packs split it.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
@@ -56,12 +57,14 @@ class ConsistencyStage(Stage):
         if model.router is not None:
             model.router.requires_grad_(requires_grad=False)
         self.model, self.reference, self.config, self.seed = model, reference, config, seed
+        self.strict_loading = False  # checkpoints leave out what the model folder has
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on the response tokens, where sequence lengths do not matter."""
         ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, seed=self.seed)
-        policy = self.model.response_states(batch, self.model.encode_tiles(batch.tiles), ratios)
-        reference = self.reference.response_states(batch)
+        features = self.model.encode_tiles(batch.tiles)
+        policy = self.model.response_states(batch, features, ratios)
+        reference = self.reference.response_states(batch, policy_features=features)
         kl = consistency_kl(
             policy,
             self.model.head,
@@ -71,6 +74,7 @@ class ConsistencyStage(Stage):
             reverse=self.config.reverse_kl,
             chunk_size=self.config.chunk_size,
         )
+        release(self.reference.model)
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
         return StepResult(loss_sum=kl.sum(), metrics={"vision_tokens/fraction": fraction})
 
@@ -78,13 +82,19 @@ class ConsistencyStage(Stage):
         """Return the policy."""
         return self.model
 
+    def sharded_models(self) -> list[VisionLanguageModel]:
+        """Return policy and reference."""
+        return [self.model, self.reference.model]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is as the model folder has it: beside adapters, most of every checkpoint."""
         for name in self._as_in_the_folder():
-            del checkpoint["state_dict"][name]
+            checkpoint["state_dict"].pop(name, None)  # with sharded weights, ranks but the first have none
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put it back, from the model that was read again."""
+        """Put it back, from the model that was read again; sharded weights were loaded without it."""
+        if self.is_sharded:
+            return
         own = self.state_dict()
         checkpoint["state_dict"].update({name: own[name] for name in self._as_in_the_folder()})
 

@@ -89,6 +89,12 @@ class RouterStage(Stage):
         """Return the policy with the trained router."""
         return self.policy.model
 
+    def sharded_models(self) -> list[VisionLanguageModel]:
+        """Refuse: ranks label different numbers of branches, and would gather different blocks."""
+        raise ValueError(
+            "stage router trains the router alone and cannot run with trainer.strategy=fsdp; set it to ddp"
+        )
+
     @torch.no_grad()
     def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
         """Return the patch features and the loss ratio of every tile."""
