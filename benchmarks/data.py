@@ -26,6 +26,7 @@ import data_reading as reading
 import data_shuffle as shuffle
 import harness
 import torch
+from data_turns import keep_freed_memory
 from harness import Figures, Goal
 
 GOALS = {
@@ -181,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     size = Size(**{key: getattr(given, key) for key in asdict(Size())})
     torch.set_num_threads(1)
+    keep_freed_memory()
     warnings.simplefilter("ignore")
     measured = measure(size)
     content = harness.write(

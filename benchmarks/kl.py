@@ -244,13 +244,10 @@ def measure_rounds(shape: Shape, *, rounds: int) -> list[Round]:
     for number in range(rounds):
         names = [name for name in available() if number < LEAVES_AFTER.get(name, rounds)]
         results.append({name: measure_apart(name, shape) for name in names})
-        sys.stdout.write(f"round {number + 1} of {rounds}: {_line(results[-1])}\n")
+        taken = (f"{name} {m['cpu_s']:.2f} s {m['peak_mib']:.0f} MiB" for name, m in results[-1].items())
+        sys.stdout.write(f"round {number + 1} of {rounds}: {', '.join(taken)}\n")
         sys.stdout.flush()
     return results
-
-
-def _line(round_: Round) -> str:
-    return ", ".join(f"{name} {m['cpu_s']:.2f} s {m['peak_mib']:.0f} MiB" for name, m in round_.items())
 
 
 def ratio(rounds: list[Round], quantity: str, over: str) -> float:
@@ -272,9 +269,6 @@ def figures(rounds: list[Round], errors: dict[str, float], shape: Shape) -> harn
         measured["kl_time_over_liger"] = ratio(rounds, "cpu_s", "liger")
         measured["kl_memory_over_liger"] = ratio(rounds, "peak_mib", "liger")
     return harness.figures_of(measured, GOALS)
-
-
-# --- What is written ----------------------------------------------------------------------------------------
 
 
 def command(shape: Shape, *, rounds: int) -> str:

@@ -50,7 +50,8 @@ def frozen_states(policy: VisionLanguageModel, batch: Batch, features: Tensor) -
         policy.tokens_per_full_tile,
         int(spliced.tile_starts[-1]) + policy.tokens_per_full_tile,
     )
-    tail, tail_positions = spliced.embeddings[text:], spliced.position_ids[text:]
+    tail = spliced.embeddings[text:]
+    tail_positions = spliced.position_ids[text:] - full_length + len(compressed) // len(full)
     for start, own in zip(spliced.tile_starts.tolist(), compressed.chunk(len(full)), strict=True):
         again: KeyValues = {}
         positions = torch.arange(start, start + len(own))

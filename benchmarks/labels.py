@@ -71,7 +71,7 @@ def response_logits(
 ) -> Tensor:
     """Return the logits that predict the response, from a forward pass as transformers has it.
 
-    Each of the connectors runs on all tiles, as both do in released code, and then one is picked for each tile.
+    Each of the connectors runs on all tiles, as both do in released code; then one is picked for each tile.
     """
     features = model.encode_tiles(batch.tiles)
     tokens = {ratio: model.connectors.by_ratio[str(ratio)](features) for ratio in connectors}

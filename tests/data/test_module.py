@@ -64,8 +64,9 @@ def test_ranks_get_like_amounts_of_work(shards, tokenizer):
         packs = [
             read(module, first_step=step, num_steps=1, rank=rank, world=4)[0].packs[0] for rank in range(4)
         ]
-        tiles = [pack.num_tiles for pack in packs]
-        assert max(tiles) - min(tiles) <= 2
+        work = [len(pack.input_ids) + 3 * pack.num_tiles for pack in packs]  # a tile has 4 vision tokens
+        print(work)
+        assert max(work) - min(work) <= 0.1 * max(work)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

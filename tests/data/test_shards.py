@@ -2,10 +2,14 @@ import io
 import json
 import pickle
 import tarfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.helpers import record
 from vico_pl.data.decode import RecordError
@@ -13,7 +17,6 @@ from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards import (
     INDEX_NAME,
     RecordReader,
-    ShardIndex,
     atomic_path,
     read_index,
     scan_boundaries,
@@ -85,16 +88,22 @@ def test_numbers_outside_the_set_are_refused(shards, number):
         read_index(shards).locate(number)
 
 
-def test_locating_over_many_shards_equals_counting(tmp_path):
-    sizes = [3, 0, 1, 5, 0, 2]
-    bounds = [np.arange(size + 1) * 1000 + shard for shard, size in enumerate(sizes)]
-    index = ShardIndex(folder=tmp_path, names=[f"{i}.tar" for i in range(6)], boundaries=bounds)
-    expected = [
-        (f"{shard}.tar", int(bounds[shard][i]), int(bounds[shard][i + 1]))
-        for shard, size in enumerate(sizes)
-        for i in range(size)
-    ]
-    assert [index.locate(i) for i in range(index.num_samples)] == expected
+@settings(max_examples=20)
+@given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_locating_equals_counting_whatever_the_sizes_of_shards(sizes):
+    with tempfile.TemporaryDirectory() as folder:
+        for shard, size in enumerate(sizes):
+            names = [f"{shard}-{place}" for place in range(size)]
+            write_shard(Path(folder, f"{shard}.tar"), [(name, {"json": name.encode()}) for name in names])
+        index = write_index(folder)
+        assert (index.shard_sizes, index.num_samples) == (sizes, sum(sizes))
+        places = [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
+        assert [index.place(sample) for sample in range(sum(sizes))] == places
+        reader = RecordReader(index)
+        assert [reader(sample).key for sample in range(sum(sizes))] == [f"{s}-{p}" for s, p in places]
+        bounds = index.boundaries
+        expected = [(f"{s}.tar", bounds[s][p], bounds[s][p + 1]) for s, p in places]
+        assert [index.locate(sample) for sample in range(sum(sizes))] == expected
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
@@ -102,7 +111,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         write_shard(tmp_path / name / "x.tar", draw_records(config, seed=1, start=0, count=3))
         write_index(tmp_path / name)
-    for name in ("x.tar", "x.idx", INDEX_NAME):
+    for name in ("x.tar", "x.idx", "x.sizes", INDEX_NAME):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -119,7 +128,7 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError, match="disk full"):
         write_shard(tmp_path / "a.tar", failing())
     assert (tmp_path / "a.tar").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.sizes", "a.tar"]
 
 
 def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path):
@@ -186,7 +195,7 @@ def test_a_member_that_comes_twice_in_a_record_is_a_fault_of_that_record(tmp_pat
 def test_damage_inside_a_shard_is_a_fault_of_its_record_alone(tmp_path):
     write_shard(tmp_path / "a.tar", RECORDS)
     write_index(tmp_path)
-    first, second = read_index(tmp_path).boundaries[0][1:3]
+    first, second = scan_boundaries(tmp_path / "a.tar")[1:3]
     content = bytearray((tmp_path / "a.tar").read_bytes())
     content[first:second] = b"\xff" * (second - first)
     (tmp_path / "a.tar").write_bytes(content)
@@ -212,23 +221,43 @@ def test_a_folder_that_is_absent_or_empty_is_named(tmp_path):
         read_index(tmp_path)
 
 
-def test_a_shard_that_was_removed_is_one_clear_message(tmp_path):
-    write_shard(tmp_path / "a.tar", RECORDS[:1])
-    write_shard(tmp_path / "b.tar", RECORDS[1:])
-    write_index(tmp_path)
-    (tmp_path / "b.tar").unlink()
-    with pytest.raises(ValueError, match=rf"b\.tar: named in {INDEX_NAME} but absent; restore it or run"):
-        read_index(tmp_path)
+DAMAGES = {
+    "absent": (Path.unlink, "named in index.json but absent; restore it or run 'vico shards index"),
+    "of another size": (lambda path: path.write_bytes(b""), "its size differs from index.json; run"),
+    "damaged": (lambda path: ruin(path), "not a readable tar"),
+}
 
 
-def test_a_shard_that_has_changed_is_one_clear_message_whose_remedy_works(tmp_path):
+def ruin(path):
+    """Damage a tar whose side index is gone, too."""
+    path.write_bytes(b"x" * path.stat().st_size)
+    side_index_path(path).unlink()
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_shard_that_cannot_be_opened_is_told_at_the_door_and_its_records_are_bad(tmp_path, name):
+    damage, told = DAMAGES[name]
+    for shard in "abc":
+        write_shard(tmp_path / f"{shard}.tar", RECORDS[:2])
+    costs = [write_index(tmp_path).size_of(sample) for sample in range(6)]
+    damage(tmp_path / "b.tar")
+    with pytest.warns(UserWarning, match=rf"b\.tar: {told}") as caught:
+        index = read_index(tmp_path)
+    assert len(caught) == 1
+    reader, kinds = RecordReader(index), []
+    for sample in range(index.num_samples):
+        try:
+            kinds.append(reader(sample).key)
+        except RecordError as error:
+            kinds.append(error.kind)
+    assert kinds == ["000000", "000001", "shard", "shard", "000000", "000001"]
+    assert [index.size_of(sample) for sample in range(6)] == costs, "ranks may not see the damage alike"
+
+
+def test_a_shard_that_has_changed_is_right_again_after_the_remedy(tmp_path):
     write_shard(tmp_path / "a.tar", RECORDS)
     write_index(tmp_path)
     write_tar(tmp_path / "a.tar", [(f"{i}.json", b"new") for i in range(40)])
-    with pytest.raises(
-        ValueError, match=r"a\.tar: its size differs from index\.json; run 'vico shards index"
-    ):
-        read_index(tmp_path)
     write_index(tmp_path)  # what `vico shards index` does
     assert [r.files["json"] for r in read_all(tmp_path)] == [b"new"] * 40
 

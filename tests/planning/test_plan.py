@@ -8,6 +8,7 @@ from tests.helpers import tiny_spec
 from vico_pl.config import load_config
 from vico_pl.model.checkpoint.folder import save_model
 from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.planning import report
 from vico_pl.planning.hardware import GPUS, USABLE, Gpu
 from vico_pl.planning.memory import GIB, RunMemory
 from vico_pl.planning.plan import Layout, build_plan, smallest_layout
@@ -57,6 +58,11 @@ def recipe(tmp_path):
     return path
 
 
+@pytest.fixture
+def tiny_plan(recipe):
+    return build_plan(load_config(recipe, []))
+
+
 @pytest.mark.parametrize(
     ("gib", "world"),
     [(40, 1), (100, 2), (200, 4), (800, 16)],
@@ -69,9 +75,9 @@ def test_a_pack_that_is_too_large_fits_nowhere():
     assert smallest_layout(memory_of(1, pack=100), 80 / USABLE) is None
 
 
-def test_hours_follow_from_operations_and_speed(config):
-    plan = build_plan(config(trainer={"max_steps": 10, "precision": "bf16-mixed"}), shape="1b", mfu=0.5)
-    expected = 10 * 16 * plan.work.total / (0.5 * GPUS["H100-80"].half_tflops * 1e12) / 3600
+def test_hours_follow_from_operations_and_speed(recipe):
+    plan = build_plan(load_config(recipe, ["trainer.precision=bf16-mixed"]), mfu=0.5)
+    expected = 10 * 4 * plan.work.total / (0.5 * GPUS["H100-80"].half_tflops * 1e12) / 3600
     assert plan.hours("H100-80", 1) == pytest.approx(expected)
     assert plan.hours("H100-80", 8) == pytest.approx(expected / 8)
 
@@ -81,15 +87,20 @@ def test_full_precision_is_slower():
     assert (gpu.tflops("32-true"), gpu.tflops("bf16-mixed")) == (20, 300)
 
 
-def test_the_recipes_own_gpus_are_shown(config):
-    plan = build_plan(config(trainer={"devices": "3", "num_nodes": 2}), shape="1b")
+def test_the_recipes_own_gpus_are_shown(recipe):
+    plan = build_plan(load_config(recipe, ["trainer.devices='3'", "trainer.num_nodes=2"]))
     assert Layout(world=6, sharded=True) in plan.layouts()
 
 
-def test_what_does_not_fit_comes_with_what_would(config):
-    plan = build_plan(config(trainer={"precision": "bf16-mixed"}), shape="8b")
-    told = "\n".join(advice(plan))
-    assert "sharded by FSDP" in told
+def test_what_does_not_fit_comes_with_what_would(tiny_plan, monkeypatch):
+    held = tiny_plan.gib(Layout(world=1, sharded=False), checkpointing=False)
+    sizes = {"Small": held / 100, "Medium": held * 0.99 / USABLE, "Large": held * 2}
+    gpus = {name: Gpu(memory_gib=gib, half_tflops=1.0, full_tflops=1.0) for name, gib in sizes.items()}
+    monkeypatch.setattr(report, "GPUS", gpus)
+    told = "\n".join(advice(tiny_plan))
+    assert "does not fit, not even sharded by FSDP" in told
+    assert "needs FSDP over 2 GPUs or more" in told
+    assert "fits on each GPU" in told
     for setting in (
         "activation_checkpointing=true",
         "[connectors,language]",
@@ -126,12 +137,14 @@ def test_the_command_tells_what_it_does_not_know(vico, recipe):
     assert err.startswith("vico: someone/something: its shape is not known here")
 
 
-def test_columns_are_aligned(config):
-    text = format_plan(build_plan(config(), shape="1b"))
+def test_columns_are_aligned(tiny_plan):
+    text = format_plan(tiny_plan)
     table = next(block for block in text.split("\n\n") if "FSDP x2" in block).splitlines()
     assert len({len(line) for line in table}) == 1
 
 
+# Hundreds of layers with every call type-checked take a while.
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_can_be_planned(path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])

@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.helpers import TILE
+from vico_pl.data.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
 from vico_pl.data.packing import PackLimits
+from vico_pl.data.sizes import SampleSize, as_array
 from vico_pl.model.flops import ModelFlops
 from vico_pl.planning.workload import SampleShape, count_work, pack_of, read_samples
 
@@ -78,13 +79,21 @@ def test_packs_keep_to_the_limits(config, limits, batch_size, world, expected):
     assert (pack.num_samples, pack.tiles, pack.text_tokens, pack.response_tokens) == (expected, 2, 10, 4)
 
 
-def test_shards_tell_their_sizes(config, shards):
-    tiling = {"tile_size": TILE, "max_tiles": 2}
-    found = read_samples(config(data={"sources": [{"path": str(shards)}], "tiling": tiling}).data)
-    assert found.num_samples == 18
-    assert 1 <= found.tiles <= 3
-    assert found.text_tokens > found.response_tokens > 1
-    assert found.origin.startswith("mean of 18 samples")
+def test_shards_tell_their_sizes(config, tmp_path):
+    """Two samples of 1000 x 500 px, of three tiles each, and 80 and 160 bytes of text."""
+    write_entries([ShardEntry(name="a.tar", num_samples=2)], tmp_path / INDEX_NAME)
+    sizes = [SampleSize(text_bytes=n, num_images=1, width=1000, height=500) for n in (80, 160)]
+    write_array(as_array(sizes), sizes_path(tmp_path / "a.tar"))
+    found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
+    assert (found.num_samples, found.tiles, found.text_tokens, found.response_tokens) == (2, 3, 30, 15)
+    assert found.origin.startswith("mean of 2 samples")
+
+
+def test_an_index_without_sizes_still_counts(config, tmp_path):
+    write_entries([ShardEntry(name="a.tar", num_samples=9)], tmp_path / INDEX_NAME)
+    found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
+    assert (found.num_samples, found.tiles) == (9, 5)
+    assert "assumed" in found.origin
 
 
 def test_without_shards_usual_figures_are_taken(config):

@@ -24,7 +24,10 @@ def command(recipe, run_dir, *, ranks, workers=0, strategy=None, settings=()):
 
 
 def finish(recipe, run_dir, **options):
-    subprocess.run(command(recipe, run_dir, **options), check=True, capture_output=True, timeout=900)
+    done = subprocess.run(
+        command(recipe, run_dir, **options), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr
     assert is_finished(run_dir)
 
 

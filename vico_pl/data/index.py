@@ -4,7 +4,8 @@
     NAME.idx      int64 array (n + 1,) in NumPy's format: sample i is the bytes [idx[i], idx[i + 1])
     NAME.sizes    int32 array (n, 4): what each sample will cost, see `sizes.py`
 
-Arrays are mapped, not read, so that all processes of a machine share them.
+Arrays are mapped, so that all processes of a machine share them; small ones are read, as each map holds a
+file open.
 """
 
 import json
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from vico_pl.data.files import atomic_path, write_json
+from vico_pl.data.locations import SHARD_ENDINGS
 from vico_pl.data.sizes import are_sizes
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
+_MIN_MAPPED_BYTES = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +70,12 @@ def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         remedy = f"'vico shards index {where.rpartition('/')[0]}' writes it anew"
         raise ValueError(f"{where}: unreadable; {remedy}") from error
-    for entry in entries:
-        if Path(entry.name).name != entry.name:
-            raise ValueError(f"{where}: names '{entry.name}', which is no file name of that folder")
+    names = [entry.name for entry in entries]
+    for name in names:
+        if "/" in name or "\0" in name or not name.endswith(SHARD_ENDINGS):
+            raise ValueError(f"{where}: names '{name}', which is no file name of a shard in that folder")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}: names a shard twice")
     return entries
 
 
@@ -87,7 +93,7 @@ def map_bounds(path: Path, *, count: int | None = None, num_bytes: int | None = 
     """
     remedy = f"'vico shards index {path.parent}' writes it anew"
     try:
-        bounds = np.load(path, allow_pickle=False, mmap_mode="r")
+        bounds = _load_array(path)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: no array of byte positions; {remedy}") from error
     if not _are_positions(bounds, num_bytes) or (count is not None and len(bounds) - 1 != count):
@@ -98,10 +104,15 @@ def map_bounds(path: Path, *, count: int | None = None, num_bytes: int | None = 
 def map_sizes(path: Path, *, count: int) -> np.ndarray | None:
     """Map what the samples of a shard cost; None: there is no such file, or it is one of something else."""
     try:
-        sizes = np.load(path, allow_pickle=False, mmap_mode="r")
+        sizes = _load_array(path)
     except (OSError, ValueError, EOFError):
         return None
     return sizes if are_sizes(sizes, count) else None
+
+
+def _load_array(path: Path) -> np.ndarray:
+    is_large = path.stat().st_size >= _MIN_MAPPED_BYTES
+    return np.load(path, allow_pickle=False, mmap_mode="r" if is_large else None)
 
 
 def _parse_entry(entry: dict[str, Any]) -> ShardEntry:

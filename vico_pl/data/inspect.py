@@ -1,4 +1,4 @@
-"""Looking into a folder of shards: its samples, what is wrong with them, and how many there are of what."""
+"""Looking into a set of shards: its samples, what is wrong with them, and how many there are of what."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,24 +9,29 @@ from vico_pl.data.shards import RecordReader, read_index
 from vico_pl.types import BadRecord, Sample
 
 
-def read_samples(folder: Path) -> Iterator[Sample]:
-    """Yield the usable samples of a folder in their order."""
-    return (item for item in _read_all(folder) if isinstance(item, Sample))
+def read_samples(source: Path | str) -> Iterator[Sample]:
+    """Yield the usable samples of a set in their order."""
+    return (item for item in _read_all(source) if isinstance(item, Sample))
 
 
-def find_faults(folder: Path) -> Iterator[BadRecord]:
-    """Decode every record and yield the bad ones."""
-    return (item for item in _read_all(folder) if isinstance(item, BadRecord))
+def find_faults(source: Path | str) -> Iterator[BadRecord]:
+    """Decode every record and yield the bad ones; a shard that cannot be opened comes once."""
+    dead: set[str] = set()
+    for item in _read_all(source):
+        if isinstance(item, BadRecord) and item.reason not in dead:
+            yield item
+            if item.kind == "shard":
+                dead.add(item.reason)
 
 
-def count_contents(folder: Path) -> dict[str, int]:
-    """Count what a folder holds.
+def count_contents(source: Path | str) -> dict[str, int]:
+    """Count what a set holds.
 
     Keys: shards, samples, bad records, images, answers, `bad records: KIND` for each kind, and
     `answers: SKILL` for each skill.
     """
-    counts = Counter({"shards": len(read_index(folder).names)})
-    for item in _read_all(folder):
+    counts = Counter({"shards": len(read_index(source).names)})
+    for item in _read_all(source):
         if isinstance(item, BadRecord):
             counts.update(["bad records", f"bad records: {item.kind}"])
             continue
@@ -36,11 +41,12 @@ def count_contents(folder: Path) -> dict[str, int]:
     return dict(counts)
 
 
-def _read_all(folder: Path) -> Iterator[Sample | BadRecord]:
-    index = read_index(folder)
+def _read_all(source: Path | str) -> Iterator[Sample | BadRecord]:
+    index = read_index(source)
     reader = RecordReader(index)
     for position in range(index.num_samples):
-        name = f"{index.locate(position)[0]}, sample {position} of the set"  # until its key is known
+        shard = index.names[index.place(position)[0]]
+        name = f"{shard}, sample {position} of the set"  # until its key is known
         try:
             record = reader(position)
             name = printable(record.id)

@@ -1,12 +1,15 @@
 """Plain tars on a disk of this machine, read in place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from vico_pl.data.decode import RecordError
-from vico_pl.data.index import INDEX_NAME, ShardEntry
-from vico_pl.data.opened import Contents, OpenShard, map_contents, note_contents, open_shard
+from vico_pl.data.index import INDEX_NAME, ShardEntry, map_sizes, side_index_path, sizes_path
+from vico_pl.data.opened import Contents, OpenShard, map_contents, note_contents, open_in_place
+from vico_pl.data.parallel import run_parallel, worth_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,7 @@ class LocalShards:
     entries: Sequence[ShardEntry]
     contents: dict[str, Contents] = field(default_factory=dict)  # of shards in a folder that is read-only
 
-    def __call__(self, number: int) -> OpenShard:
+    def open(self, number: int) -> OpenShard:
         """Open a shard.
 
         Raises:
@@ -27,46 +30,68 @@ class LocalShards:
         entry = self.entries[number]
         path = self.folder / entry.name
         try:
-            return open_shard(path, entry, contents=self.contents.get(entry.name))
+            return open_in_place(path, entry, contents=self.contents.get(entry.name))
         except FileNotFoundError:  # of what lies beside it
             self._index(path, entry)
-            return open_shard(path, entry, contents=self.contents.get(entry.name))
+            return open_in_place(path, entry, contents=self.contents.get(entry.name))
+
+    def sizes(self, number: int) -> np.ndarray | None:
+        """Return what the samples of a shard cost, int32 (n, 4), also if the shard is gone; None: unknown."""
+        entry = self.entries[number]
+        if entry.name in self.contents:
+            return self.contents[entry.name].sizes
+        return map_sizes(sizes_path(self.folder / entry.name), count=entry.num_samples)
+
+    def fetch(self, number: int) -> None:
+        """Do nothing: the shards are here."""
+
+    def look(self, number: int) -> None:
+        """Open a shard and close it."""
+        self.open(number)
 
     def _index(self, path: Path, entry: ShardEntry) -> None:
         try:
             contents = note_contents(path)
         except ValueError as error:
             raise RecordError(str(error), kind="shard") from error
-        if contents is None:
-            contents = map_contents(path, count=None, num_bytes=path.stat().st_size)
-        else:
+        if contents is not None:
             self.contents[entry.name] = contents
-        if len(contents.bounds) - 1 != entry.num_samples:
-            found = f"{len(contents.bounds) - 1} samples, {INDEX_NAME} says {entry.num_samples}"
-            reason = f"{path}: holds {found}; run 'vico shards index {path.parent}'"
+        found = contents or map_contents(path, count=None, num_bytes=path.stat().st_size)
+        if len(found.bounds) - 1 != entry.num_samples:
+            told = f"{len(found.bounds) - 1} samples, {INDEX_NAME} says {entry.num_samples}"
+            reason = f"{path}: holds {told}; run 'vico shards index {path.parent}'"
             raise RecordError(reason, kind="shard")
 
 
-def count_local(folder: Path, names: Sequence[str]) -> LocalShards:
-    """Open tars of which no `index.json` tells.
+def open_folder(folder: Path, names: Sequence[str], known: Mapping[str, ShardEntry]) -> LocalShards:
+    """Open shards of a folder; those that `index.json` does not count are counted.
 
     Raises:
-        ValueError: one is unreadable, so that nobody can tell how many samples it has.
+        ValueError: one that is not counted is absent or unreadable, so that nobody can tell how many samples
+            it has.
     """
     shards = LocalShards(folder=folder, entries=[])
-    entries = [_count(shards, folder / name) for name in names]
-    return replace(shards, entries=entries)
+    paths = [folder / name for name in names]
+    new = [path for path in paths if path.exists() and not side_index_path(path).exists()]
+    jobs = [(path, path.name in known) for path in new]
+    noted = run_parallel(_note, jobs, workers=worth_processes(new), title=f"index of {folder}")
+    for path, contents in zip(new, noted, strict=True):
+        if contents is not None:
+            shards.contents[path.name] = contents
+    return replace(shards, entries=[known.get(path.name) or _count(shards, path) for path in paths])
+
+
+def _note(job: tuple[Path, bool]) -> Contents | None:
+    path, is_counted = job
+    try:
+        return note_contents(path)
+    except ValueError:
+        if is_counted:  # it is opened, and its fault is told, as that of any other shard
+            return None
+        raise
 
 
 def _count(shards: LocalShards, path: Path) -> ShardEntry:
     num_bytes = path.stat().st_size
-    try:
-        contents = map_contents(path, count=None, num_bytes=num_bytes)
-    except FileNotFoundError:
-        noted = note_contents(path)
-        if noted is None:
-            noted = map_contents(path, count=None, num_bytes=num_bytes)
-        else:
-            shards.contents[path.name] = noted
-        contents = noted
+    contents = shards.contents.get(path.name) or map_contents(path, count=None, num_bytes=num_bytes)
     return ShardEntry(name=path.name, num_samples=len(contents.bounds) - 1, num_bytes=num_bytes)

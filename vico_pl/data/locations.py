@@ -1,10 +1,10 @@
 """How a set of shards is named: a folder, some tars of it, or the same at a URL.
 
-    data/shards/mine                          a folder
-    data/shards/mine/train-{000000..000031}.tar, .../train-*.tar, .../train-000000.tar
-    https://host/mine                         a folder at a URL, with an index.json
-    s3://bucket/mine/train-{000000..000031}.tar.gz
-    pipe:ssh host cat train-{000..031}.tar    only where shell commands are allowed
+- `data/shards/mine`: a folder
+- `data/shards/mine/train-{000000..000031}.tar`, `.../train-*.tar`, `.../train-000000.tar`
+- `https://host/mine`: a folder at a URL, with an index.json
+- `s3://bucket/mine/train-{000000..000031}.tar.gz`
+- `pipe:ssh host cat train-{000..031}.tar`: only where shell commands are allowed
 """
 
 import glob
@@ -36,25 +36,43 @@ class Source:
             return self.commands[name]
         return f"{self.base}/{name}{self.query}"
 
+    def identity(self, name: str) -> str:
+        """Return what tells a file from all others, however it is reached: no signature, no relative path."""
+        if self.commands is not None:
+            return self.commands[name]
+        return str(Path(self.base, name).absolute()) if self.is_local else f"{self.base}/{name}"
+
     @property
     def folder(self) -> Path | str:
         """Return what the set is called: its folder if it has one."""
-        return Path(self.base) if self.is_local else self.base
+        return Path(self.base) if self.is_local else without_secrets(self.base)
 
 
 def parse_source(text: str, *, allow_pipe: bool = False) -> Source:
     """Find out which shards are meant.
 
     Raises:
-        ValueError: they are a shell command and this is not allowed, lie in several folders, or none is there.
+        ValueError: they are a shell command and this is not allowed, lie in several folders, or none is
+            there.
     """
     if text.startswith("pipe:"):
         return _parse_pipe(text, allow_pipe=allow_pipe)
     if text.startswith("file:/"):
-        text = "/" + text.removeprefix("file:").lstrip("/")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
-        return _parse_url(text)
+        return _parse_path("/" + text.removeprefix("file:").lstrip("/"))
+    url = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", text, re.DOTALL)
+    if url:  # with one slash if it has been a `Path`
+        return _parse_url(f"{url[1].lower()}://{url[2]}")
     return _parse_path(text)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text for messages: without the passwords and signatures of the URLs in it.
+
+    >>> without_secrets("https://me:secret@host/a.tar?signature=1: no such file")
+    'https://host/a.tar: no such file'
+    """
+    secrets = r"([A-Za-z][\w+.-]*://)([^\s/'\"]*@)?([^\s?]*)(\?\S*?(?=:?(?:\s|$)))?"
+    return re.sub(secrets, r"\1\3", text)
 
 
 def is_packed(name: str) -> bool:
@@ -94,19 +112,22 @@ def _parse_path(text: str) -> Source:
 
 def _parse_url(text: str) -> Source:
     plain, query = re.fullmatch(r"([^?]*)(\?.*)?", text, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+    shown = without_secrets(text)
     if "*" in plain:
-        raise ValueError(f"{text}: '*' finds only files of a folder; name shards of a URL as train-{{00..31}}.tar")
+        raise ValueError(
+            f"{shown}: '*' finds only files of a folder; name shards of a URL as train-{{00..31}}.tar"
+        )
     if not _names_shards(plain):
         return Source(text=text, base=plain.rstrip("/"), names=None, is_local=False, query=query)
-    base, names = _split(_expand(plain), text)
+    base, names = _split(_expand(plain), shown)
     return Source(text=text, base=base, names=names, is_local=False, query=query)
 
 
 def _parse_pipe(text: str, *, allow_pipe: bool) -> Source:
     if not allow_pipe:
         raise ValueError(
-            f"{text}: 'pipe:' runs a shell command, which a recipe has to allow by data.allow_pipe=true; name "
-            "a folder or a URL instead if you can"
+            f"{without_secrets(text)}: 'pipe:' runs a shell command, which a recipe has to allow by "
+            "data.streaming.allow_pipe=true; name a folder or a URL instead if you can"
         )
     commands = _expand(text)
     found = [re.findall(r"[\w.-]+\.(?:tar\.gz|tgz|tar)\b", command) for command in commands]
@@ -132,9 +153,10 @@ def _expand(text: str) -> list[str]:
     try:
         expanded = list(islice(braceexpand(text), MAX_SHARDS + 1))
     except ValueError as error:
-        raise ValueError(f"{text}: {error}; expected a range such as train-{{00..31}}.tar") from error
+        shown = without_secrets(text)
+        raise ValueError(f"{shown}: {error}; expected a range such as train-{{00..31}}.tar") from error
     if len(expanded) > MAX_SHARDS:
-        raise ValueError(f"{text}: more than {MAX_SHARDS} shards")
+        raise ValueError(f"{without_secrets(text)}: more than {MAX_SHARDS} shards")
     return expanded
 
 
@@ -149,10 +171,13 @@ def _split(locations: list[str], text: str) -> tuple[str, list[str]]:
     """Return the one folder and the names of shards."""
     folders = sorted({location.rpartition("/")[0] for location in locations})
     if len(folders) > 1:
-        both = f"'{folders[0]}' and '{folders[1]}'"
-        raise ValueError(f"{text}: names shards of {both}; expected one folder: name each as a source of its own")
+        both = without_secrets(f"'{folders[0]}' and '{folders[1]}'")
+        raise ValueError(
+            f"{text}: names shards of {both}; expected one folder: name each as a source of its own"
+        )
     names = [location.rpartition("/")[2] for location in locations]
     for name in names:
         if not _is_shard(name):
-            raise ValueError(f"{text}: '{name}' is no shard; expected a name that ends in {' or '.join(SHARD_ENDINGS)}")
+            endings = " or ".join(SHARD_ENDINGS)
+            raise ValueError(f"{text}: '{name}' is no shard; expected a name that ends in {endings}")
     return folders[0], list(dict.fromkeys(names))

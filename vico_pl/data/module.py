@@ -16,6 +16,7 @@ from vico_pl.data.decode import ImageLimits
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.packing import BYTES_PER_TOKEN, PackLimits, SampleCost, deal, estimated_tiles
 from vico_pl.data.pipeline import build_stages, run_stages
+from vico_pl.data.remote import StreamingConfig
 from vico_pl.data.shards import ShardIndex, read_index
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.types import Share
@@ -28,25 +29,6 @@ class SourceConfig:
     path: str  # a folder, glob, brace range or URL of shards, see data/README.md
     steps: int | None = None  # optimizer steps before the next source takes over; the last source has none
     weight: float | None = None  # share of the samples, of any sum over the sources; all have one or none
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamingConfig:
-    """How shards are read that must be fetched or unpacked whole: those at URLs, and compressed ones."""
-
-    window: int = 8  # shards that are shuffled together
-    cache_dir: str | None = None  # where they lie meanwhile, best on a disk of the node; none: in ~/.cache
-    cache_gib: float = 100.0  # shards used longest ago go when there are more
-    max_shard_gib: float = 16.0  # a larger one is refused while it is fetched
-    allow_pipe: bool = False  # whether a path may be pipe:COMMAND, which runs in a shell
-
-    def __post_init__(self) -> None:
-        """Refuse windows and limits of nothing."""
-        if self.window < 1:
-            raise ValueError(f"data.streaming.window is {self.window}; expected at least 1")
-        if min(self.cache_gib, self.max_shard_gib) <= 0:
-            given = f"cache_gib is {self.cache_gib} and max_shard_gib {self.max_shard_gib}"
-            raise ValueError(f"data.streaming.{given}; expected more than 0 for both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +146,7 @@ def open_sources(config: DataConfig) -> list[ShardIndex]:
     Raises:
         ValueError: one is absent, damaged or without samples.
     """
-    indexes = [read_index(source.path) for source in config.sources]
+    indexes = [read_index(source.path, streaming=config.streaming) for source in config.sources]
     for index in indexes:
         if index.num_samples == 0:
             raise ValueError(f"{index.folder}: its shards hold no samples")

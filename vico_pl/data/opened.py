@@ -2,8 +2,11 @@
 
 import errno
 import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +20,11 @@ from vico_pl.data.index import (
     sizes_path,
     write_array,
 )
-from vico_pl.data.sizes import UNKNOWN_SIZE, SampleSize, measure_shard
+from vico_pl.data.sizes import measure_shard
 from vico_pl.data.tars import scan_tar
+
+MAX_OPEN = 128  # shards of a set: several sets must do with the 1,024 files that a process may usually open
+FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again
 
 
 class Contents(NamedTuple):
@@ -29,20 +35,72 @@ class Contents(NamedTuple):
 
 
 class OpenShard:
-    """An open tar and what it holds; it can be read even when its files are removed meanwhile."""
+    """An open tar and where its samples lie; it can be read even when its files are removed meanwhile."""
 
-    def __init__(self, descriptor: int, contents: Contents) -> None:
+    def __init__(self, descriptor: int, bounds: np.ndarray) -> None:
         """Take over an open file."""
-        self.descriptor = descriptor
-        self.bounds, self.sizes = contents
+        self.descriptor, self.bounds = descriptor, bounds
 
-    def size_of(self, place: int) -> SampleSize:
-        """Return what the cost of a sample follows from."""
-        return UNKNOWN_SIZE if self.sizes is None else SampleSize(*self.sizes[place].tolist())
+    def span(self, place: int) -> tuple[int, int]:
+        """Return the first byte of a sample, and the byte after its last."""
+        return int(self.bounds[place]), int(self.bounds[place + 1])
 
     def __del__(self) -> None:
         """Close the file."""
         os.close(self.descriptor)
+
+
+class OpenShards:
+    """Opens shards by their number and keeps those used last open; a failure is remembered for a while."""
+
+    def __init__(self, open_: Callable[[int], OpenShard]) -> None:
+        """Open nothing yet."""
+        self._open = open_
+        self._recent: OrderedDict[int, OpenShard] = OrderedDict()
+        self._failures: dict[int, tuple[float, RecordError]] = {}
+
+    def __call__(self, number: int) -> OpenShard:
+        """Return a shard.
+
+        Raises:
+            RecordError: it cannot be opened.
+        """
+        if number not in self._recent:
+            self._recent[number] = self._open_anew(number)
+            if len(self._recent) > MAX_OPEN:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(number)
+        return self._recent[number]
+
+    def _open_anew(self, number: int) -> OpenShard:
+        failed_at, failure = self._failures.get(number, (0.0, None))
+        if failure is not None and time.monotonic() - failed_at < FAILURE_S:
+            raise RecordError(str(failure), kind=failure.kind)
+        try:
+            return self._open(number)
+        except RecordError as error:
+            self._failures[number] = time.monotonic(), error
+            raise
+        except ValueError as error:  # what lies beside it is damaged
+            raise RecordError(str(error), kind="shard") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other processes without what is open."""
+        return OpenShards, (self._open,)
+
+
+def scan_boundaries(path: Path) -> np.ndarray:
+    """Return the byte positions between the samples of a tar, int64 (n + 1,).
+
+    Raises:
+        ValueError: it is no readable tar.
+    """
+    with path.open("rb") as file:
+        try:
+            return scan_tar(file)
+        except ValueError as error:
+            remedy = "fetch or write it again, then run 'vico shards index'"
+            raise ValueError(f"{path}: {error}; {remedy}") from error
 
 
 def read_contents(path: Path) -> Contents:
@@ -51,36 +109,31 @@ def read_contents(path: Path) -> Contents:
     Raises:
         ValueError: it is no readable tar.
     """
+    bounds = scan_boundaries(path)
     with path.open("rb") as file:
-        try:
-            bounds = scan_tar(file)
-        except ValueError as error:
-            remedy = "fetch or write it again, then run 'vico shards index'"
-            raise ValueError(f"{path}: {error}; {remedy}") from error
         return Contents(bounds, measure_shard(file.fileno(), bounds))
 
 
-def write_contents(path: Path) -> Contents:
-    """Read a tar once and write beside it what it holds.
+def write_contents(contents: Contents, path: Path) -> None:
+    """Write beside a tar what it holds: the sizes first, so that whoever finds the positions finds both."""
+    if contents.sizes is not None:
+        write_array(contents.sizes, sizes_path(path))
+    write_array(contents.bounds, side_index_path(path))
+
+
+def note_contents(path: Path) -> Contents | None:
+    """Read a tar once and write beside it what it holds; where the folder is read-only, return it.
 
     Raises:
         ValueError: it is no readable tar.
     """
     contents = read_contents(path)
-    write_array(contents.bounds, side_index_path(path))
-    assert contents.sizes is not None  # as they were measured
-    write_array(contents.sizes, sizes_path(path))
-    return contents
-
-
-def note_contents(path: Path) -> Contents | None:
-    """Do as `write_contents`, but return what could not be written as the folder is read-only."""
     try:
-        write_contents(path)
+        write_contents(contents, path)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        return read_contents(path)
+        return contents
     return None
 
 
@@ -95,26 +148,45 @@ def map_contents(path: Path, *, count: int | None, num_bytes: int) -> Contents:
     return Contents(bounds, map_sizes(sizes_path(path), count=len(bounds) - 1))
 
 
-def open_shard(path: Path, entry: ShardEntry, *, contents: Contents | None = None) -> OpenShard:
+def open_in_place(path: Path, entry: ShardEntry, *, contents: Contents | None = None) -> OpenShard:
     """Open a plain tar; `contents` are what it holds, if that is not written beside it.
 
     Raises:
         RecordError: it is not there, or not the one that was indexed.
         ValueError: what lies beside it is damaged.
+        FileNotFoundError: nothing lies beside it.
     """
-    where = f"'vico shards index {path.parent}'"
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        told = "absent" if isinstance(error, FileNotFoundError) else error.strerror
-        reason = f"{path}: named in {INDEX_NAME} but {told}; restore it or run {where}"
-        raise RecordError(reason, kind="shard") from error
+        raise _not_there(path, error) from error
     try:
-        num_bytes = os.fstat(descriptor).st_size
-        if entry.num_bytes not in (None, num_bytes):
-            raise RecordError(f"{path}: its size differs from {INDEX_NAME}; run {where}", kind="shard")
+        num_bytes = check_size(path, entry)
         if contents is None:
             contents = map_contents(path, count=entry.num_samples, num_bytes=num_bytes)
-        return OpenShard(os.dup(descriptor), contents)
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return OpenShard(descriptor, contents.bounds)
+
+
+def check_size(path: Path, entry: ShardEntry) -> int:
+    """Return the bytes of a shard.
+
+    Raises:
+        RecordError: it is not there, or not the one that was indexed.
+    """
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise _not_there(path, error) from error
+    if entry.num_bytes not in (None, num_bytes):
+        reason = f"{path}: its size differs from {INDEX_NAME}; run 'vico shards index {path.parent}'"
+        raise RecordError(reason, kind="shard")
+    return num_bytes
+
+
+def _not_there(path: Path, error: OSError) -> RecordError:
+    told = "absent" if isinstance(error, FileNotFoundError) else error.strerror
+    remedy = f"restore it or run 'vico shards index {path.parent}'"
+    return RecordError(f"{path}: named in {INDEX_NAME} but {told}; {remedy}", kind="shard")

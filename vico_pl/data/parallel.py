@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_FEW_BYTES = 2**26  # other processes take longer to start than to read as much
 
 
 def run_parallel(
@@ -20,13 +22,19 @@ def run_parallel(
     """Yield `function(job)` of each job in their order.
 
     `workers` is the number of processes, by default that of the CPU cores; 1: this process. `done` jobs were
-    done before.
+    done before. The bar is for a terminal alone.
     """
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
-    with tqdm(total=done + len(jobs), initial=done, desc=title, unit="shard", disable=len(jobs) < 2) as bar:
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    hidden = True if len(jobs) < 2 else None
+    with tqdm(total=done + len(jobs), initial=done, desc=title, unit="shard", disable=hidden) as bar:
         for result in map(function, jobs) if workers < 2 else _by_processes(function, jobs, workers):
             bar.update()
             yield result
+
+
+def worth_processes(paths: Sequence[Path]) -> int | None:
+    """Return how many processes shall read files: this one if they are small, else by default."""
+    return 1 if sum(path.stat().st_size for path in paths) < _FEW_BYTES else None
 
 
 def _by_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:

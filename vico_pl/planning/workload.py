@@ -38,7 +38,7 @@ class SampleShape:
 def read_samples(config: DataConfig) -> SampleShape:
     """Read what lies beside the shards of a recipe; without it, take usual figures."""
     found = [_read_source(Path(source.path)) for source in config.sources]
-    sizes = [SampleSize(*row) for _, rows in found for row in rows]
+    sizes = [SampleSize(*row) for _, rows in found for row in rows.tolist()]
     counts = [count for count, _ in found]
     num_samples = sum(counts) if counts and all(counts) else None
     if not sizes:

@@ -1,0 +1,140 @@
+"""Runs in processes of their own, to be stopped and killed for real.
+
+They are forked from a process that has imported everything, so that one begins in a second. Ranks are started
+one by one, as Slurm and torchrun do, not one by another: each can be met alone.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.config import load_config
+from vico_pl.data.audit import audit_run
+
+PATIENCE_S = 240  # of a test; nothing here should take as long on a machine that does other things too
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["vico_pl.cli", "vico_pl.config", "vico_pl.trainer"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A run whose ranks are processes."""
+
+    run_dir: Path
+    ranks: list[multiprocessing.Process]
+    log: Path
+
+    def said(self):
+        return self.log.read_text()
+
+    def signal(self, number, *, ranks=None):
+        """Send a signal to all ranks, or some; those that have ended miss it."""
+        for rank in range(len(self.ranks)) if ranks is None else ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.ranks[rank].pid, number)
+
+    def wait_for(self, happened):
+        """Wait until something is so, or all ranks have ended, or for too long."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not happened():
+            if not any(rank.is_alive() for rank in self.ranks) or time.monotonic() > deadline:
+                pytest.fail(f"what was waited for did not happen; the run said: {self.said()}")
+            time.sleep(0.01)
+
+    def wait_for_checkpoint(self, *, step):
+        self.wait_for(lambda: newest_step(self.run_dir) >= step)
+
+    def wait(self):
+        """Wait for the end; returns the exit codes of all ranks."""
+        deadline = time.monotonic() + PATIENCE_S
+        for rank in self.ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        waiting = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
+        if waiting:
+            self.signal(signal.SIGKILL)
+            pytest.fail(f"ranks {waiting} did not end; the run said: {self.said()}")
+        return [rank.exitcode for rank in self.ranks]
+
+
+def start(recipe, run_dir, *settings, ranks=1, before=None):
+    """Start a run; each rank calls `before(rank)` first, in its own process."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    log, port = run_dir.parent / f"{run_dir.name}.log", free_port()
+    command = ["train", str(recipe), f"run_dir={run_dir}", f"trainer.devices={ranks}", *map(str, settings)]
+    processes = [
+        _FORKED.Process(target=_train, args=(command, log, rank, ranks, port, before)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return Running(run_dir=run_dir, ranks=processes, log=log)
+
+
+def finish(recipe, run_dir, *settings, **options):
+    """Run to the end, or fail with what was said."""
+    running = start(recipe, run_dir, *settings, **options)
+    codes = running.wait()
+    assert set(codes) == {0}, running.said()
+    return running
+
+
+def kill_at_random(recipe, run_dir, *settings, rng, within_s, ranks=1):
+    """Start a run and kill some or all ranks with kill -9 at any time of the first seconds; returns it."""
+    running = start(recipe, run_dir, *settings, ranks=ranks)
+    victims = rng.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
+    running.ranks[0].join(rng.uniform(0, within_s))
+    running.signal(signal.SIGKILL, ranks=victims)
+    return running
+
+
+def newest_step(run_dir):
+    """The step of the newest checkpoint; 0 without one."""
+    path = newest_checkpoint(run_dir)
+    return 0 if path is None else int(path.stem.split("-")[1])
+
+
+def steps_taken(run_dir, *, rank=0):
+    """How many steps a rank has ended, in all its attempts the farthest."""
+    path = run_dir / f"samples-rank-{rank}.jsonl"
+    steps = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill tore
+            steps.append(json.loads(line).get("step", -1) + 1)
+    return max(steps, default=0)
+
+
+def audit(run_dir):
+    """Hold the sample logs of a finished run against its order."""
+    config = load_config(run_dir / "config.yaml", [])
+    steps = config.trainer.max_steps
+    return audit_run(run_dir, config.data, seed=config.seed, completed_steps=steps)
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _train(command, log, rank, ranks, port, before):
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    if before is not None:
+        before(rank)
+    from vico_pl.cli import main
+
+    sys.argv = ["vico", *command]
+    main()

@@ -1,0 +1,72 @@
+"""kill -9 at random moments, again and again: a run ends with the weights of one that nothing befell.
+
+`KILL_ROUNDS` and `KILL_ROUNDS_OF_RANKS` in the environment say how often; `make reliability` sets them.
+"""
+
+import os
+import random
+import time
+from collections import Counter
+
+import pytest
+
+from tests.processes import audit, finish, kill_at_random, newest_step, steps_taken
+from tests.runs import differing
+from vico_pl.trainer import is_finished
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ["trainer.max_steps=30", "trainer.checkpoint_every=1", "trainer.log_every=5", "model.dropout=0.1"]
+ROUNDS = {
+    1: int(os.environ.get("KILL_ROUNDS", "20")),
+    2: int(os.environ.get("KILL_ROUNDS_OF_RANKS", "5")),
+}
+
+
+@pytest.mark.parametrize("ranks", ROUNDS)
+def test_kills_at_any_moment_change_no_weight_and_no_sample(runs, tmp_path, record_property, ranks):
+    recipe, unbroken, rng = runs / "consistency.yaml", tmp_path / "unbroken", random.Random(ranks)
+    begun = time.monotonic()
+    finish(recipe, unbroken, *SETTINGS, ranks=ranks)
+    within_s = 0.7 * (time.monotonic() - begun)
+    number, seen, lost = 0, Counter(), []
+    for _ in range(ROUNDS[ranks]):
+        run_dir = tmp_path / f"run-{number}"
+        running = kill_at_random(recipe, run_dir, *SETTINGS, rng=rng, within_s=within_s, ranks=ranks)
+        codes = running.wait()
+        if set(codes) == {0}:
+            check_finished(run_dir, unbroken)
+            number += 1
+        saved = newest_step(run_dir)
+        lost.append(steps_taken(run_dir) - saved)
+        seen["finished first" if set(codes) == {0} else moment(saved, run_dir)] += 1
+    run_dir = tmp_path / f"run-{number}"
+    finish(recipe, run_dir, *SETTINGS, ranks=ranks)
+    check_finished(run_dir, unbroken)
+    record_property("fault", f"{ROUNDS[ranks]} times kill -9 at a random moment, {who(ranks)}")
+    record_property(
+        "outcome",
+        f"{number + 1} runs ended with the weights of an unbroken one bit for bit, their audits clean; "
+        f"killed: {', '.join(f'{count} {name}' for name, count in sorted(seen.items()))}",
+    )
+    record_property("lost_steps", f"at most {max(lost)}, a checkpoint at each step")
+
+
+def who(ranks):
+    return "one process" if ranks == 1 else f"one or all of {ranks} ranks"
+
+
+def moment(saved, run_dir):
+    if is_finished(run_dir):
+        return "after the model was written"
+    if (run_dir / "checkpoints" / f"step-{saved + 1:08d}.ckpt.partial").exists():
+        return "while saving"
+    return "between steps or at the start" if saved else "before the first checkpoint"
+
+
+def check_finished(run_dir, unbroken):
+    assert is_finished(run_dir)
+    assert differing(run_dir, unbroken) == set()
+    found = audit(run_dir)
+    assert found.num_steps == 30
+    assert found.faults == []
