@@ -164,9 +164,20 @@ class Counter:
             run()
         return counted.get_total_flops() + self.others
 
-    def divergence(self, states: Tensor, head: Tensor, reference: Tensor, *_: Any, **__: Any) -> Tensor:
+    def divergence(
+        self,
+        states: Tensor,
+        head: Tensor,
+        reference: Tensor,
+        *_: Any,
+        reference_rows: Tensor | None = None,
+        chunk_size: int = 256,
+    ) -> Tensor:
         """Stand in for `consistency_kl`: the matrix products with both heads."""
-        self.others += 2.0 * (len(states) + len(reference)) * head.numel()
+        partners = len(reference)
+        if reference_rows is not None:
+            partners = sum(len(chunk.unique_consecutive()) for chunk in reference_rows.split(chunk_size))
+        self.others += 2.0 * (len(states) + partners) * head.numel()
         return torch.zeros(len(states))
 
     @contextmanager

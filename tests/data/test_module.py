@@ -65,7 +65,6 @@ def test_ranks_get_like_amounts_of_work(shards, tokenizer):
             read(module, first_step=step, num_steps=1, rank=rank, world=4)[0].packs[0] for rank in range(4)
         ]
         work = [len(pack.input_ids) + 3 * pack.num_tiles for pack in packs]  # a tile has 4 vision tokens
-        print(work)
         assert max(work) - min(work) <= 0.1 * max(work)
 
 

@@ -63,6 +63,19 @@ def test_temperature_divides_the_logits():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_tokens_may_share_a_row_of_the_reference(reverse, chunk_size):
+    policy, head, reference, reference_head = tensors(7)
+    rows = torch.tensor([2, 0, 0, 5, 5, 5, 2])
+    settings = {"temperature": 2.0, "reverse": reverse, "chunk_size": chunk_size}
+    shared = consistency_kl(policy, head, reference[:6], reference_head, reference_rows=rows, **settings)
+    repeated = consistency_kl(policy, head, reference[rows], reference_head, **settings)
+    torch.testing.assert_close(shared, repeated, rtol=1e-12, atol=1e-12)
+    found, wanted = (torch.autograd.grad(kl.sum(), (policy, head)) for kl in (shared, repeated))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_values_and_gradients_equal_those_of_the_plain_formula(reverse, temperature):
     inputs, copies = tensors(11), tensors(11)

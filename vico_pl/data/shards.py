@@ -205,7 +205,7 @@ def write_index(
 
 
 def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """Write `(key, {extension: content})` records as a tar and what lies beside it, each whole or not at all."""
+    """Write `(key, {extension: content})` records as a tar and what lies beside it, each file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         atomic_path(path) as temporary,

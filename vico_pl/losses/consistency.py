@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,9 +25,10 @@ from torch.autograd.function import once_differentiable
 def consistency_kl(
     policy_states: Float[Tensor, "R D"],
     policy_head: Float[Tensor, "V D"],
-    reference_states: Float[Tensor, "R D2"],
+    reference_states: Float[Tensor, "Q D2"],
     reference_head: Float[Tensor, "V D2"],
     *,
+    reference_rows: Int64[Tensor, " R"] | None = None,
     temperature: float = 1.0,
     reverse: bool = False,
     chunk_size: int = 256,
@@ -38,13 +39,19 @@ def consistency_kl(
     float32 whatever the type of the states (float64 stays): rounded to bfloat16 they make a KL of 1e-3 nats
     useless. Gradients reach the policy only and are made beside the values; the backward pass scales them.
 
+    Row r of both sides belongs together, or with `reference_rows` row `reference_rows[r]` of the reference,
+    whose logits are made once for all neighbours in a chunk that share it.
+
     Raises:
         ValueError: If the two sides have different numbers of tokens or words, or `chunk_size` is below 1.
     """
-    _check(policy_states, policy_head, reference_states, reference_head, chunk_size=chunk_size)
+    partners = reference_states if reference_rows is None else reference_rows
+    _check(policy_states, policy_head, partners, reference_head, chunk_size=chunk_size)
     if not torch.is_grad_enabled():  # autograd.Function still sees `requires_grad` there
         policy_states, policy_head = policy_states.detach(), policy_head.detach()
-    settings = _Settings(temperature=temperature, reverse=reverse, chunk_size=chunk_size)
+    settings = _Settings(
+        temperature=temperature, reverse=reverse, chunk_size=chunk_size, reference_rows=reference_rows
+    )
     return _ConsistencyKL.apply(
         policy_states, policy_head, reference_states.detach(), reference_head.detach(), settings
     )
@@ -57,6 +64,7 @@ class _Settings:
     temperature: float  # divides the logits of both sides
     reverse: bool
     chunk_size: int  # tokens whose logits exist at a time
+    reference_rows: Tensor | None  # (R,): what each token is held against; none: the row of its own number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +164,25 @@ def _sweep(
     with torch.autocast(policy.device.type, enabled=False):
         for start in range(0, len(policy), settings.chunk_size):
             rows = slice(start, start + settings.chunk_size)
-            chunk = policy[rows], head, reference[0][rows], reference[1]
-            kl[rows], slope = _divergence(chunk, settings, buffers, with_slope=with_states or with_head)
+            partners, shared = _partners(reference[0], rows, settings.reference_rows)
+            chunk = policy[rows], head, partners, reference[1]
+            kl[rows], slope = _divergence(
+                chunk, settings, buffers, shared=shared, with_slope=with_states or with_head
+            )
             if to_states is not None:
                 _multiply(slope.to(head.dtype), head, out=to_states[rows])
             if to_head is not None:
                 slope = slope if row_weights is None else slope.mul_(row_weights[rows, None])
                 _add_product(slope.to(policy.dtype).T, policy[rows], to=to_head)
     return _Swept(kl=kl, states_gradient=to_states, head_gradient=to_head)
+
+
+def _partners(reference: Tensor, rows: slice, reference_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the reference's rows for a chunk and, where tokens share them, which one is each token's."""
+    if reference_rows is None:
+        return reference[rows], None
+    distinct, shared = reference_rows[rows].unique_consecutive(return_inverse=True)
+    return reference[distinct], shared
 
 
 def _accumulating_type(inputs: Sequence[Tensor]) -> torch.dtype:
@@ -196,18 +215,30 @@ def _divergence(
     settings: _Settings,
     buffers: list[Float[Tensor, "m V"]],
     *,
+    shared: Int64[Tensor, " n"] | None,
     with_slope: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
     """Return the divergence of each token of a chunk and, in one of the buffers, its slope by the logits."""
     policy, head, reference, reference_head = chunk
     log_p, log_q, scratch = (buffer[: len(policy)] for buffer in buffers)
-    for states, weight, out in ((reference, reference_head, log_p), (policy, head, log_q)):
-        _multiply(states, weight.T, out=scratch)
-        if settings.temperature != 1:
-            scratch.div_(settings.temperature)
-        torch.log_softmax(scratch, -1, out=out)
+    if shared is None:
+        _log_probabilities(reference, reference_head, settings, scratch, out=log_p)
+    else:
+        few = slice(len(reference))  # log_q is still free
+        _log_probabilities(reference, reference_head, settings, scratch[few], out=log_q[few])
+        torch.index_select(log_q[few], 0, shared, out=log_p)
+    _log_probabilities(policy, head, settings, scratch, out=log_q)
     divergence = _reverse_kl if settings.reverse else _forward_kl
     return divergence(log_p, log_q, scratch, with_slope=with_slope)
+
+
+def _log_probabilities(
+    states: Tensor, head: Tensor, settings: _Settings, logits: Tensor, *, out: Tensor
+) -> None:
+    _multiply(states, head.T, out=logits)
+    if settings.temperature != 1:
+        logits.div_(settings.temperature)
+    torch.log_softmax(logits, -1, out=out)
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor, scratch: Tensor, *, with_slope: bool) -> tuple[Tensor, Tensor]:

@@ -29,25 +29,39 @@ def tile_loss_ratios(
     model once at full tokens and then, for each tile, on what stands behind it.
     """
     target, ratio = reference.response_states(batch), policy.ratios[-1]
-
-    def divergence(states: Tensor, wanted: Tensor) -> Tensor:
-        return consistency_kl(states, policy.head, wanted, reference.head)
-
+    same = torch.arange(len(target), device=target.device)
     if mode == "image":
         full_ratios = policy.full_ratios(batch)
-        full, compressed = (
-            mean_per_sample(divergence(policy.response_states(batch, features, ratios), target), batch)
+        both = [
+            policy.response_states(batch, features, ratios)
             for ratios in (full_ratios, torch.full_like(full_ratios, ratio))
-        )
+        ]
+        kl = _divergence(policy, reference, torch.cat(both), target, origin=torch.cat([same, same]))
+        full, compressed = (mean_per_sample(part, batch) for part in kl.chunk(2))
         return loss_ratio(compressed, full, epsilon=epsilon)[batch.tile_to_sample]
-    states = branch_states(policy, batch, features, ratio=ratio)
-    full = mean_per_sample(divergence(states.full, target), batch)[batch.tile_to_sample]
-    compressed = _mean_by(
-        states.response_branch,
-        divergence(states.branches, target[states.response_origin]),
-        count=batch.num_tiles,
-    )
+    found = branch_states(policy, batch, features, ratio=ratio)
+    origin = torch.cat([same, found.response_origin])
+    kl = _divergence(policy, reference, torch.cat([found.full, found.branches]), target, origin=origin)
+    full = mean_per_sample(kl[: len(same)], batch)[batch.tile_to_sample]
+    compressed = _mean_by(found.response_branch, kl[len(same) :], count=batch.num_tiles)
     return loss_ratio(compressed, full, epsilon=epsilon)
+
+
+def _divergence(
+    policy: VisionLanguageModel,
+    reference: FrozenReference,
+    states: Float[Tensor, "A D"],
+    target: Float[Tensor, "R D2"],
+    *,
+    origin: Int64[Tensor, " A"],
+) -> Float[Tensor, " A"]:
+    """Hold several states of each response token, row `origin` of the target, against the reference.
+
+    Those of a token become neighbours, so that the reference's logits are made once.
+    """
+    order = origin.argsort(stable=True)
+    kl = consistency_kl(states[order], policy.head, target, reference.head, reference_rows=origin[order])
+    return torch.empty_like(kl).index_copy_(0, order, kl)
 
 
 def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tensor, " B"]:
