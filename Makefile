@@ -130,6 +130,25 @@ endif
 train-stage1: ## Train stage 1, consistency: the demo's, or RECIPE=FILE.yaml ARGS="key=value ..."
 train-router: ## Train stage 2, the resolution router: the demo's, or RECIPE=FILE.yaml ARGS="key=value ..."
 
+# --- On a cluster ----------------------------------------------------------------------------------------------
+
+NODES ?= 1
+# Per node; 0 trains on CPUs.
+GPUS ?= 8
+# For sbatch: partition, account, time.
+OPTIONS ?=
+DRY ?=
+on_gpus = $(if $(filter-out 0,$(GPUS)),--ntasks-per-node=$(GPUS) --gpus-per-node=$(GPUS),--ntasks-per-node=1)
+
+.PHONY: slurm reliability
+slurm: ## Submit RECIPE=FILE.yaml to Slurm: NODES=2 GPUS=8 OPTIONS="--partition=P" ARGS="key=value"; DRY=1 only prints
+	@[ -n "$(RECIPE)" ] || { echo "say which recipe: make slurm RECIPE=FILE.yaml NODES=2 GPUS=8" >&2; exit 2; }
+	$(if $(DRY),@echo )sbatch --nodes=$(NODES) $(on_gpus) $(OPTIONS) recipes/slurm/train.sbatch $(RECIPE) \
+	  $(if $(filter file,$(origin RUN)),,run_dir=$(RUN)) $(ARGS)
+
+reliability: $(INSTALLED) ## Do every fault to real runs, Slurm jobs too, and renew the table of docs/reliability.md
+	$(BIN)/python benchmarks/reliability.py
+
 # --- The base model: shipped in data/base, rebuilt only on demand -------------------------------------------------
 
 BASE_RUN := runs/base

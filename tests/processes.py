@@ -22,8 +22,11 @@ from vico_pl.config import load_config
 from vico_pl.data.audit import audit_run
 
 PATIENCE_S = 240  # of a test; nothing here should take as long on a machine that does other things too
+GRACE_S = 5  # for ranks whose neighbour died
+_IMPORTED = ("vico_pl.cli", "vico_pl.config", "vico_pl.trainer", "torch.utils.tensorboard")
+_IMPORTED += ("transformers.models.qwen3.modeling_qwen3",)  # what `vico train` imports, where it needs it
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["vico_pl.cli", "vico_pl.config", "vico_pl.trainer"])
+_FORKED.set_forkserver_preload([*_IMPORTED])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +57,20 @@ class Running:
     def wait_for_checkpoint(self, *, step):
         self.wait_for(lambda: newest_step(self.run_dir) >= step)
 
-    def wait(self):
-        """Wait for the end; returns the exit codes of all ranks."""
+    def wait(self, *, supervised=False):
+        """Wait for the end; returns the exit codes of all ranks.
+
+        Supervised, a rank's death ends the others after a while, as under srun, torchrun and Lightning's
+        launcher: one that waits for the others to appear would do so for half an hour.
+        """
         deadline = time.monotonic() + PATIENCE_S
-        for rank in self.ranks:
-            rank.join(max(0.0, deadline - time.monotonic()))
+        while any(rank.is_alive() for rank in self.ranks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+            if supervised and any(rank.exitcode not in (None, 0) for rank in self.ranks):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+        if supervised:
+            self.signal(signal.SIGKILL)
+            [rank.join() for rank in self.ranks]
         waiting = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
         if waiting:
             self.signal(signal.SIGKILL)

@@ -33,6 +33,7 @@ TINY = {
 
 def test_a_tiny_run_writes_figures_measurements_and_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "measure_memory", pipeline.watch_memory)  # in this process
+    monkeypatch.setattr(data, "keep_freed_memory", lambda: None)  # other tests measure memory
     monkeypatch.setattr(shuffle.harness, "measure_apart", partial(run_here, shuffle))
     page = tmp_path / "README.md"
     page.write_text("# Benchmarks\n<!-- data: begin -->\n<!-- data: end -->\n")

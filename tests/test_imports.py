@@ -26,7 +26,8 @@ STANDS_ON = {
     "trainer": MAKES | {"stages", "recipe", "build"},
     "config": MAKES | {"recipe"},
     "planning": CONDUCTS | {"recipe", "build", "config"},
-    "cli": CONDUCTS | {"evaluation", "recipe", "trainer", "config", "planning"},
+    "shards_cli": LOWEST | {"data"},
+    "cli": CONDUCTS | {"evaluation", "recipe", "trainer", "config", "planning", "shards_cli"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -10,107 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
+from vico_pl.shards_cli import shards, tell_faults
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-shards = typer.Typer(no_args_is_help=True, help="Make and inspect folders of WebDataset shards.")
 app.add_typer(shards, name="shards")
 
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
-Folder = Annotated[Path, typer.Argument(help="A folder of shards.")]
 Model = Annotated[
     str, typer.Argument(help="A model folder in any layout, or its name on the Hugging Face Hub.")
 ]
 Output = Annotated[Path, typer.Option(help="Where to write.")]
 Data = Annotated[Path, typer.Option(help="A folder of shards with questions and answers.")]
-
-
-@shards.command()
-def glyphs(
-    output: Output,
-    num_samples: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
-    max_tiles: Annotated[int, typer.Option(help="Tiles of the largest image, 1 to 6.")] = 6,
-    questions: Annotated[int, typer.Option(help="Questions per image.")] = 4,
-    comparisons: Annotated[int, typer.Option(help="Of these, comparisons of two values at most.")] = 1,
-    read_fraction: Annotated[float, typer.Option(help="Share of pages of text to be read aloud.")] = 0.0,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 500,
-) -> None:
-    """Draw GlyphDocs, the embedded default's data."""
-    from vico_pl.data.build import build_glyphs
-    from vico_pl.data.glyphs import GlyphsConfig
-
-    config = GlyphsConfig(
-        max_tiles=max_tiles,
-        questions_per_image=questions,
-        comparisons_per_image=comparisons,
-        read_fraction=read_fraction,
-    )
-    index = build_glyphs(
-        output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard
-    )
-    typer.echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
-
-
-@shards.command()
-def build(
-    annotations: Annotated[Path, typer.Option(help="JSONL in LLaVA's or InternVL's form.")],
-    images: Annotated[Path, typer.Option(help="Folder that the records' image paths start from.")],
-    output: Output,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Records per tar.")] = 1000,
-) -> None:
-    """Pack a JSONL file and its images into shards; bad records are named and left out (exit code 1)."""
-    from vico_pl.data.annotations import build_from_annotations
-
-    index, faults = build_from_annotations(annotations, images, output, samples_per_shard=samples_per_shard)
-    typer.echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
-    _tell_faults(faults)
-
-
-@shards.command("index")
-def index_(folder: Folder) -> None:
-    """Write the index of a folder of tars, also of tars made by others."""
-    from vico_pl.data.shards import write_index
-
-    index = write_index(folder)
-    typer.echo(f"{folder}: {index.num_samples} samples in {len(index.names)} shards")
-
-
-@shards.command()
-def check(folder: Folder) -> None:
-    """Decode every record and name the bad ones (exit code 1)."""
-    from vico_pl.data.inspect import find_faults
-
-    _tell_faults(find_faults(folder))
-    typer.echo(f"{folder}: every record is usable")
-
-
-@shards.command()
-def stats(folder: Folder) -> None:
-    """Count samples, images, turns and skills."""
-    from vico_pl.data.inspect import count_contents
-
-    for name, value in count_contents(folder).items():
-        typer.echo(f"{name:24} {value}")
-
-
-@shards.command()
-def preview(
-    folder: Folder,
-    output: Output = Path("preview.png"),
-    count: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 12,
-) -> None:
-    """Draw the first samples with their questions and answers as one picture."""
-    from itertools import islice
-
-    from vico_pl.data.inspect import read_samples
-    from vico_pl.data.preview import contact_sheet
-
-    samples = list(islice(read_samples(folder), count))
-    if not samples:
-        raise ValueError(f"{folder}: no usable sample to show; see 'vico shards check {folder}'")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(samples).save(output)
-    typer.echo(f"{output} is written")
 
 
 @app.command()
@@ -151,7 +62,7 @@ def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finishe
     found = audit_run(run, config.data, seed=config.seed, completed_steps=done)
     typer.echo(format_table(found))
     typer.echo(format_verdict(found))
-    _tell_faults(found.faults)
+    tell_faults(found.faults)
 
 
 @app.command()
@@ -352,12 +263,3 @@ def _discard_unused(run_dir: Path) -> None:
     """Remove a run folder in which nothing has begun, so that the corrected command may use its name."""
     if [path.name for path in run_dir.iterdir()] == ["config.yaml"]:
         shutil.rmtree(run_dir)
-
-
-def _tell_faults(faults: Iterable[Any]) -> None:
-    found = False
-    for fault in faults:
-        typer.echo(f"{fault.id}: {fault.reason}", err=True)
-        found = True
-    if found:
-        raise SystemExit(1)

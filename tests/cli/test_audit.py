@@ -61,9 +61,9 @@ def test_a_finished_run_whose_log_ends_early_fails_and_names_what_is_missing(vic
 
 def test_a_loader_that_passes_over_a_step_is_found_out(vico, trained, tmp_path, monkeypatch):
     path, sources, _ = trained
-    positions = Shares.positions
+    hand = Shares.hand
     with monkeypatch.context() as patch:
-        patch.setattr(Shares, "positions", lambda self, step: positions(self, step + 1))
+        patch.setattr(Shares, "hand", lambda self, step: hand(self, step + 1))
         run(path, sources, f"run_dir={tmp_path}")
     code, _, err = vico("audit", tmp_path)
     assert code == 1

@@ -30,10 +30,9 @@ def pixels(path):
 def test_glyphs_are_drawn_counted_checked_and_shown(vico, tmp_path):
     folder = tmp_path / "glyphs"
     settings = ["--num-samples", "5", "--samples-per-shard", "3", "--max-tiles", "2", "--questions", "2"]
-    assert vico("shards", "glyphs", "--output", folder, *settings)[:2] == (
-        0,
-        f"{folder}: 5 samples in 2 shards\n",
-    )
+    code, out, _ = vico("shards", "glyphs", "--output", folder, *settings)
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert (code, out) == (0, f"{folder}: 5 samples in 2 shards, {num_bytes:,} bytes\n")
     code, out, _ = vico("shards", "stats", folder)
     counts = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
     num_answers = sum(len(sample.turns) // 2 for sample in read_samples(folder))
@@ -75,7 +74,11 @@ def test_foreign_tars_are_indexed(vico, tmp_path, shards):
     folder.mkdir()
     for path in shards.glob("*.tar"):
         shutil.copy(path, folder)
-    assert vico("shards", "index", folder)[:2] == (0, f"{folder}: 18 samples in 3 shards\n")
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    expected = f"{folder}: 18 samples in 3 shards, {num_bytes:,} bytes\n"
+    assert vico("shards", "index", folder)[:2] == (0, expected)
+    one = f"{folder}/train-00000[0].tar"
+    assert vico("shards", "index", one)[1].startswith(f"{one}: 7 samples in 1 shards, ")
     assert (folder / "index.json").exists()
 
 
@@ -98,7 +101,7 @@ def test_build_packs_what_is_usable_and_names_the_rest(vico, tmp_path, photo):
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     arguments = ["--annotations", tmp_path / "train.jsonl", "--images", images, "--output", tmp_path / "out"]
     code, out, err = vico("shards", "build", *arguments)
-    assert (code, out) == (1, f"{tmp_path}/out: 2 samples in 1 shards\n")
+    assert (code, out) == (1, f"{tmp_path}/out: 2 samples in 1 shards, 30,720 bytes\n")
     faults = [line for line in err.splitlines() if line.startswith("train.jsonl:")]
     assert faults[0] == "train.jsonl:2: image 'absent.png' is absent"
     assert faults[1].startswith("train.jsonl:3: image path '../photo.png' leads out of")

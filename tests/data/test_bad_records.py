@@ -14,10 +14,11 @@ from tests.hostile import GOOD, member, png, whole, with_checksum
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.decode import RecordError
 from vico_pl.data.index import write_array
-from vico_pl.data.inspect import count_contents, find_faults, read_samples
+from vico_pl.data.inspect import find_faults, read_samples
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.pipeline import build_stages, run_stages
 from vico_pl.data.shards import RecordReader, read_index, scan_boundaries, write_index, write_shard
+from vico_pl.data.stats import survey
 from vico_pl.data.tiling import TilingConfig
 
 JPEG, PNG, WEBP = (encoded_image(image_format, size=(120, 90)) for image_format in ("JPEG", "PNG", "WEBP"))
@@ -132,7 +133,7 @@ def test_every_bad_record_is_counted_under_its_kind_and_the_good_ones_train(tmp_
 def test_a_check_of_a_folder_counts_by_kind(tmp_path):
     records = [(f"{i}", files) for i, files in enumerate(RECORDS["image"].values())]
     write_shard(tmp_path / "a.tar", [*records, ("x", with_json(b"{"))])
-    counts = count_contents(tmp_path)
+    counts = survey(tmp_path).counts()
     assert (counts["bad records: image"], counts["bad records: json"]) == (len(records), 1)
 
 

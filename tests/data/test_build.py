@@ -60,19 +60,20 @@ def test_a_whole_set_is_left_alone_and_another_size_refused(tmp_path):
     build(tmp_path / "glyphs")
     before = content(tmp_path / "glyphs")
     assert build(tmp_path / "glyphs").num_samples == 5
-    with pytest.raises(ValueError, match="already holds 5 samples, not 6"):
+    with pytest.raises(ValueError, match="already holds a set of other annotations or settings"):
         build(tmp_path / "glyphs", num_samples=6)
     assert content(tmp_path / "glyphs") == before
 
 
-def _write_or_fail(path, start, count):
-    if start == 2:
+def _write_or_fail(path, part):
+    if part.start == 2:
         raise OSError("No space left on device")
-    write_shard(path, [(str(i), {"json": b"{}"}) for i in range(start, start + count)])
+    write_shard(path, [(str(i), {"json": b"{}"}) for i in part])
 
 
 def test_a_set_that_failed_is_not_marked_as_whole(tmp_path):
     with pytest.raises(OSError, match="No space left"):
-        build_set(tmp_path / "a", _write_or_fail, num_samples=6, samples_per_shard=2)
+        build_set(tmp_path / "a", _write_or_fail, [range(2), range(2, 4), range(4, 6)], settings={})
     assert not (tmp_path / "a" / INDEX_NAME).exists()
-    assert read_index(tmp_path / "a").num_samples < 6
+    with pytest.raises(ValueError, match="holds a part of a set that 'vico shards build' began"):
+        read_index(tmp_path / "a")

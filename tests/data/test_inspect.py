@@ -3,8 +3,9 @@ import json
 import pytest
 
 from tests.helpers import encoded_image, record
-from vico_pl.data.inspect import count_contents, find_faults, read_samples
+from vico_pl.data.inspect import find_faults, read_samples
 from vico_pl.data.shards import scan_boundaries, write_index, write_shard
+from vico_pl.data.stats import survey
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_every_bad_record_is_named_with_its_reason_and_the_last_does_not_end_the
 
 
 def test_contents_are_counted_by_kind(folder):
-    assert count_contents(folder) == {
+    assert survey(folder).counts() == {
         "shards": 2,
         "bad records": 4,
         "bad records: image": 1,
@@ -71,6 +72,8 @@ def test_contents_are_counted_by_kind(folder):
         "bad records: tar": 1,
         "samples": 4,
         "images": 4,
+        "tiles": 40,  # 12 and a thumbnail, and 6 each of two images
+        "text bytes": 79,
         "answers": 5,
         "answers: ocr": 2,
         "answers: reasoning": 1,
@@ -79,7 +82,7 @@ def test_contents_are_counted_by_kind(folder):
 
 def test_a_set_without_faults_has_none(shards):
     assert list(find_faults(shards)) == []
-    counts = count_contents(shards)
+    counts = survey(shards).counts()
     assert (counts["shards"], counts["samples"], counts["images"]) == (3, 18, 18)
     assert "bad records" not in counts
     assert (

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vico_pl.data.module import DataConfig, DataModule, Shares, SourceConfig
+from vico_pl.data.packing import PackLimits
 from vico_pl.data.shards import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
 
@@ -54,7 +55,7 @@ def samples(share):
 @settings(max_examples=30)
 @given(world=st.integers(1, 15), step=st.integers(0, 10**6))
 def test_ranks_deal_every_global_batch_among_them(module, world, step):
-    hands = [Shares(module, first_step=0, rank=rank, world=world).positions(step) for rank in range(world)]
+    hands = [Shares(module, first_step=0, rank=rank, world=world).hand(step)[0] for rank in range(world)]
     assert sorted(p for hand in hands for p in hand) == list(range(step * BATCH, (step + 1) * BATCH))
 
 
@@ -66,6 +67,15 @@ def test_ranks_get_like_amounts_of_work(shards, tokenizer):
         ]
         work = [len(pack.input_ids) + 3 * pack.num_tiles for pack in packs]  # a tile has 4 vision tokens
         assert max(work) - min(work) <= 0.1 * max(work)
+
+
+def test_ranks_make_as_many_packs_as_the_one_with_most(shards, tokenizer):
+    packs = PackLimits(max_tiles=9)
+    module = data_module([SourceConfig(path=str(shards))], tokenizer, batch_size=18, packs=packs)
+    for step in range(6):
+        shares = [read(module, first_step=step, num_steps=1, rank=rank, world=3)[0] for rank in range(3)]
+        assert len({len(share.packs) for share in shares}) == 1
+        assert len(shares[0].packs) >= 2
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

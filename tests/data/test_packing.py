@@ -46,6 +46,13 @@ def test_what_fits_into_one_pack_is_one():
     assert split_into_packs([1.0, 2.0, 3.0], [1, 2, 3], [10, 10, 10], limits) == [[0, 1, 2]]
 
 
+def test_more_packs_are_made_where_others_need_them_as_far_as_there_are_samples():
+    costs, ones = [1.0] * 4, [1] * 4
+    assert [len(pack) for pack in split_into_packs(costs, ones, ones, PackLimits(), min_packs=2)] == [2, 2]
+    assert len(split_into_packs(costs, ones, ones, PackLimits(), min_packs=9)) == 4
+    assert split_into_packs([], [], [], PackLimits(), min_packs=3) == []
+
+
 def test_packs_are_of_like_cost_rather_than_full_and_left_over():
     packs = split_into_packs([1.0] * 10, [1] * 10, [1] * 10, PackLimits(max_tiles=9))
     assert sorted(map(len, packs)) == [5, 5]

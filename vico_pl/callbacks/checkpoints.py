@@ -39,7 +39,22 @@ class StepCheckpoint(ModelCheckpoint):
             monitor="step",
             mode="max",
             save_last="link",
+            enable_version_counter=False,  # a step that is taken again replaces its checkpoint
         )
+
+    @property
+    def state_key(self) -> str:
+        """Name its state in checkpoints; the usual name changes with the settings, and the state is lost."""
+        return type(self).__name__
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove what a killed attempt wrote and no longer could remove: it would add up with each one."""
+        super().on_train_start(trainer, pl_module)
+        folder = Path(str(self.dirpath))
+        for path in (*folder.glob("*.partial"), *folder.glob("step-*.ckpt")):
+            is_partial = path.suffix == ".partial"
+            if is_partial or (_step(path) < trainer.global_step and str(path) not in self.best_k_models):
+                trainer.strategy.remove_checkpoint(path)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,6 +98,10 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             return path
         rank_zero_warn(f"{path} is passed over, as it cannot be read ({fault})")
     return None
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def _fault(path: Path) -> str | None:

@@ -191,7 +191,6 @@ class _Ledger:
         self.faults.append(
             Fault(id=name or unnamed, reason=f"{where}: was to be used and was not ({unnamed})")
         )
-        return None
 
     def _enter_extra(self, name: str, where: str) -> None:
         """Enter a sample that the order does not have in this step."""

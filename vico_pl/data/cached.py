@@ -72,7 +72,7 @@ class CachedShards:
         entry = self.entries[number]
         if entry.name not in self._places:
             with suppress(RecordError, TimeoutError, OSError):
-                _open_kept(self.source, entry.name, self.cache, entry, wait_s=0)
+                _open_kept(self.source, entry.name, self.cache, entry, wait_s=0.0)
 
     def look(self, number: int) -> None:
         """Raise `RecordError` for a shard of this machine that is absent, damaged or of another size."""
@@ -186,7 +186,7 @@ def _known_sizes(source: Source, entry: ShardEntry, cache: ShardCache) -> np.nda
 
 
 def _open_kept(
-    source: Source, name: str, cache: ShardCache, entry: ShardEntry | None, *, wait_s: float = -1
+    source: Source, name: str, cache: ShardCache, entry: ShardEntry | None, *, wait_s: float = -1.0
 ) -> OpenShard:
     """Open a shard in the cache, fetched if it is not there."""
     path = _kept_path(source, name, cache, entry)
@@ -221,8 +221,9 @@ def _kept_path(source: Source, name: str, cache: ShardCache, entry: ShardEntry |
     """Return where a shard is kept: elsewhere if its URL or, as far as is known, its content is another."""
     content = "" if entry is None else f"{entry.num_bytes or ''}{entry.sha256 or ''}"
     if source.is_local:
-        with suppress(FileNotFoundError):
-            content += str(Path(source.location(name)).stat().st_mtime_ns)
+        with suppress(FileNotFoundError):  # whoever opens it tells
+            status = os.stat(source.location(name))
+            content = f"{status.st_size} {status.st_mtime_ns}"
     identity = _digest(f"{source.identity(name)} {content}")
     return cache.folder / _digest(source.base) / f"{shard_stem(name)}-{identity}.tar"
 

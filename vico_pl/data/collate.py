@@ -19,7 +19,8 @@ def collate(samples: Sequence[EncodedSample], *, positions: Sequence[int] | None
     return Batch(
         ids=[s.id for s in samples],
         positions=list(range(len(samples)) if positions is None else positions),
-        tiles=torch.cat([s.tiles for s in samples]),
+        # Without those that have none: one empty tensor, and the others are laid out anew.
+        tiles=torch.cat([s.tiles for s in samples if len(s.tiles)] or [samples[0].tiles]),
         tiles_per_image=[s.tiles_per_image for s in samples],
         tile_to_sample=torch.arange(len(samples)).repeat_interleave(tiles_per_sample),
         input_ids=torch.cat([s.input_ids for s in samples]),

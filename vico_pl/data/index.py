@@ -20,6 +20,7 @@ from vico_pl.data.locations import SHARD_ENDINGS
 from vico_pl.data.sizes import are_sizes
 
 INDEX_NAME = "index.json"
+PLAN_NAME = "build.json"  # of a set that `vico shards build` writes, see `build.py`
 INDEX_VERSION = 1
 _MIN_MAPPED_BYTES = 2**16
 

@@ -10,7 +10,7 @@
 import glob
 import re
 from dataclasses import dataclass
-from itertools import islice
+from math import prod
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -141,7 +141,7 @@ def _parse_pipe(text: str, *, allow_pipe: bool) -> Source:
 
 def _names_shards(text: str) -> bool:
     """Say whether a text names tars, and not a folder."""
-    return _is_shard(text.rpartition("/")[2]) or "{" in text
+    return _is_shard(text.rpartition("/")[2]) or "{" in text or glob.has_magic(text)
 
 
 def _is_shard(name: str) -> bool:
@@ -150,14 +150,14 @@ def _is_shard(name: str) -> bool:
 
 def _expand(text: str) -> list[str]:
     """Expand `{00..31}` and `{a,b}`."""
+    shown = without_secrets(text)
+    spans = re.findall(r"(-?\d{1,18})\.\.(-?\d{1,18})", text)
+    if prod(abs(int(end) - int(start)) + 1 for start, end in spans) > MAX_SHARDS:
+        raise ValueError(f"{shown}: more than {MAX_SHARDS} shards")
     try:
-        expanded = list(islice(braceexpand(text), MAX_SHARDS + 1))
+        return list(braceexpand(text))
     except ValueError as error:
-        shown = without_secrets(text)
         raise ValueError(f"{shown}: {error}; expected a range such as train-{{00..31}}.tar") from error
-    if len(expanded) > MAX_SHARDS:
-        raise ValueError(f"{without_secrets(text)}: more than {MAX_SHARDS} shards")
-    return expanded
 
 
 def _glob(text: str) -> list[str]:

@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.decode import ImageLimits
 from vico_pl.data.order import SampleOrder, SourceShape
-from vico_pl.data.packing import BYTES_PER_TOKEN, PackLimits, SampleCost, deal, estimated_tiles
+from vico_pl.data.packing import (
+    BYTES_PER_TOKEN,
+    PackLimits,
+    SampleCost,
+    deal,
+    estimated_tiles,
+    split_into_packs,
+)
 from vico_pl.data.pipeline import build_stages, run_stages
 from vico_pl.data.remote import StreamingConfig
 from vico_pl.data.shards import ShardIndex, read_index
@@ -107,6 +114,7 @@ class Shares(IterableDataset[Share]):
         """Serve one rank of `world`."""
         super().__init__()
         self.data, self.first_step, self.rank, self.world = data, first_step, rank, world
+        self.limits = data.config.packs
         self.stages = build_stages(
             data.indexes,
             order=data.order,
@@ -114,7 +122,7 @@ class Shares(IterableDataset[Share]):
             chat=data.chat,
             cost=data.cost,
             image_limits=data.config.images,
-            pack_limits=data.config.packs,
+            pack_limits=self.limits,
         )
 
     def __iter__(self) -> Iterator[Share]:
@@ -122,22 +130,36 @@ class Shares(IterableDataset[Share]):
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         for step in itertools.count(self.first_step + worker, num_workers):
-            yield from run_stages(self.positions(step), self.stages)
+            positions, num_packs = self.hand(step)
+            yield from run_stages(positions, self.stages, min_packs=num_packs)
 
-    def positions(self, step: int) -> list[int]:
-        """Return which positions of a step's global batch are this rank's: all ranks deal alike."""
+    def hand(self, step: int) -> tuple[list[int], int]:
+        """Return which positions of a step's global batch are this rank's, and in how many packs at least.
+
+        All ranks deal alike, from estimates, and so know how many packs the rank with most will make.
+        """
         size = self.data.config.batch_size
         positions = range(step * size, (step + 1) * size)
         if self.world == 1:
-            return list(positions)
-        hands = deal([self._estimated_cost(position) for position in positions], self.world)
-        return [positions[index] for index in hands[self.rank]]
+            return list(positions), 1
+        estimates = [self._estimate(position) for position in positions]
+        hands = deal([cost for cost, _, _ in estimates], self.world)
+        num_packs = max(self._num_packs([estimates[index] for index in hand]) for hand in hands)
+        return [positions[index] for index in hands[self.rank]], num_packs
 
-    def _estimated_cost(self, position: int) -> float:
+    def _num_packs(self, estimates: Sequence[tuple[float, int, int]]) -> int:
+        costs = [cost for cost, _, _ in estimates]
+        tiles, tokens = [tiles for _, tiles, _ in estimates], [tokens for _, _, tokens in estimates]
+        return len(split_into_packs(costs, tiles, tokens, self.limits))
+
+    def _estimate(self, position: int) -> tuple[float, int, int]:
+        """Return cost, tiles and tokens of a sample that was not read yet."""
         place = self.data.order(position)
         size = self.data.indexes[place.source].size_of(place.sample)
         tiles_per_image = estimated_tiles(size, self.data.config.tiling)
-        return self.data.cost(position, tiles_per_image, size.text_bytes // BYTES_PER_TOKEN)
+        text, num_tiles = size.text_bytes // BYTES_PER_TOKEN, sum(tiles_per_image)
+        cost = self.data.cost(position, tiles_per_image, text)
+        return cost, num_tiles, text + num_tiles * self.data.chat.full_tokens_per_tile
 
 
 def open_sources(config: DataConfig) -> list[ShardIndex]:

@@ -65,16 +65,27 @@ def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
 
 
 def split_into_packs(
-    costs: Sequence[float], tiles: Sequence[int], tokens: Sequence[int], limits: PackLimits
+    costs: Sequence[float],
+    tiles: Sequence[int],
+    tokens: Sequence[int],
+    limits: PackLimits,
+    *,
+    min_packs: int = 1,
 ) -> list[list[int]]:
     """Cut samples into as few packs as the limits allow, of like cost; the dearest pack first.
 
-    Ranks run their packs in turn, so that the dearest of all ranks meet.
+    Ranks with sharded weights wait for each other pack by pack: so the dearest of all ranks meet, and a rank
+    that could do with fewer packs than others makes `min_packs`, as far as it has samples.
 
     >>> split_into_packs([9.0, 1.0, 5.0, 4.0], [9, 1, 5, 4], [1] * 4, PackLimits(max_tiles=10))
     [[0, 1], [2, 3]]
     """
-    num_packs = max(math.ceil(sum(tiles) / limits.max_tiles), math.ceil(sum(tokens) / limits.max_tokens), 1)
+    num_packs = max(
+        math.ceil(sum(tiles) / limits.max_tiles),
+        math.ceil(sum(tokens) / limits.max_tokens),
+        min(min_packs, len(costs)),
+        1,
+    )
     while True:
         packs = _fill(num_packs, costs, tiles, tokens, limits)
         if packs is not None:

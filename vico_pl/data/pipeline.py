@@ -90,8 +90,9 @@ def pack(
     cost: SampleCost,
     filler: EncodedSample,
     tokens_per_tile: int,
+    min_packs: int = 1,
 ) -> Iterator[Share]:
-    """Gather all items into one share.
+    """Gather all items into one share, of at least `min_packs` packs if it has as many samples.
 
     Every pack has a tile, and every share a pack, if need be that of the filler: so all ranks run the same
     parts of the model, and the filler, which has no response, adds nothing to loss and gradients.
@@ -103,7 +104,7 @@ def pack(
     tokens = [text + count * tokens_per_tile for text, count in zip(texts, tiles, strict=True)]
     costs = [cost(p, item.tiles_per_image, text) for (p, item), text in zip(good, texts, strict=True)]
     packs = []
-    for chosen in split_into_packs(costs, tiles, tokens, limits):
+    for chosen in split_into_packs(costs, tiles, tokens, limits, min_packs=min_packs):
         members = [good[index] for index in chosen]
         if not any(tiles[index] for index in chosen):
             members.append((-1, filler))
@@ -121,6 +122,6 @@ def filler_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:
     )
 
 
-def run_stages(positions: Iterable[int], stages: Sequence[Stage]) -> Iterator[Any]:
-    """Run positions through the stages."""
-    return iter(wds.DataPipeline(partial(iter, positions), *stages))
+def run_stages(positions: Iterable[int], stages: Sequence[Stage], **last: Any) -> Iterator[Any]:
+    """Run positions through the stages; `last` is given to the last of them."""
+    return iter(wds.DataPipeline(partial(iter, positions), *stages[:-1], partial(stages[-1], **last)))

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import fsspec
 import webdataset as wds
@@ -75,7 +75,7 @@ class ShardCache:
         entry: ShardEntry | None,
         *,
         check: Callable[[Path], object],
-        wait_s: float = -1,
+        wait_s: float = -1.0,
     ) -> int:
         """Return a descriptor of the shard that is kept at `path`, fetched if it is not there.
 
@@ -130,6 +130,17 @@ class ShardCache:
                 excess -= size
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What of a file is used; those of fsspec and of commands are no `IO`."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most `size` bytes, none at the end."""
+
+    def close(self) -> None:
+        """Give back what was opened."""
+
+
 def build_cache(config: StreamingConfig) -> ShardCache:
     """Return the cache that the settings ask for."""
     folder = Path(config.cache_dir) if config.cache_dir else CACHE / "shards"
@@ -159,7 +170,7 @@ def fetch_bytes(location: str) -> bytes | None:
 
 
 @contextmanager
-def open_location(location: str) -> Iterator[IO[bytes]]:
+def open_location(location: str) -> Iterator[Stream]:
     """Open what a URL names as a stream; a command if it begins with `pipe:`, which callers have allowed."""
     if location.startswith("pipe:"):
         stream = wds.gopen(location)
@@ -197,7 +208,7 @@ def _persist(location: str, fetch: Callable[[], T]) -> T:
     for attempt in range(TRIES):
         try:
             return fetch()
-        except RecordError:
+        except (RecordError, TypeError):
             raise
         except Exception as error:  # of fsspec's many backends, each with errors of its own
             damaged = isinstance(error, _DAMAGED)
@@ -256,7 +267,7 @@ def _unpacked(received: "_Received", limit: int, name: str) -> Iterator[bytes]:
 class _Received(io.RawIOBase):
     """A stream of which is known how many bytes came and what their checksum is; too many are refused."""
 
-    def __init__(self, stream: IO[bytes], *, limit: int, name: str) -> None:
+    def __init__(self, stream: Stream, *, limit: int, name: str) -> None:
         self._stream, self._limit, self._name = stream, limit, name
         self._pending = b""
         self._num_bytes = 0

@@ -23,7 +23,7 @@ import webdataset as wds
 from vico_pl.data.cached import open_streamed
 from vico_pl.data.decode import RecordError
 from vico_pl.data.files import atomic_path, write_json
-from vico_pl.data.index import INDEX_NAME, ShardEntry, parse_entries, side_index_path
+from vico_pl.data.index import INDEX_NAME, PLAN_NAME, ShardEntry, parse_entries, side_index_path
 from vico_pl.data.indexing import index_folder
 from vico_pl.data.local import open_folder
 from vico_pl.data.locations import Source, is_packed, list_shards, parse_source
@@ -219,8 +219,10 @@ def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> 
 def _open_local(source: Source, streaming: StreamingConfig) -> ShardIndex:
     folder = Path(source.base)
     path = folder / INDEX_NAME
-    if source.names is None and not path.exists() and os.access(folder, os.W_OK):
-        index_folder(folder, streaming=streaming)
+    if source.names is None and not path.exists():
+        _check_finished(folder)
+        if os.access(folder, os.W_OK):
+            index_folder(folder, streaming=streaming)
     entries = parse_entries(path.read_bytes(), where=str(path)) if path.exists() else None
     names = source.names or (list_shards(folder) if entries is None else [entry.name for entry in entries])
     known = {entry.name: entry for entry in entries or ()}
@@ -233,6 +235,13 @@ def _open_local(source: Source, streaming: StreamingConfig) -> ShardIndex:
         index = ShardIndex(folder=folder, entries=shards.entries, shards=shards, is_streamed=True)
     _warn_of_faults(index)
     return index
+
+
+def _check_finished(folder: Path) -> None:
+    if (folder / PLAN_NAME).exists():
+        raise ValueError(
+            f"{folder}: holds a part of a set that 'vico shards build' began; the same command completes it"
+        )
 
 
 def _open_remote(source: Source, streaming: StreamingConfig) -> ShardIndex:

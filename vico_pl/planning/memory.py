@@ -17,7 +17,7 @@ from torch import Tensor
 from vico_pl.data.collate import collate
 from vico_pl.model.blocks import checkpoint_blocks, find_blocks
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.meter import DeviceRules, MemoryMeter
+from vico_pl.planning.meter import DeviceRules, MemoryMeter, no_autocast_on_meta
 from vico_pl.planning.models import ModelSource, RunModels, build_models
 from vico_pl.planning.steps import STEPS
 from vico_pl.recipe import RunConfig
@@ -115,7 +115,7 @@ def pack_terms(config: RunConfig, models: RunModels, pack: Pack, *, checkpointin
         for part in (models.policy.vision, models.policy.language):
             rules.hold_within(part)
             checkpoint_blocks(part)
-    with meter, rules:
+    with no_autocast_on_meta(), meter, rules:
         loss = STEPS[config.stage](config, models, batch, meter)
         rules.forget_casts()
         with meter.part("backward pass"):

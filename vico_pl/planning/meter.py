@@ -10,9 +10,10 @@ Two things differ on that device, and are put right here: it has no kernels of f
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,18 @@ _LOWERED = {
     torch.baddbmm,
 }
 _RAISED = {functional.layer_norm, functional.softmax, torch.softmax, torch.pow, torch.rsqrt, Tensor.pow}
+
+
+@contextmanager
+def no_autocast_on_meta() -> Iterator[None]:
+    """Let code pass that turns off autocast for its tensors' device: `meta` has none, and PyTorch refuses."""
+    real = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if device_type == "meta" else real(device_type, *args, **kwargs)
+
+    with patch.object(torch, "autocast", autocast):
+        yield
 
 
 class MemoryMeter(TorchDispatchMode):

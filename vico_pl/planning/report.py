@@ -84,12 +84,13 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 def advice(plan: Plan) -> Iterator[str]:
     """Say what fits where, and what would make it fit."""
     memory = plan.memory[plan.config.trainer.activation_checkpointing]
-    too_small = []
+    too_small, max_world = [], 1 if plan.config.stage == "router" else MAX_WORLD
     for name, gpu in GPUS.items():
-        layout = smallest_layout(memory, gpu.memory_gib)
+        layout = smallest_layout(memory, gpu.memory_gib, max_world=max_world)
         usable = f"{gpu.memory_gib * USABLE:.0f} GiB usable"
         if layout is None:
-            yield f"{name} ({usable}): does not fit, not even sharded by FSDP over {MAX_WORLD} GPUs."
+            over = f", not even sharded by FSDP over {max_world} GPUs" if max_world > 1 else ""
+            yield f"{name} ({usable}): does not fit{over}."
         elif layout.world == 1:
             yield f"{name} ({usable}): fits on each GPU; several of them work under DDP{_ddp(plan, name)}."
         else:
@@ -107,7 +108,7 @@ def advice(plan: Plan) -> Iterator[str]:
 def _ddp(plan: Plan, name: str) -> str:
     on = plan.config.trainer.activation_checkpointing
     held = plan.gib(Layout(world=2, sharded=False), checkpointing=on)
-    return "" if held <= GPUS[name].memory_gib * USABLE else " no more, whose buckets do not fit; take FSDP"
+    return "" if held <= GPUS[name].memory_gib * USABLE else " no more, whose buckets do not fit"
 
 
 def _heading(plan: Plan) -> str:

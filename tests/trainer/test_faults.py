@@ -1,0 +1,280 @@
+"""Each fault done to a real run: what it says, what is left, and that the same command then finishes.
+
+`benchmarks/reliability.py` makes the table of docs/reliability.md from the properties recorded here.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.helpers import record
+from tests.processes import audit, finish, newest_step, start, steps_taken
+from tests.runs import differing, metrics, recipe
+from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.callbacks.steps import StepSeed
+from vico_pl.data.shards import write_index, write_shard
+from vico_pl.trainer import is_finished
+
+STEPS = 12
+SETTINGS = [f"trainer.max_steps={STEPS}", "trainer.checkpoint_every=2"]
+
+
+@pytest.fixture
+def told(record_property):
+    """Record a row of the table of faults."""
+
+    def tell(fault, outcome, lost_steps):
+        for name, value in {"fault": fault, "outcome": outcome, "lost_steps": lost_steps}.items():
+            record_property(name, value)
+
+    return tell
+
+
+@pytest.fixture(scope="session")
+def unbroken(runs, tmp_path_factory):
+    """Runs of one and of two ranks that nothing befell."""
+    folders = {ranks: tmp_path_factory.mktemp("unbroken") / str(ranks) for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        finish(runs / "consistency.yaml", folder, *SETTINGS, ranks=ranks)
+    return folders
+
+
+def lost(run_dir):
+    """Steps that were taken and have to be taken again."""
+    return steps_taken(run_dir) - newest_step(run_dir)
+
+
+def assert_finishes_as(unbroken, recipe_path, run_dir, *settings, ranks=1):
+    finish(recipe_path, run_dir, *SETTINGS, *settings, ranks=ranks)
+    assert differing(run_dir, unbroken[ranks]) == set()
+    assert audit(run_dir).faults == []
+
+
+def slow_steps(_):
+    """Make steps last long enough to be met in the middle."""
+    seed = StepSeed.on_train_batch_start
+
+    def wait_then_seed(*args):
+        time.sleep(0.05)
+        seed(*args)
+
+    StepSeed.on_train_batch_start = wait_then_seed
+
+
+# --- Told to stop -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks", "told_ranks"),
+    [
+        (signal.SIGTERM, 1, [0]),
+        pytest.param(signal.SIGUSR1, 2, [1], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, [0, 1], marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(
+    runs, unbroken, tmp_path, told, number, ranks, told_ranks
+):
+    run_dir = tmp_path / "run"
+    running = start(runs / "consistency.yaml", run_dir, *SETTINGS, ranks=ranks, before=slow_steps)
+    running.wait_for_checkpoint(step=2)
+    running.signal(number, ranks=told_ranks)
+    assert set(running.wait()) == {0}, running.said()
+    assert not is_finished(run_dir)
+    assert f"Told to stop: step {newest_step(run_dir)} is saved" in running.said()
+    assert lost(run_dir) == 0
+    assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir, ranks=ranks)
+    who = "a process alone" if ranks == 1 else f"rank {told_ranks[-1]} of {ranks}" if len(told_ranks) == 1 else "all ranks"
+    told(f"{number.name} to {who}, within a step", "all end after the step with exit code 0", 0)
+
+
+# --- Killed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_soon(runs, unbroken, tmp_path, told, victim):
+    run_dir = tmp_path / "run"
+    running = start(runs / "consistency.yaml", run_dir, *SETTINGS, ranks=2, before=slow_steps)
+    running.wait_for_checkpoint(step=2)
+    time.sleep(random.Random(victim).uniform(0, 0.3))
+    begun = time.monotonic()
+    running.signal(signal.SIGKILL, ranks=[victim])
+    codes = running.wait()
+    waited = time.monotonic() - begun
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] not in (0, -signal.SIGKILL)
+    assert "Connection closed by peer" in running.said() or "Connection reset" in running.said()
+    assert waited < 60
+    again = lost(run_dir)
+    assert again <= 2 + 1
+    assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir, ranks=2)
+    told(f"kill -9 of rank {victim} of 2", f"the other ended within {waited:.1f} s, naming the connection", again)
+
+
+# --- Checkpoints --------------------------------------------------------------------------------------------
+
+
+def small_files(_):
+    """Let no file grow beyond 64 KiB, as on a disk that is full: a checkpoint here takes more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+
+
+def stopped_at_a_checkpoint(recipe_path, run_dir):
+    running = start(recipe_path, run_dir, *SETTINGS, before=slow_steps)
+    running.wait_for_checkpoint(step=4)
+    running.signal(signal.SIGKILL)
+    running.wait(supervised=True)
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(runs, unbroken, tmp_path, told):
+    run_dir = tmp_path / "run"
+    stopped_at_a_checkpoint(runs / "consistency.yaml", run_dir)
+    before = newest_step(run_dir)
+    running = start(runs / "consistency.yaml", run_dir, *SETTINGS, before=small_files)
+    assert running.wait() == [2], running.said()
+    assert "could not be written" in running.said()
+    assert "the one before is whole" in running.said()
+    assert newest_step(run_dir) == before
+    assert not list(run_dir.rglob("*.partial"))
+    again = lost(run_dir)
+    assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
+    told("a write fails while a checkpoint is saved", "one sentence; the checkpoint before is whole", again)
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """Mount a disk of 8 MiB."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_before_saving_begins(runs, unbroken, tmp_path, told):
+    with small_disk(tmp_path / "disk") as disk:
+        run_dir = disk / "run"
+        stopped_at_a_checkpoint(runs / "consistency.yaml", run_dir)
+        before, ballast = newest_step(run_dir), disk / "ballast"
+        ballast.write_bytes(b"\1" * (shutil.disk_usage(disk).free - 2**17))
+        running = start(runs / "consistency.yaml", run_dir, *SETTINGS)
+        assert running.wait() == [2], running.said()
+        assert "GiB are free and a checkpoint needs" in running.said()
+        assert newest_step(run_dir) == before
+        ballast.unlink()
+        again = lost(run_dir)
+        assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
+    told("the disk has no room for a checkpoint", "one sentence before it is begun; the one before is whole", again)
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(runs, unbroken, tmp_path, told):
+    run_dir = tmp_path / "run"
+    stopped_at_a_checkpoint(runs / "consistency.yaml", run_dir)
+    path = newest_checkpoint(run_dir)
+    newest = newest_step(run_dir)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="is passed over"):
+        again = lost(run_dir)
+    running = start(runs / "consistency.yaml", run_dir, *SETTINGS)
+    assert running.wait() == [0], running.said()
+    assert f"step-{newest:08d}.ckpt is passed over, as it cannot be read" in running.said()
+    assert differing(run_dir, unbroken[1]) == set()
+    assert audit(run_dir).faults == []
+    told("the newest checkpoint is cut short", "named and passed over; the one before is taken", again)
+
+
+# --- Ranks that wait ----------------------------------------------------------------------------------------
+
+
+def slow_rank_one(rank):
+    """Let rank 1 hang for a while in its fifth step."""
+    seed, calls = StepSeed.on_train_batch_start, iter(range(1000))
+
+    def hang_then_seed(*args):
+        if rank == 1 and next(calls) == 4:
+            time.sleep(6)
+        seed(*args)
+
+    StepSeed.on_train_batch_start = hang_then_seed
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_told_apart_from_those_that_wait_for_it(runs, unbroken, tmp_path, told):
+    run_dir = tmp_path / "run"
+    settings = [*SETTINGS, "trainer.watchdog_s=2"]
+    running = start(runs / "consistency.yaml", run_dir, *settings, ranks=2, before=slow_rank_one)
+    assert running.wait() == [0, 0], running.said()
+    said = running.said()
+    assert "rank 0 has been at step 4" in said
+    assert "rank 1 has been at step 4" in said
+    assert "all_gather_object" in (run_dir / "waiting-rank-0.txt").read_text()
+    assert "hang_then_seed" in (run_dir / "waiting-rank-1.txt").read_text()
+    assert differing(run_dir, unbroken[2]) == set()
+    told("a rank hangs for longer than trainer.watchdog_s", "each says where it is; the stack tells which hangs", 0)
+
+
+# --- Numbers and data ---------------------------------------------------------------------------------------
+
+
+def nan_from_step_six(_):
+    """Let the loss be no number from a step on."""
+    seed = StepSeed.on_train_batch_start
+
+    def spoil_then_seed(callback, trainer, module, *rest):
+        if trainer.global_step >= 6:
+            first = next(p for p in module.parameters() if p.requires_grad and p.grad is None)
+            first.register_hook(lambda gradient: gradient * float("nan"))
+        seed(callback, trainer, module, *rest)
+
+    StepSeed.on_train_batch_start = spoil_then_seed
+
+
+def test_gradients_that_are_no_numbers_change_no_weight_and_stop_the_run(runs, unbroken, tmp_path, told):
+    run_dir = tmp_path / "run"
+    running = start(runs / "consistency.yaml", run_dir, *SETTINGS, before=nan_from_step_six)
+    assert running.wait() == [2], running.said()
+    assert "the gradients of 3 steps in a row are not finite, the last of step 8" in running.said()
+    skipped = [json.loads(line) for line in (run_dir / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in skipped] == [6, 7, 8]
+    assert all(line["ids"] for line in skipped)
+    assert newest_step(run_dir) in (6, 8)
+    told(
+        "gradients are no numbers, three steps in a row",
+        "no weight changed; samples in skipped_steps.jsonl; the run stops",
+        "none of good ones",
+    )
+
+
+def test_shards_that_vanish_are_counted_and_asked_for_at_the_next_start(runs, tmp_path, told):
+    shards, run_dir = tmp_path / "shards", tmp_path / "run"
+    names = [f"train-{number:06d}.tar" for number in range(24)]
+    for name in names:
+        write_shard(shards / name, [("0", record(text=f"<image>\n{name}?").files)])
+    write_index(shards)
+    model = {"path": str(runs / "pretrain" / "model"), "ratios": [4, 16]}
+    path = recipe(tmp_path, "consistency", shards, model=model)
+    running = start(path, run_dir, *SETTINGS, before=slow_steps)
+    running.wait_for_checkpoint(step=2)
+    gone = {name for name in names if name not in (run_dir / "samples-rank-0.jsonl").read_text()}
+    for name in sorted(gone)[-3:]:
+        (shards / name).rename(shards / f"{name}.gone")
+    assert running.wait() == [0], running.said()
+    bad = [json.loads(line) for line in (run_dir / "bad_records.jsonl").read_text().splitlines()]
+    assert {next(name for name in names if name in line["reason"]) for line in bad} <= gone
+    assert metrics(run_dir)[-1]["data/bad_records"] == len(bad) > 0
+    running = start(path, tmp_path / "again", *SETTINGS)
+    assert running.wait() == [2]
+    assert "named in index.json but absent; restore it" in running.said()
+    told("shards are removed during the run", "their samples count as bad; the next start asks for them", 0)

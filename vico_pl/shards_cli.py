@@ -1,0 +1,159 @@
+"""The commands `vico shards ...`: make, index, check and look into sets of shards.
+
+A SOURCE is a folder, a glob, a brace range, a tar, or one of these at a URL (see data/README.md).
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+shards = typer.Typer(no_args_is_help=True, help="Make and inspect sets of WebDataset shards.")
+
+Source = Annotated[
+    str, typer.Argument(help="A folder, a glob, a brace range or a tar, here or at a URL (data/README.md).")
+]
+Output = Annotated[Path, typer.Option(help="Where to write.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per CPU core.")]
+
+
+@shards.command()
+def glyphs(
+    output: Output,
+    num_samples: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+    max_tiles: Annotated[int, typer.Option(help="Tiles of the largest image, 1 to 6.")] = 6,
+    questions: Annotated[int, typer.Option(help="Questions per image.")] = 4,
+    comparisons: Annotated[int, typer.Option(help="Of these, comparisons of two values at most.")] = 1,
+    read_fraction: Annotated[float, typer.Option(help="Share of pages of text to be read aloud.")] = 0.0,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 500,
+) -> None:
+    """Draw GlyphDocs, the embedded default's data."""
+    from vico_pl.data.build import build_glyphs
+    from vico_pl.data.glyphs import GlyphsConfig
+
+    config = GlyphsConfig(
+        max_tiles=max_tiles,
+        questions_per_image=questions,
+        comparisons_per_image=comparisons,
+        read_fraction=read_fraction,
+    )
+    index = build_glyphs(
+        output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard
+    )
+    _tell_totals(output, index)
+
+
+@shards.command()
+def build(
+    annotations: Annotated[
+        list[Path],
+        typer.Option(help="JSONL or a JSON list in LLaVA's or InternVL's form; may be given several times."),
+    ],
+    images: Annotated[Path, typer.Option(help="Folder that the records' image paths start from.")],
+    output: Output,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Records per tar; 1000 if no size is given either.")
+    ] = None,
+    shard_size: Annotated[
+        float | None, typer.Option(min=0, help="Megabytes (10^6 bytes) per tar, at most.")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Pack annotations and their images into shards; bad records are named and left out (exit code 1)."""
+    from vico_pl.data.annotations import ShardLimits, build_from_annotations
+
+    max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
+    limits = ShardLimits(max_samples=samples_per_shard, max_bytes=max_bytes)
+    index, faults = build_from_annotations(annotations, images, output, limits=limits, workers=workers)
+    _tell_totals(output, index)
+    tell_faults(faults)
+
+
+@shards.command("index")
+def index_(source: Source, workers: Workers = None) -> None:
+    """Write the index of a folder of tars, also of tars made by others; of other sources only count."""
+    from vico_pl.data.shards import read_index, write_index
+
+    is_folder = Path(source).is_dir()
+    _tell_totals(source, write_index(source, workers=workers) if is_folder else read_index(source))
+
+
+@shards.command()
+def check(source: Source) -> None:
+    """Decode every record and name the bad ones (exit code 1)."""
+    from vico_pl.data.inspect import find_faults
+
+    tell_faults(find_faults(source))
+    typer.echo(f"{_shown(source)}: every record is usable")
+
+
+@shards.command()
+def stats(
+    source: Source,
+    output: Annotated[Path | None, typer.Option(help="Draw histograms into this PNG, too.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A model folder: count its tokens instead of bytes.")
+    ] = None,
+) -> None:
+    """Count samples, images, tiles, texts, answers and bad records, and draw how samples differ."""
+    from vico_pl.data.stats import draw, survey
+
+    found = survey(source, count_tokens=None if tokenizer is None else _token_counter(tokenizer))
+    for name, value in found.counts().items():
+        typer.echo(f"{name:24} {value}")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw(found).savefig(output, dpi=120)
+        typer.echo(f"{output} is written")
+
+
+@shards.command()
+def preview(
+    source: Source,
+    output: Output = Path("preview.png"),
+    count: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 12,
+) -> None:
+    """Draw the first samples with their questions and answers as one picture."""
+    from itertools import islice
+
+    from vico_pl.data.inspect import read_samples
+    from vico_pl.data.preview import contact_sheet
+
+    samples = list(islice(read_samples(source), count))
+    if not samples:
+        shown = _shown(source)
+        raise ValueError(f"{shown}: no usable sample to show; see 'vico shards check {shown}'")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(samples).save(output)
+    typer.echo(f"{output} is written")
+
+
+def tell_faults(faults: Iterable[Any]) -> None:
+    """Name faults as they are found, and end with exit code 1 if there was one."""
+    found = False
+    for fault in faults:
+        typer.echo(f"{fault.id}: {fault.reason}", err=True)
+        found = True
+    if found:
+        raise SystemExit(1)
+
+
+def _token_counter(model: str) -> Callable[[str], int]:
+    from vico_pl.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _tell_totals(source: Path | str, index: Any) -> None:
+    sizes = [entry.num_bytes for entry in index.entries]
+    size = "" if None in sizes else f", {sum(sizes):,} bytes"
+    typer.echo(f"{_shown(source)}: {index.num_samples} samples in {len(index.names)} shards{size}")
+
+
+def _shown(source: Path | str) -> str:
+    from vico_pl.data.locations import without_secrets
+
+    return without_secrets(str(source))
