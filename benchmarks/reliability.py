@@ -20,7 +20,7 @@ import harness
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/trainer/test_faults.py", "tests/trainer/test_kill_rounds.py", "tests/slurm/test_jobs.py")
-COMMAND = "make reliability"
+COMMAND = "`make reliability`"
 
 
 class Row(NamedTuple):
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports = options.reports or [Path(folder) / "report.xml"]
         code = 0 if options.reports else inject(reports[0], options.rounds, options.rounds_of_ranks)
         rows = [row for report in reports for row in read_rows(report)]
-    harness.write_table(options.page, "reliability", table(rows))
+    command = f"{COMMAND}, in {len(reports)} parts" if options.reports else COMMAND
+    harness.write_table(options.page, "reliability", table(rows, command=command))
     return code
 
 
@@ -65,10 +66,10 @@ def read_rows(report: Path) -> Iterator[Row]:
             yield Row(recorded["fault"], recorded["outcome"], recorded["lost_steps"])
 
 
-def table(rows: Iterable[Row]) -> str:
+def table(rows: Iterable[Row], *, command: str) -> str:
     """Return the table and where it is from."""
     today, python = datetime.now(tz=UTC).date(), sys.version.split()[0]
-    origin = f"`{COMMAND}`, {today}; {harness.machine()}; python {python}, torch {harness.installed('torch')}"
+    origin = f"{command}, {today}; {harness.machine()}; python {python}, torch {harness.installed('torch')}"
     lines = [f"{origin}{_slurm_version()}.", "", "| fault | outcome | lost steps |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
 

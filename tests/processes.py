@@ -23,10 +23,15 @@ from vico_pl.data.audit import audit_run
 
 PATIENCE_S = 240  # of a test; nothing here should take as long on a machine that does other things too
 GRACE_S = 5  # for ranks whose neighbour died
-_IMPORTED = ("vico_pl.cli", "vico_pl.config", "vico_pl.trainer", "torch.utils.tensorboard")
-_IMPORTED += ("transformers.models.qwen3.modeling_qwen3",)  # what `vico train` imports, where it needs it
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload([*_IMPORTED])
+_FORKED.set_forkserver_preload(  # what `vico train` imports, the last two only when it needs them
+    [
+        "vico_pl.config",
+        "vico_pl.trainer",
+        "torch.utils.tensorboard",
+        "transformers.models.qwen3.modeling_qwen3",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,8 @@ class Running:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         if supervised:
             self.signal(signal.SIGKILL)
-            [rank.join() for rank in self.ranks]
+            for rank in self.ranks:
+                rank.join()
         waiting = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
         if waiting:
             self.signal(signal.SIGKILL)
@@ -84,7 +90,8 @@ def start(recipe, run_dir, *settings, ranks=1, before=None):
     log, port = run_dir.parent / f"{run_dir.name}.log", free_port()
     command = ["train", str(recipe), f"run_dir={run_dir}", f"trainer.devices={ranks}", *map(str, settings)]
     processes = [
-        _FORKED.Process(target=_train, args=(command, log, rank, ranks, port, before)) for rank in range(ranks)
+        _FORKED.Process(target=_train, args=(command, log, rank, ranks, port, before))
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -99,13 +106,23 @@ def finish(recipe, run_dir, *settings, **options):
     return running
 
 
-def kill_at_random(recipe, run_dir, *settings, rng, within_s, ranks=1):
-    """Start a run and kill some or all ranks with kill -9 at any time of the first seconds; returns it."""
+def kill_at_random(recipe, run_dir, *settings, rng, ranks=1):
+    """Start a run and kill some or all ranks with kill -9: at its start, or some steps later; returns it."""
+    before = num_lines(run_dir)
     running = start(recipe, run_dir, *settings, ranks=ranks)
     victims = rng.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
-    running.ranks[0].join(rng.uniform(0, within_s))
+    lines, delay_s = rng.choice([(0, 1.5), (0, 1.5), *((lines, 0.2) for lines in range(1, 7))])
+    while num_lines(run_dir) < before + lines and running.ranks[0].is_alive():
+        time.sleep(0.002)
+    running.ranks[0].join(rng.uniform(0, delay_s))
     running.signal(signal.SIGKILL, ranks=victims)
     return running
+
+
+def num_lines(run_dir):
+    """How much rank 0 has logged: a line at its start, and one at the end of each step."""
+    path = run_dir / "samples-rank-0.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def newest_step(run_dir):

@@ -1,9 +1,11 @@
 import shutil
+from unittest import mock
 
+import lightning as L
 import pytest
 import torch
 
-from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
 
 
 def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
@@ -79,3 +81,34 @@ def test_a_file_that_is_no_training_state_is_passed_over(tmp_path):
     torch.save([1, 2], path)
     with pytest.warns(UserWarning, match="it holds no training state"):
         assert newest_checkpoint(tmp_path) is None
+
+
+def begin(folder, *, at, known=()):
+    """Begin to train at a step, with a checkpoint's account of what is kept."""
+    callback = StepCheckpoint(folder, every=2, keep=2)
+    callback.best_k_models = {str(folder / name): torch.tensor(0) for name in known}
+    trainer = mock.Mock(spec=L.Trainer, global_step=at)
+    trainer.strategy.remove_checkpoint = lambda path: path.unlink()
+    callback.on_train_start(trainer, mock.Mock(spec=L.LightningModule))
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_killed_attempts_left_over_is_removed_and_nothing_else(tmp_path):
+    folder = save(tmp_path, 2).parent
+    for step in (4, 6, 8):
+        save(tmp_path, step)
+    (folder / "step-00000008.ckpt.partial").write_bytes(b"of a killed process")
+    (folder / "notes.txt").write_text("of a user")
+    known = ["step-00000004.ckpt", "step-00000006.ckpt"]
+    kept = {*known, "step-00000008.ckpt", "notes.txt"}  # the step 8 comes again and replaces its checkpoint
+    assert begin(folder, at=6, known=known) == kept
+
+
+def test_a_fresh_run_removes_no_checkpoint(tmp_path):
+    path = save(tmp_path, 2)
+    assert begin(path.parent, at=0) == {path.name}
+
+
+def test_the_account_of_what_is_kept_outlives_other_settings(tmp_path):
+    one, other = (StepCheckpoint(tmp_path, every=every, keep=keep) for every, keep in ((2, 2), (100, 3)))
+    assert one.state_key == other.state_key

@@ -110,6 +110,33 @@ def test_build_packs_what_is_usable_and_names_the_rest(vico, tmp_path, photo):
     assert vico("shards", "check", tmp_path / "out")[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*set-000001.tar. named in index.json but absent:UserWarning")
+def test_a_set_is_made_from_several_files_and_surveyed(vico, tmp_path, photo, model):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]
+    entry = {"conversations": turns, "image": photo.name}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(entry) + "\n")
+    (tmp_path / "list.json").write_text(json.dumps([entry, entry]))
+    files = [part for name in ("lines.jsonl", "list.json") for part in ("--annotations", tmp_path / name)]
+    folder, picture = tmp_path / "set", tmp_path / "new" / "stats.png"
+    places = ["--images", photo.parent, "--output", folder]
+    code, out, _ = vico("shards", "build", *files, *places, "--shard-size", "0.001", "--workers", "2")
+    assert (code, out.split(",")[0]) == (0, f"{folder}: 3 samples in 3 shards")
+    code, out, _ = vico("shards", "stats", f"{folder}/set-00000[12].tar", "--output", picture)
+    counts = dict(line.rsplit(maxsplit=1) for line in out.splitlines()[:-1])
+    assert (code, counts["samples"], counts["text bytes"]) == (0, "2", "20")
+    assert pixels(picture).shape[1] == 1440
+    code, out, _ = vico("shards", "stats", folder, "--tokenizer", model)
+    assert code == 0
+    assert "text tokens" in out
+    (folder / "set-000001.tar").unlink()
+    code, _, err = vico("shards", "check", folder)
+    assert (code, err.count("set-000001.tar, sample 1 of the set")) == (1, 1)
+
+
+def test_what_follows_a_question_mark_is_not_shown(refused):
+    assert "hush" not in refused("shards", "check", "memory://nowhere/set?hush")
+
+
 def test_a_finished_run_says_so_and_trains_nothing(vico, recipe, tmp_path, monkeypatch):
     open_run(recipe(), [])
     (tmp_path / "run" / "model").mkdir()

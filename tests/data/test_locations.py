@@ -33,8 +33,9 @@ def test_shards_of_a_folder_are_named_in_many_ways(folder, text, names):
 
 
 def test_a_path_that_exists_is_taken_as_it_is(tmp_path):
-    (tmp_path / "odd[1].tar").touch()
-    assert parse_source(f"{tmp_path}/odd[1].tar").names == ["odd[1].tar"]
+    for name in ("odd[1].tar", "odd{1,2}.tar"):
+        (tmp_path / name).touch()
+        assert parse_source(f"{tmp_path}/{name}").names == [name]
 
 
 @pytest.mark.parametrize(

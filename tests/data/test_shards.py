@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import pickle
 import tarfile
 import tempfile
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 from tests.helpers import record
 from vico_pl.data.decode import RecordError
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.data.index import map_bounds, sizes_path, write_array
+from vico_pl.data.inspect import find_faults
 from vico_pl.data.shards import (
     INDEX_NAME,
     RecordReader,
@@ -24,6 +28,7 @@ from vico_pl.data.shards import (
     write_index,
     write_shard,
 )
+from vico_pl.data.sizes import UNKNOWN_SIZE
 
 RECORDS = [
     ("000000", {"json": b"{}", "jpg": b"x" * 700}),
@@ -290,3 +295,138 @@ def test_boundaries_end_where_the_last_record_ends(tmp_path):
     bounds = scan_boundaries(tmp_path / "a.tar")
     assert bounds[-1] % 512 == 0
     assert bounds[-1] <= (tmp_path / "a.tar").stat().st_size
+
+
+def entry_of(**changes):
+    return {"name": "a.tar", "num_samples": 3, "num_bytes": 10240, "sha256": "0" * 64, **changes}
+
+
+HOSTILE = {
+    "no JSON": b"{",
+    "no object": b"[1]",
+    "no shards": b"{}",
+    "bottomless": b"[" * 100_000,
+    "no list": {"shards": 1},
+    "no entry": {"shards": [1]},
+    "no name": {"shards": [{"num_samples": 1}]},
+    "a number for a name": {"shards": [entry_of(name=1)]},
+    "a path": {"shards": [entry_of(name="../a.tar")]},
+    "a folder": {"shards": [entry_of(name="..")]},
+    "another file": {"shards": [entry_of(name="index.json")]},
+    "a name that ends": {"shards": [entry_of(name="a\0.tar")]},
+    "a negative count": {"shards": [entry_of(num_samples=-1)]},
+    "a count that is none": {"shards": [entry_of(num_samples=True)]},
+    "a fraction": {"shards": [entry_of(num_samples=1.5)]},
+    "too many": {"shards": [entry_of(num_samples=2**70)]},
+    "text for bytes": {"shards": [entry_of(num_bytes="1")]},
+    "a number for a checksum": {"shards": [entry_of(sha256=1)]},
+    "a shard twice": {"shards": [entry_of(), entry_of()]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_index_is_refused_in_a_sentence(tmp_path, name):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    content = HOSTILE[name]
+    (tmp_path / INDEX_NAME).write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode()
+    )
+    with pytest.raises(ValueError, match=r"index\.json: (unreadable; 'vico shards index|names )") as caught:
+        read_index(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_counts_more_than_there_is_is_refused(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": [{"name": "a.tar", "num_samples": 7}]}))
+    told = r"a\.idx: does not match index\.json or its shard; 'vico shards index"
+    for _ in range(2):  # the side index is there, or is written
+        with pytest.raises(ValueError, match=told):
+            read_index(tmp_path)
+        side_index_path(tmp_path / "a.tar").unlink()
+    monkeypatch.setattr("vico_pl.data.index.atomic_path", read_only)
+    with pytest.raises(ValueError, match=r"a\.tar: holds 3 samples, index\.json says 7; 'vico shards index"):
+        read_index(tmp_path)
+
+
+def read_only(*_):
+    """Root may write anywhere, so the system is told to refuse."""
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+COSTS = [(0, 1, 0, 0), (0, 0, 0, 0), (0, 3, 0, 0)]  # of `RECORDS`, whose images are none
+
+
+def costs(index):
+    return [tuple(index.size_of(sample)) for sample in range(index.num_samples)]
+
+
+def test_costs_lie_beside_a_shard_as_the_specification_says(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", record().files), *RECORDS])
+    sizes = np.load(sizes_path(tmp_path / "a.tar"))
+    assert (sizes.dtype, sizes.shape) == (np.int32, (4, 4))
+    text = len("<image>\nWhat is it?a cat")
+    assert sizes.tolist() == [[text, 1, 40, 30], *map(list, COSTS)]
+    assert costs(read_index(tmp_path)) == [(text, 1, 40, 30), *COSTS]
+
+
+def test_a_set_from_before_there_were_costs_works_and_its_costs_are_unknown(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    sizes_path(tmp_path / "a.tar").unlink()
+    index = read_index(tmp_path)
+    assert costs(index) == [UNKNOWN_SIZE] * 3
+    assert [r.key for r in read_all(tmp_path)] == [key for key, _ in RECORDS]
+    assert costs(write_index(tmp_path)) == COSTS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"garbage", np.zeros((2, 4), np.int32), np.zeros((3, 4)), np.full((3, 4), -1, np.int32), b"pickle"],
+)
+def test_costs_that_are_none_are_unknown(tmp_path, content):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    path = sizes_path(tmp_path / "a.tar")
+    if isinstance(content, np.ndarray):
+        write_array(content, path)
+    elif content == b"pickle":
+        with path.open("wb") as file:
+            np.save(file, np.array([[os.system, 1]] * 3, dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(content)
+    assert costs(read_index(tmp_path)) == [UNKNOWN_SIZE] * 3
+
+
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_a_folder_that_is_read_only_is_indexed_in_memory(tmp_path, monkeypatch, is_counted):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [(f"{k}.{n}", c) for k, fs in RECORDS for n, c in fs.items()])
+    if is_counted:
+        shards = [{"name": f"{name}.tar", "num_samples": 3} for name in "ab"]
+        (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": shards}))
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("vico_pl.data.index.atomic_path", read_only)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    index = read_index(tmp_path)
+    assert costs(index) == COSTS * 2
+    reader = pickle.loads(pickle.dumps(RecordReader(index)))
+    assert [reader(sample).key for sample in range(6)] == [key for key, _ in RECORDS] * 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_large_arrays_are_mapped_and_small_ones_leave_no_file_open(tmp_path):
+    write_array(np.arange(100_000), tmp_path / "large.idx")
+    write_array(np.arange(10), tmp_path / "small.idx")
+    assert isinstance(map_bounds(tmp_path / "large.idx"), np.memmap)
+    assert not isinstance(map_bounds(tmp_path / "small.idx"), np.memmap)
+
+
+def test_a_shard_is_checked_once_and_named_once(tmp_path):
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", [(str(i), record().files) for i in range(5)])
+    write_index(tmp_path)
+    (tmp_path / "b.tar").unlink()
+    with pytest.warns(UserWarning, match=r"b\.tar"):
+        faults = list(find_faults(tmp_path))
+    assert [(fault.kind, "b.tar" in fault.reason) for fault in faults] == [("shard", True)]

@@ -151,7 +151,7 @@ def test_the_output_of_a_command_is_read(folder, streaming):
 @COUNTS
 def test_a_command_that_fails_is_a_fault(folder, streaming, monkeypatch):
     monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
-    with pytest.raises(ValueError, match="s-0"):
+    with pytest.raises(ValueError, match=r"s-0\.tar; exit 3: the command ended with exit code 3"):
         read_index(f"pipe:cat {folder}/s-0.tar; exit 3", streaming=streaming)
 
 
@@ -171,6 +171,14 @@ def test_costs_that_are_there_but_cannot_be_fetched_stop_the_run(server, streami
     server.answers["s-2.sizes"] = [(500, 0, b"")]
     with pytest.raises(ValueError, match=r"s-2\.sizes: the server answered 500"):
         read_index(server.url, streaming=streaming)
+
+
+def test_costs_that_are_gone_from_the_cache_stop_the_run(server, streaming):
+    index = read_index(server.url, streaming=streaming)
+    shutil.rmtree(streaming.cache_dir)
+    with pytest.raises(FileNotFoundError, match="removed during the run; leave the cache alone"):
+        sizes(index)
+    assert keys(index) == KEYS, "shards are fetched again"
 
 
 BROKEN = {

@@ -1,7 +1,7 @@
 """A Slurm of its own on this machine: munge, a controller and two nodes, in a temporary folder.
 
-It needs root and Debian's slurmctld, slurmd, slurm-client and munge. Ports are free ones, names and sockets lie
-in the folder and every command reads its slurm.conf, so that a Slurm that the machine may have is not met.
+It needs root and Debian's slurmctld, slurmd, slurm-client and munge. Ports are free ones, key and socket lie
+in the folder and every command reads its slurm.conf: a Slurm that the machine may have is not met.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scan
 NODES = ("n1", "n2")
 LOW, HIGH = "low", "high"  # partitions: a job of the second puts those of the first back into the queue
 PATIENCE_S = 60
+_FAILURES = (RuntimeError, subprocess.TimeoutExpired)  # of a command
 
 CONFIG = """\
 ClusterName=test
@@ -51,6 +52,10 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=1 State=UNKNOW
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
+
+
+class NoClusterError(RuntimeError):
+    """The daemons do not start on this machine."""
 
 
 def why_not() -> str | None:
@@ -105,9 +110,11 @@ def started(folder: Path) -> Iterator[Cluster]:
     _lay_out(folder)
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for command in _daemons(folder):
-            processes.append(_launch(command, cluster))
-        _wait_for_nodes(cluster)
+        munge, *others = _daemons(folder)
+        processes.append(_launch(munge, cluster))
+        _wait(lambda: (folder / "munge.socket").exists(), "munge does not start", cluster)
+        processes.extend(_launch(command, cluster) for command in others)
+        _wait(lambda: _are_idle(cluster), "the nodes do not come up", cluster)
         yield cluster
     finally:
         _end_jobs(cluster)
@@ -140,36 +147,30 @@ def _daemons(folder: Path) -> list[list[str]]:
 
 
 def _launch(command: list[str], cluster: Cluster) -> subprocess.Popen[bytes]:
-    name = Path(command[0]).name
-    with (cluster.folder / f"{name}.out").open("ab") as out:
-        process = subprocess.Popen(
+    path = cluster.folder / f"{Path(command[0]).name}.out"
+    with path.open("ab") as out:
+        return subprocess.Popen(
             command, env=cluster.environment, stdout=out, stderr=out, start_new_session=True
         )
-    if name == "munged":
-        _wait(lambda: (cluster.folder / "munge.socket").exists(), f"{name} does not start", cluster)
-    return process
 
 
-def _wait_for_nodes(cluster: Cluster) -> None:
-    def idle() -> bool:
-        with contextlib.suppress(RuntimeError):
-            return cluster.run("sinfo", "-h", "-N", "-p", LOW, "-o", "%T").split() == ["idle"] * len(NODES)
-        return False
-
-    _wait(idle, "the nodes do not come up", cluster)
+def _are_idle(cluster: Cluster) -> bool:
+    with contextlib.suppress(*_FAILURES):
+        return cluster.run("sinfo", "-h", "-N", "-p", LOW, "-o", "%T").split() == ["idle"] * len(NODES)
+    return False
 
 
-def _wait(happened, trouble: str, cluster: Cluster) -> None:
+def _wait(happened: Callable[[], bool], trouble: str, cluster: Cluster) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not happened():
         if time.monotonic() > deadline:
             said = "".join(path.read_text()[-1000:] for path in sorted(cluster.folder.glob("*.out")))
-            raise RuntimeError(f"{trouble}: {said}")
+            raise NoClusterError(f"{trouble}: {said}")
         time.sleep(0.1)
 
 
 def _end_jobs(cluster: Cluster) -> None:
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(*_FAILURES):
         for number in cluster.run("squeue", "-h", "-o", "%A").split():
             cluster.run("scancel", "--signal=KILL", "--full", number)
             cluster.run("scancel", number)

@@ -1,5 +1,6 @@
 """A cluster for all tests of this folder, recipes to submit, and jobs on the cluster."""
 
+import contextlib
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 from tests.helpers import tiny_spec
 from tests.processes import newest_step
 from tests.runs import recipe, run
-from tests.slurm.cluster import Cluster, started, why_not
+from tests.slurm.cluster import Cluster, NoClusterError, started, why_not
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "recipes" / "slurm" / "train.sbatch"
@@ -64,7 +65,9 @@ class Job:
 
     def processes(self, *, task):
         """The numbers of the training processes of a task."""
-        return [number for number in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is(number, task)]
+        return [
+            number for number in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is(number, task)
+        ]
 
     def _is(self, number, task):
         try:
@@ -86,11 +89,26 @@ class Submitter:
     def __call__(self, recipe_path, run_dir, *settings, options=(), step_s=0.1):
         """Train on two nodes, a task on each, with at least `step_s` seconds per step."""
         log = self.folder / f"{run_dir.name}.log"
-        shape = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={log}", f"--chdir={ROOT}"]
+        shape = [
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=1",
+            f"--output={log}",
+            f"--chdir={ROOT}",
+        ]
         # Both nodes are this machine: the first one's name is no address here.
         network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
         number = self.cluster.run(
-            *("sbatch", "--parsable", *shape, *options, TEMPLATE, recipe_path, f"run_dir={run_dir}", *settings),
+            *(
+                "sbatch",
+                "--parsable",
+                *shape,
+                *options,
+                TEMPLATE,
+                recipe_path,
+                f"run_dir={run_dir}",
+                *settings,
+            ),
             VICO=str(self.vico),
             STEP_S=str(step_s),
             **network,
@@ -100,10 +118,15 @@ class Submitter:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
+    """A cluster; where none can be had the tests are skipped, and `pytest -rs` says why."""
     lacking = why_not()
     if lacking:
         pytest.skip(lacking)
-    with started(tmp_path_factory.mktemp("slurm")) as running:
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(started(tmp_path_factory.mktemp("slurm")))
+        except NoClusterError as error:
+            pytest.skip(str(error))
         yield running
 
 

@@ -81,11 +81,13 @@ def test_a_job_that_loses_a_task_fails_at_once_and_is_finished_by_the_next(
     assert again.wait() == "COMPLETED", again.said()
     assert_as_unbroken(again, consistency, tmp_path, *settings)
     record_property("fault", "Slurm, two nodes: kill -9 of one task")
-    record_property("outcome", f"the job failed within {waited:.0f} s; submitted again, it finished the same")
+    record_property("outcome", f"the job failed within {waited:.1f} s; submitted again, it finished the same")
     record_property("lost_steps", taken - saved)
 
 
-def test_a_cancelled_job_is_saved_and_stays_cancelled(submit, cluster, consistency, tmp_path, record_property):
+def test_a_cancelled_job_is_saved_and_stays_cancelled(
+    submit, cluster, consistency, tmp_path, record_property
+):
     job = submit(consistency, tmp_path / "stage1", *STEPS, "trainer.max_steps=400")
     job.wait_for_checkpoint(step=10)
     cluster.run("scancel", job.number)

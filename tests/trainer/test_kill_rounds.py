@@ -5,7 +5,6 @@
 
 import os
 import random
-import time
 from collections import Counter
 
 import pytest
@@ -17,7 +16,12 @@ from vico_pl.trainer import is_finished
 pytestmark = pytest.mark.slow
 
 STEPS = 16
-SETTINGS = [f"trainer.max_steps={STEPS}", "trainer.checkpoint_every=1", "trainer.log_every=5", "model.dropout=0.1"]
+SETTINGS = [
+    f"trainer.max_steps={STEPS}",
+    "trainer.checkpoint_every=1",
+    "trainer.log_every=5",
+    "model.dropout=0.1",
+]
 ROUNDS = {
     1: int(os.environ.get("KILL_ROUNDS", "20")),
     2: int(os.environ.get("KILL_ROUNDS_OF_RANKS", "5")),
@@ -27,14 +31,11 @@ ROUNDS = {
 @pytest.mark.parametrize("ranks", ROUNDS)
 def test_kills_at_any_moment_change_no_weight_and_no_sample(runs, tmp_path, record_property, ranks):
     recipe, unbroken, rng = runs / "consistency.yaml", tmp_path / "unbroken", random.Random(ranks)
-    finish(recipe, tmp_path / "first", *SETTINGS, "trainer.max_steps=1")  # imports are over
-    begun = time.monotonic()
     finish(recipe, unbroken, *SETTINGS, ranks=ranks)
-    within_s = 0.8 * (time.monotonic() - begun)
     number, seen, lost = 0, Counter(), []
     for _ in range(ROUNDS[ranks]):
         run_dir = tmp_path / f"run-{number}"
-        running = kill_at_random(recipe, run_dir, *SETTINGS, rng=rng, within_s=within_s, ranks=ranks)
+        running = kill_at_random(recipe, run_dir, *SETTINGS, rng=rng, ranks=ranks)
         codes = running.wait(supervised=True)
         if set(codes) == {0}:
             check_finished(run_dir, unbroken)
@@ -70,7 +71,8 @@ def check_finished(run_dir, unbroken):
     assert is_finished(run_dir)
     assert differing(run_dir, unbroken) == set()
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.is_symlink())
-    assert len(kept) <= 3, kept  # two, and the one that the last attempt went on from
+    # Two; that which the last attempt went on from; one whose removal a kill after the last step prevented.
+    assert len(kept) <= 4, kept
     found = audit(run_dir)
     assert found.num_steps == STEPS
     assert found.faults == []

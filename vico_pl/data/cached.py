@@ -61,8 +61,19 @@ class CachedShards:
         return _open_kept(self.source, entry.name, self.cache, entry)
 
     def sizes(self, number: int) -> np.ndarray | None:
-        """Return what the samples of a shard cost, int32 (n, 4); None: unknown."""
-        return _known_sizes(self.source, self.entries[number], self.cache) if self.has_sizes else None
+        """Return what the samples of a shard cost, int32 (n, 4); None: unknown.
+
+        Raises:
+            FileNotFoundError: it was known and is gone; this machine would deal otherwise than others.
+        """
+        if not self.has_sizes:
+            return None
+        entry = self.entries[number]
+        sizes = _known_sizes(self.source, entry, self.cache)
+        if sizes is None:
+            path = sizes_path(_kept_path(self.source, entry.name, self.cache, entry))
+            raise FileNotFoundError(f"{path}: removed during the run; leave the cache alone while it is used")
+        return sizes
 
     def fetch(self, number: int) -> None:
         """Fetch a shard that will be read, unless another process is about it.

@@ -4,28 +4,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vico_pl.data.decode import RecordError, bad_record, decode_record, printable
-from vico_pl.data.shards import RecordReader, read_index
+from vico_pl.data.shards import RecordReader, ShardIndex, read_index
 from vico_pl.types import BadRecord, Sample
 
 
 def read_samples(source: Path | str) -> Iterator[Sample]:
     """Yield the usable samples of a set in their order."""
-    return (item for item in read_all(source) if isinstance(item, Sample))
+    return (item for item in read_all(read_index(source)) if isinstance(item, Sample))
 
 
 def find_faults(source: Path | str) -> Iterator[BadRecord]:
     """Decode every record and yield the bad ones; a shard that cannot be opened comes once."""
     dead: set[str] = set()
-    for item in read_all(source):
+    for item in read_all(read_index(source)):
         if isinstance(item, BadRecord) and item.reason not in dead:
             yield item
             if item.kind == "shard":
                 dead.add(item.reason)
 
 
-def read_all(source: Path | str) -> Iterator[Sample | BadRecord]:
+def read_all(index: ShardIndex) -> Iterator[Sample | BadRecord]:
     """Yield what becomes of every record of a set, in their order."""
-    index = read_index(source)
     reader = RecordReader(index)
     for position in range(index.num_samples):
         shard = index.names[index.place(position)[0]]

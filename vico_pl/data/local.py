@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vico_pl.data.decode import RecordError
-from vico_pl.data.index import INDEX_NAME, ShardEntry, map_sizes, side_index_path, sizes_path
+from vico_pl.data.index import ShardEntry, map_sizes, side_index_path, sizes_path
 from vico_pl.data.opened import Contents, OpenShard, map_contents, note_contents, open_in_place
 from vico_pl.data.parallel import run_parallel, worth_processes
 
@@ -56,11 +56,6 @@ class LocalShards:
             raise RecordError(str(error), kind="shard") from error
         if contents is not None:
             self.contents[entry.name] = contents
-        found = contents or map_contents(path, count=None, num_bytes=path.stat().st_size)
-        if len(found.bounds) - 1 != entry.num_samples:
-            told = f"{len(found.bounds) - 1} samples, {INDEX_NAME} says {entry.num_samples}"
-            reason = f"{path}: holds {told}; run 'vico shards index {path.parent}'"
-            raise RecordError(reason, kind="shard")
 
 
 def open_folder(folder: Path, names: Sequence[str], known: Mapping[str, ShardEntry]) -> LocalShards:

@@ -23,7 +23,6 @@ MAX_SHARDS = 1_000_000  # of one set: a brace range of more is a slip of the key
 class Source:
     """Where the shards of a set are; they all lie in one folder."""
 
-    text: str  # as it was named
     base: str  # the folder or its URL; of commands: the text
     names: list[str] | None  # of the shards; None: all of the folder
     is_local: bool
@@ -97,17 +96,18 @@ def list_shards(folder: Path) -> list[str]:
 def _parse_path(text: str) -> Source:
     path = Path(text)
     if path.is_dir():
-        return Source(text=text, base=str(path), names=None, is_local=True)
+        return Source(base=str(path), names=None, is_local=True)
     if not _names_shards(text):
         raise ValueError(
             f"{text}: no such folder of shards; make one with 'vico shards build' or 'make shards'"
         )
-    paths = [found for named in _expand(text) for found in _glob(named)]
+    named = [text] if path.exists() else _expand(text)
+    paths = [found for name in named for found in _glob(name)]
     if not paths:
         raise ValueError(f"{text}: no such shard; expected names such as train-000000.tar")
     base, names = _split(paths, text)
     here = "/" if text.startswith("/") else "."
-    return Source(text=text, base=base or here, names=names, is_local=True)
+    return Source(base=base or here, names=names, is_local=True)
 
 
 def _parse_url(text: str) -> Source:
@@ -118,9 +118,9 @@ def _parse_url(text: str) -> Source:
             f"{shown}: '*' finds only files of a folder; name shards of a URL as train-{{00..31}}.tar"
         )
     if not _names_shards(plain):
-        return Source(text=text, base=plain.rstrip("/"), names=None, is_local=False, query=query)
+        return Source(base=plain.rstrip("/"), names=None, is_local=False, query=query)
     base, names = _split(_expand(plain), shown)
-    return Source(text=text, base=base, names=names, is_local=False, query=query)
+    return Source(base=base, names=names, is_local=False, query=query)
 
 
 def _parse_pipe(text: str, *, allow_pipe: bool) -> Source:
@@ -134,9 +134,7 @@ def _parse_pipe(text: str, *, allow_pipe: bool) -> Source:
     named = [names[-1] if names else "" for names in found]
     if len(set(named)) < len(named) or "" in named:  # names that tell nothing
         named = [f"pipe-{number:06d}.tar" for number in range(len(commands))]
-    return Source(
-        text=text, base=text, names=named, is_local=False, commands=dict(zip(named, commands, strict=True))
-    )
+    return Source(base=text, names=named, is_local=False, commands=dict(zip(named, commands, strict=True)))
 
 
 def _names_shards(text: str) -> bool:

@@ -164,6 +164,9 @@ def open_in_place(path: Path, entry: ShardEntry, *, contents: Contents | None = 
         num_bytes = check_size(path, entry)
         if contents is None:
             contents = map_contents(path, count=entry.num_samples, num_bytes=num_bytes)
+        elif len(contents.bounds) - 1 != entry.num_samples:
+            told = f"holds {len(contents.bounds) - 1} samples, {INDEX_NAME} says {entry.num_samples}"
+            raise ValueError(f"{path}: {told}; 'vico shards index {path.parent}' writes it anew")
     except BaseException:
         os.close(descriptor)
         raise

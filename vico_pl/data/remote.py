@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -235,7 +236,9 @@ def _reason(error: Exception) -> str:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    command = re.search(r": exit (-?\d+) \(read\)", text)  # as webdataset words it, after the whole command
+    return text if command is None else f"the command ended with exit code {command[1]}"
 
 
 def _open_used(path: Path) -> int:

@@ -76,7 +76,7 @@ def survey(
     index = read_index(source)
     unit = "bytes" if count_tokens is None else "tokens"
     found = Survey(name=str(index.folder), num_shards=len(index.names), text_unit=unit)
-    for item in read_all(source):
+    for item in read_all(index):
         if isinstance(item, BadRecord):
             found.bad[item.kind] += 1
         else:
