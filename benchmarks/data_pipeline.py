@@ -23,9 +23,9 @@ import harness
 import numpy as np
 from data_images import draw_jpeg
 
-from vico_pl.data.index import INDEX_NAME
 from vico_pl.data.module import DataConfig, DataModule, Shares, SourceConfig
 from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.storage.index import INDEX_NAME
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.data.tokenizer import build_tokenizer
 from vico_pl.types import Batch, Share

@@ -76,7 +76,7 @@ def table(rows: Iterable[Row], *, command: str) -> str:
 
 def _slurm_version() -> str:
     try:
-        done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True)
+        done = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return f", {done.stdout.strip()}"

@@ -9,7 +9,8 @@ import torch
 from tests.helpers import TILE, encoded_image, tiny_model, tiny_spec
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.decode import decode_record
-from vico_pl.data.shards import write_index, write_json, write_shard
+from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.storage.files import write_json
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, token_id
 from vico_pl.inference.generate import generate_ids

@@ -102,7 +102,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
-    from vico_pl.data.shards import write_json
+    from vico_pl.data.storage.files import write_json
     from vico_pl.inference.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.inference.session import Session
     from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
@@ -134,7 +134,7 @@ def eval_(
     seed: Annotated[int, typer.Option(help="Of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with other ways to spend the same tokens; writes report.json and report.html."""
-    from vico_pl.data.shards import write_json
+    from vico_pl.data.storage.files import write_json
     from vico_pl.evaluation.evaluate import evaluate
     from vico_pl.evaluation.gallery import build_gallery
     from vico_pl.evaluation.report import format_table, write_html

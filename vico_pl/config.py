@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vico_pl.data.files import atomic_path
+from vico_pl.data.storage.files import atomic_path
 from vico_pl.model.checkpoint.folder import open_folder
 from vico_pl.model.checkpoint.hub import is_pin_of, local_folder, pinned
 from vico_pl.recipe import STAGES, TRAINABLE_PARTS, RunConfig

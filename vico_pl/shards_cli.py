@@ -154,6 +154,6 @@ def _tell_totals(source: Path | str, index: Any) -> None:
 
 
 def _shown(source: Path | str) -> str:
-    from vico_pl.data.locations import without_secrets
+    from vico_pl.data.storage.locations import without_secrets
 
     return without_secrets(str(source))

@@ -2,7 +2,8 @@ import pytest
 
 from vico_pl.data.build import build_glyphs, build_set
 from vico_pl.data.glyphs import GlyphsConfig
-from vico_pl.data.shards import INDEX_NAME, RecordReader, read_index, write_shard
+from vico_pl.data.shards import RecordReader, read_index, write_shard
+from vico_pl.data.storage.index import INDEX_NAME
 
 # Shards are drawn by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

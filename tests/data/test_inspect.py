@@ -4,8 +4,9 @@ import pytest
 
 from tests.helpers import encoded_image, record
 from vico_pl.data.inspect import find_faults, read_samples
-from vico_pl.data.shards import scan_boundaries, write_index, write_shard
+from vico_pl.data.shards import write_index, write_shard
 from vico_pl.data.stats import survey
+from vico_pl.data.storage.opened import scan_boundaries
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vico_pl.data.packing import PackLimits, deal, estimated_tiles, split_into_packs
-from vico_pl.data.sizes import SampleSize
+from vico_pl.data.storage.sizes import SampleSize
 from vico_pl.data.tiling import TilingConfig
 
 costs_of = st.lists(st.floats(0, 100), min_size=0, max_size=60)

@@ -16,19 +16,12 @@ from hypothesis import strategies as st
 from tests.helpers import record
 from vico_pl.data.decode import RecordError
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
-from vico_pl.data.index import map_bounds, sizes_path, write_array
 from vico_pl.data.inspect import find_faults
-from vico_pl.data.shards import (
-    INDEX_NAME,
-    RecordReader,
-    atomic_path,
-    read_index,
-    scan_boundaries,
-    side_index_path,
-    write_index,
-    write_shard,
-)
-from vico_pl.data.sizes import UNKNOWN_SIZE
+from vico_pl.data.shards import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.storage.files import atomic_path
+from vico_pl.data.storage.index import INDEX_NAME, map_bounds, side_index_path, sizes_path, write_array
+from vico_pl.data.storage.opened import scan_boundaries
+from vico_pl.data.storage.sizes import UNKNOWN_SIZE
 
 RECORDS = [
     ("000000", {"json": b"{}", "jpg": b"x" * 700}),
@@ -344,7 +337,7 @@ def test_an_index_that_counts_more_than_there_is_is_refused(tmp_path, monkeypatc
         with pytest.raises(ValueError, match=told):
             read_index(tmp_path)
         side_index_path(tmp_path / "a.tar").unlink()
-    monkeypatch.setattr("vico_pl.data.index.atomic_path", read_only)
+    monkeypatch.setattr("vico_pl.data.storage.index.atomic_path", read_only)
     with pytest.raises(ValueError, match=r"a\.tar: holds 3 samples, index\.json says 7; 'vico shards index"):
         read_index(tmp_path)
 
@@ -406,7 +399,7 @@ def test_a_folder_that_is_read_only_is_indexed_in_memory(tmp_path, monkeypatch, 
         shards = [{"name": f"{name}.tar", "num_samples": 3} for name in "ab"]
         (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": shards}))
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("vico_pl.data.index.atomic_path", read_only)
+    monkeypatch.setattr("vico_pl.data.storage.index.atomic_path", read_only)
     monkeypatch.setattr(os, "access", lambda *_: False)
     index = read_index(tmp_path)
     assert costs(index) == COSTS * 2

@@ -5,7 +5,8 @@ import torch
 
 from tests.helpers import encoded_image
 from tests.sessions import router_probabilities, write_model_folder, write_set
-from vico_pl.data.shards import RecordReader, read_index, write_json
+from vico_pl.data.shards import RecordReader, read_index
+from vico_pl.data.storage.files import write_json
 from vico_pl.inference.calibrate import (
     SKILL_SLACK,
     CalibrationPoint,

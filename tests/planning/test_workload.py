@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from vico_pl.data.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
 from vico_pl.data.packing import PackLimits
-from vico_pl.data.sizes import SampleSize, as_array
+from vico_pl.data.storage.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
+from vico_pl.data.storage.sizes import SampleSize, as_array
 from vico_pl.model.flops import ModelFlops
 from vico_pl.planning.workload import SampleShape, count_work, pack_of, read_samples
 
@@ -80,9 +80,9 @@ def test_packs_keep_to_the_limits(config, limits, batch_size, world, expected):
 
 
 def test_shards_tell_their_sizes(config, tmp_path):
-    """Two samples of 1000 x 500 px, of three tiles each, and 80 and 160 bytes of text."""
+    """Two samples of 1000 x 500 px, of three tiles each, and 20 and 40 tokens of text."""
     write_entries([ShardEntry(name="a.tar", num_samples=2)], tmp_path / INDEX_NAME)
-    sizes = [SampleSize(text_bytes=n, num_images=1, width=1000, height=500) for n in (80, 160)]
+    sizes = [SampleSize(text_tokens=n, num_images=1, width=1000, height=500) for n in (20, 40)]
     write_array(as_array(sizes), sizes_path(tmp_path / "a.tar"))
     found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
     assert (found.num_samples, found.tiles, found.text_tokens, found.response_tokens) == (2, 3, 30, 15)

@@ -32,17 +32,18 @@ ROUNDS = {
 def test_kills_at_any_moment_change_no_weight_and_no_sample(runs, tmp_path, record_property, ranks):
     recipe, unbroken, rng = runs / "consistency.yaml", tmp_path / "unbroken", random.Random(ranks)
     finish(recipe, unbroken, *SETTINGS, ranks=ranks)
-    number, seen, lost = 0, Counter(), []
-    for _ in range(ROUNDS[ranks]):
+    number, moments, lost = 0, Counter(), []
+    while moments.total() < ROUNDS[ranks]:
         run_dir = tmp_path / f"run-{number}"
         running = kill_at_random(recipe, run_dir, *SETTINGS, rng=rng, ranks=ranks)
         codes = running.wait(supervised=True)
-        if set(codes) == {0}:
+        if set(codes) == {0}:  # it was over before
             check_finished(run_dir, unbroken)
             number += 1
+            continue
         saved = newest_step(run_dir)
         lost.append(steps_taken(run_dir) - saved)
-        seen["finished first" if set(codes) == {0} else moment(saved, run_dir)] += 1
+        moments[moment(saved, run_dir)] += 1
     run_dir = tmp_path / f"run-{number}"
     finish(recipe, run_dir, *SETTINGS, ranks=ranks)
     check_finished(run_dir, unbroken)
@@ -50,7 +51,7 @@ def test_kills_at_any_moment_change_no_weight_and_no_sample(runs, tmp_path, reco
     record_property(
         "outcome",
         f"{number + 1} runs ended with the weights of an unbroken one bit for bit, their audits clean; "
-        f"killed: {', '.join(f'{count} {name}' for name, count in sorted(seen.items()))}",
+        f"killed {', '.join(f'{count} times {name}' for name, count in sorted(moments.items()))}",
     )
     record_property("lost_steps", f"at most {max(lost)}, a checkpoint at each step")
 

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vico_pl.data.files import write_json
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
-from vico_pl.data.index import PLAN_NAME, side_index_path
-from vico_pl.data.parallel import run_parallel
-from vico_pl.data.shards import INDEX_NAME, ShardIndex, read_index, write_index, write_shard
+from vico_pl.data.shards import ShardIndex, read_index, write_index, write_shard
+from vico_pl.data.storage.files import write_json
+from vico_pl.data.storage.index import INDEX_NAME, PLAN_NAME, side_index_path
+from vico_pl.data.storage.parallel import run_parallel
 
 Part = TypeVar("Part", bound=Sized)  # what a shard is made of, as long as it has samples
 

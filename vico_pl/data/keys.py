@@ -4,7 +4,8 @@ import io
 import os
 import tarfile
 
-from vico_pl.data.shards import ShardIndex, member_key
+from vico_pl.data.shards import ShardIndex
+from vico_pl.data.storage.tars import member_key
 
 # What tarfile and the system raise on damaged headers and disks, and `RecordError`, which is a ValueError.
 _UNREADABLE = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, OSError)

@@ -15,7 +15,6 @@ from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.decode import ImageLimits
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.packing import (
-    BYTES_PER_TOKEN,
     PackLimits,
     SampleCost,
     deal,
@@ -23,8 +22,8 @@ from vico_pl.data.packing import (
     split_into_packs,
 )
 from vico_pl.data.pipeline import build_stages, run_stages
-from vico_pl.data.remote import StreamingConfig
 from vico_pl.data.shards import ShardIndex, read_index
+from vico_pl.data.storage.remote import StreamingConfig
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.types import Share
 
@@ -157,7 +156,7 @@ class Shares(IterableDataset[Share]):
         place = self.data.order(position)
         size = self.data.indexes[place.source].size_of(place.sample)
         tiles_per_image = estimated_tiles(size, self.data.config.tiling)
-        text, num_tiles = size.text_bytes // BYTES_PER_TOKEN, sum(tiles_per_image)
+        text, num_tiles = size.text_tokens, sum(tiles_per_image)
         cost = self.data.cost(position, tiles_per_image, text)
         return cost, num_tiles, text + num_tiles * self.data.chat.full_tokens_per_tile
 

@@ -10,10 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vico_pl.data.sizes import SampleSize
+from vico_pl.data.storage.sizes import SampleSize
 from vico_pl.data.tiling import TilingConfig, choose_grid
-
-BYTES_PER_TOKEN = 4  # of English under the usual tokenizers; an estimate, which decides nothing but who reads
 
 # Cost of a sample, in any unit: of its position in the run, tiles of each image, and text tokens.
 SampleCost = Callable[[int, Sequence[int], int], float]
@@ -36,7 +34,7 @@ class PackLimits:
 def estimated_tiles(size: SampleSize, tiling: TilingConfig) -> list[int]:
     """Return how many tiles each image of a sample will have, if all are shaped like its first.
 
-    >>> estimated_tiles(SampleSize(text_bytes=100, num_images=2, width=1000, height=500), TilingConfig())
+    >>> estimated_tiles(SampleSize(text_tokens=25, num_images=2, width=1000, height=500), TilingConfig())
     [3, 3]
     """
     if min(size.num_images, size.width, size.height) < 1:

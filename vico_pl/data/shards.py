@@ -20,39 +20,24 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import webdataset as wds
 
-from vico_pl.data.cached import open_streamed
 from vico_pl.data.decode import RecordError
-from vico_pl.data.files import atomic_path, write_json
-from vico_pl.data.index import INDEX_NAME, PLAN_NAME, ShardEntry, parse_entries, side_index_path
-from vico_pl.data.indexing import index_folder
-from vico_pl.data.local import open_folder
-from vico_pl.data.locations import Source, is_packed, list_shards, parse_source
-from vico_pl.data.opened import (
+from vico_pl.data.storage.cached import open_streamed
+from vico_pl.data.storage.files import atomic_path
+from vico_pl.data.storage.index import INDEX_NAME, PLAN_NAME, ShardEntry, parse_entries
+from vico_pl.data.storage.indexing import index_folder
+from vico_pl.data.storage.local import open_folder
+from vico_pl.data.storage.locations import Source, is_packed, list_shards, parse_source
+from vico_pl.data.storage.opened import (
     MAX_OPEN,
     OpenShard,
     OpenShards,
     read_contents,
-    scan_boundaries,
     write_contents,
 )
-from vico_pl.data.remote import DEFAULT_STREAMING, StreamingConfig, build_cache, fetch_bytes
-from vico_pl.data.sizes import UNKNOWN_SIZE, SampleSize
-from vico_pl.data.tars import MAX_RECORD_BYTES, member_key, read_members
+from vico_pl.data.storage.remote import DEFAULT_STREAMING, StreamingConfig, build_cache, fetch_bytes
+from vico_pl.data.storage.sizes import UNKNOWN_SIZE, SampleSize
+from vico_pl.data.storage.tars import MAX_RECORD_BYTES, read_members
 from vico_pl.types import Record
-
-__all__ = [
-    "INDEX_NAME",
-    "RecordReader",
-    "ShardIndex",
-    "atomic_path",
-    "member_key",
-    "read_index",
-    "scan_boundaries",
-    "side_index_path",
-    "write_index",
-    "write_json",
-    "write_shard",
-]
 
 
 @runtime_checkable

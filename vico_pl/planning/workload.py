@@ -11,10 +11,10 @@ from statistics import fmean
 
 import numpy as np
 
-from vico_pl.data.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
 from vico_pl.data.module import DataConfig
-from vico_pl.data.packing import BYTES_PER_TOKEN, estimated_tiles
-from vico_pl.data.sizes import SampleSize
+from vico_pl.data.packing import estimated_tiles
+from vico_pl.data.storage.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
+from vico_pl.data.storage.sizes import SampleSize
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.planning.memory import Pack
@@ -50,7 +50,7 @@ def read_samples(config: DataConfig) -> SampleShape:
             num_samples=num_samples,
             origin="assumed: the shards tell no sizes" if num_samples else "assumed: no index of shards here",
         )
-    text = fmean(size.text_bytes for size in sizes) / BYTES_PER_TOKEN
+    text = fmean(size.text_tokens for size in sizes)
     return SampleShape(
         tiles=fmean(sum(estimated_tiles(size, config.tiling)) for size in sizes),
         text_tokens=max(text, 2.0),

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vico_pl.data.decode import RecordError
-from vico_pl.data.index import (
+from vico_pl.data.storage.index import (
     INDEX_NAME,
     ShardEntry,
     map_bounds,
@@ -25,12 +25,12 @@ from vico_pl.data.index import (
     sizes_path,
     write_array,
 )
-from vico_pl.data.local import LocalShards
-from vico_pl.data.locations import Source, parse_source
-from vico_pl.data.opened import Contents, OpenShard, check_size, write_contents
-from vico_pl.data.remote import ShardCache, StreamingConfig, build_cache, fetch_bytes
-from vico_pl.data.sizes import are_sizes, measure_shard
-from vico_pl.data.tars import scan_tar
+from vico_pl.data.storage.local import LocalShards
+from vico_pl.data.storage.locations import Source, parse_source
+from vico_pl.data.storage.opened import Contents, OpenShard, check_size, write_contents
+from vico_pl.data.storage.remote import ShardCache, StreamingConfig, build_cache, fetch_bytes
+from vico_pl.data.storage.sizes import are_sizes, measure_shard
+from vico_pl.data.storage.tars import scan_tar
 
 _AT_A_TIME = 4  # shards that are counted together, and small files that are fetched
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from vico_pl.data.decode import RecordError
-from vico_pl.data.index import ShardEntry, map_sizes, side_index_path, sizes_path
-from vico_pl.data.opened import Contents, OpenShard, map_contents, note_contents, open_in_place
-from vico_pl.data.parallel import run_parallel, worth_processes
+from vico_pl.data.storage.index import ShardEntry, map_sizes, side_index_path, sizes_path
+from vico_pl.data.storage.opened import Contents, OpenShard, map_contents, note_contents, open_in_place
+from vico_pl.data.storage.parallel import run_parallel, worth_processes
 
 
 @dataclass(frozen=True, kw_only=True)

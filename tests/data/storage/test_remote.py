@@ -10,10 +10,10 @@ import fsspec
 import pytest
 
 from tests.servers import serving
-from vico_pl.data import remote
 from vico_pl.data.decode import RecordError
-from vico_pl.data.index import ShardEntry
-from vico_pl.data.remote import ShardCache, fetch_bytes
+from vico_pl.data.storage import remote
+from vico_pl.data.storage.index import ShardEntry
+from vico_pl.data.storage.remote import ShardCache, fetch_bytes
 
 
 def tar(content=b"x" * 3000):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vico_pl.data.locations import parse_source, without_secrets
+from vico_pl.data.storage.locations import parse_source, without_secrets
 
 NAMES = ["train-000000.tar", "train-000001.tar", "train-000002.tar.gz"]
 

@@ -10,14 +10,14 @@ import pytest
 
 from tests.data.test_module import data_module, global_batches
 from tests.servers import serving
-from vico_pl.data import opened, remote
 from vico_pl.data import shards as shards_module
 from vico_pl.data.decode import RecordError
 from vico_pl.data.keys import SampleNames
 from vico_pl.data.module import SourceConfig
-from vico_pl.data.remote import StreamingConfig
 from vico_pl.data.shards import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.sizes import UNKNOWN_SIZE
+from vico_pl.data.storage import opened, remote
+from vico_pl.data.storage.remote import StreamingConfig
+from vico_pl.data.storage.sizes import UNKNOWN_SIZE
 
 NUM_SHARDS = 4
 

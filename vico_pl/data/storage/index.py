@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from vico_pl.data.files import atomic_path, write_json
-from vico_pl.data.locations import SHARD_ENDINGS
-from vico_pl.data.sizes import are_sizes
+from vico_pl.data.storage.files import atomic_path, write_json
+from vico_pl.data.storage.locations import SHARD_ENDINGS
+from vico_pl.data.storage.sizes import are_sizes
 
 INDEX_NAME = "index.json"
 PLAN_NAME = "build.json"  # of a set that `vico shards build` writes, see `build.py`

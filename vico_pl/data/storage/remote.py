@@ -24,9 +24,9 @@ import webdataset as wds
 from filelock import FileLock
 
 from vico_pl.data.decode import RecordError
-from vico_pl.data.files import atomic_path
-from vico_pl.data.index import ShardEntry
-from vico_pl.data.locations import without_secrets
+from vico_pl.data.storage.files import atomic_path
+from vico_pl.data.storage.index import ShardEntry
+from vico_pl.data.storage.locations import without_secrets
 
 MAX_INDEX_BYTES = 2**28  # of an index.json: a million shards
 TIMEOUT_S = 60.0  # without a byte from a server

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vico_pl.data.decode import RecordError
-from vico_pl.data.index import (
+from vico_pl.data.storage.index import (
     INDEX_NAME,
     ShardEntry,
     map_bounds,
@@ -20,8 +20,8 @@ from vico_pl.data.index import (
     sizes_path,
     write_array,
 )
-from vico_pl.data.sizes import measure_shard
-from vico_pl.data.tars import scan_tar
+from vico_pl.data.storage.sizes import measure_shard
+from vico_pl.data.storage.tars import scan_tar
 
 MAX_OPEN = 128  # shards of a set: several sets must do with the 1,024 files that a process may usually open
 FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again

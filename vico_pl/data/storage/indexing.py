@@ -4,12 +4,12 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-from vico_pl.data.cached import unpack_contents
-from vico_pl.data.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
-from vico_pl.data.locations import is_packed, list_shards
-from vico_pl.data.opened import read_contents, write_contents
-from vico_pl.data.parallel import run_parallel, worth_processes
-from vico_pl.data.remote import StreamingConfig
+from vico_pl.data.storage.cached import unpack_contents
+from vico_pl.data.storage.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
+from vico_pl.data.storage.locations import is_packed, list_shards
+from vico_pl.data.storage.opened import read_contents, write_contents
+from vico_pl.data.storage.parallel import run_parallel, worth_processes
+from vico_pl.data.storage.remote import StreamingConfig
 
 
 def index_folder(folder: Path, *, streaming: StreamingConfig, workers: int | None = None) -> None:
