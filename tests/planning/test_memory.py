@@ -11,6 +11,7 @@ from vico_pl.planning.models import build_models
 PACK = Pack(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
 MEMORY = RunMemory(
     weights={"policy weights": 800.0, "reference weights": 400.0},
+    shared=0.0,
     gradients=160.0,
     optimizer=320.0,
     largest=10.0,
@@ -131,3 +132,9 @@ def test_drawn_samples_have_the_sizes_they_should(placeholder_id):
     assert batch.sample_lengths.tolist() == [23, 23]
     assert batch.response_mask.sum() == 16
     assert not batch.response_mask[batch.input_ids == placeholder_id].any()
+
+
+def test_what_both_models_share_is_there_twice_when_weights_are_split():
+    memory = replace(MEMORY, shared=200.0)
+    assert per_gpu(memory, sharded=False, world=2)["reference weights"] == 400
+    assert per_gpu(memory, sharded=True, world=2)["reference weights"] == (400 + 200) / 2

@@ -28,6 +28,7 @@ def memory_of(gib, *, pack=0.0):
     part = gib * GIB / 6
     return RunMemory(
         weights={"policy weights": part, "reference weights": part},
+        shared=0.0,
         gradients=part,
         optimizer=2 * part,
         largest=0.0,

@@ -18,6 +18,7 @@ from typing import Any
 from vico_pl.data.keys import SampleNames
 from vico_pl.data.module import DataConfig, build_order, open_sources
 from vico_pl.data.order import Place, SampleOrder
+from vico_pl.data.storage.locations import without_secrets
 
 COLUMNS = ("used", "bad", "missing", "twice")
 
@@ -92,7 +93,8 @@ def audit_run(run_dir: Path, config: DataConfig, *, seed: int, completed_steps: 
             ledger.enter(step, [steps[step] for steps in of_ranks if step in steps])
     return Audit(
         sources=[
-            (source.path, index.num_samples) for source, index in zip(config.sources, indexes, strict=True)
+            (without_secrets(source.path), index.num_samples)
+            for source, index in zip(config.sources, indexes, strict=True)
         ],
         num_steps=num_steps,
         num_attempts=len(logs.attempts),

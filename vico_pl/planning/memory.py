@@ -43,6 +43,7 @@ class RunMemory:
     """What takes memory in a run, before a strategy divides it among GPUs."""
 
     weights: Terms  # policy and reference
+    shared: float  # bytes of the policy that serve the reference too, unless weights are split over GPUs
     gradients: float  # bytes
     optimizer: float  # bytes
     largest: float  # bytes of the largest trained weight
@@ -64,6 +65,7 @@ def measure_memory(config: RunConfig, source: ModelSource, pack: Pack, *, checkp
             "policy weights": policy,
             "reference weights": whole - policy,
         },
+        shared=num_bytes(models.shared()),
         gradients=gradients,
         optimizer=2 * gradients,  # AdamW keeps two averages of each gradient, in the type of the weight
         largest=max(num_bytes([parameter]) for parameter in trained),
@@ -82,6 +84,8 @@ def per_gpu(memory: RunMemory, *, sharded: bool, world: int, foreach: bool = Tru
     """
     share = 1 / world if sharded else 1.0
     terms = {name: size * share for name, size in memory.weights.items()}
+    if sharded and memory.shared:  # a part can be split for one model alone
+        terms["reference weights"] += memory.shared * share
     terms |= {"gradients": memory.gradients * share, "optimizer": memory.optimizer * share}
     if sharded and world > 1:
         terms["gathered by FSDP"] = (2 * memory.unit + memory.root) * (1 - share) + memory.unit

@@ -34,6 +34,13 @@ class RunModels:
         networks = [self.policy] if self.reference is None else [self.policy, self.reference.model]
         return list({id(p): p for network in networks for p in network.parameters()}.values())
 
+    def shared(self) -> list[nn.Parameter]:
+        """Return the parameters of the policy that serve the reference too."""
+        if self.reference is None:
+            return []
+        own = {id(parameter) for parameter in self.policy.parameters()}
+        return [p for p in self.reference.model.parameters() if id(p) in own]
+
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters that get gradients."""
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

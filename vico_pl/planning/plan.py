@@ -103,7 +103,7 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
         config=config,
         source=source,
         parameters=_parameters(models),
-        shared_parameters=_shared(models),
+        shared_parameters=sum(p.numel() for p in models.shared()),
         sample=sample,
         pack=pack,
         memory={on: measure_memory(config, source, pack, checkpointing=on) for on in (False, True)},
@@ -185,10 +185,3 @@ def _parameters(models: RunModels) -> dict[str, tuple[int, int]]:
 def _count(parameters: Any) -> tuple[int, int]:
     pairs = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
     return sum(total for total, _ in pairs), sum(trained for _, trained in pairs)
-
-
-def _shared(models: RunModels) -> int:
-    if models.reference is None:
-        return 0
-    own = {id(parameter) for parameter in models.policy.parameters()}
-    return sum(p.numel() for p in models.reference.model.parameters() if id(p) in own)
