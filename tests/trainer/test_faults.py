@@ -285,7 +285,7 @@ def test_gradients_that_are_no_numbers_change_no_weight_and_stop_the_run(runs, t
     )
 
 
-def test_shards_that_vanish_are_counted_and_asked_for_at_the_next_start(runs, tmp_path, told):
+def test_shards_that_vanish_are_counted_and_asked_for(runs, tmp_path, told):
     shards, run_dir = tmp_path / "shards", tmp_path / "run"
     names = [f"train-{number:06d}.tar" for number in range(24)]
     for name in names:
@@ -302,7 +302,8 @@ def test_shards_that_vanish_are_counted_and_asked_for_at_the_next_start(runs, tm
     bad = [json.loads(line) for line in (run_dir / "bad_records.jsonl").read_text().splitlines()]
     assert {next(name for name in names if name in line["reason"]) for line in bad} <= gone
     assert metrics(run_dir)[-1]["data/bad_records"] == len(bad) > 0
-    running = start(path, tmp_path / "again", *SETTINGS)
-    assert running.wait() == [2]
-    assert "named in index.json but absent; restore it" in running.said()
-    told("shards are removed during the run", "their samples count as bad; the next start asks for them", 0)
+    assert all("absent; restore it" in line["reason"] for line in bad)
+    for path in shards.glob("*.gone"):  # the audit reads the names of samples from their shards
+        path.rename(path.with_suffix(""))
+    assert audit(run_dir).faults == []
+    told("shards are removed during the run", "their samples count as bad and are logged; the run goes on", 0)
