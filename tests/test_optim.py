@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vico_pl.optim import OptimConfig, build_optimizer
+from vico_pl.optim import OptimConfig, build_optimizer, numbered_by_module
 
 
 def build(module, *, num_steps=10, **settings):
@@ -48,3 +48,27 @@ def test_betas_reach_the_optimizer():
     optimizer, _ = build(nn.Linear(2, 1), beta1=0.8, beta2=0.7)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.7)}
+
+
+def test_a_state_numbered_by_the_module_is_loaded_as_the_optimizers_own():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3))
+    model[0].weight.requires_grad_(requires_grad=False)
+
+    def optimizer():
+        return build_optimizer(model.parameters(), OptimConfig(), num_steps=1)["optimizer"]
+
+    first = optimizer()
+    model(torch.ones(1, 3)).square().sum().backward()
+    first.step()
+    numbered = numbered_by_module(first.state_dict(), first, model)
+    # The module lists 0.weight, 0.bias, 1.weight, 1.bias; the groups 1.weight, then 0.bias and 1.bias.
+    assert [group["params"] for group in numbered["param_groups"]] == [[2], [1, 3]]
+    assert {n: tuple(state["exp_avg"].shape) for n, state in numbered["state"].items()} == {
+        1: (2,),
+        2: (3, 2),
+        3: (3,),
+    }
+    second = optimizer()
+    second.load_state_dict(numbered)
+    for parameter in list(model.parameters())[1:]:
+        assert torch.equal(second.state[parameter]["exp_avg"], first.state[parameter]["exp_avg"])

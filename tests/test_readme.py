@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "data" / "README.md",
     ROOT / "docs" / "models.md",
+    ROOT / "docs" / "reliability.md",
     ROOT / "benchmarks" / "README.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -135,6 +135,8 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
         "trainer.log_every",
         "trainer.num_nodes",
         "trainer.strategy",
+        "trainer.timeout_s",
+        "trainer.watchdog_s",
     )
     before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.structured(c)))) for c in (old, new))
     names = [name for name in before.keys() | after.keys() if name not in harmless]

@@ -47,3 +47,20 @@ def clip_gradients(optimizer: torch.optim.Optimizer, *, max_norm: float) -> floa
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     clip_grads_with_norm_(trained, max_norm, norm)
     return float(norm)
+
+
+def numbered_by_module(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module
+) -> dict[str, Any]:
+    """Return an optimizer's state with parameters numbered as the module lists them, not as the groups do.
+
+    An optimizer loads either, as it goes by the order within groups; FSDP knows the module's numbers alone.
+    """
+    numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
+    listed = [numbers[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**group, "params": [listed[i] for i in group["params"]]} for group in state["param_groups"]]
+    return {
+        **state,
+        "state": {listed[i]: value for i, value in state["state"].items()},
+        "param_groups": groups,
+    }

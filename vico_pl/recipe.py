@@ -74,6 +74,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
     watchdog_s: float = 600.0  # a rank whose step takes longer says where it waits
+    timeout_s: float = 1800.0  # a rank that waits longer for the others gives up (strategies ddp and fsdp)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -115,6 +116,9 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: StopSignals) -> L.Traine
 
 
 def _strategy(config: TrainerConfig) -> str | Strategy:
+    timeout = timedelta(seconds=config.timeout_s)
+    if config.strategy == "ddp":
+        return DDPStrategy(timeout=timeout)
     if config.strategy != "fsdp":
         return config.strategy
     per_node = int(config.devices) if config.devices != "auto" else max(torch.cuda.device_count(), 1)
@@ -123,6 +127,7 @@ def _strategy(config: TrainerConfig) -> str | Strategy:
         data_parallel_size=per_node * config.num_nodes,
         tensor_parallel_size=1,
         save_distributed_checkpoint=False,
+        timeout=timeout,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vico_pl.model.sharding import shard_model
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients
+from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients, numbered_by_module
 from vico_pl.stages.ranks import Ranks
 from vico_pl.types import Batch, Share
 
@@ -127,6 +127,12 @@ class Stage(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""
         return build_optimizer(self.parameters(), self.optim, num_steps=self.num_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Number the optimizer's state as FSDP does, which takes it amiss otherwise."""
+        if checkpoint.get("optimizer_states") and not self.is_sharded:
+            (state,), (optimizer,) = checkpoint["optimizer_states"], self.trainer.optimizers
+            checkpoint["optimizer_states"] = [numbered_by_module(state, optimizer, self)]
 
     def _facts(self, share: Share) -> ShareFacts:
         return ShareFacts(

@@ -88,6 +88,7 @@ class ConsistencyStage(Stage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is as the model folder has it: beside adapters, most of every checkpoint."""
+        super().on_save_checkpoint(checkpoint)
         for name in self._as_in_the_folder():
             checkpoint["state_dict"].pop(name, None)  # with sharded weights, ranks but the first have none
 

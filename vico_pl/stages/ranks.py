@@ -16,9 +16,19 @@ class Ranks:
         self._group: Any = distributed.new_group(backend="gloo") if world > 1 else None
 
     def gather(self, value: Value) -> list[Value]:
-        """Return everyone's value in the order of the ranks; any small object will do."""
+        """Return everyone's value in the order of the ranks; any small object will do.
+
+        Raises:
+            ConnectionError: another rank is gone.
+        """
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        distributed.all_gather_object(values, value, group=self._group)
+        try:
+            distributed.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"another rank is gone ({str(error).splitlines()[0]}); its own log says why; "
+                "the same command goes on from the newest checkpoint"
+            ) from error
         return values

@@ -102,12 +102,11 @@ def _plain_members(content: bytes) -> list[tuple[str, bytes]] | None:
             return None
         size = int(header[124:136].rstrip(b" \0"), 8)
         begin = place + tarfile.BLOCKSIZE
-        end = begin + size
-        name = header[:100].partition(b"\0")[0]
-        if end > len(content) or not name.isascii() or name.endswith(b"/"):
-            return None
-        members.append((name.decode(), content[begin:end]))
         place = begin + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        name = header[:100].partition(b"\0")[0]
+        if place > len(content) or not name.isascii() or name.endswith(b"/"):
+            return None
+        members.append((name.decode(), content[begin : begin + size]))
     return None if content[place:].strip(b"\0") else members
 
 
