@@ -86,7 +86,12 @@ def start(recipe, run_dir, log, **options):
 
 
 @pytest.mark.parametrize(
-    "strategies", [("ddp", "auto", "ddp"), ("fsdp", "fsdp", "fsdp"), ("fsdp", "auto", "fsdp")]
+    "strategies",
+    [
+        pytest.param(("ddp", "auto", "ddp"), marks=pytest.mark.slow),
+        pytest.param(("fsdp", "fsdp", "fsdp"), marks=pytest.mark.slow),
+        ("fsdp", "auto", "ddp"),
+    ],
 )
 def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tmp_path, strategies):
     recipe, unbroken, changed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "changed"
@@ -105,7 +110,7 @@ def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tm
     assert said.startswith("12 steps in 3 attempts")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_killed_ranks_end_with_the_weights_of_an_unbroken_run_bit_for_bit(runs, tmp_path, strategy):
     recipe, unbroken, killed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "killed"
     finish(recipe, unbroken, ranks=2, strategy=strategy)
