@@ -1,3 +1,4 @@
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,14 @@ def test_any_number_of_ranks_and_workers_gives_the_same_global_batches_byte_for_
             module, world=world, num_workers=num_workers, first_step=first_step, num_steps=5 - first_step
         )
         assert found == expected[first_step:]
+
+
+def test_shares_travel_to_worker_processes_without_the_trainer(module):
+    module.trainer = SimpleNamespace(
+        global_step=0, global_rank=0, world_size=2, of=lambda: "no pickle holds this"
+    )
+    shares = pickle.loads(pickle.dumps(module.train_dataloader().dataset))
+    assert next(iter(shares)).ids == next(iter(module.train_dataloader().dataset)).ids
 
 
 def test_an_epoch_over_ranks_holds_every_sample_once(module):

@@ -110,10 +110,11 @@ class Shares(IterableDataset[Share]):
     """A rank's share of every step from `first_step` on; worker k of w makes every w-th."""
 
     def __init__(self, data: DataModule, *, first_step: int, rank: int, world: int) -> None:
-        """Serve one rank of `world`."""
+        """Serve one rank of `world`. What travels to worker processes is no trainer and no model."""
         super().__init__()
-        self.data, self.first_step, self.rank, self.world = data, first_step, rank, world
-        self.limits = data.config.packs
+        self.first_step, self.rank, self.world = first_step, rank, world
+        self.config, self.indexes, self.order = data.config, data.indexes, data.order
+        self.chat, self.cost = data.chat, data.cost
         self.stages = build_stages(
             data.indexes,
             order=data.order,
@@ -121,7 +122,7 @@ class Shares(IterableDataset[Share]):
             chat=data.chat,
             cost=data.cost,
             image_limits=data.config.images,
-            pack_limits=self.limits,
+            pack_limits=data.config.packs,
         )
 
     def __iter__(self) -> Iterator[Share]:
@@ -137,7 +138,7 @@ class Shares(IterableDataset[Share]):
 
         All ranks deal alike, from estimates, and so know how many packs the rank with most will make.
         """
-        size = self.data.config.batch_size
+        size = self.config.batch_size
         positions = range(step * size, (step + 1) * size)
         if self.world == 1:
             return list(positions), 1
@@ -149,16 +150,16 @@ class Shares(IterableDataset[Share]):
     def _num_packs(self, estimates: Sequence[tuple[float, int, int]]) -> int:
         costs = [cost for cost, _, _ in estimates]
         tiles, tokens = [tiles for _, tiles, _ in estimates], [tokens for _, _, tokens in estimates]
-        return len(split_into_packs(costs, tiles, tokens, self.limits))
+        return len(split_into_packs(costs, tiles, tokens, self.config.packs))
 
     def _estimate(self, position: int) -> tuple[float, int, int]:
         """Return cost, tiles and tokens of a sample that was not read yet."""
-        place = self.data.order(position)
-        size = self.data.indexes[place.source].size_of(place.sample)
-        tiles_per_image = estimated_tiles(size, self.data.config.tiling)
+        place = self.order(position)
+        size = self.indexes[place.source].size_of(place.sample)
+        tiles_per_image = estimated_tiles(size, self.config.tiling)
         text, num_tiles = size.text_tokens, sum(tiles_per_image)
-        cost = self.data.cost(position, tiles_per_image, text)
-        return cost, num_tiles, text + num_tiles * self.data.chat.full_tokens_per_tile
+        cost = self.cost(position, tiles_per_image, text)
+        return cost, num_tiles, text + num_tiles * self.chat.full_tokens_per_tile
 
 
 def open_sources(config: DataConfig) -> list[ShardIndex]:
