@@ -151,6 +151,7 @@ def stopped_at_a_checkpoint(recipe_path, run_dir):
     running.wait(supervised=True)
 
 
+@pytest.mark.slow  # the limit also meets what coverage writes
 def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(runs, unbroken, tmp_path, told):
     run_dir = tmp_path / "run"
     stopped_at_a_checkpoint(runs / "consistency.yaml", run_dir)
