@@ -11,7 +11,7 @@ One sample goes through them in the order below:
 shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch -> Share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 Role = Literal["human", "gpt"]
 Image = UInt8[Tensor, "3 H W"]
+Content = bytes | memoryview  # of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Record:
 
     shard: str  # file name of the shard
     key: str  # the part of the member names before the first dot
-    files: dict[str, bytes]  # member extension -> content: {"jpg": ..., "json": ...}
+    files: Mapping[str, Content]  # member extension -> content: {"jpg": ..., "json": ...}
 
     @property
     def id(self) -> str:

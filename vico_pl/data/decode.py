@@ -16,7 +16,7 @@ import PIL.ImageOps
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
-from vico_pl.types import BadRecord, Image, Record, Role, Sample, Turn
+from vico_pl.types import BadRecord, Content, Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_TOKEN = "<image>"
@@ -127,7 +127,7 @@ def _parse_annotation(record: Record) -> Any:
     if "json" not in record.files:
         raise RecordError(f"no .json member; found {sorted(record.files)}", kind="json")
     try:
-        return json.loads(record.files["json"])
+        return json.loads(bytes(record.files["json"]))
     except (ValueError, RecursionError) as error:
         raise RecordError(f"JSON: {error}", kind="json") from error
 
@@ -170,7 +170,7 @@ def _image_number(name: str) -> int:
     return int(number) if number.isdecimal() and len(number) < 10 else 0
 
 
-def _decode_image(name: str, content: bytes, limits: ImageLimits) -> Image:
+def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
     """Decode an image; whatever its decoder raises makes a `RecordError`.
 
     On hostile bytes that may be any exception: OSError, SyntaxError, struct.error, RuntimeError, ...
@@ -187,7 +187,7 @@ def _decode_image(name: str, content: bytes, limits: ImageLimits) -> Image:
         raise RecordError(f"{place}: {reason}", kind="image") from error
 
 
-def _pixels(content: bytes, limits: ImageLimits) -> Image:
+def _pixels(content: Content, limits: ImageLimits) -> Image:
     """Decode by content: torchvision for grey and RGB JPEGs, Pillow for all else.
 
     The pixels of both are the same and so, nearly, is the speed. But torchvision 0.29 ends the process
@@ -202,7 +202,7 @@ def _pixels(content: bytes, limits: ImageLimits) -> Image:
         if _num_scans(content) > _MAX_SCANS:
             raise RecordError(f"more than {_MAX_SCANS} scans", kind="image_limit")
         if image.mode in ("L", "RGB"):
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            data = torch.frombuffer(content, dtype=torch.uint8)  # no copy: nothing writes to it
             return decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
     elif getattr(image, "is_animated", False):
         reason = "several frames, expected one: no question says which one it is about"
@@ -210,7 +210,7 @@ def _pixels(content: bytes, limits: ImageLimits) -> Image:
     return _pixels_by_pillow(image, content)
 
 
-def _open_image(content: bytes) -> PIL.Image.Image:
+def _open_image(content: Content) -> PIL.Image.Image:
     """Read the header alone."""
     try:
         return PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
@@ -231,13 +231,13 @@ def _check_size(image: PIL.Image.Image, limits: ImageLimits) -> None:
         raise RecordError(reason, kind="image_limit")
 
 
-def _num_scans(jpeg: bytes) -> int:
+def _num_scans(jpeg: Content) -> int:
     """Count the marks of a scan's beginning, eight times as fast as `bytes.count`."""
     values = np.frombuffer(jpeg, np.uint8)
     return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
 
 
-def _pixels_by_pillow(image: PIL.Image.Image, content: bytes) -> Image:
+def _pixels_by_pillow(image: PIL.Image.Image, content: Content) -> Image:
     if image.format == "PNG":
         image.verify()  # checksums of all chunks up to the end, which decoding does not look at
         image = _open_image(content)

@@ -141,15 +141,10 @@ class RecordReader:
         number, place = self._index.place(sample)
         shard, opened = self._index.names[number], self._index.open(number)
         start, end = opened.span(place)
-        where = f"bytes {start} to {end} of {shard}"
-        if end - start > MAX_RECORD_BYTES:
-            raise RecordError(f"{where} are more than a record may have ({MAX_RECORD_BYTES})", kind="tar")
         try:
-            key, files = read_members(os.pread(opened.descriptor, end - start, start))
-        except OSError as error:
-            raise RecordError(f"{where} cannot be read: {error.strerror}", kind="io") from error
+            key, files = _read_range(opened.descriptor, start, end)
         except RecordError as error:
-            raise RecordError(f"{where} are no record: {error}", kind=error.kind) from error
+            raise RecordError(f"bytes {start} to {end} of {shard} {error}", kind=error.kind) from error
         return Record(shard=shard, key=key, files=files)
 
     def expect(self, shards: Sequence[int]) -> None:
@@ -159,6 +154,17 @@ class RecordReader:
         self._expected = shards
         # A daemon: nobody waits for what nobody will read when the process ends.
         Thread(target=_fetch_all, args=(self._index.shards, shards), daemon=True).start()
+
+
+def _read_range(descriptor: int, start: int, end: int) -> tuple[str, dict[str, memoryview]]:
+    if end - start > MAX_RECORD_BYTES:
+        raise RecordError(f"are more than a record may have ({MAX_RECORD_BYTES})", kind="tar")
+    try:
+        return read_members(os.pread(descriptor, end - start, start))
+    except OSError as error:
+        raise RecordError(f"cannot be read: {error.strerror}", kind="io") from error
+    except RecordError as error:
+        raise RecordError(f"are no record: {error}", kind=error.kind) from error
 
 
 def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING) -> ShardIndex:

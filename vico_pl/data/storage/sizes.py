@@ -13,6 +13,7 @@ import PIL.Image
 
 from vico_pl.data.decode import IMAGE_EXTENSIONS, RecordError
 from vico_pl.data.storage.tars import MAX_RECORD_BYTES, read_members
+from vico_pl.types import Content
 
 _PIECES = re.compile(r"[A-Za-z]{1,6}|[^\sA-Za-z]")  # a word is one for each six letters
 _ORIENTATION = 0x0112  # EXIF: from 5 on the camera lay on its side
@@ -32,7 +33,7 @@ class SampleSize(NamedTuple):
 UNKNOWN_SIZE = SampleSize(0, 0, 0, 0)
 
 
-def measure_record(files: Mapping[str, bytes]) -> SampleSize:
+def measure_record(files: Mapping[str, Content]) -> SampleSize:
     """Measure a record: member extension -> content.
 
     >>> measure_record({"json": b'{"conversations": [{"value": "Who?"}, {"value": "me"}]}'})
@@ -70,16 +71,16 @@ def _measure_bytes(content: bytes) -> SampleSize:
         return UNKNOWN_SIZE
 
 
-def _text_tokens(content: bytes) -> int:
+def _text_tokens(content: Content) -> int:
     """Count about what a tokenizer would; it decides which rank reads a sample and nothing else."""
     try:
-        turns = json.loads(content)["conversations"]
+        turns = json.loads(bytes(content))["conversations"]
         return sum(len(_PIECES.findall(turn["value"])) for turn in turns)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 0
 
 
-def _image_size(content: bytes) -> tuple[int, int]:
+def _image_size(content: Content) -> tuple[int, int]:
     """Return (width, height) as seen; zeros if the header is unreadable, for whatever reason."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
