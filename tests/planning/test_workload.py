@@ -100,3 +100,19 @@ def test_without_shards_usual_figures_are_taken(config):
     found = read_samples(config().data)
     assert (found.tiles, found.text_tokens, found.num_samples) == (5, 200, None)
     assert "assumed" in found.origin
+
+
+def test_a_range_of_shards_counts_what_it_names(config, tmp_path):
+    names = ["train-0.tar", "train-1.tar", "train-2.tar"]
+    entries = [ShardEntry(name=name, num_samples=count) for name, count in zip(names, (9, 7, 5), strict=True)]
+    write_entries(entries, tmp_path / INDEX_NAME)
+    for name in names:
+        (tmp_path / name).touch()
+
+    def count(named: str) -> int | None:
+        return read_samples(config(data={"sources": [{"path": f"{tmp_path}/{named}"}]}).data).num_samples
+
+    assert count("train-{0..1}.tar") == 16
+    assert count("train-[12].tar") == 12
+    assert count("train-{0..3}.tar") is None  # the last is not counted
+    assert count("other-*.tar") is None

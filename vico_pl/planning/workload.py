@@ -14,6 +14,7 @@ import numpy as np
 from vico_pl.data.module import DataConfig
 from vico_pl.data.packing import estimated_tiles
 from vico_pl.data.storage.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
+from vico_pl.data.storage.locations import parse_source
 from vico_pl.data.storage.sizes import SampleSize
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
@@ -37,7 +38,7 @@ class SampleShape:
 
 def read_samples(config: DataConfig) -> SampleShape:
     """Read what lies beside the shards of a recipe; without it, take usual figures."""
-    found = [_read_source(Path(source.path)) for source in config.sources]
+    found = [_read_source(source.path) for source in config.sources]
     sizes = [SampleSize(*row) for _, rows in found for row in rows.tolist()]
     counts = [count for count, _ in found]
     num_samples = sum(counts) if counts and all(counts) else None
@@ -164,15 +165,24 @@ def _router(config: RunConfig, parts: _Parts) -> SampleWork:
     )
 
 
-def _read_source(folder: Path) -> tuple[int, np.ndarray]:
-    """Return how many samples a folder of shards has, and the sizes of the first; 0 and none if not known."""
+def _read_source(text: str) -> tuple[int, np.ndarray]:
+    """Return how many samples local shards have, and the sizes of the first; 0 and none if not known."""
+    nothing = np.empty((0, 4), dtype=np.int32)
+    try:
+        source = parse_source(text, allow_pipe=True)
+    except ValueError:  # the shards are on another machine
+        return 0, nothing
+    index = Path(source.base, INDEX_NAME)
+    if not source.is_local or not index.is_file():
+        return 0, nothing
     sizes: list[np.ndarray] = []
-    if not (folder / INDEX_NAME).is_file():
-        return 0, np.empty((0, 4), dtype=np.int32)
-    entries = parse_entries((folder / INDEX_NAME).read_bytes(), where=str(folder / INDEX_NAME))
-    for entry in entries:
-        stored = map_sizes(sizes_path(folder / entry.name), count=entry.num_samples)
+    known = {entry.name: entry for entry in parse_entries(index.read_bytes(), where=str(index))}
+    names = list(known) if source.names is None else source.names
+    if not known.keys() >= set(names):  # the run counts the others
+        return 0, nothing
+    for name in names:
+        stored = map_sizes(sizes_path(index.parent / name), count=known[name].num_samples)
         if stored is not None and sum(map(len, sizes)) < MAX_MEASURED:
             sizes.append(np.asarray(stored))
-    rows = np.concatenate(sizes)[:MAX_MEASURED] if sizes else np.empty((0, 4), dtype=np.int32)
-    return sum(entry.num_samples for entry in entries), rows
+    rows = np.concatenate(sizes)[:MAX_MEASURED] if sizes else nothing
+    return sum(known[name].num_samples for name in names), rows
