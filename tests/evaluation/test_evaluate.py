@@ -122,7 +122,8 @@ def test_the_same_seed_gives_the_same_report_and_another_seed_another_lot(sessio
 
 def records_of(folder):
     index = read_index(folder)
-    return [(record.key, record.files) for record in map(RecordReader(index), range(index.num_samples))]
+    records = map(RecordReader(index), range(index.num_samples))
+    return [(record.key, {name: bytes(file) for name, file in record.files.items()}) for record in records]
 
 
 def test_bad_records_shift_nothing(session, answered, evaluated, tmp_path):

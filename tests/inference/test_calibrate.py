@@ -144,7 +144,7 @@ def test_retention_is_relative_to_full_tokens(session, answered, tmp_path):
 def original_image(folder, sample_id):
     index = read_index(folder)
     records = map(RecordReader(index), range(index.num_samples))
-    return next(record.files["png"] for record in records if record.id == sample_id)
+    return next(bytes(record.files["png"]) for record in records if record.id == sample_id)
 
 
 def test_the_choice_is_read_back_by_a_session(curve, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 RELEASED_HEADS = 16  # attention heads of the routers in released checkpoints
 
@@ -63,11 +64,11 @@ class AttentionPooling(nn.Module):
 
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T C"]:
         """Return the pooled vector of each tile."""
-        query = self.query_token.expand(len(features), 1, -1)  # T 1 C
-        query = self.norm1(self.attn1(query, features, features, need_weights=False)[0])
+        query = self.query_token.expand(len(features), -1)  # T C
+        query = self.norm1(_attend(self.attn1, query, features))
         for _ in range(3):
-            query = self.norm2(self.attn2(query, features, features, need_weights=False)[0])
-        return query.squeeze(1)
+            query = self.norm2(_attend(self.attn2, query, features))
+        return query
 
     def requires_grad_(self, requires_grad: bool = True) -> "AttentionPooling":  # noqa: FBT001, FBT002
         """Turn training on or off; what never runs stays off, as DDP would wait for its gradients."""
@@ -75,6 +76,23 @@ class AttentionPooling(nn.Module):
             runs = not name.startswith(("attn3", "norm3", "attn4", "norm4"))
             parameter.requires_grad_(requires_grad and runs)
         return self
+
+
+def _attend(
+    layer: nn.MultiheadAttention, query: Float[Tensor, "T C"], features: Float[Tensor, "T P C"]
+) -> Float[Tensor, "T C"]:
+    """Return what the layer gives for one query per tile, without keys and values of the patches.
+
+    For a single query it takes far less to bring the query to the patches than the patches to the query:
+    q . (K x + b) = (q K) . x + a constant that softmax ignores, and the weighted mean of V x is V times that
+    of x. At 1024 patches and channels this saves 98 % of the layer's operations.
+    """
+    shape = (layer.num_heads, -1, layer.embed_dim)  # H heads of C/H rows
+    (wq, wk, wv), (bq, _, bv) = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
+    heads = linear(query, wq, bq).unflatten(1, shape[:2])
+    probes = torch.einsum("thd,hdc->thc", heads, wk.view(shape))
+    pooled = scaled_dot_product_attention(probes, features, features, scale=heads.shape[-1] ** -0.5)  # T H C
+    return layer.out_proj(torch.einsum("thc,hdc->thd", pooled, wv.view(shape)).flatten(1) + bv)
 
 
 class Gating(nn.Module):
