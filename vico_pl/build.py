@@ -16,6 +16,7 @@ from vico_pl.model.checkpoint.hub import local_folder
 from vico_pl.model.flops import count_flops
 from vico_pl.model.language import set_packed_attention
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.reference_cache import ReferenceCache, fingerprint
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.recipe import DTYPES, PARTS, ModelConfig, RunConfig
 from vico_pl.stages.base import Stage
@@ -36,6 +37,13 @@ def build_run_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     """Build the stage that the recipe names, with its models."""
+    stage = _build_stage(config, tokenizer)
+    if config.trainer.strategy == "fsdp":
+        stage.trained_dtype = DTYPES[config.model.dtype]
+    return stage
+
+
+def _build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     settings, optim, num_steps = config.model, config.optim, config.trainer.max_steps
     if config.stage == "pretrain":
         model = _prepare_policy(_starting_model(settings, tokenizer), config)
@@ -47,14 +55,13 @@ def build_stage(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stage:
     shares = start == compared and config.trainer.strategy != "fsdp"
     if config.stage == "consistency":
         policy = _prepare_policy(policy, config)
-        reference = FrozenReference(original, beside=policy if shares else None)
+        cache = _open_cache(original, config)  # before the reference takes over parts of the policy
+        reference = FrozenReference(original, beside=policy if shares else None, cache=cache)
         return ConsistencyStage(
             policy, reference, config.consistency, optim, num_steps=num_steps, seed=config.seed
         )
-    if policy.router is not None:
-        policy.router.to(DTYPES[settings.dtype])
-    frozen_policy = FrozenReference(_set_speed(policy, config))
-    reference = FrozenReference(original, beside=policy if start == compared else None)
+    frozen_policy = FrozenReference(_prepare_router(policy, config))
+    reference = FrozenReference(original, beside=policy if shares else None)  # shares what is frozen
     return RouterStage(frozen_policy, reference, config.router, optim, num_steps=num_steps)
 
 
@@ -78,8 +85,10 @@ def load_trained(
     state: dict[str, Tensor], config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> VisionLanguageModel:
     """Build the trained model in one piece from weights that were split over ranks."""
-    model = _prepare_policy(_starting_model(config.model, tokenizer), config)
-    model.load_state_dict(state)
+    prepare = _prepare_router if config.stage == "router" else _prepare_policy
+    model = prepare(_starting_model(config.model, tokenizer), config)
+    model.load_state_dict(state, assign=True)  # in the types that training gave them
+    model.language.tie_weights()  # loading replaced one of the two
     return model
 
 
@@ -107,13 +116,28 @@ def _folder(config: ModelConfig, path: str | None = None) -> Path:
     return local_folder(path or config.path)
 
 
+def _open_cache(reference: VisionLanguageModel, config: RunConfig) -> ReferenceCache | None:
+    """Open the cache of the reference's states, if there shall be one."""
+    settings = config.consistency
+    if settings.reference_cache is None:
+        return None
+    name = fingerprint(reference, precision=config.trainer.precision, attention=config.model.attention)
+    return ReferenceCache(
+        Path(settings.reference_cache).expanduser(),
+        fingerprint=name,
+        width=reference.head.shape[1],
+        max_gib=settings.reference_cache_gib,
+    )
+
+
 def _prepare_policy(model: VisionLanguageModel, config: RunConfig) -> VisionLanguageModel:
     """Choose what is trained of a model and how its blocks run."""
     trainable = config.model.trainable
     for name in PARTS:
         part = getattr(model, name)
         if name in trainable:
-            part.to(DTYPES[config.model.dtype])
+            if config.trainer.strategy != "fsdp":  # there it is done once they are split
+                part.to(DTYPES[config.model.dtype])
         else:
             part.requires_grad_(requires_grad=False)
     if "lora" in trainable:
@@ -123,6 +147,13 @@ def _prepare_policy(model: VisionLanguageModel, config: RunConfig) -> VisionLang
         checkpoint_blocks(model.vision)
         checkpoint_blocks(model.language)
     return model
+
+
+def _prepare_router(model: VisionLanguageModel, config: RunConfig) -> VisionLanguageModel:
+    """Choose the type of the router, which is trained alone, and how blocks run."""
+    if model.router is not None:
+        model.router.to(DTYPES[config.model.dtype])
+    return _set_speed(model, config)
 
 
 def _set_speed(model: VisionLanguageModel, config: RunConfig) -> VisionLanguageModel:

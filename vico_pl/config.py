@@ -87,6 +87,7 @@ def check_run(config: RunConfig) -> Iterator[str]:
     if config.stage not in STAGES:
         yield f"stage is '{config.stage}'; expected one of {', '.join(STAGES)}"
     yield from _check_trainable(config)
+    yield from _check_cache(config)
     precision = config.trainer.precision
     if config.model.attention == "flash" and not precision.startswith("bf16"):
         yield f"model.attention is 'flash' but trainer.precision is '{precision}'; set it to bf16-mixed"
@@ -113,6 +114,15 @@ def _check_trainable(config: RunConfig) -> Iterator[str]:
         yield "model.trainable names both language (all its weights) and lora (adapters alone); leave out one"
 
 
+def _check_cache(config: RunConfig) -> Iterator[str]:
+    is_set = config.stage == "consistency" and config.consistency.reference_cache is not None
+    if is_set and config.trainer.strategy == "fsdp":
+        yield (
+            "consistency.reference_cache is set but trainer.strategy is 'fsdp', where all ranks run the "
+            "reference or none does; set trainer.strategy=ddp, or leave the cache out"
+        )
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration as a recipe that gives the same run; never half, as all ranks write it."""
     with atomic_path(path) as temporary:
@@ -122,6 +132,8 @@ def save_config(config: RunConfig, path: Path) -> None:
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """List the settings in which two configurations differ; those that change no result do not count."""
     harmless = (
+        "consistency.reference_cache",
+        "consistency.reference_cache_gib",
         "data.num_workers",
         "data.packs.max_tiles",
         "data.packs.max_tokens",

@@ -99,3 +99,6 @@ def settings_without_effect(config: RunConfig) -> Iterator[str]:
         yield "model.lora has no effect: only a stage whose model.trainable names lora has adapters"
     if config.trainer.activation_checkpointing and not trains_parts:
         yield "trainer.activation_checkpointing has no effect: stage router trains nothing before its blocks"
+    consistency = config.consistency
+    if consistency.kernel == "liger" and consistency.chunk_size != ConsistencyConfig().chunk_size:
+        yield "consistency.chunk_size has no effect: kernel liger chooses how many logits exist at a time"

@@ -23,6 +23,7 @@ from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog
 from vico_pl.callbacks.signals import REQUEUE_SIGNAL, StopSignals, requeue
 from vico_pl.callbacks.steps import StepProgressBar, StepSeed
 from vico_pl.data.module import DataModule
+from vico_pl.losses.liger import check_liger
 from vico_pl.model.adapters import adapters_merged
 from vico_pl.model.checkpoint.folder import save_model
 from vico_pl.model.checkpoint.layout import CONFIG_NAME
@@ -53,6 +54,8 @@ def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None
     trainer = _build_trainer(config, run_dir, stop)
     if config.model.attention == "flash":
         check_flash_attention(trainer.strategy.root_device)
+    if config.stage == "consistency" and config.consistency.kernel == "liger":
+        check_liger(trainer.strategy.root_device)
     tokenizer = build_run_tokenizer(config.model)
     stage = build_stage(config, tokenizer)
     model = stage.trained_model()
@@ -62,6 +65,7 @@ def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None
         full_tokens_per_tile=model.tokens_per_full_tile,
         seed=config.seed,
         cost=sample_cost(config, model),
+        with_digests=config.stage == "consistency" and config.consistency.reference_cache is not None,
     )
     _check_tile_size(config, model)
     with _lock(run_dir):

@@ -12,7 +12,7 @@ shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch -> Share.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -101,7 +101,8 @@ class Batch:
     input_ids: Int64[Tensor, " L"]  # one placeholder per tile, in the order of `tiles`
     response_mask: Bool[Tensor, " L"]
     sample_lengths: Int64[Tensor, " B"]  # tokens before expansion
-    num_response_tokens: int  # R, known without a look at the mask, which may be on a GPU
+    response_lengths: list[int]  # of each sample, known without a look at the mask, which may be on a GPU
+    digests: list[bytes] = field(default_factory=list)  # of each sample's tiles and tokens, if asked for
 
     @property
     def num_samples(self) -> int:
@@ -112,6 +113,11 @@ class Batch:
     def num_tiles(self) -> int:
         """Tiles in the batch, thumbnails counted."""
         return self.tiles.shape[0]
+
+    @property
+    def num_response_tokens(self) -> int:
+        """R, the response tokens of all samples."""
+        return sum(self.response_lengths)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with every tensor on `device`."""

@@ -18,6 +18,7 @@ def test_samples_lie_end_to_end():
     assert batch.tile_to_sample.tolist() == [0, 0, 0, 2, 2, 2, 3]
     assert batch.tiles_per_image == [[3], [], [1, 2], [1]]
     assert batch.positions == [0, 1, 2, 3]
+    assert batch.response_lengths == [4, 5, 6, 2]
     assert batch.num_response_tokens == 17
     assert batch.sample_lengths.tolist() == [len(s.input_ids) for s in samples]
     lengths = batch.sample_lengths.tolist()
@@ -34,6 +35,15 @@ def test_samples_lie_end_to_end():
 
 def test_positions_are_kept():
     assert collate([encoded_sample(1), encoded_sample(2)], positions=[7, -1]).positions == [7, -1]
+
+
+def test_digests_tell_samples_apart_and_are_made_only_if_asked_for():
+    samples = [*mixed_samples(), encoded_sample(1, images=(3,), answers=(4,))]  # the last is the first
+    assert collate(samples).digests == []
+    digests = collate(samples, with_digests=True).digests
+    assert digests[0] == digests[4]
+    assert len(set(digests)) == 4
+    assert {len(digest) for digest in digests} == {16}
 
 
 def test_a_batch_of_text_alone_has_no_tiles():

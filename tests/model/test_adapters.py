@@ -9,6 +9,18 @@ from vico_pl.model.adapters import LoraConfig, adapters_merged, adapters_off, ad
 from vico_pl.model.checkpoint.folder import load_model, save_model
 
 LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+EXPERTS = {
+    **tiny_spec().language,
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+
+
+@pytest.fixture(params=[tiny_spec().language, EXPERTS], ids=["dense", "experts"])
+def language(request):
+    return request.param
 
 
 def adapted(model, *, dtype=torch.float32, trained=True, **config):
@@ -59,7 +71,8 @@ def test_adapters_are_float32_whatever_the_model_is(model, batch):
     assert states(model, batch).dtype == torch.bfloat16
 
 
-def test_with_adapters_off_a_model_is_what_it_was(model, batch):
+def test_with_adapters_off_a_model_is_what_it_was(language, batch):
+    model = tiny_model(language=language)
     expected = states(model, batch)
     adapted(model)
     with adapters_off(model):
@@ -68,7 +81,8 @@ def test_with_adapters_off_a_model_is_what_it_was(model, batch):
     assert not torch.equal(states(model, batch), expected)
 
 
-def test_merged_adapters_are_in_the_weights_under_the_usual_names(model, batch):
+def test_merged_adapters_are_in_the_weights_under_the_usual_names(language, batch):
+    model = tiny_model(language=language)
     names = model.state_dict().keys()
     expected = states(adapted(model), batch)
     with adapters_merged(model):
@@ -76,13 +90,12 @@ def test_merged_adapters_are_in_the_weights_under_the_usual_names(model, batch):
         torch.testing.assert_close(states(model, batch), expected, rtol=0, atol=1e-5)
     assert torch.equal(states(model, batch), expected)
     with adapters_off(model):
-        assert torch.equal(states(model, batch), states(tiny_model(), batch))
+        assert torch.equal(states(model, batch), states(tiny_model(language=language), batch))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_folder_knows_nothing_of_adapters(tmp_path, batch, tied):
-    language = {**tiny_spec().language, "tie_word_embeddings": tied}
-    model = adapted(tiny_model(language=language))
+def test_a_model_folder_knows_nothing_of_adapters(tmp_path, batch, language, tied):
+    model = adapted(tiny_model(language={**language, "tie_word_embeddings": tied}))
     with adapters_merged(model):
         save_model(model, tmp_path)
     torch.testing.assert_close(states(load_model(tmp_path), batch), states(model, batch), rtol=0, atol=1e-5)
@@ -94,10 +107,31 @@ def test_merged_weights_keep_their_type(model):
         assert {p.dtype for p in model.language.parameters()} == {torch.bfloat16}
 
 
-def test_own_parameters_are_named_as_without_adapters(model):
+def test_own_parameters_are_named_as_without_adapters(language):
+    model = tiny_model(language=language)
     names = dict(model.language.named_parameters()).keys()
     assert own_parameters(adapted(model).language).keys() == names
     assert own_parameters(model.vision).keys() == dict(model.vision.named_parameters()).keys()
+
+
+def test_experts_have_adapters_of_their_own_that_are_trained(batch):
+    model = adapted(tiny_model(language=EXPERTS), trained=False)
+    states_of_training = model.response_states(
+        batch, model.encode_tiles(batch.tiles), model.full_ratios(batch)
+    )
+    states_of_training.square().sum().backward()
+    trained = {name: p for name, p in model.language.named_parameters() if p.requires_grad}
+    assert sum(".experts." in name and "lora_B" in name for name in trained) == 4  # two weights, two layers
+    assert all(p.grad.any() for name, p in trained.items() if "lora_B" in name)
+
+
+def test_adapters_of_experts_that_should_have_dropout_are_refused():
+    model = tiny_model(language=EXPERTS)
+    with pytest.raises(
+        ValueError, match=r"dropout is 0.1, .* or model.lora.targets to some of k_proj, o_proj"
+    ):
+        adapted(model, dropout=0.1)
+    adapted(model, dropout=0.1, targets=["q_proj"])
 
 
 def test_targets_that_the_model_lacks_are_told_with_those_it_has(model):

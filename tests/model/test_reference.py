@@ -118,6 +118,19 @@ def test_a_shared_reference_is_that_of_a_copy_before_and_after_the_policy_learns
     assert not torch.equal(response_states(policy.eval(), batch), policy_before)
 
 
+def test_a_reference_shares_experts_that_have_adapters(batch):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    language = {**tiny_spec().language, "model_type": "qwen3_moe", **experts}
+    policy, copy = tiny_model(language=language), FrozenReference(tiny_model(language=language))
+    add_adapters(policy.language, LoraConfig(rank=4))
+    reference = FrozenReference(tiny_model(language=language), beside=policy)
+    assert shared_parts(policy, reference) >= {"language"}
+    before = response_states(policy, batch)
+    train_a_step(policy, batch)
+    assert not torch.equal(response_states(policy, batch), before)
+    assert torch.equal(reference.response_states(batch), copy.response_states(batch))
+
+
 def test_a_shared_reference_leaves_training_as_it_was(batch):
     policy, reference = beside(["connectors", "lora"], dropout=0.5)
     policy.vision.eval()

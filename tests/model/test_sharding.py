@@ -1,6 +1,9 @@
 """Gradients of weights that are split over real processes, held against those of one process."""
 
 import copy
+import os
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,12 +12,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
-from tests.helpers import encoded_sample, tiny_model
+from tests.helpers import encoded_sample, tiny_model, tiny_spec
 from vico_pl.data.collate import collate
+from vico_pl.losses.consistency import consistency_kl
+from vico_pl.model.branches import branch_states
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import shard_model, whole_state
 from vico_pl.optim import OptimConfig, clip_gradients
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
+from vico_pl.stages.ranks import Ranks
+from vico_pl.stages.router import RouterConfig, RouterStage
 
 FILLER = encoded_sample(99, images=(1,), answers=())
 # What each of two ranks runs, pack by pack: other ratios on each, text alone beside images, a filler alone.
@@ -33,10 +40,13 @@ def pack(name, rank):
     return collate(samples, positions=positions)
 
 
+def language_of(*, tied):
+    return {"language": {**tiny_spec().language, "tie_word_embeddings": tied}}
+
+
 def build_stage(*, tied):
-    language = {"language": {**tiny_model().spec.language, "tie_word_embeddings": tied}}
-    model, reference = tiny_model(1, **language).train(), tiny_model(2, **language)
-    model.set_dropout(0.0)
+    model, reference = (tiny_model(seed, **language_of(tied=tied)) for seed in (1, 2))
+    model.train().set_dropout(0.0)
     config = ConsistencyConfig(ratio_draw="tile")
     return ConsistencyStage(model, FrozenReference(reference), config, OptimConfig(), num_steps=1, seed=0)
 
@@ -48,31 +58,98 @@ def whole(tensor):
 def run_sharded(rank, folder, tied):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    stage = build_stage(tied=tied)
+    steps = {"float32": step_in_float32, "mixed": gradients_in_bfloat16, "labels": label_tiles}
+    found = {name: step(rank, mesh, tied) for name, step in steps.items()}
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    distributed.barrier()
+    os._exit(0)  # Python's own end would be an abort if a thread of gloo still held a tensor
+
+
+def shard(stage, mesh, **options):
     for model in stage.sharded_models():
-        shard_model(model, mesh)
+        shard_model(model, mesh, **options)
+
+
+def gradients_of(stage):
+    return {n: whole(p.grad) for n, p in stage.model.named_parameters() if p.grad is not None}
+
+
+def step_in_float32(rank, mesh, tied):
+    stage = build_stage(tied=tied)
+    shard(stage, mesh)
     for name in PACKS:  # the gradients of several packs are added up
         (stage.step(pack(name, rank)).loss_sum * 2).backward()  # ranks are averaged
-    gradients = {n: whole(p.grad) for n, p in stage.model.named_parameters() if p.grad is not None}
+    gradients = gradients_of(stage)
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
     norm = clip_gradients(optimizer, max_norm=0.5)
     optimizer.step()
-    state = whole_state(stage.model)
-    if rank == 0:
-        torch.save({"gradients": gradients, "norm": norm, "state": state}, folder / "found.pt")
-    distributed.destroy_process_group()
+    return {"gradients": gradients, "norm": norm, "state": whole_state(stage.model)}
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_gradients_norm_and_weights_are_those_of_one_process(tmp_path, tied):
-    spawn(run_sharded, (tmp_path, tied), nprocs=2)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+def gradients_in_bfloat16(rank, mesh, tied):
+    """Gradients of one pack, what entered the loss, and what came out."""
+    stage, seen = build_stage(tied=tied), []
+    shard(stage, mesh, dtype=torch.bfloat16)
+
+    def watched(*inputs, **options):
+        seen.extend([*(tensor.detach().clone() for tensor in inputs), consistency_kl(*inputs, **options)])
+        return seen[-1]
+
+    with patch("vico_pl.stages.consistency.consistency_kl", watched), torch.autocast("cpu", torch.bfloat16):
+        loss = stage.step(pack("images", rank)).loss_sum
+    (loss * 2).backward()
+    return {"gradients": gradients_of(stage), "loss": [tensor.detach() for tensor in seen]}
+
+
+def label_tiles(rank, mesh, tied):
+    """What the router learns from ranks of which one has more groups of branches than the other."""
+    stage, passes = build_router_stage(tied=tied), []
+    shard(stage, mesh)
+    stage.is_sharded, stage.ranks = True, Ranks(2)
+    stage.policy.model.language.base_model.register_forward_hook(lambda *_: passes.append(1))
+    learn(stage, [pack(name, rank) for name in PACKS])
+    return {**learned(stage), "passes": stage.ranks.gather(len(passes))}
+
+
+def build_router_stage(*, tied):
+    models = (FrozenReference(tiny_model(seed, **language_of(tied=tied))) for seed in (1, 2))
+    config = RouterConfig(window=20, min_history=1)
+    return RouterStage(*models, config, OptimConfig(), num_steps=1)
+
+
+def learn(stage, packs):
+    with patch("vico_pl.stages.labels.branch_states", partial(branch_states, max_tokens=1)):  # a tile each
+        for result in stage.results(packs):
+            (result.loss_sum * stage.ranks.world).backward()  # ranks are averaged
+
+
+def learned(stage):
+    gradients = {name: whole(p.grad) for name, p in stage.router.named_parameters()}
+    return {"gradients": gradients, "loss_ratios": stage.window.values}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def sharded(request, tmp_path_factory):
+    """What two processes found with sharded weights, and whether embeddings and head are one."""
+    folder = tmp_path_factory.mktemp("sharded")
+    spawn(run_sharded, (folder, request.param), nprocs=2)
+    return torch.load(folder / "found.pt", weights_only=True), request.param
+
+
+def alone(names, *, tied):
+    """The stage of one process after the packs of both ranks."""
     stage = build_stage(tied=tied)
-    before = copy.deepcopy(stage.model.state_dict())
-    for name in PACKS:
+    for name in names:
         for rank in range(2):
             stage.step(pack(name, rank)).loss_sum.backward()
-    expected = {n: p.grad for n, p in stage.model.named_parameters() if p.grad is not None}
+    return stage
+
+
+def test_gradients_norm_and_weights_are_those_of_one_process(sharded):
+    found, stage = sharded[0]["float32"], alone(PACKS, tied=sharded[1])
+    before = copy.deepcopy(stage.model.state_dict())
+    expected = gradients_of(stage)
     assert found["gradients"].keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
@@ -82,3 +159,29 @@ def test_gradients_norm_and_weights_are_those_of_one_process(tmp_path, tied):
     for name, tensor in stage.model.state_dict().items():
         torch.testing.assert_close(found["state"][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in found["state"].items())
+
+
+def test_what_is_computed_in_bfloat16_is_compared_and_summed_in_float32(sharded):
+    found, expected = sharded[0]["mixed"], gradients_of(alone(["images"], tied=sharded[1]))
+    *inputs, kl = found["loss"]
+    assert {tensor.dtype for tensor in inputs} == {torch.bfloat16}
+    exact = consistency_kl(*(tensor.double() for tensor in inputs))
+    torch.testing.assert_close(kl, exact.float(), rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.cat([of[n].flatten() for n in expected]) for of in (found["gradients"], expected))
+    assert ours.dtype == torch.float32
+    assert (ours.bfloat16() != ours).float().mean() > 0.5, "a sum over ranks in bfloat16 would fit into it"
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_labels_and_what_the_router_learns_are_those_of_one_process(sharded):
+    found, stage = sharded[0]["labels"], build_router_stage(tied=sharded[1])
+    stage.ranks = Ranks(1)
+    learn(stage, [pack(name, rank) for name in PACKS for rank in range(2)])
+    expected = learned(stage)
+    assert stage.window.seen == 10
+    assert expected["loss_ratios"][-10:].std() > 0.01
+    torch.testing.assert_close(found["loss_ratios"], expected["loss_ratios"], rtol=1e-5, atol=1e-5)
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+    # Each pack runs at full tokens, and as many groups as the rank with the most tiles has: 3, 2 and 2.
+    assert found["passes"] == [1 + 3 + 1 + 2 + 1 + 2] * 2

@@ -200,6 +200,12 @@ def test_flash_attention_that_is_not_there(problems, recipe, monkeypatch):
     assert "model.attention=sdpa" in problems(path)["attention"]
 
 
+def test_a_loss_kernel_that_does_not_run_here(problems, recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = recipe(stage="consistency", consistency={"kernel": "liger"})
+    assert "consistency.kernel=native" in problems(path)["loss kernel"]
+
+
 def test_a_run_folder_that_cannot_be_made(problems, recipe, tmp_path):
     (tmp_path / "file").write_text("")
     assert "set run_dir" in problems(recipe(run_dir=str(tmp_path / "file" / "run")))["run folder"]

@@ -1,4 +1,5 @@
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model
 from vico_pl.data.collate import collate
+from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage, draw_ratios
@@ -126,6 +128,21 @@ def test_the_loss_is_kl_of_the_reference_at_full_tokens_from_the_policy_at_drawn
     assert (total.item(), count) == (pytest.approx((4 / ratios).sum().item()), 7)
 
 
+def test_kernel_liger_is_given_the_same_sides_and_settings(monkeypatch):
+    def by_ours(*sides, **settings):
+        return consistency_kl(*sides, **settings).sum()
+
+    called = mock.Mock(wraps=by_ours)
+    monkeypatch.setattr("vico_pl.stages.consistency.liger_kl_sum", called)
+    settings = {"reverse_kl": True, "temperature": 2.0}
+    losses = [
+        stage_of(tiny_model(1), tiny_model(2), kernel=kernel, **settings).step(batch_of(*mixed_samples()))
+        for kernel in ("native", "liger")
+    ]
+    assert called.call_count == 1
+    assert losses[0].loss_sum.item() == losses[1].loss_sum.item()
+
+
 def test_a_policy_at_full_tokens_that_is_the_reference_loses_nothing():
     result = stage_of(tiny_model(ratios=[4])).step(batch_of(*mixed_samples()))
     assert result.loss_sum.item() == pytest.approx(0, abs=1e-4)
@@ -156,6 +173,7 @@ def test_checkpoints_hold_the_policy_and_nothing_of_the_reference():
         ({"ratio_draw": "patch"}, "consistency.ratio_draw is 'patch'; expected image, tile or mixed"),
         ({"temperature": 0.0}, "consistency.temperature is 0.0; expected more than 0"),
         ({"chunk_size": 0}, "consistency.chunk_size is 0; expected 1 or more"),
+        ({"reference_cache_gib": 0.0}, "consistency.reference_cache_gib is 0.0; expected more than 0"),
     ],
 )
 def test_settings_that_the_stage_cannot_follow_are_refused(settings, message):

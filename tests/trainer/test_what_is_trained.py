@@ -8,10 +8,14 @@ import torch
 
 from tests.helpers import PLACEHOLDER_ID, batch_of, mixed_samples
 from tests.runs import break_run, differing, run, watch_steps, weights
+from vico_pl.build import build_run_tokenizer, build_stage
 from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.config import load_config
 from vico_pl.model.checkpoint.folder import load_model
+from vico_pl.model.sharding import cast_trained
 from vico_pl.trainer import is_finished
 
+SPLIT = ("trainer.strategy=fsdp", "model.trainable=[connectors,language]")
 LORA = ("model.trainable=[connectors,lora]", "model.lora={rank: 4, dropout: 0.2}")
 
 
@@ -54,6 +58,16 @@ def test_checkpoints_of_a_run_with_adapters_hold_no_weights_of_the_model_folder(
     run_dir, stage = lora_run
     checkpoint = torch.load(newest_checkpoint(run_dir), weights_only=True)
     assert checkpoint["state_dict"].keys() == {n for n, p in stage.named_parameters() if p.requires_grad}
+
+
+def test_weights_to_be_split_stay_as_stored_until_each_rank_has_its_part(runs):
+    """What is trained would otherwise lie whole, and in float32, in the memory of every rank of a node."""
+    recipe = load_config(runs / "consistency.yaml", ["model.frozen_dtype=bfloat16", *SPLIT])
+    stage = build_stage(recipe, build_run_tokenizer(recipe.model))
+    assert {tensor.dtype for tensor in stage.parameters()} == {torch.bfloat16}
+    cast_trained(stage.model, stage.trained_dtype)
+    types = {name.split(".")[1]: p.dtype for name, p in stage.named_parameters()}
+    assert types == {"vision": torch.bfloat16, "connectors": torch.float32, "language": torch.float32}
 
 
 @pytest.mark.parametrize("trained", [LORA, ("model.trainable=[vision]",)], ids=["adapters", "a part"])
@@ -111,6 +125,11 @@ def test_a_run_goes_on_compiled_where_it_began_uncompiled(runs, tmp_path, monkey
         (["model.trainable=[language,lora]"], "model.trainable names both language .* and lora"),
         (["model.attention=flash"], "model.attention is 'flash' but trainer.precision is '32-true'"),
         (["model.attention=ring"], "model.attention is 'ring'; expected one of sdpa, flash"),
+        (["consistency.kernel=triton"], "consistency.kernel is 'triton'; expected native or liger"),
+        (
+            ["consistency.reference_cache=x", "trainer.strategy=fsdp"],
+            "consistency.reference_cache is set but trainer.strategy is 'fsdp'",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_told(runs, tmp_path, settings, told):
@@ -126,6 +145,15 @@ def test_flash_attention_on_a_cpu_is_told_before_training(runs, tmp_path):
             "model.attention=flash",
             "trainer.precision=bf16-mixed",
         )
+
+
+def test_kernel_liger_on_a_cpu_is_told_before_training(runs, tmp_path):
+    settings = "consistency.kernel=liger", "consistency.chunk_size=8"
+    with (
+        pytest.raises(ValueError, match=r"kernel is 'liger', .* but this run is on cpu"),
+        pytest.warns(UserWarning, match="chunk_size has no effect"),
+    ):
+        run(runs / "consistency.yaml", f"run_dir={tmp_path}", *settings)
 
 
 @pytest.mark.parametrize(

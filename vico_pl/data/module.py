@@ -74,10 +74,12 @@ class DataModule(L.LightningDataModule):
         full_tokens_per_tile: int,
         seed: int,
         cost: SampleCost | None = None,
+        with_digests: bool = False,
     ) -> None:
         """Open the shards, so that a missing one is found before anything else is built.
 
         `cost` of a sample decides which rank takes it; without one, its tokens at full vision tokens do.
+        Batches have digests of their samples if asked for.
         """
         super().__init__()
         if not config.sources:
@@ -87,6 +89,7 @@ class DataModule(L.LightningDataModule):
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
         self.order = build_order(config, self.indexes, seed=seed)
         self.cost = cost or partial(_num_tokens, tokens_per_tile=full_tokens_per_tile)
+        self.with_digests = with_digests
 
     def train_dataloader(self) -> DataLoader[Share]:
         """Return an endless loader that goes on at the trainer's global step."""
@@ -123,6 +126,7 @@ class Shares(IterableDataset[Share]):
             cost=data.cost,
             image_limits=data.config.images,
             pack_limits=data.config.packs,
+            with_digests=data.with_digests,
         )
 
     def __iter__(self) -> Iterator[Share]:

@@ -33,6 +33,7 @@ def build_stages(
     cost: SampleCost,
     image_limits: ImageLimits = DEFAULT_LIMITS,
     pack_limits: PackLimits = PackLimits(),  # noqa: B008 - frozen
+    with_digests: bool = False,
 ) -> list[Stage]:
     """Return the stages that turn the positions of a share into that share."""
     filler = filler_sample(tiling, chat)
@@ -43,7 +44,12 @@ def build_stages(
         partial(apply, function=chat.encode, kind="length"),
         partial(name_sources, order=order, names=[str(index.folder) for index in sources]),
         partial(
-            pack, limits=pack_limits, cost=cost, filler=filler, tokens_per_tile=chat.full_tokens_per_tile
+            pack,
+            limits=pack_limits,
+            cost=cost,
+            filler=filler,
+            tokens_per_tile=chat.full_tokens_per_tile,
+            with_digests=with_digests,
         ),
     ]
 
@@ -90,6 +96,7 @@ def pack(
     cost: SampleCost,
     filler: EncodedSample,
     tokens_per_tile: int,
+    with_digests: bool = False,
     min_packs: int = 1,
 ) -> Iterator[Share]:
     """Gather all items into one share, of at least `min_packs` packs if it has as many samples.
@@ -103,14 +110,15 @@ def pack(
     texts = [len(item.input_ids) - count for (_, item), count in zip(good, tiles, strict=True)]
     tokens = [text + count * tokens_per_tile for text, count in zip(texts, tiles, strict=True)]
     costs = [cost(p, item.tiles_per_image, text) for (p, item), text in zip(good, texts, strict=True)]
+    lay = partial(collate, with_digests=with_digests)
     packs = []
     for chosen in split_into_packs(costs, tiles, tokens, limits, min_packs=min_packs):
         members = [good[index] for index in chosen]
         if not any(tiles[index] for index in chosen):
             members.append((-1, filler))
-        packs.append(collate([item for _, item in members], positions=[position for position, _ in members]))
+        packs.append(lay([item for _, item in members], positions=[position for position, _ in members]))
     bad = [item for _, item in items if isinstance(item, BadRecord)]
-    alone = collate([filler], positions=[-1])
+    alone = lay([filler], positions=[-1])
     yield Share(packs=packs or [alone], bad_records=bad, filler=alone)
 
 

@@ -155,8 +155,8 @@ def _sweep(
 ) -> _Swept:
     """Walk over the tokens in chunks; `row_weights` multiply each token's part in the head's gradient."""
     dtype = _accumulating_type(inputs)
-    policy, head = _operands(inputs[0], inputs[1], dtype)
-    reference = _operands(inputs[2], inputs[3], dtype)
+    policy, head = operands(inputs[0], inputs[1], dtype)
+    reference = operands(inputs[2], inputs[3], dtype)
     kl = policy.new_empty(len(policy), dtype=dtype)
     to_states = torch.empty_like(policy, dtype=dtype) if with_states else None
     to_head = torch.zeros_like(head, dtype=dtype) if with_head else None
@@ -193,7 +193,7 @@ def _accumulating_type(inputs: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _operands(states: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def operands(states: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return states and head as the matrix products take them.
 
     CUDA multiplies bfloat16 into float32. Elsewhere such a product is rounded to bfloat16, so both are

@@ -2,8 +2,13 @@
 
 They are put into the model in place, so that it keeps its class. With adapters off it is the model they were
 added to, bit for bit; with adapters merged it has the names and the outputs of a model without any.
+
+Experts keep the weights of all in one tensor. With `all-linear` such tensors get adapters too, and one module
+may carry several, each around the one before.
 """
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,7 +29,8 @@ class LoraConfig:
     rank: int = 16
     alpha: int = 32  # an adapter's output is multiplied by alpha / rank
     dropout: float = 0.0  # of an adapter's input, 0 to 1
-    targets: str | list[str] = ALL_LINEAR  # all-linear, or names of linear layers such as [q_proj, v_proj]
+    # all-linear (experts are, too), or names of linear layers such as [q_proj, v_proj].
+    targets: str | list[str] = ALL_LINEAR
 
     def __post_init__(self) -> None:
         """Refuse what no adapter can be made of."""
@@ -46,7 +52,8 @@ def add_adapters(language: PreTrainedModel, config: LoraConfig) -> None:
     The output layer gets none: losses use its weight, not its output.
 
     Raises:
-        ValueError: peft is not installed, or a target is no linear layer of the model.
+        ValueError: peft is not installed, a target is no linear layer of the model, or experts should have
+            dropout.
     """
     try:
         import peft
@@ -54,12 +61,15 @@ def add_adapters(language: PreTrainedModel, config: LoraConfig) -> None:
         raise ValueError(
             "model.trainable names lora, which needs peft: pip install 'vico_pl[lora]'"
         ) from error
-    _check_targets(language, config.targets)
+    _check_targets(language, config)
     language.requires_grad_(requires_grad=False)
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets
     )
-    peft.inject_adapter_in_model(settings, language.base_model, _NAME)
+    with warnings.catch_warnings():
+        # peft looks for the patterns that it made for experts among modules, where they are parameters.
+        warnings.filterwarnings("ignore", message=r"The following \w+_pattern keys did not match")
+        peft.inject_adapter_in_model(settings, language.base_model, _NAME)
     for adapter in (parameter for parameter in language.parameters() if parameter.requires_grad):
         adapter.data = adapter.data.float()
 
@@ -81,7 +91,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def adapters_merged(model: nn.Module) -> Iterator[None]:
     """Put plain layers in the place of adapted ones, for as long as the model is written."""
-    adapted = _adapted_layers(model)
+    adapted = {name: layer for name, layer in _adapted_layers(model).items() if not _is_within_another(name)}
     for name, layer in adapted.items():
         model.set_submodule(name, _merged_layer(layer))
     try:
@@ -95,20 +105,26 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters by the names they have without adapters, and none of an adapter's."""
     adapters = tuple(f"{name}.lora_" for name in _adapted_layers(model))
     return {
-        name.replace(".base_layer.", "."): parameter
+        re.sub(r"(\.base_layer)+\.", ".", name): parameter
         for name, parameter in model.named_parameters()
         if not name.startswith(adapters)
     }
 
 
-def _check_targets(language: PreTrainedModel, targets: str | list[str]) -> None:
+def _check_targets(language: PreTrainedModel, config: LoraConfig) -> None:
     modules = language.base_model.named_modules()
     known = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
-    unknown = [] if isinstance(targets, str) else sorted(set(targets) - known)
+    unknown = [] if isinstance(config.targets, str) else sorted(set(config.targets) - known)
     if unknown:
         raise ValueError(
             f"model.lora.targets names {', '.join(unknown)}; "
             f"the linear layers of this language model are {', '.join(sorted(known))}"
+        )
+    has_experts = any(parameter.ndim == 3 for parameter in language.parameters())
+    if has_experts and config.targets == ALL_LINEAR and config.dropout > 0:
+        raise ValueError(
+            f"model.lora.dropout is {config.dropout}, but adapters of experts have none; "
+            f"set it to 0, or model.lora.targets to some of {', '.join(sorted(known))}"
         )
 
 
@@ -116,9 +132,17 @@ def _adapted_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
+def _is_within_another(name: str) -> bool:
+    """Say whether an adapted layer is a module of experts that an adapter of another weight stands around."""
+    return name.endswith(".base_layer")
+
+
 def _merged_layer(adapted: Any) -> nn.Module:
-    """Return a copy of a layer with its adapter added to its weight; off the GPU, which may lack room."""
+    """Return a copy of a layer with its adapters added to its weights; off the GPU, which may lack room."""
     layer = deepcopy(adapted.get_base_layer()).cpu()
-    merged = layer.weight + adapted.get_delta_weight(_NAME).cpu()  # of the more exact type of the two
-    layer.weight.data = merged.detach().to(layer.weight.dtype)
+    while hasattr(adapted, "lora_A"):
+        weight = getattr(layer, getattr(adapted, "parameter_name", "weight"))
+        merged = weight + adapted.get_delta_weight(_NAME).cpu()  # of the more exact type of the two
+        weight.data = merged.detach().to(weight.dtype)
+        adapted = adapted.base_layer
     return layer

@@ -7,7 +7,7 @@ is left to run when tile b is compressed; it goes on from the keys and values of
     branch of b                     b       question response
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +53,12 @@ def branch_states(
     *,
     ratio: int,
     max_tokens: int = MAX_TOKENS,
+    num_groups: Callable[[int], int] = int,
 ) -> BranchStates:
     """Run a batch at full tokens, and every branch with its tile at `ratio`.
 
-    Branches run in groups of at most `max_tokens` tokens, or one by one where a single one has more.
+    Branches run in groups of at most `max_tokens` tokens, or one by one where a single one has more. Told how
+    many groups there are, `num_groups` says how many shall run; those beyond are of one token and no use.
     """
     kept: KeyValues = {}
     full_ratios = policy.full_ratios(batch)
@@ -74,11 +76,15 @@ def branch_states(
         compressed_length=policy.vision.num_patches // ratio,
     )
     states = full[branches.response_origin]
-    for chosen, tokens in _groups(branches.lengths, max_tokens):
+    groups = list(_groups(branches.lengths, max_tokens))
+    idle = num_groups(len(groups)) - len(groups)  # asked before any runs: others may wait for this answer
+    for chosen, tokens in groups:
         hidden = _run(policy, branches, chosen, embeddings[branches.tokens[tokens]], tokens, kept)
         places = branches.response_places - tokens.start
         here = ((places >= 0) & (places < len(hidden))).nonzero().squeeze(1)
         states[here] = hidden[places[here]]
+    for _ in range(idle):
+        run_packed(policy.language, spliced.embeddings[:1], spliced.position_ids[:1], [1])
     return BranchStates(
         full=full,
         branches=states,

@@ -1,14 +1,14 @@
 """Weights split over ranks (FSDP2): each keeps a part and gathers a block's whole only while it runs.
 
 Ranks must gather the same blocks in the same order, or they compute with each other's weights without an
-error. So every pack has a tile, every rank runs as many packs, and connectors of ratios that were not drawn
-run on nothing.
+error. So every pack has a tile, every rank runs as many packs, and as many groups of branches in each, and
+connectors of ratios that were not drawn run on nothing.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -21,16 +21,23 @@ def shard_model(model: VisionLanguageModel, mesh: DeviceMesh, *, dtype: torch.dt
     """Split a model over the ranks of a mesh; `dtype` is what it is gathered and computed in.
 
     What belongs to no block is gathered when the model is first called in a step and stays so until its
-    gradients are there, or until `release`: the head is used by the loss, outside any forward.
+    gradients are there, or until `release`: the head is used by the loss, outside any forward. The router,
+    which is trained apart from the rest, is gathered when it runs.
     """
     settings: dict[str, Any] = {"mesh": mesh}
     if dtype is not None:
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in [*find_blocks(model.vision), *find_blocks(model.language)]:
+    routers = [] if model.router is None else [model.router]
+    for block in [*find_blocks(model.vision), *find_blocks(model.language), *routers]:
         fully_shard(block, **settings)
     fully_shard(model, **settings, reshard_after_forward=False)
     for method in ("encode_tiles", "response_states"):
         register_fsdp_forward_method(model, method)
+
+
+def cast_trained(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Give the weights that are trained their type, of which a rank of a sharded model has only its part."""
+    model._apply(lambda tensor: tensor.to(dtype) if tensor.requires_grad else tensor)  # noqa: SLF001
 
 
 def release(model: VisionLanguageModel) -> None:
@@ -44,4 +51,6 @@ def whole_state(model: VisionLanguageModel) -> dict[str, Tensor]:
     state: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
+    # A thread of gloo may still hold a part of it: a rank that ended right away would be aborted.
+    distributed.barrier()
     return state

@@ -23,6 +23,7 @@ from vico_pl.config import load_config
 from vico_pl.data.inspect import read_samples
 from vico_pl.data.shards import read_index
 from vico_pl.data.tokenizer import load_tokenizer
+from vico_pl.losses.liger import check_liger
 from vico_pl.model.checkpoint.folder import check_tensors, open_folder, own_tensors
 from vico_pl.model.checkpoint.hub import is_hub_id, split_revision
 from vico_pl.model.checkpoint.layout import CONFIG_NAME
@@ -108,6 +109,8 @@ def recipe_checks(config: RunConfig) -> Iterator[tuple[str, Check]]:
             yield "model", partial(check_model, path)
     if config.model.attention == "flash":
         yield "attention", check_attention
+    if config.stage == "consistency" and config.consistency.kernel == "liger":
+        yield "loss kernel", check_kernel
     plan = cache(partial(build_plan, config))  # made by the first that needs it
     yield "run folder", partial(check_run_dir, config, plan)
     yield "memory of the run", partial(check_fit, config, plan)
@@ -225,8 +228,14 @@ def check_model(path: str) -> str:
 
 def check_attention() -> str:
     """Say whether flash attention can run."""
-    check_flash_attention(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_flash_attention(_device())
     return "flash-attn is installed"
+
+
+def check_kernel() -> str:
+    """Say whether liger-kernel can compute the loss."""
+    check_liger(_device())
+    return "liger-kernel is installed"
 
 
 def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
@@ -290,6 +299,10 @@ def _check_tasks(environment: Mapping[str, str], config: RunConfig) -> None:
             f"the job has {tasks} tasks, but the recipe takes {ranks} processes ({config.trainer.devices} "
             f"devices on {wanted} nodes); set --ntasks-per-node to the devices of a node"
         )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _package_problems(requirement: Requirement) -> Iterator[str]:

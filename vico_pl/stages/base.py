@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from vico_pl.model.sharding import shard_model
+from vico_pl.model.sharding import cast_trained, shard_model
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients, numbered_by_module
 from vico_pl.stages.ranks import Ranks
@@ -51,6 +51,8 @@ class Stage(L.LightningModule):
     ranks: Ranks
     stop_requested = False  # of this rank
     is_sharded = False
+    # What trained weights get when they are split; before, each rank would hold all of them in it.
+    trained_dtype: torch.dtype | None = None
 
     def __init__(self, optim: OptimConfig, *, num_steps: int) -> None:
         """Keep the settings. In Lightning's words optimization is manual: a step has a backward per pack."""
@@ -86,14 +88,12 @@ class Stage(L.LightningModule):
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             for model in self.sharded_models():
                 shard_model(model, mesh["data_parallel"], dtype=dtype)
+            if self.trained_dtype is not None:
+                cast_trained(self.trained_model(), self.trained_dtype)
             self.is_sharded = True
 
     def sharded_models(self) -> list[VisionLanguageModel]:
-        """Return the models to split.
-
-        Raises:
-            ValueError: the stage cannot be run so.
-        """
+        """Return the models to split."""
         return [self.trained_model()]
 
     def training_step(self, share: Share, _: int) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vico_pl.losses.consistency import consistency_kl
+from vico_pl.losses.liger import liger_kl_sum
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
@@ -25,7 +26,12 @@ class ConsistencyConfig:
     ratio_draw: str = "mixed"  # one ratio per image (the report), per tile, or either with probability 1/2
     temperature: float = 1.0
     reverse_kl: bool = False  # KL(policy || reference) instead, for ablation
-    chunk_size: int = 256  # response tokens whose logits exist at a time
+    # What computes the loss: native, or liger (on CUDA, by the liger-kernel package).
+    kernel: str = "native"
+    chunk_size: int = 256  # native: response tokens whose logits exist at a time
+    # Folder where the reference's states are kept, so that later epochs and runs need not compute them again.
+    reference_cache: str | None = None
+    reference_cache_gib: float = 100.0  # what the folder may hold; when it does, no more is kept
 
     def __post_init__(self) -> None:
         """Refuse what the stage cannot do."""
@@ -33,8 +39,13 @@ class ConsistencyConfig:
             raise ValueError(f"consistency.ratio_draw is '{self.ratio_draw}'; expected image, tile or mixed")
         if self.temperature <= 0:
             raise ValueError(f"consistency.temperature is {self.temperature}; expected more than 0")
+        if self.kernel not in ("native", "liger"):
+            raise ValueError(f"consistency.kernel is '{self.kernel}'; expected native or liger")
         if self.chunk_size < 1:
             raise ValueError(f"consistency.chunk_size is {self.chunk_size}; expected 1 or more")
+        if self.reference_cache_gib <= 0:
+            given = f"consistency.reference_cache_gib is {self.reference_cache_gib}"
+            raise ValueError(f"{given}; expected more than 0")
 
 
 class ConsistencyStage(Stage):
@@ -65,18 +76,11 @@ class ConsistencyStage(Stage):
         features = self.model.encode_tiles(batch.tiles)
         policy = self.model.response_states(batch, features, ratios)
         reference = self.reference.response_states(batch, policy_features=features)
-        kl = consistency_kl(
-            policy,
-            self.model.head,
-            reference,
-            self.reference.head,
-            temperature=self.config.temperature,
-            reverse=self.config.reverse_kl,
-            chunk_size=self.config.chunk_size,
-        )
+        loss_sum = self._divergence(policy, reference)
         release(self.reference.model)
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
-        return StepResult(loss_sum=kl.sum(), metrics={"vision_tokens/fraction": fraction})
+        metrics = {"vision_tokens/fraction": fraction, **self._cache_metrics()}
+        return StepResult(loss_sum=loss_sum, metrics=metrics)
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the policy."""
@@ -98,6 +102,23 @@ class ConsistencyStage(Stage):
             return
         own = self.state_dict()
         checkpoint["state_dict"].update({name: own[name] for name in self._as_in_the_folder()})
+
+    def _divergence(self, policy: Float[Tensor, "R D"], reference: Float[Tensor, "R D2"]) -> Tensor:
+        """Return the loss, summed over the response tokens."""
+        sides, config = (policy, self.model.head, reference, self.reference.head), self.config
+        if config.kernel == "liger":
+            return liger_kl_sum(*sides, temperature=config.temperature, reverse=config.reverse_kl)
+        kl = consistency_kl(
+            *sides, temperature=config.temperature, reverse=config.reverse_kl, chunk_size=config.chunk_size
+        )
+        return kl.sum()
+
+    def _cache_metrics(self) -> dict[str, Mean]:
+        """Say whether the last pack's states of the reference were in the cache, if it has one."""
+        cache = self.reference.cache
+        if cache is None or cache.served is None:
+            return {}
+        return {"reference_cache/hit": Mean(float(cache.served), 1)}
 
     def _as_in_the_folder(self) -> list[str]:
         """Name the frozen weights of the parts that a folder always has; fresh connectors it has not."""

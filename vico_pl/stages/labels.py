@@ -1,5 +1,7 @@
 """What router labels are made from: how much worse the answer gets when a tile is compressed."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -21,12 +23,14 @@ def tile_loss_ratios(
     *,
     mode: str,
     epsilon: float,
+    num_groups: Callable[[int], int] = int,
 ) -> Float[Tensor, " T"]:
     """Return for every tile how much compressing it multiplies the loss of its sample.
 
     `mode` is `tile` (only the tile in question is compressed) or `image` (all at once); `epsilon` in nats is
     added to both losses. The vision encoder and the reference run once per sample; the policy's language
-    model once at full tokens and then, for each tile, on what stands behind it.
+    model once at full tokens and then, for each tile, on what stands behind it, in groups of tiles
+    (`num_groups`: see `branch_states`).
     """
     target, ratio = reference.response_states(batch), policy.ratios[-1]
     same = torch.arange(len(target), device=target.device)
@@ -39,7 +43,7 @@ def tile_loss_ratios(
         kl = _divergence(policy, reference, torch.cat(both), target, origin=torch.cat([same, same]))
         full, compressed = (mean_per_sample(part, batch) for part in kl.chunk(2))
         return loss_ratio(compressed, full, epsilon=epsilon)[batch.tile_to_sample]
-    found = branch_states(policy, batch, features, ratio=ratio)
+    found = branch_states(policy, batch, features, ratio=ratio, num_groups=num_groups)
     origin = torch.cat([same, found.response_origin])
     kl = _divergence(policy, reference, torch.cat([found.full, found.branches]), target, origin=origin)
     full = mean_per_sample(kl[: len(same)], batch)[batch.tile_to_sample]

@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, router_targets
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
@@ -90,19 +91,29 @@ class RouterStage(Stage):
         return self.policy.model
 
     def sharded_models(self) -> list[VisionLanguageModel]:
-        """Refuse: ranks label different numbers of branches, and would gather different blocks."""
-        raise ValueError(
-            "stage router trains the router alone and cannot run with trainer.strategy=fsdp; set it to ddp"
-        )
+        """Return policy and reference."""
+        return [self.policy.model, self.reference.model]
 
     @torch.no_grad()
     def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
         """Return the patch features and the loss ratio of every tile."""
         features = self.policy.model.encode_tiles(batch.tiles)
-        mode, epsilon = self.config.label_mode, self.config.epsilon
-        return features, tile_loss_ratios(
-            self.policy.model, self.reference, batch, features, mode=mode, epsilon=epsilon
+        ratios = tile_loss_ratios(
+            self.policy.model,
+            self.reference,
+            batch,
+            features,
+            mode=self.config.label_mode,
+            epsilon=self.config.epsilon,
+            num_groups=self._most_groups,
         )
+        for model in self.sharded_models():
+            release(model)
+        return features, ratios
+
+    def _most_groups(self, number: int) -> int:
+        """Return the most groups of branches that any rank has: with sharded weights all run as many."""
+        return max(self.ranks.gather(number)) if self.is_sharded else number
 
     def _remember(self, packs: list[Batch], ratios: list[Tensor]) -> None:
         """Add the loss ratios of all ranks to the window, in the order of the run: the same on each."""
