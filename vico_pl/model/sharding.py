@@ -8,7 +8,7 @@ connectors of ratios that were not drawn run on nothing.
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -20,19 +20,23 @@ from vico_pl.model.vlm import VisionLanguageModel
 def shard_model(model: VisionLanguageModel, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
     """Split a model over the ranks of a mesh; `dtype` is what it is gathered and computed in.
 
-    What belongs to no block is gathered when the model is first called in a step and stays so until its
-    gradients are there, or until `release`: the head is used by the loss, outside any forward. The router,
-    which is trained apart from the rest, is gathered when it runs.
+    What belongs to no unit is gathered when the model is first called in a step and stays so until its
+    gradients are there, or until `release`: the head is used by the loss, outside any forward.
     """
     settings: dict[str, Any] = {"mesh": mesh}
     if dtype is not None:
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    routers = [] if model.router is None else [model.router]
-    for block in [*find_blocks(model.vision), *find_blocks(model.language), *routers]:
-        fully_shard(block, **settings)
+    for unit in split_units(model):
+        fully_shard(unit, **settings)
     fully_shard(model, **settings, reshard_after_forward=False)
     for method in ("encode_tiles", "response_states"):
         register_fsdp_forward_method(model, method)
+
+
+def split_units(model: VisionLanguageModel) -> list[nn.Module]:
+    """Return what is gathered as one: all blocks, and the router, which runs apart from the rest."""
+    routers = [] if model.router is None else [model.router]
+    return [*find_blocks(model.vision), *find_blocks(model.language), *routers]
 
 
 def cast_trained(model: VisionLanguageModel, dtype: torch.dtype) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from vico_pl.data.collate import collate
-from vico_pl.model.blocks import checkpoint_blocks, find_blocks
+from vico_pl.model.blocks import checkpoint_blocks
+from vico_pl.model.sharding import split_units
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.meter import DeviceRules, MemoryMeter, no_autocast_on_meta
 from vico_pl.planning.models import ModelSource, RunModels, build_models
@@ -48,8 +49,8 @@ class RunMemory:
     optimizer: float  # bytes
     largest: float  # bytes of the largest trained weight
     pack: Terms  # alive at the highest point of a pack's step
-    unit: float  # bytes of the largest block of all, which FSDP gathers whole
-    root: float  # bytes of what is in no block: embeddings, head, connectors
+    unit: float  # bytes of the largest unit of all (block, router), which FSDP gathers whole
+    root: float  # bytes of what is in no unit: embeddings, head, connectors
 
 
 def measure_memory(config: RunConfig, source: ModelSource, pack: Pack, *, checkpointing: bool) -> RunMemory:
@@ -58,8 +59,8 @@ def measure_memory(config: RunConfig, source: ModelSource, pack: Pack, *, checkp
     trained = models.trained()
     whole, policy = (num_bytes(p) for p in (models.parameters(), models.policy.parameters()))
     gradients = num_bytes(trained)
-    parts = [part for network in _networks(models) for part in (network.vision, network.language)]
-    blocks = {id(block): num_bytes(block.parameters()) for part in parts for block in find_blocks(part)}
+    units = [unit for network in _networks(models) for unit in split_units(network)]
+    sizes = {id(unit): num_bytes(unit.parameters()) for unit in units}  # both models may share one
     return RunMemory(
         weights={
             "policy weights": policy,
@@ -70,8 +71,8 @@ def measure_memory(config: RunConfig, source: ModelSource, pack: Pack, *, checkp
         optimizer=2 * gradients,  # AdamW keeps two averages of each gradient, in the type of the weight
         largest=max(num_bytes([parameter]) for parameter in trained),
         pack=pack_terms(config, models, pack, checkpointing=checkpointing),
-        unit=max(blocks.values()),
-        root=whole - sum(blocks.values()),
+        unit=max(sizes.values()),
+        root=whole - sum(sizes.values()),
     )
 
 

@@ -56,8 +56,6 @@ class Plan:
 
     def layouts(self) -> list[Layout]:
         """Return the layouts to show."""
-        if self.config.stage == "router":  # which FSDP cannot run
-            return [Layout(world=1, sharded=False), Layout(world=2, sharded=False)]
         worlds = sorted({*WORLDS, *([self.world] if self.world else [])})
         sharded = [Layout(world=world, sharded=True) for world in worlds if world > 1]
         return [Layout(world=1, sharded=False), Layout(world=2, sharded=False), *sharded]
@@ -113,9 +111,9 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     )
 
 
-def smallest_layout(memory: RunMemory, memory_gib: float, *, max_world: int = MAX_WORLD) -> Layout | None:
-    """Return the layout with the fewest GPUs that fits; None: none up to `max_world` does."""
-    worlds = [2**n for n in range(max_world.bit_length())]
+def smallest_layout(memory: RunMemory, memory_gib: float) -> Layout | None:
+    """Return the layout with the fewest GPUs that fits; None: none up to `MAX_WORLD` does."""
+    worlds = [2**n for n in range(MAX_WORLD.bit_length())]
     layouts = [Layout(world=world, sharded=world > 1) for world in worlds]
     return next((layout for layout in layouts if _fits(memory, layout, memory_gib)), None)
 

@@ -84,13 +84,12 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 def advice(plan: Plan) -> Iterator[str]:
     """Say what fits where, and what would make it fit."""
     memory = plan.memory[plan.config.trainer.activation_checkpointing]
-    too_small, max_world = [], 1 if plan.config.stage == "router" else MAX_WORLD
+    too_small = []
     for name, gpu in GPUS.items():
-        layout = smallest_layout(memory, gpu.memory_gib, max_world=max_world)
+        layout = smallest_layout(memory, gpu.memory_gib)
         usable = f"{gpu.memory_gib * USABLE:.0f} GiB usable"
         if layout is None:
-            over = f", not even sharded by FSDP over {max_world} GPUs" if max_world > 1 else ""
-            yield f"{name} ({usable}): does not fit{over}."
+            yield f"{name} ({usable}): does not fit, not even sharded by FSDP over {MAX_WORLD} GPUs."
         elif layout.world == 1:
             yield f"{name} ({usable}): fits on each GPU; several of them work under DDP{_ddp(plan, name)}."
         else:
