@@ -37,6 +37,7 @@ _LOWERED = {
     torch.mm,
     torch.addmm,
     torch.baddbmm,
+    torch.einsum,  # of the products that it becomes
 }
 _RAISED = {functional.layer_norm, functional.softmax, torch.softmax, torch.pow, torch.rsqrt, Tensor.pow}
 
