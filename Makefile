@@ -223,8 +223,8 @@ types: $(INSTALLED) ## Check types (mypy strict)
 
 # --- Benchmarks --------------------------------------------------------------------------------------------------
 
-bench: $(INSTALLED) ## Measure speed and memory against their goals: about 12 minutes, 10 GiB of memory
-	for name in kl labels step inference data plan; do $(BIN)/python benchmarks/$$name.py; done
+bench: $(INSTALLED) ## Measure speed and memory against their goals: about 14 minutes, 10 GiB of memory
+	for name in kl labels step scaling inference data plan; do $(BIN)/python benchmarks/$$name.py; done
 
 # --- Cleaning: fixed names only, so that no setting can point it at your data -------------------------------------
 

@@ -67,7 +67,7 @@ class TrainerConfig:
     devices: str = "auto"  # per node
     num_nodes: int = 1
     strategy: str = "auto"  # auto, ddp, or fsdp: weights, gradients and optimizer split over all ranks
-    precision: str = "32-true"
+    precision: str = "32-true"  # or bf16-mixed: computed in bfloat16, weights kept as model.dtype says
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
     compile: bool = False  # torch.compile for each block: minutes at the start, faster steps
     checkpoint_every: int = 100  # steps between checkpoints
@@ -75,6 +75,11 @@ class TrainerConfig:
     log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
     watchdog_s: float = 600.0  # a rank whose step takes longer says where it waits
     timeout_s: float = 1800.0  # a rank that waits longer for the others gives up (strategies ddp and fsdp)
+
+    def __post_init__(self) -> None:
+        """Refuse what turns weights and batches into another type."""
+        if self.precision.endswith("-true") and self.precision != "32-true":
+            raise ValueError(f"trainer.precision is '{self.precision}'; expected 32-true or bf16-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)

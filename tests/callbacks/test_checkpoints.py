@@ -1,4 +1,5 @@
 import shutil
+import tempfile
 from unittest import mock
 
 import lightning as L
@@ -14,14 +15,12 @@ def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["step.ckpt"]
 
-    def full_disk(_, target, *__):
+    def full_disk(_, target):
         with open(target, "wb") as file:
             file.write(b"half a checkpoint")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(
-        "vico_pl.callbacks.checkpoints.TorchCheckpointIO.save_checkpoint", lambda _, c, t, __: full_disk(c, t)
-    )
+    monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(ValueError, match=r"could not be written .No space left.*; the one before is whole"):
         io.save_checkpoint({"step": 2}, path)
     assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
@@ -36,6 +35,16 @@ def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypa
     with pytest.raises(ValueError, match=expected):
         AtomicCheckpointIO().save_checkpoint(state, tmp_path / "step.ckpt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_written_once_and_not_put_together_in_memory(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(tempfile, "mkstemp", lambda *_, **__: pytest.fail("another folder has room, too?"))
+    monkeypatch.setattr(
+        torch, "save", lambda state, target: written.append(target) or target.write_bytes(b"")
+    )
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "step.ckpt")
+    assert written == [tmp_path / "step.ckpt.partial"]
 
 
 def save(run_dir, step, **state):

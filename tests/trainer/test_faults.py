@@ -16,7 +16,6 @@ from functools import cache
 
 import pytest
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from tests.helpers import record
 from tests.processes import audit, finish, newest_step, start, steps_taken
@@ -145,7 +144,7 @@ def small_files(_):
 
     No other file is meant: of a whole run of the tests, coverage leaves more when the process ends.
     """
-    save = TorchCheckpointIO.save_checkpoint
+    save = torch.save
 
     def save_what_fits(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
@@ -154,7 +153,7 @@ def small_files(_):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    TorchCheckpointIO.save_checkpoint = save_what_fits
+    torch.save = save_what_fits
 
 
 def stopped_at_a_checkpoint(recipe_path, run_dir):

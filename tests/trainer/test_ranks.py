@@ -30,11 +30,8 @@ def command(recipe, run_dir, *, ranks, workers=0, strategy=None, settings=()):
     return [*start, *EXACT, *parallel, *settings]
 
 
-def finish(recipe, run_dir, **options):
-    done = subprocess.run(
-        command(recipe, run_dir, **options), capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def finish(recipe, run_dir, *settings, ranks, strategy):
+    processes.finish(recipe, run_dir, *EXACT, f"trainer.strategy={strategy}", *settings, ranks=ranks)
     assert is_finished(run_dir)
 
 
@@ -74,7 +71,7 @@ def test_any_number_of_ranks_gives_the_run_of_one(runs, tmp_path, stage, ranks, 
     run(recipe, f"run_dir={alone}", *EXACT)
     finish(recipe, several, ranks=ranks, strategy=strategy)
     assert_alike(several, alone, tolerance=2e-3)
-    assert audit(several)[0] == 0
+    assert processes.audit(several).faults == []
 
 
 def kill_when(run_dir, process, *, step, victim):
@@ -116,7 +113,7 @@ def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tm
             process = start(recipe, changed, log, **parallel, settings=length)
             kill_when(changed, process, step=step, victim=all_of_it)
             assert newest_checkpoint(changed) is not None, (tmp_path / "log").read_text()
-    finish(recipe, changed, ranks=4, strategy=strategies[2], settings=length)
+    finish(recipe, changed, *length, ranks=4, strategy=strategies[2])
     assert_alike(changed, unbroken, tolerance=5e-3)
     code, said = audit(changed)
     assert code == 0, said
@@ -178,7 +175,7 @@ def test_adapters_and_recomputation_go_on_sharded_and_back(
     run(recipe, f"run_dir={alone}", *EXACT, *settings)
     break_run(monkeypatch, recipe, f"run_dir={changing}", *EXACT, *settings)
     go_on_from(changing, step=2)
-    processes.finish(recipe, changing, *EXACT, *settings, "trainer.strategy=fsdp", ranks=2)
+    finish(recipe, changing, *settings, ranks=2, strategy="fsdp")
     stay_near(changing, alone, loss=loss)
     checkpoint = torch.load(newest_checkpoint(changing), weights_only=True)
     assert {tensor.dtype for tensor in tensors_of(checkpoint)} == {torch.float32}

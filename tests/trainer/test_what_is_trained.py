@@ -124,6 +124,7 @@ def test_a_run_goes_on_compiled_where_it_began_uncompiled(runs, tmp_path, monkey
         (["model.trainable=[router]"], "stage consistency has nothing to train"),
         (["model.trainable=[language,lora]"], "model.trainable names both language .* and lora"),
         (["model.attention=flash"], "model.attention is 'flash' but trainer.precision is '32-true'"),
+        (["trainer.precision=bf16-true"], "trainer.precision is 'bf16-true'; expected 32-true or bf16-mixed"),
         (["model.attention=ring"], "model.attention is 'ring'; expected one of sdpa, flash"),
         (["consistency.kernel=triton"], "consistency.kernel is 'triton'; expected native or liger"),
         (

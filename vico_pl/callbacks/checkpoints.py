@@ -71,6 +71,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save; at every moment `path` is either the old checkpoint or the new one.
 
+        Not by Lightning's own way, which puts the whole file together in memory and then writes it to the
+        folder for temporary files first, where nobody looked for room.
+
         Raises:
             ValueError: the disk has no room; what was saved before is as it was.
         """
@@ -79,7 +82,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         temporary = path.with_name(f"{path.name}.partial")
         _check_room(checkpoint, path.parent)
         try:
-            super().save_checkpoint(checkpoint, temporary, storage_options)
+            torch.save(checkpoint, temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
