@@ -339,19 +339,45 @@ def test_a_small_divergence_of_bfloat16_states_is_not_lost_in_rounding(autocast)
         check_small_divergence()
 
 
-def test_a_small_divergence_survives_slopes_in_bfloat16():
-    # As on CUDA, whose products take bfloat16 and give float32; here they are imitated.
+@pytest.fixture
+def widening(monkeypatch):
+    """Products as on CUDA, which take bfloat16 and give float32; returns the types of all that were made."""
+    real, seen = (torch.mm, torch.addmm), []
+
     def mm(left, right, *, out, out_dtype=None):
-        assert (left.dtype, right.dtype, out.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-        return out.copy_(left.float() @ right.float())
+        seen.append({left.dtype, right.dtype})
+        return real[0](left.float(), right.float(), out=out)
 
     def addmm(added, left, right, *, out, out_dtype):
-        assert (left.dtype, right.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-        return out.copy_(added + left.float() @ right.float())
+        seen.append({left.dtype, right.dtype})
+        return out.copy_(real[1](added, left.float(), right.float()))
 
-    as_they_are = mock.patch.object(consistency, "operands", lambda states, head, _: (states, head))
-    with as_they_are, mock.patch.object(torch, "mm", mm), mock.patch.object(torch, "addmm", addmm):
-        check_small_divergence()
+    monkeypatch.setattr(consistency, "widens_products", lambda _: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    return seen
+
+
+def test_a_small_divergence_survives_slopes_in_bfloat16(widening):
+    check_small_divergence()
+    assert widening == [{torch.bfloat16}] * 4 * (len(widening) // 4)
+    assert widening
+
+
+def test_under_autocast_float32_weights_are_rounded_as_for_all_other_products(widening):
+    inputs = tensors(9, dtype=torch.float32)
+    rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kl = consistency_kl(*inputs, chunk_size=4)
+    exact = naive_kl(*rounded)
+    kl.sum().backward()
+    exact.sum().backward()
+    assert set.union(*widening) == {torch.bfloat16}
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(inputs[:2], rounded[:2], strict=True):
+        assert mine.grad.dtype == torch.float32
+        assert (mine.grad.bfloat16() != mine.grad).any(), "a sum in bfloat16 would fit into it"
+        assert relative_error(mine.grad, theirs.grad) < 1e-2
 
 
 @pytest.mark.gpu
@@ -359,7 +385,7 @@ def test_a_small_divergence_is_not_lost_on_cuda():
     check_small_divergence("cuda")
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_nothing_where_products_round():
     plain, cast = tensors(9, dtype=torch.float32), tensors(9, dtype=torch.float32)
     weights = torch.linspace(1, 2, 9)
     (consistency_kl(*plain) * weights).sum().backward()

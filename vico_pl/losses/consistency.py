@@ -196,13 +196,27 @@ def _accumulating_type(inputs: Sequence[Tensor]) -> torch.dtype:
 def operands(states: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return states and head as the matrix products take them.
 
-    CUDA multiplies bfloat16 into float32. Elsewhere such a product is rounded to bfloat16, so both are
-    converted first, once for all chunks. So is float16, whose range is too small for slopes below 6e-8.
+    CUDA multiplies bfloat16 into float32: under autocast, what is kept in float32 is rounded as it is for all
+    other products. Elsewhere such a product is rounded to bfloat16, so both are converted to `dtype` first,
+    once for all chunks. So is float16, whose range is too small for slopes below 6e-8.
     """
-    both_bfloat16 = states.dtype == head.dtype == torch.bfloat16
-    if both_bfloat16 and states.is_cuda and dtype == torch.float32:
-        return states, head
+    if dtype == torch.float32 and widens_products(states.device):
+        types = {states.dtype, head.dtype}
+        if types == {torch.bfloat16} or autocast_type(states.device) == torch.bfloat16:
+            return states.to(torch.bfloat16), head.to(torch.bfloat16)
     return states.to(dtype), head.to(dtype)
+
+
+def widens_products(device: torch.device) -> bool:
+    """Say whether a device gives products of bfloat16 in float32; `meta` stands for one that does."""
+    return device.type in ("cuda", "meta")
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type that autocast computes in; None: it is off."""
+    available = torch.amp.is_autocast_available(device.type)
+    is_on = available and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
 
 
 def _buffers(num_rows: int, head: Tensor, dtype: torch.dtype) -> list[Float[Tensor, "n V"]]:

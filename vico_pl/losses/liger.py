@@ -66,8 +66,8 @@ def liger_kl_sum(
     fused = import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(
         jsd_beta=float(reverse), temperature=temperature, accum_dtype=torch.float32
     )
+    policy = operands(policy_states, policy_head, torch.float32)
+    reference = operands(reference_states.detach(), reference_head.detach(), torch.float32)
     with torch.autocast(policy_states.device.type, enabled=False):
-        policy = operands(policy_states, policy_head, torch.float32)
-        reference = operands(reference_states.detach(), reference_head.detach(), torch.float32)
         mean: Tensor = fused(*policy, *reference, None)
     return mean * num_tokens

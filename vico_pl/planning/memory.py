@@ -18,7 +18,7 @@ from vico_pl.data.collate import collate
 from vico_pl.model.blocks import checkpoint_blocks
 from vico_pl.model.sharding import split_units
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.meter import DeviceRules, MemoryMeter, no_autocast_on_meta
+from vico_pl.planning.meter import DeviceRules, MemoryMeter, autocast_on_meta
 from vico_pl.planning.models import ModelSource, RunModels, build_models
 from vico_pl.planning.steps import STEPS
 from vico_pl.recipe import RunConfig
@@ -115,12 +115,13 @@ def pack_terms(config: RunConfig, models: RunModels, pack: Pack, *, checkpointin
     gradients = [p.grad for p in trained if p.grad is not None]
     batch = draw_batch(models.policy, pack)
     meter = MemoryMeter([*models.parameters(), *gradients, *_buffers(models), batch.tiles])
-    rules = DeviceRules(AUTOCAST.get(config.trainer.precision), meter)
+    lowered = AUTOCAST.get(config.trainer.precision)
+    rules = DeviceRules(lowered, meter)
     if checkpointing:
         for part in (models.policy.vision, models.policy.language):
             rules.hold_within(part)
             checkpoint_blocks(part)
-    with no_autocast_on_meta(), meter, rules:
+    with autocast_on_meta(lowered), meter, rules:
         loss = STEPS[config.stage](config, models, batch, meter)
         rules.forget_casts()
         with meter.part("backward pass"):

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from vico_pl.losses import consistency
 from vico_pl.model.blocks import find_blocks
 from vico_pl.model.language import Segments
 
@@ -43,14 +44,20 @@ _RAISED = {functional.layer_norm, functional.softmax, torch.softmax, torch.pow, 
 
 
 @contextmanager
-def no_autocast_on_meta() -> Iterator[None]:
-    """Let code pass that turns off autocast for its tensors' device: `meta` has none, and PyTorch refuses."""
+def autocast_on_meta(lowered: torch.dtype | None = None) -> Iterator[None]:
+    """Let code pass that turns off autocast for its tensors' device or asks for its type, here `lowered`.
+
+    `meta` has none, and PyTorch refuses.
+    """
     real = torch.autocast
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         return nullcontext() if device_type == "meta" else real(device_type, *args, **kwargs)
 
-    with patch.object(torch, "autocast", autocast):
+    with (
+        patch.object(torch, "autocast", autocast),
+        patch.object(consistency, "autocast_type", lambda _: lowered),
+    ):
         yield
 
 
@@ -126,6 +133,8 @@ class DeviceRules(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             query, key, value = (self._lower(tensor) for tensor in args[:3])
             return _FusedAttention.apply(query, key, value)
+        if "out" in kwargs:  # autocast leaves these alone
+            return func(*args, **kwargs)
         if self._lowered is not None and func in _LOWERED:
             args, kwargs = tree_map(self._lower, (tuple(args), kwargs))
         elif self._lowered is not None and func in _RAISED:

@@ -9,7 +9,7 @@ from vico_pl.model.adapters import add_adapters
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
-from vico_pl.planning.meter import METERED_ATTENTION, no_autocast_on_meta
+from vico_pl.planning.meter import METERED_ATTENTION, autocast_on_meta
 from vico_pl.recipe import DTYPES, PARTS, ModelConfig, RunConfig
 
 
@@ -54,7 +54,7 @@ def with_routing(spec: ModelSpec, config: ModelConfig) -> ModelSpec:
 def build_models(config: RunConfig, source: ModelSource) -> RunModels:
     """Build the models of a run."""
     build = {"pretrain": _pretrain, "consistency": _consistency, "router": _router}[config.stage]
-    with no_autocast_on_meta():  # adapters of experts run while they are made
+    with autocast_on_meta():  # adapters of experts run while they are made
         return build(config, source)
 
 
