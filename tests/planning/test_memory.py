@@ -55,6 +55,11 @@ def test_adapters_take_less_than_the_language_model(config, source):
     assert 0 < adapters.gradients < whole.gradients / 4
 
 
+def test_the_reference_shares_what_adapters_are_added_to_and_not_the_adapters(config, source):
+    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), source)
+    assert adapters.shared == measured(config(model={"trainable": ["connectors"]}), source).shared
+
+
 def test_stage_router_trains_the_router_alone(config, source):
     memory = measured(config("router"), source)
     models = build_models(config("router"), source)

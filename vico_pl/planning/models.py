@@ -35,10 +35,10 @@ class RunModels:
         return list({id(p): p for network in networks for p in network.parameters()}.values())
 
     def shared(self) -> list[nn.Parameter]:
-        """Return the parameters of the policy that serve the reference too."""
+        """Return the parameters of the policy that serve the reference too, without adapters."""
         if self.reference is None:
             return []
-        own = {id(parameter) for parameter in self.policy.parameters()}
+        own = {id(parameter) for parameter in self.policy.parameters() if not parameter.requires_grad}
         return [p for p in self.reference.model.parameters() if id(p) in own]
 
     def trained(self) -> list[nn.Parameter]:
