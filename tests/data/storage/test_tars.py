@@ -1,9 +1,11 @@
 """Reading a record from its bytes: the short way gives what tarfile gives, whatever a tar holds."""
 
 import io
+import re
 import tarfile
 
 import pytest
+import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,3 +93,11 @@ def test_usual_records_take_the_short_way():
     )
     assert tars._plain_members(content) == [("7.jpg", bytes(900)), ("7.json", bytes(30))]
     assert tars.read_members(content) == ("7", {"jpg": bytes(900), "json": bytes(30)})
+
+
+@settings(max_examples=600)
+@given(st.text(alphabet="ab./_\n", max_size=12))
+def test_names_are_split_as_webdataset_splits_them(name):
+    is_metadata = re.match(r"__[^/]*__($|/)", name) is not None
+    expected = None if is_metadata else wds.tariterators.base_plus_ext(name)[0]
+    assert tars.member_key(name) == expected

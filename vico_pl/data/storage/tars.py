@@ -16,7 +16,6 @@ from vico_pl.data.decode import RecordError
 
 _PLAIN = (b"0", b"\0")  # types of members
 _METADATA = re.compile(r"__[^/]*__($|/)")  # webdataset's own mark
-_OCTAL = re.compile(rb"[0-7]+")
 _HEADER = Struct("100s 24x 12s 12x 8s c 100x 5s 83x c 166x")  # name, size, checksum, type, magic, prefix
 MAX_RECORD_BYTES = 2**30  # members of a record together: it is read in one piece
 # What tarfile raises on hostile headers; RecursionError: names longer than long, one header after the other.
@@ -58,7 +57,13 @@ def member_key(name: str) -> str | None:
     """
     if name.startswith("__") and _METADATA.match(name):
         return None
-    key: str | None = wds.tariterators.base_plus_ext(name)[0]
+    begin = name.rfind("/") + 1
+    dot = name.find(".", begin)
+    if dot > begin and "\n" not in name:
+        return name[:dot]
+    key: str | None = wds.tariterators.base_plus_ext(name)[
+        0
+    ]  # whose rule it is: of odd names it makes odd keys
     return key
 
 
@@ -118,20 +123,23 @@ def _plain_header(header: bytes) -> tuple[str, int] | None:
     if len(header) < tarfile.BLOCKSIZE:
         return None
     name, size, checksum, kind, magic, prefix = _HEADER.unpack(header)
-    name, size, checksum = name.partition(b"\0")[0], size.rstrip(b" \0"), checksum.rstrip(b" \0")
     if magic != b"ustar" or kind not in _PLAIN or prefix != b"\0":
         return None
-    if not (name.isascii() and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum)) or name.endswith(b"/"):
+    name, size, digits = name.partition(b"\0")[0], size.rstrip(b" \0"), checksum.rstrip(b" \0")
+    if not (name.isascii() and size.isdigit() and digits.isdigit()) or name.endswith(b"/"):
         return None
-    if _sum(header) - _sum(header[148:156]) + 8 * ord(" ") != int(checksum, 8):
+    try:
+        if _sum(header) - _sum(checksum) + 8 * ord(" ") != int(digits, 8):
+            return None
+        return name.decode(), int(size, 8)
+    except ValueError:  # digits that are not octal
         return None
-    return name.decode(), int(size, 8)
 
 
 def _sum(block: bytes) -> int:
-    """Add up the bytes of a header, six times as fast as `sum`.
+    """Add up the bytes of a header or a part of it, six times as fast as `sum`.
 
-    The low half of Adler-32 is 1 + the sum, modulo 65,521, which 256 bytes cannot exceed.
+    The low half of Adler-32 is 1 + the sum, modulo 65,521, which 256 bytes cannot reach.
     """
     return (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
 
