@@ -128,20 +128,13 @@ def _plain_header(header: bytes) -> tuple[str, int] | None:
     name, size, digits = name.partition(b"\0")[0], size.rstrip(b" \0"), checksum.rstrip(b" \0")
     if not (name.isascii() and size.isdigit() and digits.isdigit()) or name.endswith(b"/"):
         return None
+    # The low half of Adler-32 is 1 + the sum of the bytes, modulo 65,521, which half a header cannot reach.
+    total = (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
     try:
-        if _sum(header) - _sum(checksum) + 8 * ord(" ") != int(digits, 8):
-            return None
-        return name.decode(), int(size, 8)
+        is_whole = total - sum(checksum) + 8 * ord(" ") == int(digits, 8)
+        return (name.decode(), int(size, 8)) if is_whole else None
     except ValueError:  # digits that are not octal
         return None
-
-
-def _sum(block: bytes) -> int:
-    """Add up the bytes of a header or a part of it, six times as fast as `sum`.
-
-    The low half of Adler-32 is 1 + the sum, modulo 65,521, which 256 bytes cannot reach.
-    """
-    return (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
 
 
 def _members(content: bytes) -> Iterator[tuple[str, memoryview]]:
