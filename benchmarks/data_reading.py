@@ -3,9 +3,10 @@
 import itertools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset as wds
@@ -85,19 +86,23 @@ def runs_of(folder: Path) -> dict[str, Callable[[], object]]:
 
 
 def _read_ours(reader: RecordReader, samples: list[int]) -> int:
-    return sum(sum(map(len, reader(sample).files.values())) for sample in samples)
+    return sum(_num_bytes(reader(sample).files) for sample in samples)
 
 
 def _read_in_order(reader: RecordReader, order: SampleOrder, count: int) -> int:
     places = map(order, range(count))
-    return sum(sum(map(len, reader(place.sample).files.values())) for place in places)
+    return sum(_num_bytes(reader(place.sample).files) for place in places)
 
 
 def _read_webdataset(paths: list[str], shuffle: int = 0) -> int:
     samples = wds.WebDataset(paths, shardshuffle=False, empty_check=False)
     if shuffle:
         samples = samples.shuffle(shuffle)
-    return sum(len(sample["jpg"]) + len(sample["json"]) for sample in samples)
+    return sum(_num_bytes(sample) for sample in samples)
+
+
+def _num_bytes(files: Mapping[str, Any]) -> int:
+    return len(files["jpg"]) + len(files["json"])
 
 
 def _shuffled_ranges(paths: list[str]) -> list[tuple[str, int, int]]:
