@@ -223,7 +223,7 @@ types: $(INSTALLED) ## Check types (mypy strict)
 
 # --- Benchmarks --------------------------------------------------------------------------------------------------
 
-bench: $(INSTALLED) ## Measure speed and memory against their goals: about 14 minutes, 10 GiB of memory
+bench: $(INSTALLED) ## Measure speed and memory against their goals: about 13 minutes, 10 GiB of memory
 	for name in kl labels step scaling inference data; do $(BIN)/python benchmarks/$$name.py; done
 
 # --- Cleaning: fixed names only, so that no setting can point it at your data -------------------------------------
