@@ -89,10 +89,8 @@ def check_run(config: RunConfig) -> Iterator[str]:
     yield from _check_trainable(config)
     yield from _check_cache(config)
     precision = config.trainer.precision
-    if config.model.attention == "flash" and not precision.startswith("bf16"):
+    if config.model.attention == "flash" and precision != "bf16-mixed":
         yield f"model.attention is 'flash' but trainer.precision is '{precision}'; set it to bf16-mixed"
-    if precision.startswith("16"):
-        yield f"trainer.precision is '{precision}', which needs its loss scaled; set it to bf16-mixed"
     if config.stage != "pretrain" and config.model.path is None:
         yield "model.path is not set; this stage starts from a model folder"
     if config.stage in ("consistency", "router") and len(config.model.ratios) < 2:

@@ -77,8 +77,8 @@ class TrainerConfig:
     timeout_s: float = 1800.0  # a rank that waits longer for the others gives up (strategies ddp and fsdp)
 
     def __post_init__(self) -> None:
-        """Refuse what turns weights and batches into another type."""
-        if self.precision.endswith("-true") and self.precision != "32-true":
+        """Refuse other precisions: float16 needs its loss scaled, others turn weights into another type."""
+        if self.precision not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision is '{self.precision}'; expected 32-true or bf16-mixed")
 
 

@@ -125,6 +125,8 @@ def test_a_run_goes_on_compiled_where_it_began_uncompiled(runs, tmp_path, monkey
         (["model.trainable=[language,lora]"], "model.trainable names both language .* and lora"),
         (["model.attention=flash"], "model.attention is 'flash' but trainer.precision is '32-true'"),
         (["trainer.precision=bf16-true"], "trainer.precision is 'bf16-true'; expected 32-true or bf16-mixed"),
+        (["trainer.precision=16-mixed"], "trainer.precision is '16-mixed'; expected 32-true or bf16-mixed"),
+        (["trainer.precision=bf16"], "trainer.precision is 'bf16'; expected 32-true or bf16-mixed"),
         (["model.attention=ring"], "model.attention is 'ring'; expected one of sdpa, flash"),
         (["consistency.kernel=triton"], "consistency.kernel is 'triton'; expected native or liger"),
         (

@@ -139,7 +139,7 @@ def check_devices() -> str:
     """Say which GPUs there are, and whether PyTorch can use those that the machine has."""
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use trainer.precision=16-mixed"
+        half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use trainer.precision=32-true"
         return f"{len(names)} GPUs ({', '.join(dict.fromkeys(names))}), {half}"
     if not Path("/proc/driver/nvidia/version").exists():
         return "no GPU; runs use the CPU"

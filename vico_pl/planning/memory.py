@@ -26,7 +26,6 @@ from vico_pl.types import Batch, EncodedSample
 
 GIB = 2**30
 Terms = dict[str, float]  # bytes by what takes them
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def pack_terms(config: RunConfig, models: RunModels, pack: Pack, *, checkpointin
     gradients = [p.grad for p in trained if p.grad is not None]
     batch = draw_batch(models.policy, pack)
     meter = MemoryMeter([*models.parameters(), *gradients, *_buffers(models), batch.tiles])
-    lowered = AUTOCAST.get(config.trainer.precision)
+    lowered = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
     rules = DeviceRules(lowered, meter)
     if checkpointing:
         for part in (models.policy.vision, models.policy.language):

@@ -61,9 +61,7 @@ def member_key(name: str) -> str | None:
     dot = name.find(".", begin)
     if dot > begin and "\n" not in name:
         return name[:dot]
-    key: str | None = wds.tariterators.base_plus_ext(name)[
-        0
-    ]  # whose rule it is: of odd names it makes odd keys
+    key: str | None = wds.tariterators.base_plus_ext(name)[0]  # whose rule it is, of odd names too
     return key
 
 
