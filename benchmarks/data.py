@@ -151,7 +151,7 @@ def _resume_table(resume: dict[str, dict[str, float]]) -> list[str]:
 
 def _padding_sentence(padding: dict[str, int]) -> str:
     return (
-        f"Padding: {padding['wasted']:,} of {padding['tokens']:,} tokens in {padding['packs']} packs belong "
+        f"Padding: {padding['wasted']:,} of {padding['tokens']:,} tokens in {padding['micro_batches']} micro-batches belong "
         "to no sample."
     )
 

@@ -6,7 +6,7 @@ from statistics import mean
 
 import numpy as np
 
-from vico_pl.data.packing import PackLimits, deal, split_into_packs
+from vico_pl.data.packing import MicroBatchLimits, assign_to_ranks, split_into_micro_batches
 from vico_pl.model.flops import count_flops
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.stages.consistency import ConsistencyConfig, draw_sample_ratios
@@ -47,9 +47,9 @@ LANGUAGE = {
 TITLES = {
     "dealt": "dealt by cost as estimated from the index",
     "dealt_exactly": "dealt by cost as it will be",
-    "dealt_in_step": "dealt by estimated cost, ranks waiting for each other after each pack (sharded models)",
+    "dealt_in_step": "dealt by estimated cost, ranks waiting for each other after each micro-batch (sharded models)",
     "contiguous": f"{SAMPLES} neighbours each",
-    "tokens": f"packs of {PACK_TOKENS} tokens at drawn ratios, one each",
+    "tokens": f"micro-batches of {PACK_TOKENS} tokens at drawn ratios, one each",
 }
 
 Hands = list[list[int]]  # of each rank: its samples
@@ -94,11 +94,19 @@ def _efficiencies(size: str, *, steps: int) -> dict[str, float]:
     cost = cost_of(size)
     drawn = [draw_samples(cost, step=step) for step in range(steps)]
     return {
-        "dealt": mean(_balance(samples, deal([s.estimate for s in samples], RANKS)) for samples in drawn),
-        "dealt_exactly": mean(_balance(samples, deal([s.cost for s in samples], RANKS)) for samples in drawn),
+        "dealt": mean(
+            _balance(samples, assign_to_ranks([s.estimate for s in samples], RANKS)) for samples in drawn
+        ),
+        "dealt_exactly": mean(
+            _balance(samples, assign_to_ranks([s.cost for s in samples], RANKS)) for samples in drawn
+        ),
         "dealt_in_step": mean(_balance_in_step(samples) for samples in drawn),
         "contiguous": mean(_balance(samples, _neighbours(len(samples))) for samples in drawn),
-        "tokens": mean(_balance(samples, packs) for samples in drawn for packs in _packs_by_tokens(samples)),
+        "tokens": mean(
+            _balance(samples, micro_batches)
+            for samples in drawn
+            for micro_batches in _packs_by_tokens(samples)
+        ),
     }
 
 
@@ -138,25 +146,25 @@ def _drawn_ratios(cost: ConsistencyCost, position: int, tiles: int) -> list[int]
     return draw_sample_ratios(position, [tiles], ratios=RATIOS, mode=cost.ratio_draw, seed=cost.seed)
 
 
-def _balance(samples: Sequence[Sample], hands: Hands) -> float:
-    loads = [sum(samples[index].cost for index in hand) for hand in hands]
+def _balance(samples: Sequence[Sample], assigned: Hands) -> float:
+    loads = [sum(samples[index].cost for index in rank_positions) for rank_positions in assigned]
     return mean(loads) / max(loads)
 
 
 def _balance_in_step(samples: Sequence[Sample]) -> float:
-    """Let all ranks run their first pack, then all their second: each turn takes as long as its dearest."""
-    hands = deal([sample.estimate for sample in samples], RANKS)
-    packs = [_pack_costs([samples[index] for index in hand]) for hand in hands]
-    turns = max(map(len, packs))
-    slowest = [max(costs[turn] for costs in packs if turn < len(costs)) for turn in range(turns)]
-    return mean(map(sum, packs)) / sum(slowest)
+    """Let all ranks run their first micro-batch, then all their second: each turn takes as long as its dearest."""
+    assigned = assign_to_ranks([sample.estimate for sample in samples], RANKS)
+    micro_batches = [_pack_costs([samples[index] for index in rank_positions]) for rank_positions in assigned]
+    turns = max(map(len, micro_batches))
+    slowest = [max(costs[turn] for costs in micro_batches if turn < len(costs)) for turn in range(turns)]
+    return mean(map(sum, micro_batches)) / sum(slowest)
 
 
 def _pack_costs(samples: Sequence[Sample]) -> list[float]:
     costs = [sample.cost for sample in samples]
     tiles, tokens = [s.tiles for s in samples], [s.full_tokens for s in samples]
-    packs = split_into_packs(costs, tiles, tokens, PackLimits())
-    return [sum(costs[index] for index in pack) for pack in packs]
+    micro_batches = split_into_micro_batches(costs, tiles, tokens, MicroBatchLimits())
+    return [sum(costs[index] for index in micro_batch) for micro_batch in micro_batches]
 
 
 def _neighbours(count: int) -> Hands:
@@ -164,18 +172,18 @@ def _neighbours(count: int) -> Hands:
 
 
 def _packs_by_tokens(samples: Sequence[Sample]) -> Iterator[Hands]:
-    """Fill packs first-fit, the longest first, and give each rank one, in random order; drop the rest."""
-    packs: list[list[int]] = []
+    """Fill micro-batches first-fit, the longest first, and give each rank one, in random order; drop the rest."""
+    micro_batches: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(samples)), key=lambda index: -samples[index].drawn_tokens):
         tokens = samples[index].drawn_tokens
-        place = next((pack for pack, left in enumerate(room) if left >= tokens), None)
+        place = next((micro_batch for micro_batch, left in enumerate(room) if left >= tokens), None)
         if place is None:
-            place = len(packs)
-            packs.append([])
+            place = len(micro_batches)
+            micro_batches.append([])
             room.append(PACK_TOKENS)
-        packs[place].append(index)
+        micro_batches[place].append(index)
         room[place] -= tokens
-    np.random.default_rng(0).shuffle(packs)
-    for start in range(0, len(packs) - RANKS + 1, RANKS):
-        yield packs[start : start + RANKS]
+    np.random.default_rng(0).shuffle(micro_batches)
+    for start in range(0, len(micro_batches) - RANKS + 1, RANKS):
+        yield micro_batches[start : start + RANKS]

@@ -24,11 +24,11 @@ import numpy as np
 from data_images import draw_jpeg
 
 from vico_pl.data.module import DataConfig, DataModule, Shares, SourceConfig
-from vico_pl.data.shards import write_index, write_shard
-from vico_pl.data.storage.index import INDEX_NAME
+from vico_pl.data.shards.index import INDEX_NAME
+from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
-from vico_pl.data.tokenizer import build_tokenizer
-from vico_pl.types import Batch, Share
+from vico_pl.tokens import build_tokenizer
+from vico_pl.types import Batch, RankBatch
 
 POINTS = (0.01, 0.5, 0.99)  # of an epoch
 WORLD, BATCH = 8, 64  # ranks, and samples of a global batch
@@ -114,34 +114,36 @@ def _seconds_to_resume(folder: Path, *, first_step: int) -> float:
 
 
 def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
-    """Count the tokens of all packs of 8 ranks at full vision tokens, and those that are of no sample.
+    """Count the tokens of all micro-batches of 8 ranks at full vision tokens, and those that are of no sample.
 
-    Ranks run as many packs as the one with most, with the filler where they have none left.
+    Ranks run as many micro-batches as the one with most, with the dummy where they have none left.
     """
     module = open_module(folder, tile_size=32)  # the size of a tile's image plays no part
     ranks = [iter(Shares(module, first_step=0, rank=rank, world=WORLD)) for rank in range(WORLD)]
-    counts = {"tokens": 0, "wasted": 0, "packs": 0}
+    counts = {"tokens": 0, "wasted": 0, "micro-batches": 0}
     for _ in range(steps):
-        for pack in _packs([next(rank) for rank in ranks]):
-            tokens = _tokens(pack)
-            useful = sum(n for n, position in zip(tokens, pack.positions, strict=True) if position >= 0)
-            total = len(pack.input_ids) + pack.num_tiles * (TOKENS_PER_TILE - 1)
+        for micro_batch in _packs([next(rank) for rank in ranks]):
+            tokens = _tokens(micro_batch)
+            useful = sum(
+                n for n, position in zip(tokens, micro_batch.positions, strict=True) if position >= 0
+            )
+            total = len(micro_batch.input_ids) + micro_batch.num_tiles * (TOKENS_PER_TILE - 1)
             counts["tokens"] += total
             counts["wasted"] += total - useful
-            counts["packs"] += 1
+            counts["micro-batches"] += 1
     return counts
 
 
-def _packs(shares: list[Share]) -> Iterator[Batch]:
-    turns = max(len(share.packs) for share in shares)
+def _packs(shares: list[RankBatch]) -> Iterator[Batch]:
+    turns = max(len(share.micro_batches) for share in shares)
     for share in shares:
-        yield from share.packs
-        yield from [share.filler] * (turns - len(share.packs))
+        yield from share.micro_batches
+        yield from [share.dummy] * (turns - len(share.micro_batches))
 
 
-def _tokens(pack: Batch) -> list[int]:
-    """Return the tokens of each sample of a pack at full vision tokens."""
-    lengths = zip(pack.sample_lengths.tolist(), pack.tiles_per_image, strict=True)
+def _tokens(micro_batch: Batch) -> list[int]:
+    """Return the tokens of each sample of a micro-batch at full vision tokens."""
+    lengths = zip(micro_batch.sample_lengths.tolist(), micro_batch.tiles_per_image, strict=True)
     return [length + sum(tiles) * (TOKENS_PER_TILE - 1) for length, tiles in lengths]
 
 

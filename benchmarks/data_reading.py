@@ -13,7 +13,7 @@ import webdataset as wds
 from data_turns import Round, speedup, take_turns, time_rows
 
 from vico_pl.data.order import SampleOrder, SourceShape
-from vico_pl.data.shards import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
 
 IMAGE_BYTES = 160_000  # about what a JPEG of a megapixel has
 TEXT = b'{"conversations": [' + b" " * 1000 + b"]}"

@@ -22,7 +22,7 @@ import numpy as np
 import webdataset as wds
 
 from vico_pl.data.order import SampleOrder, SourceShape
-from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.shards.reader import write_index, write_shard
 
 SHARDS, SAMPLES, BATCH = 64, 200, 32  # samples of a shard, and of a batch
 MDS_BYTES = 2576  # of a file of mosaicml-streaming with so many numbers

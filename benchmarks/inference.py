@@ -21,12 +21,12 @@ from torch import Tensor
 from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig
-from vico_pl.data.tokenizer import PLACEHOLDER, TURN_END, build_tokenizer, token_id
 from vico_pl.inference.generate import generate_ids, prefill
 from vico_pl.inference.routing import NEVER
 from vico_pl.inference.session import Session
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import ModelSpec
+from vico_pl.tokens import PLACEHOLDER, TURN_END, build_tokenizer, token_id
 from vico_pl.types import Batch, TiledSample
 
 GOALS = {

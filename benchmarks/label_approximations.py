@@ -28,7 +28,7 @@ from vico_pl.data.collate import collate
 from vico_pl.inference.session import Session
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.losses.routing import loss_ratio
-from vico_pl.model.checkpoint.folder import load_model
+from vico_pl.model.families.folder import load_model
 from vico_pl.model.language import KeyValues, Prefixes, run_packed
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel

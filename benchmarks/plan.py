@@ -1,6 +1,6 @@
 """How true the memory is that `vico plan` tells: steps of a small model, measured and predicted.
 
-Every measurement is a process of its own that builds the models of a stage, runs a pack as in the middle of a
+Every measurement is a process of its own that builds the models of a stage, runs a micro-batch as in the middle of a
 run and steps the optimizer, and reports by how much the peak of its memory rose. `vico_pl.planning` predicts
 the same from the recipe alone. The model has 0.16 billion parameters, in float32, so that what is counted is
 far more than what a process takes anyway.
@@ -28,7 +28,7 @@ from vico_pl.model.blocks import checkpoint_blocks
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import build_optimizer
-from vico_pl.planning.memory import GIB, Pack, draw_batch, measure_memory, per_gpu
+from vico_pl.planning.memory import GIB, MicroBatch, draw_batch, measure_memory, per_gpu
 from vico_pl.planning.models import ModelSource
 from vico_pl.recipe import RunConfig
 from vico_pl.stages.labels import tile_loss_ratios
@@ -69,7 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 2, a label per tile": {"stage": "router", "label_mode": "tile", "num_samples": 12},
     "stage 2, a label per image": {"stage": "router", "label_mode": "image"},
 }
-PACK = Pack(num_samples=3, tiles=4, text_tokens=100, response_tokens=50)
+PACK = MicroBatch(num_samples=3, tiles=4, text_tokens=100, response_tokens=50)
 
 
 def recipe(case: str) -> tuple[RunConfig, bool]:
@@ -89,8 +89,8 @@ def recipe(case: str) -> tuple[RunConfig, bool]:
     return config, settings.get("checkpointing", False)
 
 
-def pack_of(case: str) -> Pack:
-    """Return the pack of a case: larger where little of it stays in memory."""
+def micro_batch_of(case: str) -> MicroBatch:
+    """Return the micro-batch of a case: larger where little of it stays in memory."""
     return replace(PACK, num_samples=CASES[case].get("num_samples", PACK.num_samples))
 
 
@@ -100,15 +100,15 @@ def pack_of(case: str) -> Pack:
 def measure(case: str) -> dict[str, float]:
     """Take a step in this process, after a tiny one that loads what is loaded at the first use."""
     torch.set_num_threads(1)
-    train(case, Pack(num_samples=1, tiles=1, text_tokens=8, response_tokens=4))
+    train(case, MicroBatch(num_samples=1, tiles=1, text_tokens=8, response_tokens=4))
     gc.collect()  # blocks that recompute refer to themselves
-    return harness.measure(lambda: train(case, pack_of(case)))
+    return harness.measure(lambda: train(case, micro_batch_of(case)))
 
 
-def train(case: str, pack: Pack) -> None:
-    """Build the models of a case with weights and run a pack as in the middle of a run.
+def train(case: str, micro_batch: MicroBatch) -> None:
+    """Build the models of a case with weights and run a micro-batch as in the middle of a run.
 
-    The optimizer has its averages by then, and an earlier pack of the same step has left its gradients.
+    The optimizer has its averages by then, and an earlier micro-batch of the same step has left its gradients.
     """
     config, checkpointing = recipe(case)
     start = {"consistency": start_consistency, "router": start_router}[config.stage]
@@ -118,7 +118,7 @@ def train(case: str, pack: Pack) -> None:
     for parameter in trained:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    drawn = draw_batch(policy, pack)
+    drawn = draw_batch(policy, micro_batch)
     batch = replace(drawn, tiles=torch.zeros(drawn.tiles.shape, dtype=torch.uint8))
     run_pack(batch).backward()
     optimizer.step()
@@ -160,11 +160,11 @@ def start_router(
     return policy.model, run_pack
 
 
-def predict(case: str, pack: Pack) -> dict[str, float]:
+def predict(case: str, micro_batch: MicroBatch) -> dict[str, float]:
     """Return what the plan says of a case, in MiB by term."""
     config, checkpointing = recipe(case)
     source = ModelSource(name="this benchmark", spec=SPEC, dtype=torch.float32)
-    memory = measure_memory(config, source, pack, checkpointing=checkpointing)
+    memory = measure_memory(config, source, micro_batch, checkpointing=checkpointing)
     terms = per_gpu(memory, sharded=False, world=1, foreach=False)
     return {name: size / GIB * 1024 for name, size in terms.items()}
 
@@ -176,7 +176,7 @@ def compare(cases: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Measure and predict each case."""
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
-        terms, peak = predict(case, pack_of(case)), harness.measure_apart(__file__, case)["peak_mib"]
+        terms, peak = predict(case, micro_batch_of(case)), harness.measure_apart(__file__, case)["peak_mib"]
         found[case] = {"measured_mib": peak, "predicted_mib": sum(terms.values()), "terms_mib": terms}
         sys.stdout.write(f"{case}: measured {peak:.0f} MiB, predicted {sum(terms.values()):.0f} MiB\n")
         sys.stdout.flush()

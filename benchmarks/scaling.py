@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
-from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.shards.reader import write_index, write_shard
 
 GOALS = {"weak_scaling_2_ranks": Goal(1.7, at_least=True)}
 SHAPE = {  # 15 million weights

@@ -10,8 +10,8 @@ from hypothesis import settings
 
 from tests.helpers import batch_of, mixed_samples, tiny_model
 from vico_pl.data.glyphs import GlyphsConfig, draw_records, question_words
-from vico_pl.data.shards import write_index, write_shard
-from vico_pl.data.tokenizer import build_tokenizer
+from vico_pl.data.shards.reader import write_index, write_shard
+from vico_pl.tokens import build_tokenizer
 
 # No test is a matter of speed, and a failure on one machine must be the same on another.
 settings.register_profile("vico", deadline=None, derandomize=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from vico_pl.audit import audit_run
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
-from vico_pl.data.audit import audit_run
 
 PATIENCE_S = 240  # of a test; nothing here should take as long on a machine that does other things too
 GRACE_S = 5  # for ranks whose neighbour died

@@ -64,9 +64,9 @@ def watch_steps(monkeypatch, before_step):
         stage = build_stage(*args)
         results = stage.results
 
-        def watched(packs):
+        def watched(micro_batches):
             before_step(stage)
-            return results(packs)
+            return results(micro_batches)
 
         stage.results = watched
         return stage

@@ -9,13 +9,13 @@ import torch
 from tests.helpers import TILE, encoded_image, tiny_model, tiny_spec
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.decode import decode_record
-from vico_pl.data.shards import write_index, write_shard
-from vico_pl.data.storage.files import write_json
+from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig, tile_sample
-from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, token_id
+from vico_pl.files import write_json
 from vico_pl.inference.generate import generate_ids
-from vico_pl.model.checkpoint.folder import save_model
-from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
+from vico_pl.model.families.folder import save_model
+from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.tokens import PLACEHOLDER, build_tokenizer, token_id
 from vico_pl.types import Record
 
 SKILLS = ("perception", "reasoning", "ocr")

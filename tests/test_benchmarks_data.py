@@ -151,14 +151,14 @@ def test_resuming_finds_the_set_of_many_samples_whole(tmp_path):
 
 
 def test_padding_is_what_fillers_add(tmp_path):
-    """Of text alone every pack needs the filler's tile; of images none does."""
+    """Of text alone every micro-batch needs the dummy's tile; of images none does."""
     pipeline.write_many(tmp_path / "texts", shards=1, samples=64)
     counts = pipeline.measure_padding(tmp_path / "texts", steps=1)
-    assert counts["packs"] == pipeline.WORLD
-    filler = next(
+    assert counts["micro-batches"] == pipeline.WORLD
+    dummy = next(
         iter(pipeline.Shares(pipeline.open_module(tmp_path / "texts"), first_step=0, rank=0, world=8))
     )
-    (tokens,) = pipeline._tokens(filler.filler)
+    (tokens,) = pipeline._tokens(dummy.dummy)
     assert counts["wasted"] == pipeline.WORLD * tokens
 
 
@@ -169,18 +169,21 @@ def test_growth_of_memory_is_what_comes_after_the_second_epoch():
 
 def test_ranks_of_equal_samples_are_in_balance_and_one_dear_sample_upsets_it():
     equal = [batches.Sample(cost=1.0, estimate=1.0, tiles=1, full_tokens=9, drawn_tokens=9)] * 128
-    hands = batches._neighbours(128)
-    assert batches._balance(equal, hands) == 1
+    assigned = batches._neighbours(128)
+    assert batches._balance(equal, assigned) == 1
     dear = [batches.Sample(cost=66.0, estimate=1.0, tiles=1, full_tokens=9, drawn_tokens=9), *equal[1:]]
-    assert batches._balance(dear, hands) == pytest.approx((66 + 127) / 64 / 67)
+    assert batches._balance(dear, assigned) == pytest.approx((66 + 127) / 64 / 67)
 
 
 def test_packs_by_tokens_hold_what_they_may_and_no_sample_twice():
     cost = batches.cost_of("1b")
     samples = [sample for step in range(2) for sample in batches.draw_samples(cost, step=step)]
-    hands = list(batches._packs_by_tokens(samples))
-    packs = [pack for step in hands for pack in step]
-    assert all(len(step) == batches.RANKS for step in hands)
-    assert max(sum(samples[i].drawn_tokens for i in pack) for pack in packs) <= batches.PACK_TOKENS
-    taken = [index for pack in packs for index in pack]
+    assigned = list(batches._packs_by_tokens(samples))
+    micro_batches = [micro_batch for step in assigned for micro_batch in step]
+    assert all(len(step) == batches.RANKS for step in assigned)
+    assert (
+        max(sum(samples[i].drawn_tokens for i in micro_batch) for micro_batch in micro_batches)
+        <= batches.PACK_TOKENS
+    )
+    taken = [index for micro_batch in micro_batches for index in micro_batch]
     assert len(taken) == len(set(taken))

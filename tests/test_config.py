@@ -5,7 +5,7 @@ import yaml
 
 from tests.released import write_official
 from vico_pl.config import config_differences, load_config, open_run, save_config
-from vico_pl.model.checkpoint import hub
+from vico_pl.model.families import hub
 
 RECIPE = {
     "stage": "consistency",

@@ -8,26 +8,26 @@ import pytest
 import vico_pl
 
 PACKAGE = Path(vico_pl.__file__).parent
-LOWEST = {"types"}
-MAKES = LOWEST | {"data", "model", "losses", "optim", "callbacks"}
+GROUND = {"types", "errors", "files", "tokens", "optim"}
+MAKES = GROUND | {"data", "model", "losses", "callbacks"}
 CONDUCTS = MAKES | {"stages", "inference"}
+RUNS = CONDUCTS | {"evaluation", "recipe", "config", "prepare", "build"}
+TOOLS = RUNS | {"trainer", "planning", "audit", "keys"}
 STANDS_ON = {
-    "types": set(),
-    "data": LOWEST,
-    "model": LOWEST,
-    "losses": LOWEST,
-    "optim": LOWEST,
-    "callbacks": LOWEST,
-    "stages": MAKES,
-    "inference": MAKES,
+    **dict.fromkeys(GROUND, GROUND),
+    **dict.fromkeys(("data", "model", "losses", "callbacks"), GROUND),
+    **dict.fromkeys(("stages", "inference"), MAKES),
     "evaluation": CONDUCTS,
     "recipe": MAKES | {"stages"},
     "build": MAKES | {"stages", "recipe"},
-    "trainer": MAKES | {"stages", "recipe", "build"},
-    "config": MAKES | {"recipe"},
-    "planning": CONDUCTS | {"recipe", "build", "config"},
-    "shards_cli": LOWEST | {"data"},
-    "cli": CONDUCTS | {"evaluation", "recipe", "trainer", "config", "planning", "shards_cli"},
+    "config": MAKES | {"stages", "recipe"},
+    "trainer": RUNS,
+    "planning": RUNS,
+    "audit": TOOLS,
+    "keys": GROUND | {"data"},
+    "doctor": TOOLS,
+    "shards_cli": MAKES,
+    "cli": TOOLS | {"doctor", "shards_cli"},
     "__main__": {"cli"},
     "__init__": set(),
 }

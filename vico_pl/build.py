@@ -7,12 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.glyphs import question_words
 from vico_pl.data.packing import SampleCost
-from vico_pl.data.tokenizer import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
 from vico_pl.model.adapters import add_adapters
 from vico_pl.model.assemble import assemble_model
 from vico_pl.model.blocks import checkpoint_blocks, compile_blocks
-from vico_pl.model.checkpoint.folder import load_model
-from vico_pl.model.checkpoint.hub import local_folder
+from vico_pl.model.families.folder import load_model
+from vico_pl.model.families.hub import local_folder
 from vico_pl.model.flops import count_flops
 from vico_pl.model.language import set_packed_attention
 from vico_pl.model.reference import FrozenReference
@@ -24,6 +23,7 @@ from vico_pl.stages.consistency import ConsistencyStage
 from vico_pl.stages.cost import ConsistencyCost, PretrainCost, RouterCost
 from vico_pl.stages.pretrain import PretrainStage
 from vico_pl.stages.router import RouterStage
+from vico_pl.tokens import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
 
 
 def build_run_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

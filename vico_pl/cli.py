@@ -52,8 +52,8 @@ def train(
 @app.command()
 def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
     """Prove that a run used every sample once per epoch, in its order; faults are named (exit code 1)."""
+    from vico_pl.audit import audit_run, format_table, format_verdict
     from vico_pl.config import load_config
-    from vico_pl.data.audit import audit_run, format_table, format_verdict
 
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run}: no config.yaml; expected the folder of a run")
@@ -85,7 +85,7 @@ def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over it.")] = None,
 ) -> None:
     """Check this machine, and a recipe, for what would stop a run; problems are named (exit code 1)."""
-    from vico_pl.planning.doctor import examine
+    from vico_pl.doctor import examine
 
     raise SystemExit(examine(recipe, overrides or [], write=typer.echo))
 
@@ -102,10 +102,10 @@ def calibrate(
     ] = None,
 ) -> None:
     """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
-    from vico_pl.data.storage.files import write_json
+    from vico_pl.files import write_json
     from vico_pl.inference.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.inference.session import Session
-    from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
+    from vico_pl.model.families.ours import CALIBRATION_NAME
 
     session = Session.load(Path(model))  # no name on the Hub: the threshold is written into the folder
     check_goal(session, data, budget)
@@ -134,10 +134,10 @@ def eval_(
     seed: Annotated[int, typer.Option(help="Of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with other ways to spend the same tokens; writes report.json and report.html."""
-    from vico_pl.data.storage.files import write_json
     from vico_pl.evaluation.evaluate import evaluate
     from vico_pl.evaluation.gallery import build_gallery
     from vico_pl.evaluation.report import format_table, write_html
+    from vico_pl.files import write_json
     from vico_pl.inference.session import Session
 
     opened = _local(model)
@@ -204,7 +204,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="stored, bfloat16 or float32.")] = "stored",
 ) -> None:
     """Write a model in another layout; weights keep their values unless --dtype says otherwise."""
-    from vico_pl.model.checkpoint.export import export as write
+    from vico_pl.model.families.export import export as write
     from vico_pl.recipe import DTYPES
 
     if dtype not in DTYPES:
@@ -228,7 +228,7 @@ def main() -> None:
 
 def _local(model: str) -> Path:
     """Return the folder of a model, fetched if it lives on the Hub."""
-    from vico_pl.model.checkpoint.hub import local_folder
+    from vico_pl.model.families.hub import local_folder
 
     return local_folder(model)
 

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vico_pl.data.storage.files import atomic_path
-from vico_pl.model.checkpoint.folder import open_folder
-from vico_pl.model.checkpoint.hub import is_pin_of, local_folder, pinned
+from vico_pl.files import atomic_path
+from vico_pl.model.families.folder import open_folder
+from vico_pl.model.families.hub import is_pin_of, local_folder, pinned
 from vico_pl.recipe import STAGES, TRAINABLE_PARTS, RunConfig
 
 
@@ -133,8 +133,8 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
         "consistency.reference_cache",
         "consistency.reference_cache_gib",
         "data.num_workers",
-        "data.packs.max_tiles",
-        "data.packs.max_tokens",
+        "data.micro_batch.max_tiles",
+        "data.micro_batch.max_tokens",
         "data.streaming.cache_dir",
         "data.streaming.cache_gib",
         "trainer.accelerator",

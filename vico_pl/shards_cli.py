@@ -30,8 +30,8 @@ def glyphs(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
     """Draw GlyphDocs, the embedded default's data."""
-    from vico_pl.data.build import build_glyphs
     from vico_pl.data.glyphs import GlyphsConfig
+    from vico_pl.data.shards.build import build_glyphs
 
     config = GlyphsConfig(
         max_tiles=max_tiles,
@@ -62,7 +62,7 @@ def build(
     workers: Workers = None,
 ) -> None:
     """Pack annotations and their images into shards; bad records are named and left out (exit code 1)."""
-    from vico_pl.data.annotations import ShardLimits, build_from_annotations
+    from vico_pl.data.shards.annotations import ShardLimits, build_from_annotations
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
     limits = ShardLimits(max_samples=samples_per_shard, max_bytes=max_bytes)
@@ -74,7 +74,7 @@ def build(
 @shards.command("index")
 def index_(source: Source, workers: Workers = None) -> None:
     """Write the index of a folder of tars, also of tars made by others; of other sources only count."""
-    from vico_pl.data.shards import read_index, write_index
+    from vico_pl.data.shards.reader import read_index, write_index
 
     is_folder = Path(source).is_dir()
     _tell_totals(source, write_index(source, workers=workers) if is_folder else read_index(source))
@@ -83,7 +83,7 @@ def index_(source: Source, workers: Workers = None) -> None:
 @shards.command()
 def check(source: Source) -> None:
     """Decode every record and name the bad ones (exit code 1)."""
-    from vico_pl.data.inspect import find_faults
+    from vico_pl.data.shards.inspect import find_faults
 
     tell_faults(find_faults(source))
     typer.echo(f"{_shown(source)}: every record is usable")
@@ -98,7 +98,7 @@ def stats(
     ] = None,
 ) -> None:
     """Count samples, images, tiles, texts, answers and bad records, and draw how samples differ."""
-    from vico_pl.data.stats import draw, survey
+    from vico_pl.data.shards.stats import draw, survey
 
     found = survey(source, count_tokens=None if tokenizer is None else _token_counter(tokenizer))
     for name, value in found.counts().items():
@@ -118,8 +118,8 @@ def preview(
     """Draw the first samples with their questions and answers as one picture."""
     from itertools import islice
 
-    from vico_pl.data.inspect import read_samples
-    from vico_pl.data.preview import contact_sheet
+    from vico_pl.data.shards.inspect import read_samples
+    from vico_pl.data.shards.preview import contact_sheet
 
     samples = list(islice(read_samples(source), count))
     if not samples:
@@ -141,7 +141,7 @@ def tell_faults(faults: Iterable[Any]) -> None:
 
 
 def _token_counter(model: str) -> Callable[[str], int]:
-    from vico_pl.data.tokenizer import load_tokenizer
+    from vico_pl.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -154,6 +154,6 @@ def _tell_totals(source: Path | str, index: Any) -> None:
 
 
 def _shown(source: Path | str) -> str:
-    from vico_pl.data.storage.locations import without_secrets
+    from vico_pl.data.shards.locations import without_secrets
 
     return without_secrets(str(source))

@@ -8,7 +8,7 @@
     H, W  height and width in pixels
 
 One sample goes through them in the order below:
-shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch -> Share.
+shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch -> RankBatch.
 """
 
 from collections.abc import Callable, Mapping
@@ -134,25 +134,29 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """A rank's part of a step: its samples in packs, which go through the model one at a time."""
+class RankBatch:
+    """A rank's part of a step: its samples in micro-batches, which go through the model one at a time."""
 
-    packs: list[Batch]  # each with at least one tile
+    micro_batches: list[Batch]  # each with at least one tile
     bad_records: list[BadRecord]
-    filler: Batch  # in place of a pack where other ranks have more: one tile, no response, so no gradient
+    dummy: (
+        Batch  # in place of a micro-batch where other ranks have more: one tile, no response, so no gradient
+    )
 
     @property
     def ids(self) -> list[str]:
         """Names of the samples."""
-        return [name for pack in self.packs for name in pack.ids if name]
+        return [name for micro_batch in self.micro_batches for name in micro_batch.ids if name]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Share":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RankBatch":
         """Return the share with every tensor on `device`."""
         return self._map(lambda batch: batch.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "Share":
+    def pin_memory(self) -> "RankBatch":
         """Return the share with every tensor in pinned memory (called by the DataLoader)."""
         return self._map(Batch.pin_memory)
 
-    def _map(self, function: Callable[[Batch], Batch]) -> "Share":
-        return replace(self, packs=list(map(function, self.packs)), filler=function(self.filler))
+    def _map(self, function: Callable[[Batch], Batch]) -> "RankBatch":
+        return replace(
+            self, micro_batches=list(map(function, self.micro_batches)), dummy=function(self.dummy)
+        )

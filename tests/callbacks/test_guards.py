@@ -14,7 +14,7 @@ from torch import nn
 from tests.helpers import encoded_sample
 from vico_pl.callbacks.guards import HISTORY, GradientGuard, SyncGuard, Watchdog, checksum, describe_frame
 from vico_pl.data.collate import collate
-from vico_pl.types import Share
+from vico_pl.types import RankBatch
 
 NAN = float("nan")
 
@@ -22,7 +22,7 @@ NAN = float("nan")
 def step(guard, norm, number=4):
     trainer = mock.Mock(spec=L.Trainer, global_step=number + 1, global_rank=0)
     batch = replace(collate([encoded_sample(1)]), ids=["a.tar/1"])
-    share = Share(packs=[batch], bad_records=[], filler=batch)
+    share = RankBatch(micro_batches=[batch], bad_records=[], dummy=batch)
     guard.on_train_batch_end(trainer, mock.Mock(spec=L.LightningModule), {"grad_norm": norm}, share, 0)
 
 
@@ -62,7 +62,7 @@ def compare(*, others, strategy=DDPStrategy, at=20):
     trainer = mock.Mock(spec=L.Trainer, global_step=at, strategy=mock.Mock(spec=strategy))
     batch = collate([encoded_sample(1)])
     SyncGuard(every=10).on_train_batch_end(
-        trainer, stage, None, Share(packs=[batch], bad_records=[], filler=batch), 0
+        trainer, stage, None, RankBatch(micro_batches=[batch], bad_records=[], dummy=batch), 0
     )
 
 

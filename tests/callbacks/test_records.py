@@ -7,7 +7,7 @@ import pytest
 from tests.helpers import encoded_sample
 from vico_pl.callbacks.records import BadRecordLog, JsonlLogger
 from vico_pl.data.collate import collate
-from vico_pl.types import BadRecord, Share
+from vico_pl.types import BadRecord, RankBatch
 
 
 def lines(path):
@@ -30,8 +30,8 @@ def test_metrics_are_appended_as_lines(tmp_path):
 
 def step(log, module, *, bad=(), num_good=1, everywhere=None):
     """Give the log a step; `everywhere` is (bad, samples) of all ranks, if there are several."""
-    filler = collate([encoded_sample(0)])
-    share = Share(packs=[filler], bad_records=list(bad), filler=filler)
+    dummy = collate([encoded_sample(0)])
+    share = RankBatch(micro_batches=[dummy], bad_records=list(bad), dummy=dummy)
     num_bad, num_samples = everywhere or (len(bad), len(bad) + num_good)
     outputs = {"num_bad": num_bad, "num_samples": num_samples}
     log.on_train_batch_end(trainer_at(log.steps), module, outputs, share, log.steps)

@@ -10,9 +10,9 @@ import yaml
 import vico_pl.cli
 from tests.helpers import TILE, encoded_image
 from tests.sessions import answered_records, router_probabilities, write_model_folder, write_set
-from vico_pl.data.storage.files import write_json
+from vico_pl.files import write_json
 from vico_pl.inference.session import Session
-from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
+from vico_pl.model.families.ours import CALIBRATION_NAME
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import vico_pl.data.shards
 from tests.helpers import record
 from tests.sessions import tree, write_model_folder, write_set
 from vico_pl.config import open_run
-from vico_pl.data.inspect import read_samples
-from vico_pl.data.storage.files import write_json
+from vico_pl.data.shards.inspect import read_samples
+from vico_pl.files import write_json
 from vico_pl.inference.session import Session
-from vico_pl.model.checkpoint.layout import CONFIG_NAME
-from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
+from vico_pl.model.families.layout import CONFIG_NAME
+from vico_pl.model.families.ours import CALIBRATION_NAME
 
 # Shards are drawn by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

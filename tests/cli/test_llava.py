@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.helpers import encoded_image
 from tests.released import qwen_tokenizer
 from tests.sessions import write_set
-from vico_pl.data.tokenizer import load_tokenizer
-from vico_pl.model.checkpoint.folder import load_model
+from vico_pl.model.families.folder import load_model
+from vico_pl.tokens import load_tokenizer
 
 NAME = "vico-test-llava"
 FIXED = [

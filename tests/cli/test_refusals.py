@@ -9,9 +9,9 @@ import pytest
 import vico_pl.config
 from tests.sessions import tree
 from vico_pl.config import open_run
-from vico_pl.model.checkpoint.layout import CONFIG_NAME
-from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
-from vico_pl.model.checkpoint.tensors import WEIGHTS_NAME
+from vico_pl.model.families.layout import CONFIG_NAME
+from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.tensors import WEIGHTS_NAME
 
 
 def test_an_unknown_recipe_key_is_refused_with_what_was_probably_meant(refused, recipe, tmp_path):

@@ -12,15 +12,15 @@ from PIL import Image
 from tests.helpers import encoded_image
 from tests.hostile import GOOD, member, png, whole, with_checksum
 from vico_pl.data.chat import ChatConfig, ChatEncoder
-from vico_pl.data.decode import RecordError
-from vico_pl.data.inspect import find_faults, read_samples
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.pipeline import build_stages, run_stages
-from vico_pl.data.shards import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.stats import survey
-from vico_pl.data.storage.index import write_array
-from vico_pl.data.storage.opened import scan_boundaries
+from vico_pl.data.shards.index import write_array
+from vico_pl.data.shards.inspect import find_faults, read_samples
+from vico_pl.data.shards.opened import scan_boundaries
+from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.stats import survey
 from vico_pl.data.tiling import TilingConfig
+from vico_pl.errors import RecordError
 
 JPEG, PNG, WEBP = (encoded_image(image_format, size=(120, 90)) for image_format in ("JPEG", "PNG", "WEBP"))
 MOVING = {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]}

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
-from vico_pl.data.decode import RecordError
-from vico_pl.data.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from vico_pl.errors import RecordError
+from vico_pl.tokens import SPECIAL_TOKENS, build_tokenizer
 from vico_pl.types import TiledSample, Turn
 
 START, END, IMG, IMG_END, TILE = "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"

@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers import PLACEHOLDER_ID, TILE, batch_of, encoded_sample, mixed_samples
 from vico_pl.data.collate import collate
-from vico_pl.types import BadRecord, Share
+from vico_pl.types import BadRecord, RankBatch
 
 BAD = BadRecord(id="train-000000.tar/7", reason="JSON: broken")
 
@@ -58,10 +58,10 @@ def test_a_batch_of_nothing_is_refused():
 
 
 def test_moving_a_share_moves_every_tensor_and_keeps_the_rest():
-    batch, filler = collate(mixed_samples()), collate([encoded_sample(9)], positions=[-1])
-    share = Share(packs=[batch], bad_records=[BAD], filler=filler)
+    batch, dummy = collate(mixed_samples()), collate([encoded_sample(9)], positions=[-1])
+    share = RankBatch(micro_batches=[batch], bad_records=[BAD], dummy=dummy)
     moved = share.to("meta")
-    for ours, theirs in ((share.packs[0], moved.packs[0]), (share.filler, moved.filler)):
+    for ours, theirs in ((share.micro_batches[0], moved.micro_batches[0]), (share.dummy, moved.dummy)):
         tensors = [value for value in vars(theirs).values() if isinstance(value, torch.Tensor)]
         assert {tensor.device.type for tensor in tensors} == {"meta"}
         assert (theirs.ids, theirs.positions) == (ours.ids, ours.positions)
@@ -70,8 +70,8 @@ def test_moving_a_share_moves_every_tensor_and_keeps_the_rest():
 
 
 def test_a_filler_without_a_name_is_no_sample_of_a_share():
-    filler = replace(collate([encoded_sample(9)], positions=[-1]), ids=[""])
-    share = Share(packs=[filler, collate(mixed_samples())], bad_records=[], filler=filler)
+    dummy = replace(collate([encoded_sample(9)], positions=[-1]), ids=[""])
+    share = RankBatch(micro_batches=[dummy, collate(mixed_samples())], bad_records=[], dummy=dummy)
     assert share.ids == ["sample-1", "sample-2", "sample-3", "sample-4"]
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from tests.helpers import encoded_image, record
 from tests.hostile import GOOD, mutated, whole
-from vico_pl.data.decode import RecordError, decode_record
-from vico_pl.data.shards import RecordReader, read_index
+from vico_pl.data.decode import decode_record
+from vico_pl.data.shards.reader import RecordReader, read_index
+from vico_pl.errors import RecordError
 
 JPEG, PNG, WEBP = (encoded_image(image_format, size=(120, 90)) for image_format in ("JPEG", "PNG", "WEBP"))
 

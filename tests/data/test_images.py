@@ -11,7 +11,8 @@ from torchvision.io import ImageReadMode, decode_image
 
 from tests.helpers import encoded_image, record
 from tests.hostile import png
-from vico_pl.data.decode import ImageLimits, RecordError, decode_record
+from vico_pl.data.decode import ImageLimits, decode_record
+from vico_pl.errors import RecordError
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.open(io.BytesIO(encoded_image("PNG", size=(40, 30))))

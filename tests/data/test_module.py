@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vico_pl.data.module import DataConfig, DataModule, Shares, SourceConfig
-from vico_pl.data.packing import PackLimits
-from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.packing import MicroBatchLimits
+from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
 
 BATCH = 12
@@ -44,39 +44,50 @@ def global_batches(module, *, world, **settings):
 
 def samples(share):
     found = {}
-    for pack in share.packs:
-        tiles = [pack.tiles[pack.tile_to_sample == place] for place in range(pack.num_samples)]
-        ids = pack.input_ids.split(pack.sample_lengths.tolist())
-        for place, position in enumerate(pack.positions):
+    for micro_batch in share.micro_batches:
+        tiles = [
+            micro_batch.tiles[micro_batch.tile_to_sample == place] for place in range(micro_batch.num_samples)
+        ]
+        ids = micro_batch.input_ids.split(micro_batch.sample_lengths.tolist())
+        for place, position in enumerate(micro_batch.positions):
             if position >= 0:
-                found[position] = (pack.ids[place], tiles[place].tolist(), ids[place].tolist())
+                found[position] = (micro_batch.ids[place], tiles[place].tolist(), ids[place].tolist())
     return found
 
 
 @settings(max_examples=30)
 @given(world=st.integers(1, 15), step=st.integers(0, 10**6))
 def test_ranks_deal_every_global_batch_among_them(module, world, step):
-    hands = [Shares(module, first_step=0, rank=rank, world=world).hand(step)[0] for rank in range(world)]
-    assert sorted(p for hand in hands for p in hand) == list(range(step * BATCH, (step + 1) * BATCH))
+    assigned = [
+        Shares(module, first_step=0, rank=rank, world=world).rank_positions(step)[0] for rank in range(world)
+    ]
+    assert sorted(p for rank_positions in assigned for p in rank_positions) == list(
+        range(step * BATCH, (step + 1) * BATCH)
+    )
 
 
 def test_ranks_get_like_amounts_of_work(shards, tokenizer):
     module = data_module([SourceConfig(path=str(shards))], tokenizer, batch_size=48)
     for step in range(5):
-        packs = [
-            read(module, first_step=step, num_steps=1, rank=rank, world=4)[0].packs[0] for rank in range(4)
+        micro_batches = [
+            read(module, first_step=step, num_steps=1, rank=rank, world=4)[0].micro_batches[0]
+            for rank in range(4)
         ]
-        work = [len(pack.input_ids) + 3 * pack.num_tiles for pack in packs]  # a tile has 4 vision tokens
+        work = [
+            len(micro_batch.input_ids) + 3 * micro_batch.num_tiles for micro_batch in micro_batches
+        ]  # a tile has 4 vision tokens
         assert max(work) - min(work) <= 0.1 * max(work)
 
 
 def test_ranks_make_as_many_packs_as_the_one_with_most(shards, tokenizer):
-    packs = PackLimits(max_tiles=9)
-    module = data_module([SourceConfig(path=str(shards))], tokenizer, batch_size=18, packs=packs)
+    micro_batches = MicroBatchLimits(max_tiles=9)
+    module = data_module(
+        [SourceConfig(path=str(shards))], tokenizer, batch_size=18, micro_batch=micro_batches
+    )
     for step in range(6):
         shares = [read(module, first_step=step, num_steps=1, rank=rank, world=3)[0] for rank in range(3)]
-        assert len({len(share.packs) for share in shares}) == 1
-        assert len(shares[0].packs) >= 2
+        assert len({len(share.micro_batches) for share in shares}) == 1
+        assert len(shares[0].micro_batches) >= 2
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -112,7 +123,7 @@ def test_an_epoch_over_ranks_holds_every_sample_once(module):
 def test_a_rank_without_a_sample_has_a_filler(module):
     shares = [read(module, first_step=0, num_steps=1, rank=rank, world=15)[0] for rank in range(15)]
     assert sorted(len(share.ids) for share in shares) == [0] * 3 + [1] * 12
-    assert all(share.packs[0].num_tiles for share in shares)
+    assert all(share.micro_batches[0].num_tiles for share in shares)
 
 
 def test_sources_take_over_at_their_steps(shards, tmp_path, tokenizer):

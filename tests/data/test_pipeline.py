@@ -7,9 +7,9 @@ from tests.helpers import record, tiny_model, tiny_spec
 from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.decode import ImageLimits
 from vico_pl.data.order import SampleOrder, SourceShape
-from vico_pl.data.packing import PackLimits
+from vico_pl.data.packing import MicroBatchLimits
 from vico_pl.data.pipeline import apply, build_stages, run_stages
-from vico_pl.data.shards import read_index, write_index, write_shard
+from vico_pl.data.shards.reader import read_index, write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.losses.consistency import consistency_kl
 
@@ -50,29 +50,31 @@ def test_positions_become_a_share_of_the_same_samples_however_they_are_asked_for
     pipeline = stages(sources, tokenizer, first_source_ends=18)
     share = run(range(18), pipeline)
     assert len(set(share.ids)) == 18
-    (pack,) = share.packs
-    assert pack.positions == list(range(18))
+    (micro_batch,) = share.micro_batches
+    assert micro_batch.positions == list(range(18))
     assert [run([position], pipeline).ids for position in range(18)] == [[name] for name in share.ids]
     assert share.bad_records == []
 
 
 def test_packs_keep_their_limits_and_hold_every_sample_once(sources, tokenizer):
-    limits = PackLimits(max_tiles=6)
-    share = run(range(18), stages(sources, tokenizer, first_source_ends=18, pack_limits=limits))
-    assert len(share.packs) > 2
-    assert all(pack.num_tiles <= 6 for pack in share.packs)
-    assert sorted(position for pack in share.packs for position in pack.positions) == list(range(18))
+    limits = MicroBatchLimits(max_tiles=6)
+    share = run(range(18), stages(sources, tokenizer, first_source_ends=18, micro_batch_limits=limits))
+    assert len(share.micro_batches) > 2
+    assert all(micro_batch.num_tiles <= 6 for micro_batch in share.micro_batches)
+    assert sorted(
+        position for micro_batch in share.micro_batches for position in micro_batch.positions
+    ) == list(range(18))
 
 
 def test_every_pack_has_a_tile_if_need_be_that_of_the_filler(tmp_path, tokenizer):
     text = record(text="How many days has a leap year?", answer="366", files={"jpg": None}).files
     write_shard(tmp_path / "t.tar", [(str(i), text) for i in range(3)])
     share = run(range(3), stages([read_index(tmp_path)], tokenizer))
-    (pack,) = share.packs
-    assert (pack.num_tiles, pack.positions) == (1, [0, 1, 2, -1])
+    (micro_batch,) = share.micro_batches
+    assert (micro_batch.num_tiles, micro_batch.positions) == (1, [0, 1, 2, -1])
     assert len(share.ids) == 3
-    assert pack.num_response_tokens == int(pack.response_mask.sum()) > 0
-    (rows,) = [pack.response_mask.split(pack.sample_lengths.tolist())[-1]]
+    assert micro_batch.num_response_tokens == int(micro_batch.response_mask.sum()) > 0
+    (rows,) = [micro_batch.response_mask.split(micro_batch.sample_lengths.tolist())[-1]]
     assert not rows.any()
 
 
@@ -112,9 +114,9 @@ def test_a_share_of_bad_records_alone_is_one_filler_that_trains_nothing(tmp_path
     write_shard(tmp_path / "f.tar", [(str(i), {"json": b"{"}) for i in range(4)])
     share = run(range(4), stages([read_index(tmp_path)] * 2, tokenizer))
     assert (len(share.bad_records), share.ids) == (4, [])
-    (batch,) = share.packs
+    (batch,) = share.micro_batches
     assert (batch.positions, batch.num_tiles, batch.num_response_tokens) == ([-1], 1, 0)
-    assert torch.equal(batch.tiles, share.filler.tiles)
+    assert torch.equal(batch.tiles, share.dummy.tiles)
     model = tiny_model(language={**tiny_spec().language, "vocab_size": len(tokenizer)}).train()
     features = model.encode_tiles(batch.tiles)
     states = model.response_states(batch, features, model.full_ratios(batch))
@@ -146,4 +148,4 @@ def test_stages_travel_to_worker_processes_and_do_the_same_there(sources, tokeni
     ours, copy = run(range(4), pipeline), pickle.loads(pickle.dumps(pipeline))
     theirs = run(range(4), copy)
     assert ours.ids == theirs.ids
-    assert torch.equal(ours.packs[0].tiles, theirs.packs[0].tiles)
+    assert torch.equal(ours.micro_batches[0].tiles, theirs.micro_batches[0].tiles)

@@ -5,8 +5,8 @@ import torch
 
 from tests.helpers import encoded_image
 from tests.sessions import router_probabilities, write_model_folder, write_set
-from vico_pl.data.shards import RecordReader, read_index
-from vico_pl.data.storage.files import write_json
+from vico_pl.data.shards.reader import RecordReader, read_index
+from vico_pl.files import write_json
 from vico_pl.inference.calibrate import (
     SKILL_SLACK,
     CalibrationPoint,
@@ -18,7 +18,7 @@ from vico_pl.inference.calibrate import (
 from vico_pl.inference.questions import silent
 from vico_pl.inference.routing import NEVER
 from vico_pl.inference.session import Session
-from vico_pl.model.checkpoint.ours import CALIBRATION_NAME
+from vico_pl.model.families.ours import CALIBRATION_NAME
 from vico_pl.model.router import RoutingRule
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.helpers import tiny_model, tiny_spec
 from vico_pl.model.adapters import LoraConfig, adapters_merged, adapters_off, add_adapters, own_parameters
-from vico_pl.model.checkpoint.folder import load_model, save_model
+from vico_pl.model.families.folder import load_model, save_model
 
 LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 EXPERTS = {

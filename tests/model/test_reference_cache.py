@@ -23,7 +23,7 @@ def open_cache(folder, name="same", *, max_gib=1.0, look_every_s=0.0):
     return ReferenceCache(folder, fingerprint=name, width=WIDTH, max_gib=max_gib, look_every_s=look_every_s)
 
 
-def pack(*samples):
+def micro_batch(*samples):
     return collate(samples, with_digests=True)
 
 
@@ -35,11 +35,11 @@ def numbered(batch):
 
 
 def numbered_alone(seeds):
-    return torch.cat([numbered(pack(encoded_sample(seed))) for seed in seeds])
+    return torch.cat([numbered(micro_batch(encoded_sample(seed))) for seed in seeds])
 
 
 def served(cache, batch):
-    """What the cache has of a pack; None: it would have it computed."""
+    """What the cache has of a micro-batch; None: it would have it computed."""
     asked = mock.Mock(return_value=numbered(batch))
     states = cache.states_of(batch, asked)
     return None if asked.called else states
@@ -51,7 +51,7 @@ def reference_with(cache=None, *, seed=0):
 
 @pytest.fixture
 def batch():
-    return pack(*mixed_samples())
+    return micro_batch(*mixed_samples())
 
 
 def test_the_states_of_a_known_pack_are_served_bit_for_bit_and_not_computed(tmp_path, batch):
@@ -72,8 +72,8 @@ def test_samples_are_served_in_other_packs_than_they_were_computed_in(tmp_path):
     one, two, three, four = mixed_samples()
     reference = reference_with(open_cache(tmp_path))
     for samples in ((one, two), (three, four)):
-        reference.response_states(pack(*samples))
-    mixed = pack(four, one, three, two)
+        reference.response_states(micro_batch(*samples))
+    mixed = micro_batch(four, one, three, two)
     found = served(reference.cache, mixed)
     torch.testing.assert_close(found, reference_with().response_states(mixed), rtol=1e-5, atol=1e-5)
 
@@ -81,28 +81,28 @@ def test_samples_are_served_in_other_packs_than_they_were_computed_in(tmp_path):
 def test_a_pack_of_which_a_part_is_known_is_computed_whole_and_the_rest_is_kept(tmp_path):
     one, two, *_ = mixed_samples()
     cache = open_cache(tmp_path)
-    served(cache, pack(one))
+    served(cache, micro_batch(one))
     kept = size_of(tmp_path)
-    assert served(cache, pack(one, two)) is None
+    assert served(cache, micro_batch(one, two)) is None
     assert size_of(tmp_path) - kept == 5 * WIDTH * 4 + ENTRY.size
-    assert served(cache, pack(two, one)) is not None
+    assert served(cache, micro_batch(two, one)) is not None
 
 
 def test_a_pack_says_whether_it_was_served_unless_it_has_no_response(tmp_path, batch):
-    cache, filler = open_cache(tmp_path), pack(encoded_sample(9, answers=()))
+    cache, dummy = open_cache(tmp_path), micro_batch(encoded_sample(9, answers=()))
     assert cache.served is None
     told = []
-    for one in (batch, batch, filler):
+    for one in (batch, batch, dummy):
         cache.states_of(one, lambda one=one: numbered(one))
         told.append(cache.served)
     assert told == [False, True, None]
 
 
 def test_samples_without_a_response_take_no_part(tmp_path):
-    sample, filler = encoded_sample(1), encoded_sample(9, answers=())
+    sample, dummy = encoded_sample(1), encoded_sample(9, answers=())
     cache = open_cache(tmp_path)
-    served(cache, pack(sample, filler))
-    assert served(cache, pack(filler, sample)).shape == (3, WIDTH)
+    served(cache, micro_batch(sample, dummy))
+    assert served(cache, micro_batch(dummy, sample)).shape == (3, WIDTH)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -123,14 +123,14 @@ def test_a_sample_with_other_tiles_or_tokens_is_another_whatever_its_name(tmp_pa
     value = getattr(sample, changed)
     value = value.flatten().roll(1).view_as(value)  # of a mask: as many tokens, others
     cache = open_cache(tmp_path)
-    served(cache, pack(sample))
-    assert served(cache, pack(replace(sample, **{changed: value}))) is None
+    served(cache, micro_batch(sample))
+    assert served(cache, micro_batch(replace(sample, **{changed: value}))) is None
 
 
 def test_the_same_sample_under_another_name_is_the_same(tmp_path):
     cache = open_cache(tmp_path)
-    served(cache, pack(encoded_sample(1)))
-    assert served(cache, pack(replace(encoded_sample(1), id="elsewhere.tar/0"))) is not None
+    served(cache, micro_batch(encoded_sample(1)))
+    assert served(cache, micro_batch(replace(encoded_sample(1), id="elsewhere.tar/0"))) is not None
 
 
 def test_states_of_another_fingerprint_are_never_served(tmp_path, batch):
@@ -182,13 +182,13 @@ def test_a_torn_index_loses_no_more_than_the_entry_it_is_torn_in(tmp_path, torn)
     one, two, *_ = mixed_samples()
     cache = open_cache(tmp_path)
     for sample in (one, two):
-        served(cache, pack(sample))
+        served(cache, micro_batch(sample))
     index = one_file(tmp_path, ".index")
     index.write_bytes(index.read_bytes()[:-torn])
     later = open_cache(tmp_path)
-    assert served(later, pack(one)) is not None
-    assert served(later, pack(two)) is None
-    assert served(open_cache(tmp_path), pack(two)) is not None  # it was kept again
+    assert served(later, micro_batch(one)) is not None
+    assert served(later, micro_batch(two)) is None
+    assert served(open_cache(tmp_path), micro_batch(two)) is not None  # it was kept again
 
 
 def test_an_entry_that_is_seen_half_written_is_read_when_it_is_whole(tmp_path, batch):
@@ -215,20 +215,20 @@ def test_states_that_are_not_what_was_written_are_computed_again(tmp_path, damag
     one, two, *_ = mixed_samples()
     cache = open_cache(tmp_path)
     for sample in (one, two):
-        served(cache, pack(sample))
+        served(cache, micro_batch(sample))
     states = one_file(tmp_path, ".states")
     states.write_bytes(damage(states.read_bytes()))
     later = open_cache(tmp_path)
-    assert served(later, pack(one)) is not None
-    assert served(later, pack(two)) is None
-    assert torch.equal(served(later, pack(two)), numbered(pack(two)))
+    assert served(later, micro_batch(one)) is not None
+    assert served(later, micro_batch(two)) is None
+    assert torch.equal(served(later, micro_batch(two)), numbered(micro_batch(two)))
 
 
 def test_an_index_of_random_bytes_does_no_harm(tmp_path):
     open_cache(tmp_path)
-    batch = pack(encoded_sample(1))
+    batch = micro_batch(encoded_sample(1))
     noise = np.random.default_rng(0).bytes(10 * ENTRY.size)
-    far_away = ENTRY.pack(batch.digests[0], 2**64 - 1, batch.response_lengths[0], 0, b"float32")
+    far_away = ENTRY.micro_batch(batch.digests[0], 2**64 - 1, batch.response_lengths[0], 0, b"float32")
     (tmp_path / "same" / "noise.index").write_bytes(noise + far_away)
     (tmp_path / "same" / "noise.states").write_bytes(noise)
     cache = open_cache(tmp_path)
@@ -255,29 +255,29 @@ def full_disk(opened):
 def test_a_full_disk_is_told_once_and_what_is_kept_goes_on_to_be_served(tmp_path):
     one, two, three, _ = mixed_samples()
     cache = open_cache(tmp_path)
-    served(cache, pack(one))
+    served(cache, micro_batch(one))
     with (
         mock.patch.object(Path, "open", full_disk(Path.open)),
         pytest.warns(UserWarning, match=r"no more states of the reference are kept: .*No space left") as told,
     ):
-        assert served(cache, pack(two)) is None
+        assert served(cache, micro_batch(two)) is None
     assert len(told) == 1
-    assert served(cache, pack(three)) is None  # without a warning, which would fail the test
-    assert served(cache, pack(three)) is None
-    assert served(cache, pack(one)) is not None
+    assert served(cache, micro_batch(three)) is None  # without a warning, which would fail the test
+    assert served(cache, micro_batch(three)) is None
+    assert served(cache, micro_batch(one)) is not None
 
 
 def test_nothing_is_kept_beyond_the_limit_which_is_told_once(tmp_path):
     one, two, three, _ = mixed_samples()
-    served(open_cache(tmp_path, "other"), pack(one))  # counts, too
+    served(open_cache(tmp_path, "other"), micro_batch(one))  # counts, too
     cache = open_cache(tmp_path, max_gib=(2.5 * 4 * WIDTH * 4 + 80) / 2**30)
-    served(cache, pack(one))
+    served(cache, micro_batch(one))
     with pytest.warns(UserWarning, match=r"its limit of .* GiB, consistency\.reference_cache_gib") as told:
-        served(cache, pack(two))
-    served(cache, pack(three))
+        served(cache, micro_batch(two))
+    served(cache, micro_batch(three))
     assert len(told) == 1
     assert size_of(tmp_path) == 2 * (4 * WIDTH * 4 + ENTRY.size)
-    assert served(cache, pack(one)) is not None
+    assert served(cache, micro_batch(one)) is not None
 
 
 # --- Several processes --------------------------------------------------------------------------------------
@@ -296,9 +296,9 @@ def write_half(folder, first, together):
     cache = open_cache(folder)
     together.wait()
     for seed in range(first, 40, 2):
-        served(cache, pack(encoded_sample(seed)))
+        served(cache, micro_batch(encoded_sample(seed)))
     together.wait()
-    assert torch.equal(served(cache, pack(*map(encoded_sample, range(40)))), numbered_alone(range(40)))
+    assert torch.equal(served(cache, micro_batch(*map(encoded_sample, range(40)))), numbered_alone(range(40)))
 
 
 def test_processes_write_side_by_side_and_read_what_the_others_wrote(tmp_path):

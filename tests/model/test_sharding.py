@@ -24,7 +24,7 @@ from vico_pl.stages.ranks import Ranks
 from vico_pl.stages.router import RouterConfig, RouterStage
 
 FILLER = encoded_sample(99, images=(1,), answers=())
-# What each of two ranks runs, pack by pack: other ratios on each, text alone beside images, a filler alone.
+# What each of two ranks runs, micro-batch by micro-batch: other ratios on each, text alone beside images, a dummy alone.
 PACKS = {
     "images": [[(encoded_sample(1, images=(3,)), 0)], [(encoded_sample(2, images=(1, 2)), 1)]],
     "text_beside_images": [
@@ -35,7 +35,7 @@ PACKS = {
 }
 
 
-def pack(name, rank):
+def micro_batch(name, rank):
     samples, positions = zip(*PACKS[name][rank], strict=True)
     return collate(samples, positions=positions)
 
@@ -78,8 +78,8 @@ def gradients_of(stage):
 def step_in_float32(rank, mesh, tied):
     stage = build_stage(tied=tied)
     shard(stage, mesh)
-    for name in PACKS:  # the gradients of several packs are added up
-        (stage.step(pack(name, rank)).loss_sum * 2).backward()  # ranks are averaged
+    for name in PACKS:  # the gradients of several micro-batches are added up
+        (stage.step(micro_batch(name, rank)).loss_sum * 2).backward()  # ranks are averaged
     gradients = gradients_of(stage)
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
     norm = clip_gradients(optimizer, max_norm=0.5)
@@ -88,7 +88,7 @@ def step_in_float32(rank, mesh, tied):
 
 
 def gradients_in_bfloat16(rank, mesh, tied):
-    """Gradients of one pack, what entered the loss, and what came out."""
+    """Gradients of one micro-batch, what entered the loss, and what came out."""
     stage, seen = build_stage(tied=tied), []
     shard(stage, mesh, dtype=torch.bfloat16)
 
@@ -97,7 +97,7 @@ def gradients_in_bfloat16(rank, mesh, tied):
         return seen[-1]
 
     with patch("vico_pl.stages.consistency.consistency_kl", watched), torch.autocast("cpu", torch.bfloat16):
-        loss = stage.step(pack("images", rank)).loss_sum
+        loss = stage.step(micro_batch("images", rank)).loss_sum
     (loss * 2).backward()
     return {"gradients": gradients_of(stage), "loss": [tensor.detach() for tensor in seen]}
 
@@ -108,7 +108,7 @@ def label_tiles(rank, mesh, tied):
     shard(stage, mesh)
     stage.is_sharded, stage.ranks = True, Ranks(2)
     stage.policy.model.language.base_model.register_forward_hook(lambda *_: passes.append(1))
-    learn(stage, [pack(name, rank) for name in PACKS])
+    learn(stage, [micro_batch(name, rank) for name in PACKS])
     return {**learned(stage), "passes": stage.ranks.gather(len(passes))}
 
 
@@ -118,9 +118,9 @@ def build_router_stage(*, tied):
     return RouterStage(*models, config, OptimConfig(), num_steps=1)
 
 
-def learn(stage, packs):
+def learn(stage, micro_batches):
     with patch("vico_pl.stages.labels.branch_states", partial(branch_states, max_tokens=1)):  # a tile each
-        for result in stage.results(packs):
+        for result in stage.results(micro_batches):
             (result.loss_sum * stage.ranks.world).backward()  # ranks are averaged
 
 
@@ -138,11 +138,11 @@ def sharded(request, tmp_path_factory):
 
 
 def alone(names, *, tied):
-    """The stage of one process after the packs of both ranks."""
+    """The stage of one process after the micro-batches of both ranks."""
     stage = build_stage(tied=tied)
     for name in names:
         for rank in range(2):
-            stage.step(pack(name, rank)).loss_sum.backward()
+            stage.step(micro_batch(name, rank)).loss_sum.backward()
     return stage
 
 
@@ -176,12 +176,12 @@ def test_what_is_computed_in_bfloat16_is_compared_and_summed_in_float32(sharded)
 def test_labels_and_what_the_router_learns_are_those_of_one_process(sharded):
     found, stage = sharded[0]["labels"], build_router_stage(tied=sharded[1])
     stage.ranks = Ranks(1)
-    learn(stage, [pack(name, rank) for name in PACKS for rank in range(2)])
+    learn(stage, [micro_batch(name, rank) for name in PACKS for rank in range(2)])
     expected = learned(stage)
     assert stage.window.seen == 10
     assert expected["loss_ratios"][-10:].std() > 0.01
     torch.testing.assert_close(found["loss_ratios"], expected["loss_ratios"], rtol=1e-5, atol=1e-5)
     for name, gradient in expected["gradients"].items():
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
-    # Each pack runs at full tokens, and as many groups as the rank with the most tiles has: 3, 2 and 2.
+    # Each micro-batch runs at full tokens, and as many groups as the rank with the most tiles has: 3, 2 and 2.
     assert found["passes"] == [1 + 3 + 1 + 2 + 1 + 2] * 2

@@ -5,24 +5,24 @@ import torch
 
 from tests.helpers import tiny_spec
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.memory import Pack, RunMemory, draw_batch, measure_memory, num_bytes, per_gpu
+from vico_pl.planning.memory import MicroBatch, RunMemory, draw_batch, measure_memory, num_bytes, per_gpu
 from vico_pl.planning.models import build_models
 
-PACK = Pack(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
+PACK = MicroBatch(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
 MEMORY = RunMemory(
     weights={"policy weights": 800.0, "reference weights": 400.0},
     shared=0.0,
     gradients=160.0,
     optimizer=320.0,
     largest=10.0,
-    pack={"activations": 1000.0},
+    micro_batch={"activations": 1000.0},
     unit=80.0,
     root=40.0,
 )
 
 
-def measured(config, source, pack=PACK, *, checkpointing=False):
-    return measure_memory(config, source, pack, checkpointing=checkpointing)
+def measured(config, source, micro_batch=PACK, *, checkpointing=False):
+    return measure_memory(config, source, micro_batch, checkpointing=checkpointing)
 
 
 def trained_bytes(part, dtype_bytes=4):
@@ -71,29 +71,29 @@ def test_stage_router_trains_the_router_alone(config, source):
 
 @pytest.mark.parametrize("label_mode", ["tile", "image"])
 def test_labels_take_memory(config, source, label_mode):
-    pack = measured(config("router", router={"label_mode": label_mode}), source).pack
-    assert pack
+    micro_batch = measured(config("router", router={"label_mode": label_mode}), source).micro_batch
+    assert micro_batch
     larger = replace(PACK, num_samples=8)
     assert sum(
-        measured(config("router", router={"label_mode": label_mode}), source, larger).pack.values()
-    ) > sum(pack.values())
+        measured(config("router", router={"label_mode": label_mode}), source, larger).micro_batch.values()
+    ) > sum(micro_batch.values())
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "consistency"])
 def test_activations_grow_with_the_pack_and_shrink_by_recomputing(config, source, stage):
     model = {"ratios": [4]} if stage == "pretrain" else {}
     settings = config(stage, model=model)
-    small = measured(settings, source).pack
-    large = measured(settings, source, replace(PACK, num_samples=8)).pack
-    again = measured(settings, source, replace(PACK, num_samples=8), checkpointing=True).pack
+    small = measured(settings, source).micro_batch
+    large = measured(settings, source, replace(PACK, num_samples=8)).micro_batch
+    again = measured(settings, source, replace(PACK, num_samples=8), checkpointing=True).micro_batch
     for part in ("vision activations", "language activations"):
         assert large[part] == pytest.approx(4 * small[part], rel=0.05)
     assert sum(again.values()) < sum(large.values())
 
 
 def test_half_precision_saves_activations(config, source):
-    whole = measured(config(), source).pack
-    mixed = measured(config(trainer={"precision": "bf16-mixed"}), source).pack
+    whole = measured(config(), source).micro_batch
+    mixed = measured(config(trainer={"precision": "bf16-mixed"}), source).micro_batch
     assert mixed["language activations"] < whole["language activations"]
     assert "weights as autocast has them" in mixed
     assert "weights as autocast has them" not in whole
@@ -122,7 +122,7 @@ def test_fsdp_divides_all_but_the_pack_and_what_computes():
 
 
 def test_the_optimizer_counts_where_it_takes_more_than_a_pack():
-    small = replace(MEMORY, pack={"activations": 100.0})
+    small = replace(MEMORY, micro_batch={"activations": 100.0})
     assert per_gpu(small, sharded=False, world=1)["optimizer's temporaries"] == 160
     assert per_gpu(small, sharded=False, world=1, foreach=False)["activations"] == 100
     assert "activations" not in per_gpu(small, sharded=False, world=1)

@@ -6,7 +6,7 @@ import pytest
 import vico_pl.cli
 from tests.helpers import tiny_spec
 from vico_pl.config import load_config
-from vico_pl.model.checkpoint.folder import save_model
+from vico_pl.model.families.folder import save_model
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning import report
 from vico_pl.planning.hardware import GPUS, USABLE, Gpu
@@ -23,7 +23,7 @@ WITHOUT_SHAPE = {
 }
 
 
-def memory_of(gib, *, pack=0.0):
+def memory_of(gib, *, micro_batch=0.0):
     """A run whose weights, gradients, optimizer and its temporaries take `gib` in all; FSDP divides all."""
     part = gib * GIB / 6
     return RunMemory(
@@ -32,7 +32,7 @@ def memory_of(gib, *, pack=0.0):
         gradients=part,
         optimizer=2 * part,
         largest=0.0,
-        pack={"activations": float(pack * GIB)},
+        micro_batch={"activations": float(micro_batch * GIB)},
         unit=0.0,
         root=0.0,
     )
@@ -78,7 +78,7 @@ def test_the_fewest_gpus_that_fit_are_found(gib, world):
 
 
 def test_a_pack_that_is_too_large_fits_nowhere():
-    assert smallest_layout(memory_of(1, pack=100), 80 / USABLE) is None
+    assert smallest_layout(memory_of(1, micro_batch=100), 80 / USABLE) is None
 
 
 def test_hours_follow_from_operations_and_speed(recipe):
@@ -161,7 +161,7 @@ def test_columns_are_aligned(tiny_plan):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_can_be_planned(path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
-    config = load_config(path, ["data.packs.max_tiles=6"])
+    config = load_config(path, ["data.micro_batch.max_tiles=6"])
     if f"{path.parent.name}/{path.name}" in WITHOUT_SHAPE:
         with pytest.raises(ValueError, match="its shape is not known here"):
             build_plan(config)

@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from vico_pl.data.packing import PackLimits
-from vico_pl.data.storage.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
-from vico_pl.data.storage.sizes import SampleSize, as_array
+from vico_pl.data.packing import MicroBatchLimits
+from vico_pl.data.shards.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
+from vico_pl.data.shards.sizes import SampleSize, as_array
 from vico_pl.model.flops import ModelFlops
-from vico_pl.planning.workload import SampleShape, count_work, pack_of, read_samples
+from vico_pl.planning.workload import SampleShape, count_work, micro_batch_of, read_samples
 
 SAMPLE = SampleShape(tiles=2.0, text_tokens=10.0, response_tokens=4.0, num_samples=None, origin="test")
 FLOPS = ModelFlops(
@@ -67,16 +67,21 @@ def test_labels_per_image_run_one_compressed_sample(config):
 @pytest.mark.parametrize(
     ("limits", "batch_size", "world", "expected"),
     [
-        (PackLimits(max_tiles=9, max_tokens=1000), 16, 1, 4),  # 4 x 2 tiles
-        (PackLimits(max_tiles=99, max_tokens=60), 16, 1, 3),  # 3 x 18 tokens
-        (PackLimits(max_tiles=99, max_tokens=1000), 16, 8, 2),  # a rank's share
-        (PackLimits(max_tiles=1, max_tokens=1), 16, 1, 1),  # one sample that exceeds them
+        (MicroBatchLimits(max_tiles=9, max_tokens=1000), 16, 1, 4),  # 4 x 2 tiles
+        (MicroBatchLimits(max_tiles=99, max_tokens=60), 16, 1, 3),  # 3 x 18 tokens
+        (MicroBatchLimits(max_tiles=99, max_tokens=1000), 16, 8, 2),  # a rank's share
+        (MicroBatchLimits(max_tiles=1, max_tokens=1), 16, 1, 1),  # one sample that exceeds them
     ],
 )
 def test_packs_keep_to_the_limits(config, limits, batch_size, world, expected):
-    data = replace(config().data, packs=limits, batch_size=batch_size)
-    pack = pack_of(data, SAMPLE, tokens_per_tile=4, world=world)
-    assert (pack.num_samples, pack.tiles, pack.text_tokens, pack.response_tokens) == (expected, 2, 10, 4)
+    data = replace(config().data, micro_batch=limits, batch_size=batch_size)
+    micro_batch = micro_batch_of(data, SAMPLE, tokens_per_tile=4, world=world)
+    assert (
+        micro_batch.num_samples,
+        micro_batch.tiles,
+        micro_batch.text_tokens,
+        micro_batch.response_tokens,
+    ) == (expected, 2, 10, 4)
 
 
 def test_shards_tell_their_sizes(config, tmp_path):

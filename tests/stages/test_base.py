@@ -10,8 +10,8 @@ from torch import nn
 from tests.helpers import batch_of, encoded_sample
 from vico_pl.data.collate import collate
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Mean, ShareFacts, Stage, StepResult
-from vico_pl.types import BadRecord, Share
+from vico_pl.stages.base import Mean, RankFacts, Stage, StepResult
+from vico_pl.types import BadRecord, RankBatch
 
 
 class WeightTimesTokens(Stage):
@@ -38,18 +38,18 @@ class Others:
         self.world, self._facts = 1 + len(facts), facts
 
     def gather(self, value):
-        return [value, *self._facts] if isinstance(value, ShareFacts) else [value] * self.world
+        return [value, *self._facts] if isinstance(value, RankFacts) else [value] * self.world
 
 
 def facts(**known):
-    return ShareFacts(
-        **{"num_packs": 1, "num_items": 0, "num_samples": 0, "num_bad": 0, "stop": False, **known}
+    return RankFacts(
+        **{"num_micro_batches": 1, "num_items": 0, "num_samples": 0, "num_bad": 0, "stop": False, **known}
     )
 
 
-def share_of(*packs, bad=()):
-    filler = collate([encoded_sample(0, images=(1,), answers=())], positions=[-1])
-    return Share(packs=list(packs), bad_records=list(bad), filler=filler)
+def share_of(*micro_batches, bad=()):
+    dummy = collate([encoded_sample(0, images=(1,), answers=())], positions=[-1])
+    return RankBatch(micro_batches=list(micro_batches), bad_records=list(bad), dummy=dummy)
 
 
 def run(share, *others):
@@ -105,10 +105,10 @@ def test_the_loss_is_the_mean_over_response_tokens():
 def test_any_split_into_packs_gives_the_step_of_the_whole_batch():
     samples = [encoded_sample(i, answers=(n,)) for i, n in ((1, 3), (2, 9), (3, 1))]
     whole = run(share_of(batch_of(*samples)))
-    packs = run(share_of(*map(batch_of, samples)))
-    assert packs.gradient == pytest.approx(whole.gradient, rel=1e-6)
-    assert packs.logged == pytest.approx(whole.logged, rel=1e-6)
-    assert packs.stage.weight.item() == pytest.approx(whole.stage.weight.item(), rel=1e-6)
+    micro_batches = run(share_of(*map(batch_of, samples)))
+    assert micro_batches.gradient == pytest.approx(whole.gradient, rel=1e-6)
+    assert micro_batches.logged == pytest.approx(whole.logged, rel=1e-6)
+    assert micro_batches.stage.weight.item() == pytest.approx(whole.stage.weight.item(), rel=1e-6)
 
 
 def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
@@ -127,14 +127,14 @@ def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
 
 def test_a_rank_with_fewer_packs_runs_fillers_that_change_nothing():
     batch = batch_of(encoded_sample(1, answers=(3,)))
-    alone, beside = run(share_of(batch)), run(share_of(batch), facts(num_packs=3))
+    alone, beside = run(share_of(batch)), run(share_of(batch), facts(num_micro_batches=3))
     assert beside.events.count("backward") == 3
     assert beside.gradient == pytest.approx(2 * alone.gradient)  # halved by the mean over two ranks
 
 
 def test_gradients_are_exchanged_with_the_last_pack_alone():
-    packs = [batch_of(encoded_sample(i)) for i in range(3)]
-    assert run(share_of(*packs)).events == ["kept", "backward", "kept", "backward", "backward"]
+    micro_batches = [batch_of(encoded_sample(i)) for i in range(3)]
+    assert run(share_of(*micro_batches)).events == ["kept", "backward", "kept", "backward", "backward"]
 
 
 def test_a_step_without_anything_to_learn_from_is_zero():

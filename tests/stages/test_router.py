@@ -107,10 +107,10 @@ def test_a_batch_of_text_alone_teaches_nothing_and_breaks_nothing():
 
 
 def test_tiles_of_the_filler_are_neither_labelled_nor_remembered():
-    samples, filler = mixed_samples(), encoded_sample(9, images=(1,), answers=())
+    samples, dummy = mixed_samples(), encoded_sample(9, images=(1,), answers=())
     plain, filled = stage_of(), stage_of()
     alone = plain.step(batch_of(*samples))
-    with_filler = filled.step(collate([*samples, filler], positions=[0, 1, 2, 3, -1]))
+    with_filler = filled.step(collate([*samples, dummy], positions=[0, 1, 2, 3, -1]))
     assert with_filler.loss_sum.item() == pytest.approx(alone.loss_sum.item(), rel=1e-5)
     assert torch.equal(filled.window.values, plain.window.values)
     assert int(filled.window.seen) == 7
@@ -120,8 +120,8 @@ def test_packs_are_labelled_together_in_the_order_of_the_run_however_they_are_cu
     samples = mixed_samples()
     whole, cut = stage_of(percentile=40.0), stage_of(percentile=40.0)
     one = whole.step(batch_of(*samples))
-    packs = [collate(samples[2:], positions=[2, 3]), collate(samples[:2], positions=[0, 1])]
-    several = list(cut.results(packs))
+    micro_batches = [collate(samples[2:], positions=[2, 3]), collate(samples[:2], positions=[0, 1])]
+    several = list(cut.results(micro_batches))
     assert sum(result.loss_sum.item() for result in several) == pytest.approx(one.loss_sum.item(), rel=1e-5)
     assert torch.allclose(cut.window.values, whole.window.values, rtol=1e-5)
 

@@ -8,7 +8,7 @@ import vico_pl.cli
 from tests.helpers import record
 from tests.runs import run, weights
 from vico_pl.callbacks.checkpoints import newest_checkpoint
-from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.shards.reader import write_index, write_shard
 
 
 def faulty_set(folder, *, num_good, num_bad):

@@ -22,7 +22,7 @@ from tests.processes import audit, finish, newest_step, start, steps_taken
 from tests.runs import differing, metrics, recipe
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.callbacks.steps import StepSeed
-from vico_pl.data.shards import write_index, write_shard
+from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.trainer import is_finished
 
 STEPS = 12

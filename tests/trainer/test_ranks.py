@@ -49,7 +49,9 @@ def assert_alike(run_dir, other, *, tolerance):
     # A line is written just after the checkpoint of its step: a kill in between loses it.
     assert len(theirs) - 2 <= len(ours.keys() & theirs.keys()) == len(ours)
     for step, line in ours.items():
-        for name in line.keys() - {"router/auroc"}:  # ranks of tiles within a pack, not over packs
+        for name in line.keys() - {
+            "router/auroc"
+        }:  # ranks of tiles within a micro-batch, not over micro-batches
             assert line[name] == pytest.approx(theirs[step][name], rel=tolerance, abs=1e-7), name
     expected = weights(other)
     for name, tensor in weights(run_dir).items():

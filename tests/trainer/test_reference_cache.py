@@ -41,7 +41,7 @@ def hits(run_dir):
 
 @pytest.mark.parametrize("trained", ["[vision,connectors,language]", "[connectors]", "[connectors,lora]"])
 def test_a_run_of_two_epochs_goes_as_without_and_computes_each_sample_once(runs, tmp_path, computed, trained):
-    settings = f"trainer.max_steps={STEPS}", f"model.trainable={trained}", "data.packs.max_tiles=3"
+    settings = f"trainer.max_steps={STEPS}", f"model.trainable={trained}", "data.micro_batch.max_tiles=3"
     run(runs / "consistency.yaml", f"run_dir={tmp_path / 'without'}", *settings)
     assert max(computed) == STEPS - 1
     computed.clear()
@@ -94,5 +94,5 @@ def test_ranks_that_are_killed_at_any_moment_leave_a_cache_for_those_that_go_on(
         kill_at_random(recipe, tmp_path / "with", *settings, rng=rng, ranks=2).wait(supervised=True)
     finish(recipe, tmp_path / "with", *settings, ranks=2)
     assert hits(tmp_path / "with")[-STEPS:] == [1] * STEPS
-    # Packs are the same here, and so is every state of the reference.
+    # Micro-batches are the same here, and so is every state of the reference.
     assert differing(tmp_path / "with", tmp_path / "without") == set()

@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.helpers import record
 from tests.runs import STEPS, break_run, differing, metrics, run, watch_steps
 from vico_pl.callbacks.checkpoints import newest_checkpoint
-from vico_pl.data.shards import write_index, write_shard
-from vico_pl.data.tokenizer import load_tokenizer
-from vico_pl.model.checkpoint.folder import load_model
+from vico_pl.data.shards.reader import write_index, write_shard
+from vico_pl.model.families.folder import load_model
+from vico_pl.tokens import load_tokenizer
 from vico_pl.trainer import is_finished
 
 

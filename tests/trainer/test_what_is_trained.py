@@ -11,7 +11,7 @@ from tests.runs import break_run, differing, run, watch_steps, weights
 from vico_pl.build import build_run_tokenizer, build_stage
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
-from vico_pl.model.checkpoint.folder import load_model
+from vico_pl.model.families.folder import load_model
 from vico_pl.model.sharding import cast_trained
 from vico_pl.trainer import is_finished
 

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from vico_pl.types import Share
+from vico_pl.types import RankBatch
 
 MAX_SKIPPED = 3  # steps in a row without a finite gradient, before the run stops
 SPIKE_FACTOR = 10.0  # times the median of recent gradient norms
@@ -39,7 +39,7 @@ class GradientGuard(L.Callback):
         self._norms: deque[float] = deque(maxlen=HISTORY)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RankBatch, batch_idx: int
     ) -> None:
         """Look at the norm of the step's gradient, which is the same on all ranks.
 
@@ -77,7 +77,7 @@ class SyncGuard(L.Callback):
         self._every = every
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Share, batch_idx: int
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: RankBatch, batch_idx: int
     ) -> None:
         """Compare checksums.
 

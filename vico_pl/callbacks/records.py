@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from vico_pl.types import BadRecord, Share
+from vico_pl.types import BadRecord, RankBatch
 
 
 class JsonlLogger(Logger):
@@ -63,7 +63,7 @@ class BadRecordLog(L.Callback):
         self._next_line_s = -math.inf  # when the next line may be printed
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RankBatch, batch_idx: int
     ) -> None:
         """Write the bad records of the step just taken.
 
@@ -138,7 +138,7 @@ class SampleLog(L.Callback):
         self._append(trainer, line, before=b"\n" if _is_torn(self._path(trainer)) else b"")
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RankBatch, batch_idx: int
     ) -> None:
         """Write the samples of the step just taken."""
         bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}

@@ -7,8 +7,9 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vico_pl.data.decode import IMAGE_TOKEN, RecordError
-from vico_pl.data.tokenizer import IMAGE_END, IMAGE_START, PLACEHOLDER, TURN_END, TURN_START, token_id
+from vico_pl.data.decode import IMAGE_TOKEN
+from vico_pl.errors import RecordError
+from vico_pl.tokens import IMAGE_END, IMAGE_START, PLACEHOLDER, TURN_END, TURN_START, token_id
 from vico_pl.types import EncodedSample, TiledSample, Turn
 
 

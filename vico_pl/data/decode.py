@@ -16,6 +16,7 @@ import PIL.ImageOps
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
+from vico_pl.errors import RecordError
 from vico_pl.types import BadRecord, Content, Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -48,15 +49,6 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
-
-
-class RecordError(ValueError):
-    """A record that cannot be used; its text is the reason, `kind` one word to count it under."""
-
-    def __init__(self, reason: str, *, kind: str = "") -> None:
-        """Without `kind` whoever catches the error says what it is."""
-        super().__init__(reason)
-        self.kind = kind
 
 
 def bad_record(name: str, error: RecordError, *, kind: str = "other") -> BadRecord:

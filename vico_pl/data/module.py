@@ -15,17 +15,17 @@ from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.decode import ImageLimits
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.packing import (
-    PackLimits,
+    MicroBatchLimits,
     SampleCost,
-    deal,
+    assign_to_ranks,
     estimated_tiles,
-    split_into_packs,
+    split_into_micro_batches,
 )
 from vico_pl.data.pipeline import build_stages, run_stages
-from vico_pl.data.shards import ShardIndex, read_index
-from vico_pl.data.storage.remote import StreamingConfig
+from vico_pl.data.shards.reader import ShardIndex, read_index
+from vico_pl.data.shards.remote import StreamingConfig
 from vico_pl.data.tiling import TilingConfig
-from vico_pl.types import Share
+from vico_pl.types import RankBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ class DataConfig:
     num_workers: int = 1  # processes per rank that decode; 0: in the training process
     tiling: TilingConfig = field(default_factory=TilingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
-    packs: PackLimits = field(default_factory=PackLimits)  # what goes through the model at a time
+    micro_batch: MicroBatchLimits = field(
+        default_factory=MicroBatchLimits
+    )  # what goes through the model at a time
     images: ImageLimits = field(default_factory=ImageLimits)  # what an image may cost
     streaming: StreamingConfig = field(default_factory=StreamingConfig)  # of URLs and compressed shards
     max_bad_fraction: float = 0.05  # of the last 2,000 samples; if more are bad the run stops
@@ -91,7 +93,7 @@ class DataModule(L.LightningDataModule):
         self.cost = cost or partial(_num_tokens, tokens_per_tile=full_tokens_per_tile)
         self.with_digests = with_digests
 
-    def train_dataloader(self) -> DataLoader[Share]:
+    def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that goes on at the trainer's global step."""
         trainer = self.trainer
         if trainer is None:
@@ -109,7 +111,7 @@ class DataModule(L.LightningDataModule):
         )
 
 
-class Shares(IterableDataset[Share]):
+class Shares(IterableDataset[RankBatch]):
     """A rank's share of every step from `first_step` on; worker k of w makes every w-th."""
 
     def __init__(self, data: DataModule, *, first_step: int, rank: int, world: int) -> None:
@@ -125,36 +127,39 @@ class Shares(IterableDataset[Share]):
             chat=data.chat,
             cost=data.cost,
             image_limits=data.config.images,
-            pack_limits=data.config.packs,
+            micro_batch_limits=data.config.micro_batch,
             with_digests=data.with_digests,
         )
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[RankBatch]:
         """Yield shares without end."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         for step in itertools.count(self.first_step + worker, num_workers):
-            positions, num_packs = self.hand(step)
-            yield from run_stages(positions, self.stages, min_packs=num_packs)
+            positions, num_micro_batches = self.rank_positions(step)
+            yield from run_stages(positions, self.stages, min_micro_batches=num_micro_batches)
 
-    def hand(self, step: int) -> tuple[list[int], int]:
-        """Return which positions of a step's global batch are this rank's, and in how many packs at least.
+    def rank_positions(self, step: int) -> tuple[list[int], int]:
+        """Return which positions of a step's global batch are this rank's, and in how many micro-batches at least.
 
-        All ranks deal alike, from estimates, and so know how many packs the rank with most will make.
+        All ranks deal alike, from estimates, and so know how many micro-batches the rank with most will make.
         """
         size = self.config.batch_size
         positions = range(step * size, (step + 1) * size)
         if self.world == 1:
             return list(positions), 1
         estimates = [self._estimate(position) for position in positions]
-        hands = deal([cost for cost, _, _ in estimates], self.world)
-        num_packs = max(self._num_packs([estimates[index] for index in hand]) for hand in hands)
-        return [positions[index] for index in hands[self.rank]], num_packs
+        assigned = assign_to_ranks([cost for cost, _, _ in estimates], self.world)
+        num_micro_batches = max(
+            self._num_micro_batches([estimates[index] for index in rank_positions])
+            for rank_positions in assigned
+        )
+        return [positions[index] for index in assigned[self.rank]], num_micro_batches
 
-    def _num_packs(self, estimates: Sequence[tuple[float, int, int]]) -> int:
+    def _num_micro_batches(self, estimates: Sequence[tuple[float, int, int]]) -> int:
         costs = [cost for cost, _, _ in estimates]
         tiles, tokens = [tiles for _, tiles, _ in estimates], [tokens for _, _, tokens in estimates]
-        return len(split_into_packs(costs, tiles, tokens, self.config.packs))
+        return len(split_into_micro_batches(costs, tiles, tokens, self.config.micro_batch))
 
     def _estimate(self, position: int) -> tuple[float, int, int]:
         """Return cost, tiles and tokens of a sample that was not read yet."""

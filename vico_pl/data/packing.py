@@ -1,8 +1,8 @@
-"""Who takes which samples of a global batch, and in which packs: by cost, within limits of memory.
+"""Who takes which samples of a global batch, and in which micro-batches: by cost, within limits of memory.
 
-Samples lie end to end in a pack, so nothing is padded. But they differ tenfold in cost, and a step takes as
+Samples lie end to end in a micro-batch, so nothing is padded. But they differ tenfold in cost, and a step takes as
 long as its slowest rank: so a step's samples are dealt to ranks by an estimate of their cost, which every
-rank makes alike from the index, and each rank cuts its own, now decoded, into packs of like cost.
+rank makes alike from the index, and each rank cuts its own, now decoded, into micro-batches of like cost.
 """
 
 import heapq
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vico_pl.data.storage.sizes import SampleSize
+from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.data.tiling import TilingConfig, choose_grid
 
 # Cost of a sample, in any unit: of its position in the run, tiles of each image, and text tokens.
@@ -18,16 +18,16 @@ SampleCost = Callable[[int, Sequence[int], int], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackLimits:
-    """What goes through the model at a time. A sample that exceeds a limit alone has a pack of its own."""
+class MicroBatchLimits:
+    """What goes through the model at a time. A sample that exceeds a limit alone has a micro-batch of its own."""
 
     max_tiles: int = 48  # thumbnails counted
     max_tokens: int = 16384  # at full vision tokens
 
     def __post_init__(self) -> None:
-        """Refuse packs of nothing."""
+        """Refuse micro-batches of nothing."""
         if min(self.max_tiles, self.max_tokens) < 1:
-            given = f"max_tiles of packs is {self.max_tiles} and max_tokens {self.max_tokens}"
+            given = f"max_tiles of micro-batches is {self.max_tiles} and max_tokens {self.max_tokens}"
             raise ValueError(f"{given}; expected at least 1 for both")
 
 
@@ -45,77 +45,83 @@ def estimated_tiles(size: SampleSize, tiling: TilingConfig) -> list[int]:
     return [grid + (tiling.use_thumbnail and grid > 1)] * size.num_images
 
 
-def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Give each rank its samples, the dearest first to whoever has least; each rank's in rising order.
 
-    >>> deal([9.0, 1.0, 5.0, 4.0], 2)
+    >>> assign_to_ranks([9.0, 1.0, 5.0, 4.0], 2)
     [[0, 1], [2, 3]]
     """
-    hands: list[list[int]] = [[] for _ in range(num_ranks)]
+    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [
         (0.0, 0, rank) for rank in range(num_ranks)
     ]  # cost, and samples for those that seem to cost nothing
     for sample in sorted(range(len(costs)), key=lambda sample: (-costs[sample], sample)):
         load, count, rank = loads[0]
-        hands[rank].append(sample)
+        assigned[rank].append(sample)
         heapq.heapreplace(loads, (load + costs[sample], count + 1, rank))
-    return [sorted(hand) for hand in hands]
+    return [sorted(rank_positions) for rank_positions in assigned]
 
 
-def split_into_packs(
+def split_into_micro_batches(
     costs: Sequence[float],
     tiles: Sequence[int],
     tokens: Sequence[int],
-    limits: PackLimits,
+    limits: MicroBatchLimits,
     *,
-    min_packs: int = 1,
+    min_micro_batches: int = 1,
 ) -> list[list[int]]:
-    """Cut samples into as few packs as the limits allow, of like cost; the dearest pack first.
+    """Cut samples into as few micro-batches as the limits allow, of like cost; the dearest micro-batch first.
 
-    Ranks with sharded weights wait for each other pack by pack: so the dearest of all ranks meet, and a rank
-    that could do with fewer packs than others makes `min_packs`, as far as it has samples.
+    Ranks with sharded weights wait for each other micro-batch by micro-batch: so the dearest of all ranks meet, and a rank
+    that could do with fewer micro-batches than others makes `min_micro_batches`, as far as it has samples.
 
-    >>> split_into_packs([9.0, 1.0, 5.0, 4.0], [9, 1, 5, 4], [1] * 4, PackLimits(max_tiles=10))
+    >>> split_into_micro_batches([9.0, 1.0, 5.0, 4.0], [9, 1, 5, 4], [1] * 4, MicroBatchLimits(max_tiles=10))
     [[0, 1], [2, 3]]
     """
-    num_packs = max(
+    num_micro_batches = max(
         math.ceil(sum(tiles) / limits.max_tiles),
         math.ceil(sum(tokens) / limits.max_tokens),
-        min(min_packs, len(costs)),
+        min(min_micro_batches, len(costs)),
         1,
     )
     while True:
-        packs = _fill(num_packs, costs, tiles, tokens, limits)
-        if packs is not None:
+        micro_batches = _fill(num_micro_batches, costs, tiles, tokens, limits)
+        if micro_batches is not None:
             break
-        num_packs += 1
-    packs = [pack for pack in packs if pack]
-    return sorted(packs, key=lambda pack: -sum(costs[sample] for sample in pack))
+        num_micro_batches += 1
+    micro_batches = [micro_batch for micro_batch in micro_batches if micro_batch]
+    return sorted(micro_batches, key=lambda micro_batch: -sum(costs[sample] for sample in micro_batch))
 
 
 def _fill(
-    num_packs: int,
+    num_micro_batches: int,
     costs: Sequence[float],
     tiles: Sequence[int],
     tokens: Sequence[int],
-    limits: PackLimits,
+    limits: MicroBatchLimits,
 ) -> list[list[int]] | None:
-    """Put each sample, the dearest first, into the cheapest pack with room; None: one finds no room."""
-    packs = [_Pack() for _ in range(num_packs)]
+    """Put each sample, the dearest first, into the cheapest micro-batch with room; None: one finds no room."""
+    micro_batches = [_MicroBatch() for _ in range(num_micro_batches)]
     for sample in sorted(range(len(costs)), key=lambda sample: (-costs[sample], sample)):
-        roomy = [pack for pack in packs if pack.has_room(tiles[sample], tokens[sample], limits)]
+        roomy = [
+            micro_batch
+            for micro_batch in micro_batches
+            if micro_batch.has_room(tiles[sample], tokens[sample], limits)
+        ]
         if not roomy:
             return None
-        min(roomy, key=lambda pack: pack.cost).add(sample, costs[sample], tiles[sample], tokens[sample])
-    return [sorted(pack.samples) for pack in packs]
+        min(roomy, key=lambda micro_batch: micro_batch.cost).add(
+            sample, costs[sample], tiles[sample], tokens[sample]
+        )
+    return [sorted(micro_batch.samples) for micro_batch in micro_batches]
 
 
-class _Pack:
+class _MicroBatch:
     def __init__(self) -> None:
         self.samples: list[int] = []
         self.cost, self.tiles, self.tokens = 0.0, 0, 0
 
-    def has_room(self, tiles: int, tokens: int, limits: PackLimits) -> bool:
+    def has_room(self, tiles: int, tokens: int, limits: MicroBatchLimits) -> bool:
         fits = self.tiles + tiles <= limits.max_tiles and self.tokens + tokens <= limits.max_tokens
         return fits or not self.samples
 

@@ -13,12 +13,13 @@ import webdataset as wds
 
 from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.collate import collate
-from vico_pl.data.decode import DEFAULT_LIMITS, ImageLimits, RecordError, bad_record, decode_record
+from vico_pl.data.decode import DEFAULT_LIMITS, ImageLimits, bad_record, decode_record
 from vico_pl.data.order import SampleOrder
-from vico_pl.data.packing import PackLimits, SampleCost, split_into_packs
-from vico_pl.data.shards import RecordReader, ShardIndex
+from vico_pl.data.packing import MicroBatchLimits, SampleCost, split_into_micro_batches
+from vico_pl.data.shards.reader import RecordReader, ShardIndex
 from vico_pl.data.tiling import TilingConfig, tile_sample
-from vico_pl.types import BadRecord, EncodedSample, Share, TiledSample
+from vico_pl.errors import RecordError
+from vico_pl.types import BadRecord, EncodedSample, RankBatch, TiledSample
 
 Item = tuple[int, Any]  # position and what it has become so far
 Stage = Callable[[Iterable[Any]], Iterator[Any]]
@@ -32,11 +33,11 @@ def build_stages(
     chat: ChatEncoder,
     cost: SampleCost,
     image_limits: ImageLimits = DEFAULT_LIMITS,
-    pack_limits: PackLimits = PackLimits(),  # noqa: B008 - frozen
+    micro_batch_limits: MicroBatchLimits = MicroBatchLimits(),  # noqa: B008 - frozen
     with_digests: bool = False,
 ) -> list[Stage]:
     """Return the stages that turn the positions of a share into that share."""
-    filler = filler_sample(tiling, chat)
+    dummy = filler_sample(tiling, chat)
     return [
         partial(read, order=order, readers=[RecordReader(index) for index in sources]),
         partial(apply, function=partial(decode_record, limits=image_limits)),
@@ -44,10 +45,10 @@ def build_stages(
         partial(apply, function=chat.encode, kind="length"),
         partial(name_sources, order=order, names=[str(index.folder) for index in sources]),
         partial(
-            pack,
-            limits=pack_limits,
+            gather_rank_batch,
+            limits=micro_batch_limits,
             cost=cost,
-            filler=filler,
+            dummy=dummy,
             tokens_per_tile=chat.full_tokens_per_tile,
             with_digests=with_digests,
         ),
@@ -89,20 +90,20 @@ def name_sources(source: Iterable[Item], *, order: SampleOrder, names: Sequence[
         yield position, item
 
 
-def pack(
+def gather_rank_batch(
     source: Iterable[Item],
     *,
-    limits: PackLimits,
+    limits: MicroBatchLimits,
     cost: SampleCost,
-    filler: EncodedSample,
+    dummy: EncodedSample,
     tokens_per_tile: int,
     with_digests: bool = False,
-    min_packs: int = 1,
-) -> Iterator[Share]:
-    """Gather all items into one share, of at least `min_packs` packs if it has as many samples.
+    min_micro_batches: int = 1,
+) -> Iterator[RankBatch]:
+    """Gather all items into one share, of at least `min_micro_batches` micro-batches if it has as many samples.
 
-    Every pack has a tile, and every share a pack, if need be that of the filler: so all ranks run the same
-    parts of the model, and the filler, which has no response, adds nothing to loss and gradients.
+    Every micro-batch has a tile, and every share a micro-batch, if need be that of the dummy: so all ranks run the same
+    parts of the model, and the dummy, which has no response, adds nothing to loss and gradients.
     """
     items = list(source)
     good = [(position, item) for position, item in items if isinstance(item, EncodedSample)]
@@ -111,15 +112,17 @@ def pack(
     tokens = [text + count * tokens_per_tile for text, count in zip(texts, tiles, strict=True)]
     costs = [cost(p, item.tiles_per_image, text) for (p, item), text in zip(good, texts, strict=True)]
     lay = partial(collate, with_digests=with_digests)
-    packs = []
-    for chosen in split_into_packs(costs, tiles, tokens, limits, min_packs=min_packs):
+    micro_batches = []
+    for chosen in split_into_micro_batches(costs, tiles, tokens, limits, min_micro_batches=min_micro_batches):
         members = [good[index] for index in chosen]
         if not any(tiles[index] for index in chosen):
-            members.append((-1, filler))
-        packs.append(lay([item for _, item in members], positions=[position for position, _ in members]))
+            members.append((-1, dummy))
+        micro_batches.append(
+            lay([item for _, item in members], positions=[position for position, _ in members])
+        )
     bad = [item for _, item in items if isinstance(item, BadRecord)]
-    alone = lay([filler], positions=[-1])
-    yield Share(packs=packs or [alone], bad_records=bad, filler=alone)
+    alone = lay([dummy], positions=[-1])
+    yield RankBatch(micro_batches=micro_batches or [alone], bad_records=bad, dummy=alone)
 
 
 def filler_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:

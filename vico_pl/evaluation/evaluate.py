@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from vico_pl.data.inspect import read_samples
+from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import tile_sample
 from vico_pl.evaluation.baselines import (
     TileScores,

@@ -7,7 +7,7 @@ import PIL.Image
 import torch
 
 from vico_pl.data.decode import IMAGE_TOKEN
-from vico_pl.data.inspect import read_samples
+from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import choose_grid, tile_image
 from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.picture import draw_routing

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
-from vico_pl.data.preview import MUTED, below, beside, text_block, to_pillow
+from vico_pl.data.shards.preview import MUTED, below, beside, text_block, to_pillow
 from vico_pl.types import Image
 
 FULL_RATIO = 4  # patches per vision token of a tile that was not compressed

@@ -18,8 +18,8 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from vico_pl.data.storage.files import atomic_path
 from vico_pl.evaluation.metrics import NUM_RESAMPLES
+from vico_pl.files import atomic_path
 from vico_pl.inference.questions import SKILLS, is_correct
 
 NOTHING = "\N{EN DASH}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vico_pl.data.inspect import read_samples
+from vico_pl.data.shards.inspect import read_samples
 from vico_pl.inference.questions import (
     Answerer,
     Group,

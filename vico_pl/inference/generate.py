@@ -15,10 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import tile_sample
-from vico_pl.data.tokenizer import TURN_END, token_id
 from vico_pl.inference.session import Session, question_text
 from vico_pl.model.language import KeyValues, run_packed
 from vico_pl.model.splice import Spliced
+from vico_pl.tokens import TURN_END, token_id
 from vico_pl.types import Image, Sample, TiledSample
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vico_pl.data.shards import read_index
+from vico_pl.data.shards.reader import read_index
 from vico_pl.inference.generate import answer
 from vico_pl.inference.session import Session
 from vico_pl.types import Sample, TiledSample

@@ -12,16 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import IMAGE_TOKEN
-from vico_pl.data.inspect import read_samples
+from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
-from vico_pl.data.tokenizer import load_tokenizer
 from vico_pl.inference.routing import choose_ratios
-from vico_pl.model.checkpoint.folder import load_model, open_folder
-from vico_pl.model.checkpoint.layout import Contents
-from vico_pl.model.checkpoint.ours import PROCESSING_NAME
+from vico_pl.model.families.folder import load_model, open_folder
+from vico_pl.model.families.layout import Contents
+from vico_pl.model.families.ours import PROCESSING_NAME
 from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.tokens import load_tokenizer
 from vico_pl.types import TiledSample
 
 

@@ -47,9 +47,9 @@ class _Place(NamedTuple):
 
 
 class ReferenceCache:
-    """Serves packs whose samples are all known, and keeps the states of those that are not."""
+    """Serves micro-batches whose samples are all known, and keeps the states of those that are not."""
 
-    served: bool | None = None  # whether the last pack was; none: it had no response
+    served: bool | None = None  # whether the last micro-batch was; none: it had no response
 
     def __init__(
         self, folder: Path, *, fingerprint: str, width: int, max_gib: float, look_every_s: float = 30.0
@@ -71,7 +71,7 @@ class ReferenceCache:
         self._look()
 
     def states_of(self, batch: Batch, compute: Callable[[], Float[Tensor, "R D"]]) -> Float[Tensor, "R D"]:
-        """Return the reference's states of a pack, computed only if some of them are not here."""
+        """Return the reference's states of a micro-batch, computed only if some of them are not here."""
         known = self._read(batch)
         self.served = None if batch.num_response_tokens == 0 else known is not None
         if known is not None:
@@ -82,7 +82,7 @@ class ReferenceCache:
         return states
 
     def _read(self, batch: Batch) -> Float[Tensor, "R D"] | None:
-        """Return the states of a pack; None: some are not here, or there are none."""
+        """Return the states of a micro-batch; None: some are not here, or there are none."""
         wanted = [(d, n) for d, n in zip(batch.digests, batch.response_lengths, strict=True) if n]
         if not self._has([digest for digest, _ in wanted]):
             return None
@@ -121,7 +121,7 @@ class ReferenceCache:
         return torch.frombuffer(content, dtype=dtype).view(num_rows, self._width)
 
     def _write(self, batch: Batch, states: Float[Tensor, "R D"]) -> None:
-        """Keep the states of those samples of a pack that are not here yet; waits for them on a GPU."""
+        """Keep the states of those samples of a micro-batch that are not here yet; waits for them on a GPU."""
         pieces = zip(batch.digests, states.cpu().split(batch.response_lengths), strict=True)
         new = {d: piece for d, piece in pieces if len(piece) and d not in self._places}
         size = sum(piece.nbytes + ENTRY.size for piece in new.values())

@@ -1,10 +1,10 @@
 """How much memory a run takes on each GPU, term by term.
 
     weights, gradients, optimizer    counted from the parameters of the models
-    a pack's tensors                 counted while the step runs on tensors without memory (`meter`)
+    a micro-batch's tensors                 counted while the step runs on tensors without memory (`meter`)
     what a strategy adds             see `per_gpu`
 
-A pack's tensors are freed before the optimizer steps, which needs temporaries of its own: the higher of the
+A micro-batch's tensors are freed before the optimizer steps, which needs temporaries of its own: the higher of the
 two moments counts.
 """
 
@@ -29,7 +29,7 @@ Terms = dict[str, float]  # bytes by what takes them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pack:
+class MicroBatch:
     """What goes through the model at a time: samples that are all alike."""
 
     num_samples: int
@@ -47,13 +47,15 @@ class RunMemory:
     gradients: float  # bytes
     optimizer: float  # bytes
     largest: float  # bytes of the largest trained weight
-    pack: Terms  # alive at the highest point of a pack's step
+    micro_batch: Terms  # alive at the highest point of a micro-batch's step
     unit: float  # bytes of the largest unit of all (block, router), which FSDP gathers whole
     root: float  # bytes of what is in no unit: embeddings, head, connectors
 
 
-def measure_memory(config: RunConfig, source: ModelSource, pack: Pack, *, checkpointing: bool) -> RunMemory:
-    """Find out what a run takes by running the step of one pack without memory."""
+def measure_memory(
+    config: RunConfig, source: ModelSource, micro_batch: MicroBatch, *, checkpointing: bool
+) -> RunMemory:
+    """Find out what a run takes by running the step of one micro-batch without memory."""
     models = build_models(config, source)
     trained = models.trained()
     whole, policy = (num_bytes(p) for p in (models.parameters(), models.policy.parameters()))
@@ -69,7 +71,7 @@ def measure_memory(config: RunConfig, source: ModelSource, pack: Pack, *, checkp
         gradients=gradients,
         optimizer=2 * gradients,  # AdamW keeps two averages of each gradient, in the type of the weight
         largest=max(num_bytes([parameter]) for parameter in trained),
-        pack=pack_terms(config, models, pack, checkpointing=checkpointing),
+        micro_batch=micro_batch_terms(config, models, micro_batch, checkpointing=checkpointing),
         unit=max(sizes.values()),
         root=whole - sum(sizes.values()),
     )
@@ -80,7 +82,7 @@ def per_gpu(memory: RunMemory, *, sharded: bool, world: int, foreach: bool = Tru
 
     DDP copies all gradients into buckets that it sends. FSDP keeps 1/world of weights, gradients and
     optimizer, but what computes is whole: the block at work and the next one, under way; the gradients of the
-    block at work; and what is in no block, from a pack's beginning to its end.
+    block at work; and what is in no block, from a micro-batch's beginning to its end.
     """
     share = 1 / world if sharded else 1.0
     terms = {name: size * share for name, size in memory.weights.items()}
@@ -93,9 +95,9 @@ def per_gpu(memory: RunMemory, *, sharded: bool, world: int, foreach: bool = Tru
         terms["buckets of DDP"] = memory.gradients
     # On GPUs AdamW takes the roots of all second averages at once; on the CPU one weight's, and a quotient.
     temporaries = memory.gradients * share if foreach else 2 * memory.largest
-    if temporaries > sum(memory.pack.values()):
+    if temporaries > sum(memory.micro_batch.values()):
         return {**terms, "optimizer's temporaries": temporaries}
-    return {**terms, **memory.pack}
+    return {**terms, **memory.micro_batch}
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> float:
@@ -103,16 +105,18 @@ def num_bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
-def pack_terms(config: RunConfig, models: RunModels, pack: Pack, *, checkpointing: bool) -> Terms:
-    """Run the step of a pack without memory; returns what was alive at its highest point.
+def micro_batch_terms(
+    config: RunConfig, models: RunModels, micro_batch: MicroBatch, *, checkpointing: bool
+) -> Terms:
+    """Run the step of a micro-batch without memory; returns what was alive at its highest point.
 
-    Gradients exist before: those of the packs before it in the same step.
+    Gradients exist before: those of the micro-batches before it in the same step.
     """
     trained = models.trained()
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     gradients = [p.grad for p in trained if p.grad is not None]
-    batch = draw_batch(models.policy, pack)
+    batch = draw_batch(models.policy, micro_batch)
     meter = MemoryMeter([*models.parameters(), *gradients, *_buffers(models), batch.tiles])
     lowered = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
     rules = DeviceRules(lowered, meter)
@@ -128,20 +132,21 @@ def pack_terms(config: RunConfig, models: RunModels, pack: Pack, *, checkpointin
     return {name: float(size) for name, size in meter.at_peak.items() if size}
 
 
-def draw_batch(model: VisionLanguageModel, pack: Pack) -> Batch:
+def draw_batch(model: VisionLanguageModel, micro_batch: MicroBatch) -> Batch:
     """Return a batch of samples that are all alike, its tiles without memory."""
     size = model.vision.tile_size
-    text = torch.zeros(pack.text_tokens, dtype=torch.int64) + (model.spec.placeholder_id == 0)
-    question = pack.text_tokens - pack.response_tokens
-    tiles = torch.full((pack.tiles,), model.spec.placeholder_id)
+    text = torch.zeros(micro_batch.text_tokens, dtype=torch.int64) + (model.spec.placeholder_id == 0)
+    question = micro_batch.text_tokens - micro_batch.response_tokens
+    tiles = torch.full((micro_batch.tiles,), model.spec.placeholder_id)
     sample = EncodedSample(
         id="drawn",
-        tiles=torch.empty(pack.tiles, 3, size, size, dtype=torch.uint8, device="meta"),
-        tiles_per_image=[pack.tiles],
+        tiles=torch.empty(micro_batch.tiles, 3, size, size, dtype=torch.uint8, device="meta"),
+        tiles_per_image=[micro_batch.tiles],
         input_ids=torch.cat([text[:1], tiles, text[1:]]),
-        response_mask=torch.arange(pack.tiles + pack.text_tokens) >= pack.tiles + question,
+        response_mask=torch.arange(micro_batch.tiles + micro_batch.text_tokens)
+        >= micro_batch.tiles + question,
     )
-    return collate([sample] * pack.num_samples)
+    return collate([sample] * micro_batch.num_samples)
 
 
 def _networks(models: RunModels) -> list[VisionLanguageModel]:

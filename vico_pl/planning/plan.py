@@ -7,10 +7,10 @@ from typing import Any
 from vico_pl.model.adapters import own_parameters
 from vico_pl.model.flops import count_flops
 from vico_pl.planning.hardware import GPUS, USABLE
-from vico_pl.planning.memory import GIB, Pack, RunMemory, Terms, measure_memory, per_gpu
+from vico_pl.planning.memory import GIB, MicroBatch, RunMemory, Terms, measure_memory, per_gpu
 from vico_pl.planning.models import ModelSource, RunModels, build_models, with_routing
 from vico_pl.planning.sources import find_model
-from vico_pl.planning.workload import SampleShape, SampleWork, count_work, pack_of, read_samples
+from vico_pl.planning.workload import SampleShape, SampleWork, count_work, micro_batch_of, read_samples
 from vico_pl.recipe import PARTS, RunConfig
 
 WORLDS = (1, 2, 4, 8)
@@ -40,7 +40,7 @@ class Plan:
     parameters: dict[str, tuple[int, int]]  # part -> total, trained
     shared_parameters: int  # that the reference uses of the policy
     sample: SampleShape
-    pack: Pack
+    micro_batch: MicroBatch
     memory: dict[bool, RunMemory]  # with and without activation checkpointing
     work: SampleWork
     mfu: float
@@ -95,7 +95,7 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     _check(config, source)
     flops, sample, world = count_flops(spec), read_samples(config.data), _world(config)
     tokens_per_tile = flops.vision_tokens_per_tile[min(flops.vision_tokens_per_tile)]
-    pack = pack_of(config.data, sample, tokens_per_tile=tokens_per_tile, world=world or 1)
+    micro_batch = micro_batch_of(config.data, sample, tokens_per_tile=tokens_per_tile, world=world or 1)
     models = build_models(config, source)
     return Plan(
         config=config,
@@ -103,8 +103,8 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
         parameters=_parameters(models),
         shared_parameters=sum(p.numel() for p in models.shared()),
         sample=sample,
-        pack=pack,
-        memory={on: measure_memory(config, source, pack, checkpointing=on) for on in (False, True)},
+        micro_batch=micro_batch,
+        memory={on: measure_memory(config, source, micro_batch, checkpointing=on) for on in (False, True)},
         work=count_work(config, flops, sample),
         mfu=mfu,
         world=world,
@@ -131,16 +131,19 @@ def cheaper_settings(plan: Plan) -> Iterator[tuple[str, RunMemory]]:
         if "language" in trainable:
             kept = ["connectors", "lora"]
             yield f"model.trainable={_listed(kept)}", _changed(plan, kept)
-    if plan.pack.num_samples > 1:
-        half = replace(plan.pack, num_samples=plan.pack.num_samples // 2)
+    if plan.micro_batch.num_samples > 1:
+        half = replace(plan.micro_batch, num_samples=plan.micro_batch.num_samples // 2)
         limit = half.num_samples * half.tiles
-        yield f"data.packs.max_tiles={limit}", measure_memory(config, plan.source, half, checkpointing=on)
+        yield (
+            f"data.micro_batch.max_tiles={limit}",
+            measure_memory(config, plan.source, half, checkpointing=on),
+        )
 
 
 def _changed(plan: Plan, trainable: list[str]) -> RunMemory:
     config = replace(plan.config, model=replace(plan.config.model, trainable=trainable))
     on = config.trainer.activation_checkpointing
-    return measure_memory(config, plan.source, plan.pack, checkpointing=on)
+    return measure_memory(config, plan.source, plan.micro_batch, checkpointing=on)
 
 
 def _listed(parts: list[str]) -> str:

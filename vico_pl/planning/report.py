@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vico_pl.config import load_config
-from vico_pl.model.checkpoint.ours import write_json
+from vico_pl.model.families.ours import write_json
 from vico_pl.planning.hardware import GPUS, USABLE
 from vico_pl.planning.memory import GIB, per_gpu
 from vico_pl.planning.plan import MAX_WORLD, Layout, Plan, build_plan, cheaper_settings, smallest_layout
@@ -61,7 +61,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "model": plan.source.name,
         "parameters": {k: {"total": n, "trained": t} for k, (n, t) in plan.parameters.items()},
         "sample": vars(plan.sample),
-        "pack": vars(plan.pack),
+        "micro-batch": vars(plan.micro_batch),
         "memory_gib": {
             "activation_checkpointing" if on else "no_activation_checkpointing": {
                 str(layout): {k: v / GIB for k, v in plan.per_gpu(layout, checkpointing=on).items()}
@@ -130,10 +130,10 @@ def _parameter_rows(plan: Plan) -> list[list[str]]:
 
 
 def _memory_title(plan: Plan, *, on: bool) -> str:
-    pack, whether = plan.pack, "with" if on else "without"
+    micro_batch, whether = plan.micro_batch, "with" if on else "without"
     return (
-        f"Memory per GPU, GiB, {whether} activation checkpointing; packs of {pack.num_samples} samples "
-        f"({pack.tiles} tiles, {pack.text_tokens} text tokens each), every tile at full tokens"
+        f"Memory per GPU, GiB, {whether} activation checkpointing; micro-batches of {micro_batch.num_samples} samples "
+        f"({micro_batch.tiles} tiles, {micro_batch.text_tokens} text tokens each), every tile at full tokens"
     )
 
 

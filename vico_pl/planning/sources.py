@@ -10,14 +10,14 @@ import open_clip
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from vico_pl.data.tokenizer import SPECIAL_TOKENS
-from vico_pl.model.checkpoint.hub import is_hub_id, split_revision
-from vico_pl.model.checkpoint.layout import CONFIG_NAME
-from vico_pl.model.checkpoint.ours import read_json
-from vico_pl.model.checkpoint.shape import read_shape
+from vico_pl.model.families.hub import is_hub_id, split_revision
+from vico_pl.model.families.layout import CONFIG_NAME
+from vico_pl.model.families.ours import read_json
+from vico_pl.model.families.shape import read_shape
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.planning.models import ModelSource
 from vico_pl.recipe import ModelConfig
+from vico_pl.tokens import SPECIAL_TOKENS
 
 INTERN_VIT_300M = {
     "model_type": "internvl_vision",

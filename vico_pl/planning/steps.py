@@ -1,4 +1,4 @@
-"""The step of each stage over one pack, on tensors without memory, told part by part to a meter."""
+"""The step of each stage over one micro-batch, on tensors without memory, told part by part to a meter."""
 
 from collections.abc import Callable
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from vico_pl.data.module import DataConfig
 from vico_pl.data.packing import estimated_tiles
-from vico_pl.data.storage.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
-from vico_pl.data.storage.locations import parse_source
-from vico_pl.data.storage.sizes import SampleSize
+from vico_pl.data.shards.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
+from vico_pl.data.shards.locations import parse_source
+from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
-from vico_pl.planning.memory import Pack
+from vico_pl.planning.memory import MicroBatch
 from vico_pl.recipe import RunConfig
 
 TEXT_TOKENS, TILES = 200.0, 5  # of a sample whose shards are not here; half of the text is response
@@ -61,14 +61,16 @@ def read_samples(config: DataConfig) -> SampleShape:
     )
 
 
-def pack_of(config: DataConfig, sample: SampleShape, *, tokens_per_tile: int, world: int) -> Pack:
-    """Return the largest pack that the limits and a rank's share of the batch allow."""
+def micro_batch_of(
+    config: DataConfig, sample: SampleShape, *, tokens_per_tile: int, world: int
+) -> MicroBatch:
+    """Return the largest micro-batch that the limits and a rank's share of the batch allow."""
     tiles, text = max(round(sample.tiles), 1), max(round(sample.text_tokens), 2)
     length = tiles * tokens_per_tile + text
-    limits, share = config.packs, max(config.batch_size // world, 1)
+    limits, share = config.micro_batch, max(config.batch_size // world, 1)
     fitting = min(limits.max_tiles // tiles, limits.max_tokens // length, share)
     response = min(max(round(sample.response_tokens), 1), text - 1)
-    return Pack(num_samples=max(fitting, 1), tiles=tiles, text_tokens=text, response_tokens=response)
+    return MicroBatch(num_samples=max(fitting, 1), tiles=tiles, text_tokens=text, response_tokens=response)
 
 
 @dataclass(frozen=True, kw_only=True)

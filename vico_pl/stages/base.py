@@ -1,4 +1,4 @@
-"""What all stages share: a step goes through the packs of a share, and its loss is a mean over all ranks."""
+"""What all stages share: a step goes through the micro-batches of a share, and its loss is a mean over all ranks."""
 
 import math
 from abc import abstractmethod
@@ -16,11 +16,11 @@ from vico_pl.model.sharding import cast_trained, shard_model
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients, numbered_by_module
 from vico_pl.stages.ranks import Ranks
-from vico_pl.types import Batch, Share
+from vico_pl.types import Batch, RankBatch
 
 
 class Mean(NamedTuple):
-    """A metric as what it is the mean of, so that those of packs and ranks can be put together."""
+    """A metric as what it is the mean of, so that those of micro-batches and ranks can be put together."""
 
     total: Tensor | float
     weight: int  # how many it is the total of
@@ -28,16 +28,16 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a stage computes from a pack."""
+    """What a stage computes from a micro-batch."""
 
     loss_sum: Tensor  # over the items that the stage counts
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 
-class ShareFacts(NamedTuple):
+class RankFacts(NamedTuple):
     """What the others have to know of a rank's share."""
 
-    num_packs: int
+    num_micro_batches: int
     num_items: int
     num_samples: int
     num_bad: int
@@ -45,7 +45,7 @@ class ShareFacts(NamedTuple):
 
 
 class Stage(L.LightningModule):
-    """A stage of training: turns packs into `StepResult`s; the rest happens here."""
+    """A stage of training: turns micro-batches into `StepResult`s; the rest happens here."""
 
     area: str  # first part of the metrics' names
     ranks: Ranks
@@ -55,25 +55,25 @@ class Stage(L.LightningModule):
     trained_dtype: torch.dtype | None = None
 
     def __init__(self, optim: OptimConfig, *, num_steps: int) -> None:
-        """Keep the settings. In Lightning's words optimization is manual: a step has a backward per pack."""
+        """Keep the settings. In Lightning's words optimization is manual: a step has a backward per micro-batch."""
         super().__init__()
         self.automatic_optimization = False
         self.optim, self.num_steps = optim, num_steps
 
     @abstractmethod
     def step(self, batch: Batch) -> StepResult:
-        """Compute the loss of one pack."""
+        """Compute the loss of one micro-batch."""
 
     @abstractmethod
     def trained_model(self) -> VisionLanguageModel:
         """Return the model that the next stage takes over."""
 
-    def results(self, packs: list[Batch]) -> Iterator[StepResult]:
-        """Yield the result of each pack, whose backward is over when the next is asked for."""
-        return map(self.step, packs)
+    def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
+        """Yield the result of each micro-batch, whose backward is over when the next is asked for."""
+        return map(self.step, micro_batches)
 
     def num_items(self, batch: Batch) -> int:
-        """Return over how many items the loss of a pack is summed: response tokens."""
+        """Return over how many items the loss of a micro-batch is summed: response tokens."""
         return batch.num_response_tokens
 
     def setup(self, stage: str) -> None:
@@ -96,23 +96,26 @@ class Stage(L.LightningModule):
         """Return the models to split."""
         return [self.trained_model()]
 
-    def training_step(self, share: Share, _: int) -> dict[str, Any]:
-        """Take an optimizer step on a global batch: the same one however ranks and packs split it.
+    def training_step(self, share: RankBatch, _: int) -> dict[str, Any]:
+        """Take an optimizer step on a global batch: the same one however ranks and micro-batches split it.
 
         Returns what callbacks ask for, the same on all ranks: `num_samples` and of these `num_bad`,
         `grad_norm`, and `stop`: whether some rank was asked to.
         """
         facts = self.ranks.gather(self._facts(share))
-        num_packs, num_items = max(f.num_packs for f in facts), sum(f.num_items for f in facts)
-        # All ranks run as many packs: sharded weights are gathered by all or by none.
-        packs = share.packs + [share.filler] * (num_packs - len(share.packs))
+        num_micro_batches, num_items = (
+            max(f.num_micro_batches for f in facts),
+            sum(f.num_items for f in facts),
+        )
+        # All ranks run as many micro-batches: sharded weights are gathered by all or by none.
+        micro_batches = share.micro_batches + [share.dummy] * (num_micro_batches - len(share.micro_batches))
         metrics: list[Mapping[str, Mean]] = []
-        for index, result in enumerate(self.results(packs)):
+        for index, result in enumerate(self.results(micro_batches)):
             # Gradients are averaged over ranks; the loss is a sum over them.
             loss = result.loss_sum / max(num_items, 1) * self.ranks.world
-            with nullcontext() if index == num_packs - 1 else self._gradients_stay_here():
+            with nullcontext() if index == num_micro_batches - 1 else self._gradients_stay_here():
                 self.manual_backward(loss)
-            loss_mean = Mean(result.loss_sum.detach(), self.num_items(packs[index]))
+            loss_mean = Mean(result.loss_sum.detach(), self.num_items(micro_batches[index]))
             metrics.append({f"{self.area}/loss": loss_mean, **result.metrics})
         lr, norm = self.trainer.optimizers[0].param_groups[0]["lr"], self._update()
         metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
@@ -134,17 +137,17 @@ class Stage(L.LightningModule):
             (state,), (optimizer,) = checkpoint["optimizer_states"], self.trainer.optimizers
             checkpoint["optimizer_states"] = [numbered_by_module(state, optimizer, self)]
 
-    def _facts(self, share: Share) -> ShareFacts:
-        return ShareFacts(
-            num_packs=len(share.packs),
-            num_items=sum(map(self.num_items, share.packs)),
+    def _facts(self, share: RankBatch) -> RankFacts:
+        return RankFacts(
+            num_micro_batches=len(share.micro_batches),
+            num_items=sum(map(self.num_items, share.micro_batches)),
             num_samples=len(share.ids) + len(share.bad_records),
             num_bad=len(share.bad_records),
             stop=self.stop_requested,
         )
 
     def _gradients_stay_here(self) -> AbstractContextManager[Any]:
-        """Let DDP add up gradients of all packs before ranks exchange them."""
+        """Let DDP add up gradients of all micro-batches before ranks exchange them."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
@@ -174,7 +177,7 @@ class Stage(L.LightningModule):
 
 
 def add_up(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """Put the metrics of packs or ranks together.
+    """Put the metrics of micro-batches or ranks together.
 
     >>> add_up([{"a": Mean(3.0, 2)}, {"a": Mean(1.0, 2), "b": Mean(0.0, 1)}])
     {'a': Mean(total=4.0, weight=4), 'b': Mean(total=0.0, weight=1)}

@@ -114,7 +114,7 @@ class ConsistencyStage(Stage):
         return kl.sum()
 
     def _cache_metrics(self) -> dict[str, Mean]:
-        """Say whether the last pack's states of the reference were in the cache, if it has one."""
+        """Say whether the last micro-batch's states of the reference were in the cache, if it has one."""
         cache = self.reference.cache
         if cache is None or cache.served is None:
             return {}
@@ -145,7 +145,7 @@ def draw_sample_ratios(
     `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
     probability 1/2 for each image.
     """
-    chance = np.random.default_rng([seed, position + 1])  # + 1: the filler's position is -1
+    chance = np.random.default_rng([seed, position + 1])  # + 1: the dummy's position is -1
     drawn: list[int] = []
     for num_tiles in tiles_per_image:
         tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)

@@ -71,19 +71,19 @@ class RouterStage(Stage):
         )
 
     def num_items(self, batch: Batch) -> int:
-        """Return over how many tiles the loss of a pack is summed: those of the filler teach nothing."""
+        """Return over how many tiles the loss of a micro-batch is summed: those of the dummy teach nothing."""
         return len(_tiles_of_samples(batch))
 
-    def results(self, packs: list[Batch]) -> Iterator[StepResult]:
-        """Label the tiles of all packs of all ranks, and only then classify those of each pack."""
-        seen = [self._look(pack) for pack in packs]
-        self._remember(packs, [ratios for _, ratios in seen])
+    def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
+        """Label the tiles of all micro-batches of all ranks, and only then classify those of each micro-batch."""
+        seen = [self._look(micro_batch) for micro_batch in micro_batches]
+        self._remember(micro_batches, [ratios for _, ratios in seen])
         threshold = self.window.threshold()
-        for pack, (features, ratios) in zip(packs, seen, strict=True):
-            yield self._classify(pack, features, ratios, threshold)
+        for micro_batch, (features, ratios) in zip(micro_batches, seen, strict=True):
+            yield self._classify(micro_batch, features, ratios, threshold)
 
     def step(self, batch: Batch) -> StepResult:
-        """Label the tiles of one pack and classify them."""
+        """Label the tiles of one micro-batch and classify them."""
         return next(self.results([batch]))
 
     def trained_model(self) -> VisionLanguageModel:
@@ -115,12 +115,14 @@ class RouterStage(Stage):
         """Return the most groups of branches that any rank has: with sharded weights all run as many."""
         return max(self.ranks.gather(number)) if self.is_sharded else number
 
-    def _remember(self, packs: list[Batch], ratios: list[Tensor]) -> None:
+    def _remember(self, micro_batches: list[Batch], ratios: list[Tensor]) -> None:
         """Add the loss ratios of all ranks to the window, in the order of the run: the same on each."""
         here = [
             (position, values.tolist())
-            for pack, of_pack in zip(packs, ratios, strict=True)
-            for position, values in zip(pack.positions, of_pack.split(_tiles_per_sample(pack)), strict=True)
+            for micro_batch, of_micro_batch in zip(micro_batches, ratios, strict=True)
+            for position, values in zip(
+                micro_batch.positions, of_micro_batch.split(_tiles_per_sample(micro_batch)), strict=True
+            )
             if position >= 0
         ]
         everywhere = sorted(sample for rank in self.ranks.gather(here) for sample in rank)
@@ -143,7 +145,7 @@ def _tiles_per_sample(batch: Batch) -> list[int]:
 
 
 def _tiles_of_samples(batch: Batch) -> list[int]:
-    """Return the numbers of all tiles but those of the filler, whose position is -1."""
+    """Return the numbers of all tiles but those of the dummy, whose position is -1."""
     owners = [
         position
         for position, n in zip(batch.positions, _tiles_per_sample(batch), strict=True)

@@ -1,0 +1,245 @@
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.helpers import encoded_image
+from vico_pl.data import annotations
+from vico_pl.data.decode import read_image
+from vico_pl.data.shards.annotations import ShardLimits, build_from_annotations
+from vico_pl.data.shards.inspect import find_faults, read_samples
+from vico_pl.data.shards.reader import RecordReader, read_index, write_shard
+
+# Shards are written by several processes at once, as users have it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.png").write_bytes(encoded_image("PNG", size=(40, 30), seed=1))
+    (folder / "deep" / "b.JPG").write_bytes(encoded_image(size=(20, 50), seed=2))
+    (folder / "note.txt").write_text("no image")
+    (tmp_path / "secret.png").write_bytes(encoded_image("PNG"))
+    return folder
+
+
+def line(*, text="<image>\nWhat?", answer="a cat", **fields):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return json.dumps({"conversations": turns, **fields})
+
+
+def build(tmp_path, images, *lines, samples_per_shard=2):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    limits = ShardLimits(max_samples=samples_per_shard)
+    return build_from_annotations([path], images, tmp_path / "out", limits=limits)
+
+
+def test_images_and_conversations_come_back_as_they_were(tmp_path, images):
+    lines = [
+        line(image="a.png", answer="eine Kätzchen 猫", id=17, skills=["ocr"]),
+        line(images=["a.png", "deep/b.JPG"], text="<image><image>\nWhich?"),
+        line(text="Who?", answer="me"),
+    ]
+    index, faults = build(tmp_path, images, *lines)
+    assert faults == []
+    assert (index.num_samples, len(index.names)) == (3, 2)
+    one, two, none = read_samples(tmp_path / "out")
+    assert torch.equal(one.images[0], read_image(images / "a.png"))
+    assert (one.turns[1].text, one.turns[1].skill, one.metadata) == ("eine Kätzchen 猫", "ocr", {"id": 17})
+    assert [i.shape[1:] for i in two.images] == [(30, 40), (50, 20)]
+    assert torch.equal(two.images[1], read_image(images / "deep" / "b.JPG"))
+    assert two.metadata == {}, "paths on the disk of whoever built the shards stay there"
+    assert (none.images, none.turns[0].text) == ([], "Who?")
+
+
+def test_image_bytes_are_copied_and_not_encoded_anew(tmp_path, images):
+    index, _ = build(tmp_path, images, line(image="deep/b.JPG"))
+    record = RecordReader(index)(0)
+    assert record.files["jpg"] == (images / "deep" / "b.JPG").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ("{", "JSON: "),
+        ("[1]", "expected a JSON object"),
+        ("[" * 100_000, "JSON: "),
+        (json.dumps({"image": "a.png"}), "no list 'conversations'"),
+        (line(image="absent.png"), "image 'absent.png' is absent"),
+        (line(image="../secret.png"), "image path '../secret.png' leads out of"),
+        (line(image="deep/../../secret.png"), "leads out of"),
+        (line(image="/etc/passwd.png"), "leads out of"),
+        (line(image="note.txt"), "expected one of jpg, jpeg, png, webp"),
+        (line(image="deep"), "expected one of"),
+        (line(image=7), "image path 7 is no path"),
+        (line(image="a\0.png"), "is no path"),
+        (line(image="a.png", text="What?"), "0 <image> marks in the conversation but 1 images"),
+        (line(text="<image>"), "1 <image> marks in the conversation but 0 images"),
+        (line(images=["a.png", "absent.png"], text="<image><image>"), "image 'absent.png' is absent"),
+        (line(image="a.png", answer=None), "turn 1: expected"),
+        (line(image="a.png", answer="\ud83d"), "half a surrogate pair"),
+    ],
+)
+def test_a_bad_line_is_named_and_left_out(tmp_path, images, bad, told):
+    index, faults = build(tmp_path, images, line(image="a.png"), bad, line(image="deep/b.JPG"))
+    assert [fault.id for fault in faults] == ["train.jsonl:2"]
+    assert told in faults[0].reason
+    assert index.num_samples == 2
+    assert [s.images[0].shape[1:] for s in read_samples(tmp_path / "out")] == [(30, 40), (50, 20)]
+    assert list(find_faults(tmp_path / "out")) == []
+
+
+def test_empty_lines_are_passed_over_and_counted(tmp_path, images):
+    index, faults = build(tmp_path, images, line(image="a.png"), "", "  ", "{", "")
+    assert index.num_samples == 1
+    assert [fault.id for fault in faults] == ["train.jsonl:4"]
+
+
+def test_a_link_out_of_the_image_folder_is_not_followed(tmp_path, images):
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    _, faults = build(tmp_path, images, line(image="a.png"), line(image="link.png"))
+    assert "leads out of" in faults[0].reason
+
+
+def test_metadata_that_is_no_utf8_does_not_stop_the_others(tmp_path, images):
+    index, faults = build(tmp_path, images, line(image="a.png", note="\ud83d"), line(image="a.png"))
+    assert (index.num_samples, faults) == (2, [])
+    assert len(list(read_samples(tmp_path / "out"))) == 2
+
+
+def test_without_a_usable_line_nothing_is_written(tmp_path, images):
+    for lines, told in (
+        (["{", "{"], "the first fault: JSON"),
+        ([""], "no usable line; the first fault: empty"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            build(tmp_path, images, *lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_inputs_are_refused_by_name(tmp_path, images):
+    with pytest.raises(ValueError, match=r"absent\.jsonl: no such file; expected JSONL"):
+        build_from_annotations([tmp_path / "absent.jsonl"], images, tmp_path / "out")
+    (tmp_path / "train.jsonl").write_text(line())
+    with pytest.raises(ValueError, match="absent: no such folder; image paths"):
+        build_from_annotations([tmp_path / "train.jsonl"], tmp_path / "absent", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_samples": 3}, {"max_bytes": 40_960}, {"max_bytes": 1}])
+def test_the_bytes_depend_on_what_is_asked_for_and_not_on_who_writes_them(tmp_path, images, limits):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f"{line(image='a.png', answer='x' * 700 * i)}\n" for i in range(10)))
+    found = []
+    for workers in (1, 3):
+        folder = tmp_path / f"{workers}" / "set"
+        build_from_annotations([path], images, folder, limits=ShardLimits(**limits), workers=workers)
+        found.append(contents(folder))
+    assert found[0] == found[1]
+    tars = {name: len(content) for name, content in found[0].items() if name.endswith(".tar")}
+    assert (
+        len(tars)
+        == {"": 1, "max_samples": 4, "max_bytes": 2 if limits.get("max_bytes") != 1 else 10}[
+            next(iter(limits), "")
+        ]
+    )
+    assert limits.get("max_bytes", 1) == 1 or max(tars.values()) <= limits["max_bytes"]
+
+
+def _build_and_die(path, images, folder):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    annotations.write_shard = _write_until(2, die)
+    build_from_annotations([path], images, folder, limits=ShardLimits(max_samples=2), workers=1)
+
+
+def _write_until(count, end):
+    written = []
+
+    def write(path, records):
+        if len(written) == count:
+            path.with_name(f".{path.name}.1-1.partial").write_bytes(b"half")
+            end()
+        written.append(path)
+        write_shard(path, records)
+
+    return write
+
+
+def test_a_build_that_was_killed_goes_on_to_the_same_bytes(tmp_path, images):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f"{line(image='a.png', answer=str(i))}\n" for i in range(9)))
+    limits = ShardLimits(max_samples=2)
+    build_from_annotations([path], images, tmp_path / "whole" / "set", limits=limits)
+    folder = tmp_path / "killed" / "set"
+    child = multiprocessing.get_context("fork").Process(target=_build_and_die, args=(path, images, folder))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert len(list(folder.glob("*.tar"))) == 2
+    with pytest.raises(ValueError, match="the same command completes it"):
+        read_index(folder)
+    times = {tar: tar.stat().st_mtime_ns for tar in folder.glob("*.tar")}
+    build_from_annotations([path], images, folder, limits=limits)
+    assert contents(folder) == contents(tmp_path / "whole" / "set")
+    assert all(tar.stat().st_mtime_ns == time for tar, time in times.items())
+
+
+def test_a_build_does_not_go_on_with_other_annotations_images_or_settings(tmp_path, images):
+    build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="2"))
+    (tmp_path / "out" / "index.json").unlink()  # as if it had been interrupted
+    before = contents(tmp_path / "out")
+    told = "already holds a part of a set of other annotations or settings; remove it"
+    with pytest.raises(ValueError, match=told):
+        build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="3"))
+    with pytest.raises(ValueError, match=told):
+        build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="2"), samples_per_shard=1)
+    (images / "a.png").write_bytes(encoded_image("PNG", size=(41, 31)))
+    with pytest.raises(ValueError, match=told):
+        build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="2"))
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "build.json").write_text(json.dumps({"settings": {}}))
+    with pytest.raises(ValueError, match=r"build\.json: damaged"):
+        build(tmp_path, images, line(image="a.png"))
+
+
+def test_tars_of_unknown_origin_are_not_taken_for_shards_of_the_build(tmp_path, images):
+    write_shard(tmp_path / "out" / "out-000000.tar", [("0", {"json": b"{}"})])
+    with pytest.raises(ValueError, match=r"holds tars of which no build\.json tells the origin"):
+        build(tmp_path, images, line(image="a.png"))
+
+
+def test_several_files_follow_each_other_and_a_list_is_as_good_as_lines(tmp_path, images):
+    entries = [line(image="a.png", answer=f"{i} 猫") for i in range(5)]
+    paths = {name: tmp_path / name for name in ("a.jsonl", "b.json", "all.jsonl")}
+    paths["a.jsonl"].write_text("\n".join(entries[:2]))
+    listed = f"  [{entries[2]},\n[1] , {entries[3]}{entries[4]}]\n"
+    paths["b.json"].write_text(listed, encoding="utf-8")
+    paths["all.jsonl"].write_text("\n".join(entries))
+    _, faults = build_from_annotations([paths["a.jsonl"], paths["b.json"]], images, tmp_path / "one" / "set")
+    assert [(fault.id, fault.reason) for fault in faults] == [
+        ("b.json[1]", "expected a JSON object in each line")
+    ]
+    build_from_annotations([paths["all.jsonl"]], images, tmp_path / "two" / "set")
+    one, two = contents(tmp_path / "one" / "set"), contents(tmp_path / "two" / "set")
+    assert one.pop("build.json") != two.pop("build.json")
+    assert one == two
+
+
+@pytest.mark.parametrize("content", ['[{"a": 1}', "[{]", "[1, ", "[" * 100_000])
+def test_a_list_that_is_cut_or_damaged_is_refused(tmp_path, images, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: not a readable JSON list"):
+        build_from_annotations([tmp_path / "a.json"], images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from tests.helpers import encoded_image, record
+from vico_pl.data.shards.inspect import find_faults, read_samples
+from vico_pl.data.shards.opened import scan_boundaries
+from vico_pl.data.shards.reader import write_index, write_shard
+from vico_pl.data.shards.stats import survey
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards: four usable records and four that are bad in different ways."""
+    two = [{"from": "human", "value": "<image> <image>"}, {"from": "gpt", "value": "both"}]
+    none = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}]
+    talk = [*none, {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]
+    image = encoded_image()
+    contents = {
+        "good": record(skills=["ocr"]).files,
+        "cut": record(files={"jpg": image[:300]}).files,
+        "two": {"0.jpg": image, "1.jpg": image, "json": json.dumps({"conversations": two}).encode()},
+        "json": record(files={"json": b"{"}).files,
+        "marks": record(text="no image?").files,
+        "text": {"json": json.dumps({"conversations": talk, "skills": [None, "reasoning"]}).encode()},
+        "torn": record().files,
+        "last": record(skills=["ocr"]).files,
+    }
+    entries = list(contents.items())
+    write_shard(tmp_path / "set" / "set-000000.tar", entries[:5])
+    write_shard(tmp_path / "set" / "set-000001.tar", entries[5:])
+    write_index(tmp_path / "set")
+    tear(tmp_path / "set" / "set-000001.tar", sample=1)
+    return tmp_path / "set"
+
+
+def tear(path, *, sample):
+    """Overwrite the tar header of a record's first member."""
+    with path.open("r+b") as file:
+        file.seek(int(scan_boundaries(path)[sample]))
+        file.write(b"\xff" * 512)
+
+
+def test_usable_samples_come_in_their_order_and_the_others_are_left_out(folder):
+    assert [(s.id, len(s.images), len(s.turns)) for s in read_samples(folder)] == [
+        ("set-000000.tar/good", 1, 2),
+        ("set-000000.tar/two", 2, 2),
+        ("set-000001.tar/text", 0, 4),
+        ("set-000001.tar/last", 1, 2),
+    ]
+
+
+def test_every_bad_record_is_named_with_its_reason_and_the_last_does_not_end_the_search(folder):
+    faults = [(bad.id, bad.reason) for bad in find_faults(folder)]
+    assert [name for name, _ in faults] == [
+        "set-000000.tar/cut",
+        "set-000000.tar/json",
+        "set-000000.tar/marks",
+        "set-000001.tar, sample 6 of the set",  # its key is lost
+    ]
+    expected = ("image 'jpg' (300 bytes)", "JSON: ", "0 <image> marks", "no record")
+    for (_, reason), part in zip(faults, expected, strict=True):
+        assert part in reason
+
+
+def test_contents_are_counted_by_kind(folder):
+    assert survey(folder).counts() == {
+        "shards": 2,
+        "bad records": 4,
+        "bad records: image": 1,
+        "bad records: json": 1,
+        "bad records: marks": 1,
+        "bad records: tar": 1,
+        "samples": 4,
+        "images": 4,
+        "tiles": 40,  # 12 and a thumbnail, and 6 each of two images
+        "text bytes": 79,
+        "answers": 5,
+        "answers: ocr": 2,
+        "answers: reasoning": 1,
+    }
+
+
+def test_a_set_without_faults_has_none(shards):
+    assert list(find_faults(shards)) == []
+    counts = survey(shards).counts()
+    assert (counts["shards"], counts["samples"], counts["images"]) == (3, 18, 18)
+    assert "bad records" not in counts
+    assert (
+        sum(counts.get(f"answers: {s}", 0) for s in ("perception", "reasoning", "ocr")) == counts["answers"]
+    )
+
+
+@pytest.mark.parametrize("look", [read_samples, find_faults])
+def test_a_folder_that_is_absent_is_refused(look, tmp_path):
+    with pytest.raises(ValueError, match="no such folder of shards"):
+        list(look(tmp_path / "absent"))

@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageFont
+
+from vico_pl.data import preview
+from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.data.shards.preview import contact_sheet, text_block, to_pillow
+from vico_pl.types import Sample, Turn
+
+RED = (200, 20, 30)
+
+
+def sample(*, num_images=1, question="What colour?", answer="red", size=(64, 64)):
+    image = torch.tensor(RED, dtype=torch.uint8)[:, None, None].expand(3, *size)
+    turns = [Turn(role="human", text="<image>\n" * num_images + question), Turn(role="gpt", text=answer)]
+    return Sample(id="train-000000.tar/00000017", images=[image] * num_images, turns=turns, metadata={})
+
+
+def count(picture, colour):
+    return int((np.asarray(picture) == colour).all(-1).sum())
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """Collect every line of text that is drawn."""
+    drawn = []
+    wrap = preview._wrap
+
+    def recording(text, **settings):
+        found = list(wrap(text, **settings))
+        drawn.extend(found)
+        return found
+
+    monkeypatch.setattr(preview, "_wrap", recording)
+    return drawn
+
+
+def test_sheet_has_rows_of_columns():
+    one, three, four = (contact_sheet([sample()] * n, columns=3).size for n in (1, 3, 4))
+    assert three[0] > 2.5 * one[0]
+    assert three[1] == one[1]
+    assert four[0] == three[0]
+    assert four[1] > 1.8 * three[1]
+
+
+def test_small_images_are_enlarged_and_photographs_are_not_shrunk():
+    assert count(contact_sheet([sample(size=(64, 64))]), RED) > 180 * 180
+    assert count(contact_sheet([sample(size=(300, 900))]), RED) > 0.95 * 300 * 900
+
+
+def test_every_image_of_a_sample_is_drawn():
+    single, double = (count(contact_sheet([sample(num_images=n)]), RED) for n in (1, 2))
+    assert double == 2 * single
+
+
+def test_sheet_shows_id_questions_and_answers(lines):
+    contact_sheet([sample(question="What colour is the ring?", answer="dark blue")])
+    assert lines == ["train-000000.tar/00000017", "What colour is the ring?  ->  dark blue"]
+
+
+def test_all_questions_of_a_glyphs_record_are_on_the_sheet(lines):
+    _, files = next(draw_records(GlyphsConfig(), seed=3, start=2, count=1))
+    turns = [Turn(role=t["from"], text=t["value"]) for t in json.loads(files["json"])["conversations"]]
+    contact_sheet([Sample(id="a/1", images=sample().images, turns=turns, metadata={})])
+    text = "\n".join(lines)
+    assert len(turns) == 16
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        assert f"{question.text.removeprefix('<image>').strip()}  ->  {answer.text}" in text
+    assert "<image>" not in text
+
+
+def test_long_text_makes_the_sheet_taller_and_loses_nothing(lines):
+    words = " ".join(f"word{i}" for i in range(200))
+    short, long = contact_sheet([sample()]), contact_sheet([sample(answer=words)])
+    assert long.width == short.width
+    assert long.height > short.height + 300
+    assert words in " ".join(lines)
+
+
+def test_text_only_sample_is_drawn(lines):
+    turns = [Turn(role="human", text="Who wrote it?"), Turn(role="gpt", text="Nobody.\nKnown.")]
+    contact_sheet([Sample(id="a/1", images=[], turns=turns, metadata={})])
+    assert lines == ["a/1", "Who wrote it?  ->  Nobody.", "Known."]
+
+
+@pytest.mark.parametrize(
+    "text", ["a few words that do not fit on a line", "x" * 80, "so " + "y" * 70 + " it is", ""]
+)
+def test_wrapped_lines_fit_and_keep_every_character(text):
+    font = ImageFont.load_default(17)
+    wrapped = list(preview._wrap(text, font=font, width=120))
+    assert all(font.getlength(line) <= 120 for line in wrapped)
+    assert "".join(wrapped).replace(" ", "") == text.replace(" ", "")
+
+
+def test_text_block_has_a_line_per_paragraph():
+    assert text_block("a\nb\nc", width=100).height == 3 * text_block("a", width=100).height
+
+
+def test_to_pillow_keeps_channels_and_orientation():
+    image = torch.zeros(3, 2, 5, dtype=torch.uint8)
+    image[0, 1, 4] = 255
+    picture = to_pillow(image)
+    assert picture.size == (5, 2)
+    assert picture.getpixel((4, 1)) == (255, 0, 0)
+
+
+def test_nothing_to_draw_is_refused():
+    with pytest.raises(ValueError, match="0 samples in 4 columns"):
+        contact_sheet([])
+    with pytest.raises(ValueError, match="1 samples in 0 columns"):
+        contact_sheet([sample()], columns=0)

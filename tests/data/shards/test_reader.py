@@ -1,0 +1,425 @@
+import errno
+import io
+import json
+import os
+import pickle
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import record
+from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.data.shards.index import INDEX_NAME, map_bounds, side_index_path, sizes_path, write_array
+from vico_pl.data.shards.inspect import find_faults
+from vico_pl.data.shards.opened import scan_boundaries
+from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.sizes import UNKNOWN_SIZE
+from vico_pl.errors import RecordError
+from vico_pl.files import atomic_path
+
+RECORDS = [
+    ("000000", {"json": b"{}", "jpg": b"x" * 700}),
+    ("000001", {"json": b"text alone"}),
+    ("sub/000002", {"json": b"{}", "0.png": b"a", "1.png": b"b" * 512, "10.png": b""}),
+]
+
+
+def write_tar(path, members):
+    """A tar as a foreign tool writes it: `members` are (name, content); a content of None is a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def read_all(folder):
+    index = read_index(folder)
+    reader = RecordReader(index)
+    return [reader(i) for i in range(index.num_samples)]
+
+
+def test_records_read_by_number_equal_what_was_written(tmp_path):
+    write_shard(tmp_path / "a-000000.tar", RECORDS[:2])
+    write_shard(tmp_path / "a-000001.tar", RECORDS[2:])
+    found = read_all(tmp_path)
+    assert [(r.key, r.files) for r in found] == RECORDS
+    assert [r.id for r in found] == ["a-000000.tar/000000", "a-000000.tar/000001", "a-000001.tar/sub/000002"]
+
+
+def test_records_read_by_number_equal_what_plain_webdataset_reads(shards):
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    plain = list(wds.WebDataset(urls, shardshuffle=False))
+    ours = read_all(shards)
+    assert len(ours) == len(plain) == 18
+    for sample, mine in zip(plain, ours, strict=True):
+        assert mine.key == sample["__key__"]
+        assert mine.files == {k: v for k, v in sample.items() if not k.startswith("__")}
+
+
+def test_records_can_be_read_in_any_order(shards):
+    index = read_index(shards)
+    reader, in_order = RecordReader(index), read_all(shards)
+    for number in (17, 0, 7, 6, 13, 14, 0):
+        assert reader(number) == in_order[number]
+
+
+def test_a_reader_travels_to_a_worker_process_before_its_first_read(shards):
+    reader = pickle.loads(pickle.dumps(RecordReader(read_index(shards))))
+    assert reader(3).key == "00000003"
+
+
+@pytest.mark.parametrize("number", [-1, 18, 1000])
+def test_numbers_outside_the_set_are_refused(shards, number):
+    with pytest.raises(IndexError, match=f"has 18 samples, no sample {number}"):
+        read_index(shards).locate(number)
+
+
+@settings(max_examples=20)
+@given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+def test_locating_equals_counting_whatever_the_sizes_of_shards(sizes):
+    with tempfile.TemporaryDirectory() as folder:
+        for shard, size in enumerate(sizes):
+            names = [f"{shard}-{place}" for place in range(size)]
+            write_shard(Path(folder, f"{shard}.tar"), [(name, {"json": name.encode()}) for name in names])
+        index = write_index(folder)
+        assert (index.shard_sizes, index.num_samples) == (sizes, sum(sizes))
+        places = [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
+        assert [index.place(sample) for sample in range(sum(sizes))] == places
+        reader = RecordReader(index)
+        assert [reader(sample).key for sample in range(sum(sizes))] == [f"{s}-{p}" for s, p in places]
+        bounds = index.boundaries
+        expected = [(f"{s}.tar", bounds[s][p], bounds[s][p + 1]) for s, p in places]
+        assert [index.locate(sample) for sample in range(sum(sizes))] == expected
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    config = GlyphsConfig(max_tiles=2)
+    for name in ("a", "b"):
+        write_shard(tmp_path / name / "x.tar", draw_records(config, seed=1, start=0, count=3))
+        write_index(tmp_path / name)
+    for name in ("x.tar", "x.idx", "x.sizes", INDEX_NAME):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
+    def failing():
+        yield RECORDS[0]
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_shard(tmp_path / "a.tar", failing())
+    assert list(tmp_path.iterdir()) == []
+    write_shard(tmp_path / "a.tar", RECORDS)
+    before = (tmp_path / "a.tar").read_bytes()
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_shard(tmp_path / "a.tar", failing())
+    assert (tmp_path / "a.tar").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.sizes", "a.tar"]
+
+
+def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_side_indexes_give_the_byte_ranges_of_the_specification(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", {"jpg": b"j" * 5320, "json": b"{" * 388}), ("1", {"json": b""})])
+    # 512 header + 5320 padded to 5632, 512 header + 388 padded to 512; an empty member is a header alone
+    assert np.load(side_index_path(tmp_path / "a.tar")).tolist() == [0, 7168, 7680]
+
+
+def test_foreign_tars_are_indexed_when_first_opened(tmp_path):
+    write_tar(tmp_path / "b.tar", [("000000.json", b"{}"), ("000000.jpg", b"x"), ("000001.json", b"{}")])
+    assert [r.key for r in read_all(tmp_path)] == ["000000", "000001"]
+    assert (tmp_path / INDEX_NAME).exists()
+    assert side_index_path(tmp_path / "b.tar").exists()
+
+
+def test_members_that_webdataset_passes_over_are_no_samples(tmp_path):
+    members = [
+        ("photos", None),
+        ("__meta__/x.json", b"{}"),
+        ("README", b"no dot"),
+        ("photos/0.json", b"0"),
+        ("photos/0.extra", None),
+        ("photos/0.jpg", b"x"),
+        ("LICENSE", b"no dot"),
+        ("photos/1.json", b"1"),
+        ("more", None),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    plain = list(wds.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    ours = read_all(tmp_path)
+    assert [r.key for r in ours] == [s["__key__"] for s in plain] == ["photos/0", "photos/1"]
+    assert [r.files for r in ours] == [{"json": b"0", "jpg": b"x"}, {"json": b"1"}]
+
+
+def test_long_names_are_read(tmp_path):
+    name = f"{'folder/' * 30}000000.json"
+    write_tar(tmp_path / "a.tar", [("first.json", b"1"), (name, b"2")])
+    assert [r.files["json"] for r in read_all(tmp_path)] == [b"1", b"2"]
+
+
+def test_a_key_that_comes_back_later_is_another_record(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.json", b"1"), ("1.json", b"2"), ("0.json", b"3")])
+    assert [(r.key, r.files["json"]) for r in read_all(tmp_path)] == [("0", b"1"), ("1", b"2"), ("0", b"3")]
+
+
+def test_a_member_that_comes_twice_in_a_record_is_a_fault_of_that_record(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.json", b"1"), ("0.json", b"2"), ("1.json", b"3")])
+    reader = RecordReader(read_index(tmp_path))
+    with pytest.raises(RecordError, match=r"bytes 0 to 2048 of a.tar are no record: .*duplicate"):
+        reader(0)
+    assert reader(1).files == {"json": b"3"}
+
+
+def test_damage_inside_a_shard_is_a_fault_of_its_record_alone(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    first, second = scan_boundaries(tmp_path / "a.tar")[1:3]
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[first:second] = b"\xff" * (second - first)
+    (tmp_path / "a.tar").write_bytes(content)
+    reader = RecordReader(read_index(tmp_path))
+    with pytest.raises(RecordError, match=r"of a\.tar are no record"):
+        reader(1)
+    assert reader(0).key == "000000"
+    assert reader(2).key == "sub/000002"
+
+
+@pytest.mark.parametrize("content", [b"not a tar at all" * 100, b"\x1f\x8b compressed"])
+def test_a_file_that_is_no_tar_is_named(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar: not a readable tar"):
+        read_index(tmp_path)
+    assert not (tmp_path / INDEX_NAME).exists()
+
+
+def test_a_folder_that_is_absent_or_empty_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}/x: no such folder of shards"):
+        read_index(tmp_path / "x")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no shard found; expected names such as"):
+        read_index(tmp_path)
+
+
+DAMAGES = {
+    "absent": (Path.unlink, "named in index.json but absent; restore it or run 'vico shards index"),
+    "of another size": (lambda path: path.write_bytes(b""), "its size differs from index.json; run"),
+    "damaged": (lambda path: ruin(path), "not a readable tar"),
+}
+
+
+def ruin(path):
+    """Damage a tar whose side index is gone, too."""
+    path.write_bytes(b"x" * path.stat().st_size)
+    side_index_path(path).unlink()
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_shard_that_cannot_be_opened_is_told_at_the_door_and_its_records_are_bad(tmp_path, name):
+    damage, told = DAMAGES[name]
+    for shard in "abc":
+        write_shard(tmp_path / f"{shard}.tar", RECORDS[:2])
+    costs = [write_index(tmp_path).size_of(sample) for sample in range(6)]
+    damage(tmp_path / "b.tar")
+    with pytest.warns(UserWarning, match=rf"b\.tar: {told}") as caught:
+        index = read_index(tmp_path)
+    assert len(caught) == 1
+    reader, kinds = RecordReader(index), []
+    for sample in range(index.num_samples):
+        try:
+            kinds.append(reader(sample).key)
+        except RecordError as error:
+            kinds.append(error.kind)
+    assert kinds == ["000000", "000001", "shard", "shard", "000000", "000001"]
+    assert [index.size_of(sample) for sample in range(6)] == costs, "ranks may not see the damage alike"
+
+
+def test_a_shard_that_has_changed_is_right_again_after_the_remedy(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    write_tar(tmp_path / "a.tar", [(f"{i}.json", b"new") for i in range(40)])
+    write_index(tmp_path)  # what `vico shards index` does
+    assert [r.files["json"] for r in read_all(tmp_path)] == [b"new"] * 40
+
+
+def test_a_side_index_of_another_tar_is_found_out(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    with side_index_path(tmp_path / "a.tar").open("wb") as file:
+        np.save(file, np.array([0, 1024]))
+    with pytest.raises(ValueError, match=r"a\.idx: does not match index\.json"):
+        read_index(tmp_path)
+
+
+def test_the_index_names_counts_sizes_and_checksums(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    content = json.loads((tmp_path / INDEX_NAME).read_text())
+    (entry,) = content["shards"]
+    data = (tmp_path / "a.tar").read_bytes()
+    assert content["version"] == 1
+    assert (entry["name"], entry["num_samples"], entry["num_bytes"]) == ("a.tar", 3, len(data))
+    assert len(entry["sha256"]) == 64
+    (tmp_path / "a.tar").write_bytes(data.replace(b"x" * 700, b"y" * 700))
+    write_index(tmp_path)
+    assert json.loads((tmp_path / INDEX_NAME).read_text())["shards"][0]["sha256"] != entry["sha256"]
+
+
+def test_boundaries_end_where_the_last_record_ends(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", record().files)])
+    bounds = scan_boundaries(tmp_path / "a.tar")
+    assert bounds[-1] % 512 == 0
+    assert bounds[-1] <= (tmp_path / "a.tar").stat().st_size
+
+
+def entry_of(**changes):
+    return {"name": "a.tar", "num_samples": 3, "num_bytes": 10240, "sha256": "0" * 64, **changes}
+
+
+HOSTILE = {
+    "no JSON": b"{",
+    "no object": b"[1]",
+    "no shards": b"{}",
+    "bottomless": b"[" * 100_000,
+    "no list": {"shards": 1},
+    "no entry": {"shards": [1]},
+    "no name": {"shards": [{"num_samples": 1}]},
+    "a number for a name": {"shards": [entry_of(name=1)]},
+    "a path": {"shards": [entry_of(name="../a.tar")]},
+    "a folder": {"shards": [entry_of(name="..")]},
+    "another file": {"shards": [entry_of(name="index.json")]},
+    "a name that ends": {"shards": [entry_of(name="a\0.tar")]},
+    "a negative count": {"shards": [entry_of(num_samples=-1)]},
+    "a count that is none": {"shards": [entry_of(num_samples=True)]},
+    "a fraction": {"shards": [entry_of(num_samples=1.5)]},
+    "too many": {"shards": [entry_of(num_samples=2**70)]},
+    "text for bytes": {"shards": [entry_of(num_bytes="1")]},
+    "a number for a checksum": {"shards": [entry_of(sha256=1)]},
+    "a shard twice": {"shards": [entry_of(), entry_of()]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_index_is_refused_in_a_sentence(tmp_path, name):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    content = HOSTILE[name]
+    (tmp_path / INDEX_NAME).write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode()
+    )
+    with pytest.raises(ValueError, match=r"index\.json: (unreadable; 'vico shards index|names )") as caught:
+        read_index(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_counts_more_than_there_is_is_refused(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": [{"name": "a.tar", "num_samples": 7}]}))
+    told = r"a\.idx: does not match index\.json or its shard; 'vico shards index"
+    for _ in range(2):  # the side index is there, or is written
+        with pytest.raises(ValueError, match=told):
+            read_index(tmp_path)
+        side_index_path(tmp_path / "a.tar").unlink()
+    monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
+    with pytest.raises(ValueError, match=r"a\.tar: holds 3 samples, index\.json says 7; 'vico shards index"):
+        read_index(tmp_path)
+
+
+def read_only(*_):
+    """Root may write anywhere, so the system is told to refuse."""
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+COSTS = [(0, 1, 0, 0), (0, 0, 0, 0), (0, 3, 0, 0)]  # of `RECORDS`, whose images are none
+
+
+def costs(index):
+    return [tuple(index.size_of(sample)) for sample in range(index.num_samples)]
+
+
+def test_costs_lie_beside_a_shard_as_the_specification_says(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", record().files), *RECORDS])
+    sizes = np.load(sizes_path(tmp_path / "a.tar"))
+    assert (sizes.dtype, sizes.shape) == (np.int32, (4, 4))
+    text = 9  # < image > What is it ? a cat
+    assert sizes.tolist() == [[text, 1, 40, 30], *map(list, COSTS)]
+    assert costs(read_index(tmp_path)) == [(text, 1, 40, 30), *COSTS]
+
+
+def test_a_set_from_before_there_were_costs_works_and_its_costs_are_unknown(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    sizes_path(tmp_path / "a.tar").unlink()
+    index = read_index(tmp_path)
+    assert costs(index) == [UNKNOWN_SIZE] * 3
+    assert [r.key for r in read_all(tmp_path)] == [key for key, _ in RECORDS]
+    assert costs(write_index(tmp_path)) == COSTS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"garbage", np.zeros((2, 4), np.int32), np.zeros((3, 4)), np.full((3, 4), -1, np.int32), b"pickle"],
+)
+def test_costs_that_are_none_are_unknown(tmp_path, content):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
+    path = sizes_path(tmp_path / "a.tar")
+    if isinstance(content, np.ndarray):
+        write_array(content, path)
+    elif content == b"pickle":
+        with path.open("wb") as file:
+            np.save(file, np.array([[os.system, 1]] * 3, dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(content)
+    assert costs(read_index(tmp_path)) == [UNKNOWN_SIZE] * 3
+
+
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_a_folder_that_is_read_only_is_indexed_in_memory(tmp_path, monkeypatch, is_counted):
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [(f"{k}.{n}", c) for k, fs in RECORDS for n, c in fs.items()])
+    if is_counted:
+        shards = [{"name": f"{name}.tar", "num_samples": 3} for name in "ab"]
+        (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": shards}))
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    index = read_index(tmp_path)
+    assert costs(index) == COSTS * 2
+    reader = pickle.loads(pickle.dumps(RecordReader(index)))
+    assert [reader(sample).key for sample in range(6)] == [key for key, _ in RECORDS] * 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_large_arrays_are_mapped_and_small_ones_leave_no_file_open(tmp_path):
+    write_array(np.arange(100_000), tmp_path / "large.idx")
+    write_array(np.arange(10), tmp_path / "small.idx")
+    assert isinstance(map_bounds(tmp_path / "large.idx"), np.memmap)
+    assert not isinstance(map_bounds(tmp_path / "small.idx"), np.memmap)
+
+
+def test_a_shard_is_checked_once_and_named_once(tmp_path):
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", [(str(i), record().files) for i in range(5)])
+    write_index(tmp_path)
+    (tmp_path / "b.tar").unlink()
+    with pytest.warns(UserWarning, match=r"b\.tar"):
+        faults = list(find_faults(tmp_path))
+    assert [(fault.kind, "b.tar" in fault.reason) for fault in faults] == [("shard", True)]

@@ -1,0 +1,293 @@
+"""Sets that are fetched or unpacked before they are read: the same samples as from plain tars of a folder."""
+
+import gzip
+import multiprocessing
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_module import data_module, global_batches
+from tests.servers import serving
+from vico_pl.data.shards import reader as shards as shards_module
+from vico_pl.errors import RecordError
+from vico_pl.keys import SampleNames
+from vico_pl.data.module import SourceConfig
+from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import opened, remote
+from vico_pl.data.shards.remote import StreamingConfig
+from vico_pl.data.shards.sizes import UNKNOWN_SIZE
+
+NUM_SHARDS = 4
+
+
+def records(shard):
+    texts = [f"{shard}-{place}" for place in range(shard + 1)]
+    return [(text, {"json": b'{"conversations": [{"value": "%s"}]}' % text.encode()}) for text in texts]
+
+
+KEYS = [key for shard in range(NUM_SHARDS) for key, _ in records(shard)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four shards of 1, 2, 3 and 4 records."""
+    path = tmp_path / "set"
+    for shard in range(NUM_SHARDS):
+        write_shard(path / f"s-{shard}.tar", records(shard))
+    write_index(path)
+    return path
+
+
+@pytest.fixture
+def packed(folder, tmp_path):
+    """The same, compressed, without an index."""
+    path = tmp_path / "packed"
+    path.mkdir()
+    for tar in folder.glob("*.tar"):
+        (path / f"{tar.name}.gz").write_bytes(gzip.compress(tar.read_bytes()))
+    return path
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
+    with serving(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def streaming(tmp_path):
+    return StreamingConfig(cache_dir=str(tmp_path / "cache"), allow_pipe=True)
+
+
+def keys(index):
+    return [record.key for record in map(RecordReader(index), range(index.num_samples))]
+
+
+def sizes(index):
+    return [index.size_of(sample) for sample in range(index.num_samples)]
+
+
+COUNTS = pytest.mark.filterwarnings("ignore:.*are in no index.json, so each is fetched once:UserWarning")
+
+
+def test_a_set_at_a_url_is_that_of_its_folder_and_each_shard_is_fetched_once(folder, server, streaming):
+    index, local = read_index(server.url, streaming=streaming), read_index(folder)
+    assert (index.is_streamed, index.names, index.shard_sizes) == (True, local.names, local.shard_sizes)
+    assert not [name for name in server.requests if name.endswith(".tar")], "the door needs none of them"
+    assert keys(index) == keys(local) == KEYS
+    assert sizes(index) == sizes(local)
+    assert [SampleNames(index)(s) for s in range(3)] == [SampleNames(local)(s) for s in range(3)]
+    again = read_index(server.url, streaming=streaming)
+    assert (keys(again), sizes(again)) == (KEYS, sizes(local))
+    assert sorted(server.requests) == sorted(
+        ["index.json"] * 2 + [f"s-{i}.{ending}" for i in range(NUM_SHARDS) for ending in ("tar", "sizes")]
+    )
+
+
+@COUNTS
+@pytest.mark.parametrize("name", ["s-2.tar", "s-{0..3}.tar", "s-{1,0}.tar"])
+@pytest.mark.parametrize("counted", [True, False])
+def test_shards_are_named_one_by_one(folder, server, streaming, name, counted):
+    if not counted:
+        (folder / "index.json").unlink()
+    index = read_index(f"{server.url}/{name}", streaming=streaming)
+    local = read_index(f"{folder}/{name}")
+    assert (keys(index), index.names) == (keys(local), local.names)
+    assert sizes(index) == sizes(local)
+    assert not local.is_streamed
+
+
+def test_shards_that_nobody_counted_are_fetched_once_to_count_them(folder, server, streaming):
+    (folder / "index.json").unlink()
+    url = f"{server.url}/s-{{0..3}}.tar?hush"
+    with pytest.warns(UserWarning, match="4 of its shards are in no index.json, so each is fetched once"):
+        first = read_index(url, streaming=streaming)
+    asked = len(server.requests)
+    second = read_index(url, streaming=streaming)
+    assert server.requests[asked:] == ["index.json"]
+    assert first.shard_sizes == second.shard_sizes == [1, 2, 3, 4]
+    assert keys(second) == KEYS
+    assert len(server.requests) == asked + 1, "they are in the cache"
+
+
+def test_a_url_without_an_index_that_names_no_shard_is_refused(folder, server, streaming):
+    (folder / "index.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"no index\.json there; write it where the shards are stored"
+    ) as caught:
+        read_index(f"{server.url.replace('//', '//me:hush@')}?hush", streaming=streaming)
+    assert "hush" not in str(caught.value)
+
+
+@COUNTS
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_packed_shards_of_a_folder_are_unpacked_and_then_as_any(packed, streaming, folder, is_indexed):
+    if is_indexed:
+        write_index(packed, streaming=streaming)
+        assert {path.suffix for path in packed.iterdir()} == {".gz", ".sizes", ".json"}
+    index = read_index(packed, streaming=streaming)
+    assert (keys(index), index.is_streamed, index.names[0]) == (KEYS, True, "s-0.tar.gz")
+    assert sizes(index) == sizes(read_index(folder))
+
+
+@COUNTS
+def test_plain_and_packed_shards_may_be_mixed(folder, packed, streaming):
+    shutil.copy(packed / "s-1.tar.gz", folder)
+    (folder / "s-1.tar").unlink()
+    (folder / "index.json").unlink()
+    assert keys(read_index(folder, streaming=streaming)) == KEYS
+    assert len(list(Path(streaming.cache_dir).rglob("*.tar"))) == 1
+
+
+@COUNTS
+def test_the_output_of_a_command_is_read(folder, streaming):
+    index = read_index(f"pipe:cat {folder}/s-{{0..3}}.tar", streaming=streaming)
+    assert (keys(index), index.names[0]) == (KEYS, "s-0.tar")
+
+
+@COUNTS
+def test_a_command_that_fails_is_a_fault(folder, streaming, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
+    with pytest.raises(ValueError, match=r"s-0\.tar; exit 3: the command ended with exit code 3"):
+        read_index(f"pipe:cat {folder}/s-0.tar; exit 3", streaming=streaming)
+
+
+@pytest.mark.parametrize("lost", [b"", None, b"garbage", "other"])
+def test_costs_are_known_of_all_shards_or_of_none(folder, server, streaming, lost):
+    """They decide which rank reads what: ranks on machines that saw different things must still agree."""
+    path = folder / "s-2.sizes"
+    content = (folder / "s-1.sizes").read_bytes() if lost == "other" else lost
+    path.unlink() if content is None else path.write_bytes(content)
+    index = read_index(server.url, streaming=streaming)
+    assert set(sizes(index)) == {UNKNOWN_SIZE}
+    assert keys(index) == KEYS
+    assert set(sizes(index)) == set(sizes(read_index(server.url, streaming=streaming))) == {UNKNOWN_SIZE}
+
+
+def test_costs_that_are_there_but_cannot_be_fetched_stop_the_run(server, streaming):
+    server.answers["s-2.sizes"] = [(500, 0, b"")]
+    with pytest.raises(ValueError, match=r"s-2\.sizes: the server answered 500"):
+        read_index(server.url, streaming=streaming)
+
+
+def test_costs_that_are_gone_from_the_cache_stop_the_run(server, streaming):
+    index = read_index(server.url, streaming=streaming)
+    shutil.rmtree(streaming.cache_dir)
+    with pytest.raises(FileNotFoundError, match="removed during the run; leave the cache alone"):
+        sizes(index)
+    assert keys(index) == KEYS, "shards are fetched again"
+
+
+BROKEN = {
+    "absent": ([(404, 0, b"")], "io"),
+    "broken": ([(500, 0, b"")], "io"),
+    "another": ([(200, 1024, bytes(1024))], "shard"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_shard_that_cannot_be_fetched_makes_its_records_bad_and_is_not_asked_for_each(
+    server, streaming, name, monkeypatch
+):
+    answers, kind = BROKEN[name]
+    index = read_index(server.url, streaming=streaming)
+    server.answers["s-3.tar"] = list(answers)
+    reader, found = RecordReader(index), []
+    for sample in range(index.num_samples):
+        try:
+            found.append(reader(sample).key)
+        except RecordError as error:
+            found.append(error.kind)
+    assert found == [*KEYS[:6], *[kind] * 4]
+    asked = server.requests.count("s-3.tar")
+    assert asked <= remote.TRIES
+    monkeypatch.setattr(opened, "FAILURE_S", 0.0)  # a minute later it is there again
+    del server.answers["s-3.tar"]
+    assert reader(9).key == KEYS[9]
+    assert server.requests.count("s-3.tar") == asked + 1
+
+
+def test_shards_that_come_next_are_fetched_ahead(server, streaming, monkeypatch):
+    started = []
+
+    class AtOnce:
+        def __init__(self, *, target, args, daemon):
+            started.append(target)
+            target(*args)
+
+        def start(self):
+            pass
+
+    monkeypatch.setattr(shards_module, "Thread", AtOnce)
+    server.answers["s-0.tar"] = [(404, 0, b"")]  # left to whoever reads it
+    reader = RecordReader(read_index(server.url, streaming=streaming))
+    for expected in ((), (0, 1, 3), (0, 1, 3)):
+        reader.expect(expected)
+    assert [n for n in server.requests if n.endswith(".tar")] == ["s-0.tar", "s-1.tar", "s-3.tar"]
+    assert len(started) == 1
+    assert reader(KEYS.index("1-0")).key == "1-0"
+    assert server.requests.count("s-1.tar") == 1
+
+
+def test_expecting_shards_of_a_folder_starts_nothing(folder, monkeypatch):
+    monkeypatch.setattr(shards_module, "Thread", None)
+    RecordReader(read_index(folder)).expect((0, 1))
+
+
+def test_a_reader_travels_to_other_processes_after_it_was_used(folder, server, streaming):
+    for source in (folder, server.url):
+        reader = RecordReader(read_index(source, streaming=streaming))
+        reader(5)
+        assert pickle.loads(pickle.dumps(reader))(6).key == KEYS[6]
+
+
+def _read_in_child(index, queue):
+    queue.put(keys(index))
+
+
+def test_a_forked_process_reads_what_its_parent_opened(server, streaming):
+    index = read_index(server.url, streaming=streaming)
+    RecordReader(index)(0)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(index, queue))
+    child.start()
+    assert queue.get(timeout=60) == KEYS
+    child.join()
+
+
+def test_no_more_than_so_many_shards_are_open(folder, monkeypatch):
+    monkeypatch.setattr(opened, "MAX_OPEN", 2)
+    closed = []
+    monkeypatch.setattr(opened.OpenShard, "__del__", lambda shard: closed.append(shard))
+    index = read_index(folder)
+    closed.clear()
+    assert keys(index) == KEYS
+    assert len(closed) == 2
+
+
+def test_training_reads_the_same_global_batches_from_a_url_on_any_number_of_ranks(
+    shards, tmp_path, tokenizer
+):
+    batches = []
+    for world in (1, 2):
+        with serving(shards) as server:
+            config = StreamingConfig(window=2, cache_dir=str(tmp_path / f"{world}"))
+            module = data_module([SourceConfig(path=server.url)], tokenizer, streaming=config)
+            batches.append(global_batches(module, world=world, first_step=0, num_steps=3))
+            assert max(map(server.requests.count, server.requests)) == 1
+    assert batches[0] == batches[1]
+    ids = [name for batch in batches[0] for name, _, _ in batch.values()]
+    assert sorted(ids) == sorted(2 * list(set(ids)))
+    assert len(ids) == 36
+
+
+def test_what_a_set_may_cost_is_kept_in_the_cache_under_its_content(folder, server, streaming):
+    index = read_index(server.url, streaming=streaming)
+    before = keys(index)
+    write_shard(folder / "s-0.tar", [("new", {"json": b"{}"})])
+    write_index(folder)
+    assert keys(read_index(server.url, streaming=streaming)) == ["new", *before[1:]]

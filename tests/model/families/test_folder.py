@@ -1,0 +1,129 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers import tiny_model, tiny_spec
+from vico_pl.model.families.folder import load_model, open_folder, save_model
+from vico_pl.model.families.layout import CONFIG_NAME
+from vico_pl.model.families.tensors import WEIGHTS_NAME
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    save_model(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / WEIGHTS_NAME)
+    change(weights)
+    save_file(weights, folder / WEIGHTS_NAME)
+
+
+def test_a_model_comes_back_bit_for_bit(folder, model):
+    restored = load_model(folder)
+    assert restored.spec == model.spec
+    assert restored.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], tensor), name
+    assert not restored.training
+
+
+def test_nothing_but_the_model_is_left_in_the_folder(folder):
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_a_model_in_bfloat16_keeps_its_values(tmp_path, model):
+    save_model(model.bfloat16(), tmp_path)
+    assert torch.equal(load_model(tmp_path).head, model.head.float())
+
+
+def test_a_head_that_is_tied_to_the_embeddings_comes_back_tied(tmp_path):
+    model = tiny_model(language={**tiny_spec().language, "tie_word_embeddings": True})
+    save_model(model, tmp_path)
+    restored = load_model(tmp_path)
+    assert torch.equal(restored.head, model.head)
+    assert restored.head is restored.language.get_input_embeddings().weight
+
+
+def test_connectors_and_a_router_that_the_folder_lacks_begin_fresh(tmp_path):
+    save_model(tiny_model(ratios=[4], router_heads=None), tmp_path)
+    stored = load_model(tmp_path)
+    assert (stored.ratios, stored.router) == ([4], None)
+    grown = load_model(tmp_path, ratios=[4, 16], router_heads=4)
+    assert (grown.ratios, grown.spec.router_heads) == ([4, 16], 4)
+    for name, tensor in stored.state_dict().items():
+        assert torch.equal(grown.state_dict()[name], tensor), name
+
+
+def test_the_stored_connectors_and_router_are_kept_when_asked_for_again(folder, model):
+    again = load_model(folder, ratios=[4, 16], router_heads=4)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_stored_router_keeps_its_number_of_heads(folder):
+    # Its tensors fit any number of heads and would give other routes without an error.
+    with pytest.raises(ValueError, match="its router has 4 attention heads, not 2"):
+        load_model(folder, router_heads=2)
+
+
+def test_all_tensors_that_do_not_fit_are_told_at_once(folder):
+    def change(weights):
+        del weights["vision.tower.class_embedding"]
+        del weights["connectors.by_ratio.4.mlp.1.bias"]
+        weights["visual.extra"] = torch.zeros(1)
+        weights["language.lm_head.weight"] = torch.zeros(3, 2)
+
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match="4 tensors do not fit") as caught:
+        load_model(folder)
+    assert str(folder) in str(caught.value)
+    assert "missing vision.tower.class_embedding" in str(caught.value)
+    assert "missing connectors.by_ratio.4.mlp.1.bias" in str(caught.value)
+    assert "unknown visual.extra" in str(caught.value)
+    assert "language.lm_head.weight has shape [3, 2], expected [61, 32]" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["connectors.by_ratio.16.mlp.1.weight", "router.gating.gate.1.bias"])
+def test_a_part_that_the_folder_claims_to_have_must_be_whole(folder, name):
+    edit_weights(folder, lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"missing {name}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_folder_without_weights_or_configuration_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{folder}: no {name}; a model folder holds"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", '{"architectures": []}', '{"format": "vico_pl", "ratios": [4]}', '{"format": "vico_pl", "x": 1}'],
+)
+def test_a_configuration_that_is_not_ours_is_named(folder, content):
+    (folder / CONFIG_NAME).write_text(content)
+    with pytest.raises(ValueError, match=f"{folder}/{CONFIG_NAME}: "):
+        open_folder(folder)
+
+
+def test_an_interrupted_save_leaves_no_folder_that_looks_complete(tmp_path, model, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("vico_pl.model.families.tensors.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, tmp_path)
+    with pytest.raises(ValueError, match="no config"):
+        load_model(tmp_path)
+
+
+def test_the_specification_is_written_as_json(folder, model):
+    content = json.loads((folder / CONFIG_NAME).read_text())
+    assert content.pop("format") == "vico_pl"
+    assert replace(model.spec, **content) == model.spec

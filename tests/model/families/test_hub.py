@@ -1,0 +1,150 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
+
+from vico_pl.model.families import hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+RELEASED = [
+    "config.json",
+    "generation_config.json",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+]
+LEFT_OUT = [
+    "modeling_internvl_chat.py",
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "model.pt",
+    "README.md",
+    "examples/image1.jpg",
+]
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch, tmp_path):
+    """What was asked of a Hub that knows every repository."""
+    asked = []
+
+    def download(repo, **options):
+        asked.append((repo, options))
+        return str(tmp_path / "snapshot")
+
+    def info(_, repo, *, revision):
+        asked.append((repo, {"revision": revision}))
+        return SimpleNamespace(sha=COMMIT)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub.HfApi, "model_info", info)
+    return asked
+
+
+def make_unreachable(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(hub.HfApi, "model_info", fail)
+
+
+@pytest.mark.parametrize("path", ["OpenGVLab/InternVL3_5-1B", "a/b"])
+def test_an_owner_and_a_name_are_a_repository(path):
+    assert hub.is_hub_id(path)
+
+
+@pytest.mark.parametrize("path", ["model", "./a/b", "../a", "/a", "~/a", "a/b/c", "", "/srv/models"])
+def test_anything_else_is_a_path(path):
+    assert not hub.is_hub_id(path)
+
+
+def test_a_folder_that_is_there_is_no_repository(tmp_path, monkeypatch):
+    (tmp_path / "runs/last").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not hub.is_hub_id("runs/last")
+    assert hub.is_hub_id("runs/first")
+
+
+def test_a_branch_is_pinned_to_its_commit(calls):
+    assert hub.pinned("a/b@main") == f"a/b@{COMMIT}"
+    assert hub.pinned("a/b") == f"a/b@{COMMIT}"
+    assert calls == [("a/b", {"revision": "main"}), ("a/b", {"revision": None})]
+
+
+def test_a_commit_and_a_folder_need_no_pin(calls, tmp_path):
+    assert hub.pinned(f"a/b@{COMMIT}") == f"a/b@{COMMIT}"
+    assert hub.pinned(str(tmp_path)) == str(tmp_path)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("candidate", "path", "expected"),
+    [
+        (f"a/b@{COMMIT}", "a/b", True),
+        (f"a/b@{COMMIT}", f"a/b@{COMMIT}", False),
+        (f"a/bc@{COMMIT}", "a/b", False),
+        (None, "a/b", False),
+        ("folder", "folder", False),
+    ],
+)
+def test_a_pin_is_told_from_what_it_pins(candidate, path, expected):
+    assert hub.is_pin_of(candidate, path) is expected
+
+
+def test_a_repository_without_a_commit_is_refused(monkeypatch):
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=None))
+    with pytest.raises(ValueError, match="a/b: the Hub names no commit for it"):
+        hub.pinned("a/b")
+
+
+def test_python_files_and_pickled_weights_are_not_fetched(calls):
+    hub.local_folder("a/b")
+    (patterns,) = [options["allow_patterns"] for _, options in calls]
+    assert list(filter_repo_objects(RELEASED + LEFT_OUT, allow_patterns=patterns)) == RELEASED
+
+
+def test_a_path_is_left_to_itself(calls, tmp_path):
+    assert hub.local_folder(str(tmp_path)) == tmp_path
+    assert hub.local_folder("model") == Path("model")
+    assert calls == []
+
+
+def test_the_name_of_a_repository_stands_for_its_snapshot(calls, tmp_path):
+    assert hub.local_folder(f"a/b@{COMMIT}") == tmp_path / "snapshot"
+    assert hub.local_folder("a/b") == tmp_path / "snapshot"
+    assert [(repo, options["revision"]) for repo, options in calls] == [("a/b", COMMIT), ("a/b", None)]
+
+
+UNREACHABLE = [
+    HTTPError("[Errno 101] Network is unreachable"),  # of the HTTP library; its subclasses are no OSError
+    LocalEntryNotFoundError("Cannot find the requested files\nin the local cache"),
+    OfflineModeIsEnabled("offline mode is enabled"),
+    ConnectionError("refused"),
+    TimeoutError(),
+]
+
+
+@pytest.mark.parametrize("error", UNREACHABLE, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("ask", [hub.pinned, hub.local_folder])
+def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch, ask, error):
+    make_unreachable(monkeypatch, error)
+    with pytest.raises(
+        ValueError, match="a/b@v1: no such folder, and it cannot be had from the Hugging Fa"
+    ) as caught:
+        ask("a/b@v1")
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert "()" not in message
+
+
+def test_a_folder_that_is_mistyped_is_told_to_be_none(monkeypatch):
+    make_unreachable(monkeypatch, ConnectionError("refused"))
+    with pytest.raises(ValueError, match=r"^runs/lst: no such folder, .* Hugging Face Hub \(refused\)$"):
+        hub.local_folder("runs/lst")

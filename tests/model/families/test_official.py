@@ -1,0 +1,315 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import batch_of
+from tests.recomputed import Recomputed
+from tests.released import (
+    LANGUAGE_CONFIG,
+    TILE,
+    VISION_CONFIG,
+    official_config,
+    official_shapes,
+    official_tensors,
+    qwen_tokenizer,
+    write_official,
+)
+from vico_pl.model.families.export import shapes_of
+from vico_pl.model.families.folder import load_model, open_folder
+from vico_pl.model.families.official import FLASH, SYSTEM_MESSAGES, read
+from vico_pl.model.families.pieces import stored_shapes
+from vico_pl.model.language import run_packed
+from vico_pl.model.router import RoutingRule
+from vico_pl.types import EncodedSample
+
+# InternViT-6B: RMS norms without bias, normalised queries and keys, projections without bias.
+VISION_6B = {**VISION_CONFIG, "norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+ARCHITECTURES = {
+    "LlamaForCausalLM": {"model_type": "llama", "head_dim": None},
+    "Qwen2ForCausalLM": {"model_type": "qwen2", "head_dim": None},
+    "Qwen3ForCausalLM": {},
+    "Qwen3MoeForCausalLM": MIXTURE,
+}
+TIED = {**LANGUAGE_CONFIG, "tie_word_embeddings": True}
+EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory):
+    """A Flash folder and its tensors."""
+    folder = tmp_path_factory.mktemp("released") / "flash"
+    return folder, write_official(folder, flash=True)
+
+
+@pytest.fixture(scope="module")
+def model(flash):
+    return load_model(flash[0])
+
+
+@pytest.fixture(scope="module")
+def recomputed(flash):
+    return Recomputed(flash[1], official_config())
+
+
+def tiles(count, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, TILE, TILE), generator=generator, dtype=torch.uint8)
+
+
+def assert_close(actual, expected, *, atol=2e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def mixed_sample(seed, *, num_tiles):
+    """Text, tiles and text again."""
+    placeholder = qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
+    text = torch.randint(0, 260, (5,), generator=torch.Generator().manual_seed(seed))
+    ids = torch.tensor([*text[:2].tolist(), *[placeholder] * num_tiles, *text[2:].tolist()])
+    return EncodedSample(
+        id=str(seed),
+        tiles=tiles(num_tiles, seed=seed),
+        tiles_per_image=[1] * num_tiles,
+        input_ids=ids,
+        response_mask=torch.arange(len(ids)) == len(ids) - 1,
+    )
+
+
+def big_spec_and_shapes(folder, vision, language):
+    """Our model of a released size, and the tensors its release lists; neither takes memory."""
+    qwen_tokenizer().save_pretrained(folder)
+    config = official_config(
+        flash=True,
+        force_image_size=448,
+        vision_config={**VISION_CONFIG, "image_size": 448, **vision},
+        llm_config={**LANGUAGE_CONFIG, "vocab_size": 151936, "head_dim": 128, **language},
+    )
+    shapes = dict(official_shapes(config, flash=True))
+    return read(folder, config, set(shapes)).spec, shapes
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_patch_features_are_those_of_internvit(model, recomputed):
+    assert_close(model.encode_tiles(tiles(3)), recomputed.patch_features(tiles(3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"qk_normalization": False}, {"norm_type": "layer_norm"}, {"qkv_bias": True}],
+    ids=["6B", "without qk_normalization", "with layer_norm", "with qkv_bias"],
+)
+def test_patch_features_are_those_of_an_internvit_like_the_6b(tmp_path, change):
+    config = official_config(vision_config={**VISION_6B, **change})
+    tensors = write_official(tmp_path, config=config)
+    has_bias = any(name.endswith("norm1.bias") for name in tensors)
+    assert has_bias == (change.get("norm_type") == "layer_norm")
+    features = load_model(tmp_path).encode_tiles(tiles(2))
+    assert_close(features, Recomputed(tensors, config).patch_features(tiles(2)))
+
+
+@torch.no_grad()
+def test_vision_tokens_are_those_of_mlp1_and_mlp2(model, recomputed):
+    features = recomputed.patch_features(tiles(3))
+    short, long = (model.connectors.by_ratio[ratio](features) for ratio in ("4", "16"))
+    assert (short.shape[1], long.shape[1]) == (4, 1)
+    assert_close(short, recomputed.mlp1(features))
+    assert_close(long, recomputed.mlp2(features))
+
+
+@torch.no_grad()
+def test_the_router_runs_the_second_attention_layer_three_times(model, recomputed):
+    features = recomputed.patch_features(tiles(8))
+    gates = model.router(features).softmax(-1)
+    assert_close(gates, recomputed.gates(features, layers=(1, 2, 2, 2)), atol=1e-6)
+    assert (gates - recomputed.gates(features, layers=(1, 2, 3, 4))).abs().max() > 0.02
+
+
+@torch.no_grad()
+def test_attention_layers_three_and_four_change_nothing(tmp_path, flash, model):
+    _, tensors = flash
+    unused = ("attn3", "attn4", "norm3", "norm4")
+    others = {k: v.flip(0) + 1 if any(part in k for part in unused) else v for k, v in tensors.items()}
+    assert sum(not torch.equal(others[name], tensors[name]) for name in tensors) == 12
+    write_official(tmp_path, flash=True, tensors=others)
+    features = model.encode_tiles(tiles(4))
+    assert torch.equal(load_model(tmp_path).router(features), model.router(features))
+
+
+@torch.no_grad()
+def test_kept_tiles_are_four_tokens_and_compressed_ones_one_in_their_places(flash, model, recomputed):
+    batch = batch_of(mixed_sample(1, num_tiles=3), mixed_sample(2, num_tiles=0), mixed_sample(3, num_tiles=2))
+    ratios = torch.tensor([16, 4, 16, 4, 16])
+    spliced = model.splice_batch(batch, model.encode_tiles(batch.tiles), ratios)
+
+    expected, remaining = [], iter(zip(recomputed.patch_features(batch.tiles), ratios, strict=True))
+    for token in batch.input_ids:
+        if token != model.spec.placeholder_id:
+            expected.append(flash[1][EMBEDDINGS][token][None])
+            continue
+        features, ratio = next(remaining)
+        connector = recomputed.mlp1 if ratio == 4 else recomputed.mlp2
+        expected.append(connector(features[None])[0])
+    assert [len(tokens) for tokens in expected if len(tokens) > 1] == [4, 4]
+    assert spliced.segment_lengths == [2 + 1 + 4 + 1 + 3, 5, 2 + 4 + 1 + 3]
+    assert_close(spliced.embeddings, torch.cat(expected))
+
+
+# --- language models ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_those_of_the_language_model_in_transformers(tmp_path, architecture):
+    language = {**LANGUAGE_CONFIG, "architectures": [architecture], **ARCHITECTURES[architecture]}
+    language = {key: value for key, value in language.items() if value is not None}
+    config = official_config(llm_config=language)
+    tensors = write_official(tmp_path / "whole", config=config)
+    part = {
+        k.removeprefix("language_model."): v for k, v in tensors.items() if k.startswith("language_model.")
+    }
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/config.json").write_text(json.dumps(language))
+    save_file(part, tmp_path / "part/model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "part", dtype=torch.float32).eval()
+    assert type(theirs).__name__ == architecture
+
+    ours, batch = load_model(tmp_path / "whole"), batch_of(mixed_sample(1, num_tiles=2))
+    spliced = ours.splice_batch(batch, ours.encode_tiles(batch.tiles), ours.full_ratios(batch))
+    hidden = run_packed(ours.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
+    assert_close(hidden @ ours.head.T, theirs(inputs_embeds=spliced.embeddings[None]).logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_tied_head_may_be_stored_or_not(tmp_path, with_head):
+    config = official_config(llm_config=TIED)
+    tensors = official_tensors(config)
+    extra = {HEAD: tensors[EMBEDDINGS].clone()} if with_head else {}
+    write_official(tmp_path, config=config, tensors={**tensors, **extra})
+    model = load_model(tmp_path)
+    assert model.head is model.language.get_input_embeddings().weight
+    assert torch.equal(model.head, tensors[EMBEDDINGS])
+
+
+def test_a_tied_head_that_differs_from_the_embeddings_is_refused(tmp_path):
+    config = official_config(llm_config=TIED)
+    tensors = official_tensors(config)
+    write_official(tmp_path, config=config, tensors={**tensors, HEAD: tensors[EMBEDDINGS] + 1})
+    with pytest.raises(ValueError, match=f"1 tensors do not fit: unknown {HEAD}"):
+        load_model(tmp_path)
+
+
+# --- what a folder is ---------------------------------------------------------------------------------------
+
+
+def test_flash_has_two_ratios_a_router_and_both_thresholds(flash):
+    contents = open_folder(flash[0]).contents
+    assert (contents.spec.ratios, contents.spec.router_heads) == ([4, 16], 16)
+    assert contents.rule == RoutingRule(threshold=0.45, relative_threshold=0.25)
+
+
+def test_without_the_tensors_of_flash_it_is_the_base_model(tmp_path):
+    write_official(tmp_path)
+    contents = open_folder(tmp_path).contents
+    assert (contents.spec.ratios, contents.spec.router_heads, contents.rule) == ([4], None, None)
+    assert load_model(tmp_path).router is None
+
+
+def test_tiling_and_system_message_are_those_of_the_configuration(flash):
+    processing = open_folder(flash[0]).contents.processing
+    assert processing == {
+        "tiling": {"tile_size": TILE, "min_tiles": 1, "max_tiles": 4, "use_thumbnail": True},
+        "chat": {"system": SYSTEM_MESSAGES["internvl2_5"]},
+    }
+    assert "InternVL" in processing["chat"]["system"]
+
+
+def test_a_model_without_dynamic_tiling_has_one_tile(tmp_path):
+    write_official(tmp_path, config=official_config(dynamic_image_size=False, use_thumbnail=False))
+    tiling = open_folder(tmp_path).contents.processing["tiling"]
+    assert tiling == {"tile_size": TILE, "min_tiles": 1, "max_tiles": 1, "use_thumbnail": False}
+
+
+def test_the_placeholder_is_looked_up_in_the_tokenizer(flash):
+    expected = qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert open_folder(flash[0]).contents.spec.placeholder_id == expected
+
+
+def test_python_files_in_the_folder_are_never_run(tmp_path):
+    write_official(tmp_path, flash=True)
+    (tmp_path / "tokenization_own.py").write_text((tmp_path / "modeling_internvl_chat.py").read_text())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "auto_map" in (tmp_path / "config.json").read_text()
+    assert load_model(tmp_path).router is not None  # either file would have exited
+
+
+# --- released sizes -----------------------------------------------------------------------------------------
+
+VISION_300M = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+VISION_5_5B = {
+    **VISION_6B,
+    "image_size": 448,
+    "hidden_size": 3200,
+    "intermediate_size": 12800,
+    "num_hidden_layers": 45,
+    "num_attention_heads": 25,
+}
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+QWEN3_32B = {
+    **QWEN3_8B,
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+}
+QWEN3_30B_A3B = {
+    **MIXTURE,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+SIZES = {
+    "8B": (VISION_300M, QWEN3_8B, 8.5e9),
+    "38B": (VISION_5_5B, QWEN3_32B, 38e9),
+    "30B-A3B": (VISION_300M, QWEN3_30B_A3B, 31e9),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_tensor_of_a_released_size_is_mapped(tmp_path, size):
+    vision, language, num_parameters = SIZES[size]
+    spec, expected = big_spec_and_shapes(tmp_path, vision, language)
+    own = shapes_of(spec)
+    assert stored_shapes(FLASH.pieces(own), own) == expected
+    assert sum(torch.Size(shape).numel() for shape in own.values()) == pytest.approx(num_parameters, rel=0.05)

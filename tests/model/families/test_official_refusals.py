@@ -1,0 +1,194 @@
+import json
+import re
+
+import pytest
+import torch
+
+from tests.released import (
+    LANGUAGE_CONFIG,
+    TILE,
+    VISION_CONFIG,
+    WIDTH,
+    official_config,
+    official_tensors,
+    write_official,
+)
+from vico_pl.model.families.folder import load_model, open_folder
+
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
+QKV = "vision_model.encoder.layers.1.attn.qkv.weight"
+EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+def refusal(folder):
+    """The one sentence with which a folder is refused."""
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
+        load_model(folder)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    return message.removeprefix(str(folder))
+
+
+def config_without(name, **changes):
+    config = official_config(**changes)
+    del config[name]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (official_config(ps_version="v1"), "/config.json: ps_version is 'v1': it transposes the patches"),
+        (config_without("ps_version"), "/config.json: ps_version is None: it transposes the patches"),
+        (official_config(select_layer=-4), "/config.json: select_layer is -4; only the last layer, -1, is"),
+        (official_config(downsample_ratio=0.25), "/config.json: downsample_ratio is 0.25; expected 0.5"),
+        (
+            official_config(llm_config={**LANGUAGE_CONFIG, "architectures": ["InternLM2ForCausalLM"]}),
+            "/config.json: llm_config.architectures is ['InternLM2ForCausalLM']; expected one of LlamaFor",
+        ),
+        (
+            official_config(llm_config={**LANGUAGE_CONFIG, "architectures": None}),
+            "/config.json: llm_config.architectures is None; expected one of LlamaFor",
+        ),
+        (
+            official_config(template="Hermes-2"),
+            "/config.json: template is 'Hermes-2'; expected one of intern",
+        ),
+        (config_without("template"), "/config.json: template is None; expected one of internvl2_5"),
+        (
+            official_config(force_image_size=448),
+            f"/config.json: force_image_size is 448 but the position embeddings are of {TILE} px",
+        ),
+        (config_without("vision_config"), "/config.json: vision_config or llm_config is missing"),
+        (official_config(llm_config=None), "/config.json: vision_config or llm_config is missing"),
+    ],
+)
+def test_a_configuration_that_we_would_misread_is_refused(tmp_path, config, message):
+    write_official(tmp_path, tensors=official_tensors(official_config()), config=config)
+    assert refusal(tmp_path).startswith(message)
+
+
+def test_all_that_is_wrong_with_a_configuration_is_told_together(tmp_path):
+    language = {**LANGUAGE_CONFIG, "architectures": ["InternLM2ForCausalLM"]}
+    changes = {"ps_version": "v1", "select_layer": -4, "downsample_ratio": 0.25, "template": "x"}
+    config = official_config(**changes, llm_config=language, force_image_size=448)
+    write_official(tmp_path, tensors=official_tensors(official_config()), config=config)
+    problems = refusal(tmp_path).removeprefix("/config.json: ")
+    told = re.findall(r"(?:^|; )([\w.]+) is ", problems)
+    assert told == [*changes, "llm_config.architectures", "force_image_size"]
+
+
+@pytest.mark.parametrize(
+    ("side", "flash", "message"),
+    [
+        (60, False, ": the vision tower sees tiles of 60 px, which patches of 14 px do not divide"),
+        (42, False, ": tiles of 42 px are 3 x 3 patches, which do not fold by 2 for ratio 4"),
+        (84, True, ": tiles of 84 px are 6 x 6 patches, which do not fold by 4 for ratio 16"),
+    ],
+)
+def test_tiles_that_do_not_divide_are_refused(tmp_path, side, flash, message):
+    vision = {**VISION_CONFIG, "image_size": side}
+    write_official(tmp_path, flash=flash, config=official_config(vision_config=vision, force_image_size=side))
+    assert refusal(tmp_path).startswith(message)
+
+
+def test_six_by_six_patches_are_enough_for_the_base_model(tmp_path):
+    vision = {**VISION_CONFIG, "image_size": 84}
+    write_official(tmp_path, config=official_config(vision_config=vision, force_image_size=84))
+    assert load_model(tmp_path).tokens_per_full_tile == 9
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused(tmp_path):
+    write_official(tmp_path)
+    for name in TOKENIZER_NAMES:
+        content = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content.replace("<IMG_CONTEXT>", "<IMG_OTHER>"))
+    assert refusal(tmp_path) == ": the tokenizer lacks the special token <IMG_CONTEXT>"
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    write_official(tmp_path)
+    for name in TOKENIZER_NAMES:
+        (tmp_path / name).unlink()
+    assert refusal(tmp_path).startswith(": no readable tokenizer (")
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path):
+    write_official(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert refusal(tmp_path).startswith(": no readable tokenizer (")
+
+
+@pytest.mark.parametrize("content", [{"architectures": None}, {"model_type": "qwen3"}, {"architectures": []}])
+def test_a_configuration_of_something_else_is_refused(tmp_path, content):
+    write_official(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert "/config.json: its 'architectures' is" in refusal(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_listed_under_their_official_names(tmp_path):
+    tensors = official_tensors(official_config(flash=True), flash=True)
+    del tensors["vision_model.embeddings.class_embedding"], tensors["mlp2.7.bias"]
+    del tensors["pooling_before_gating.attn4.in_proj_bias"]
+    tensors["vision_model.head.weight"] = torch.zeros(2)
+    tensors[QKV] = torch.zeros(2 * WIDTH, WIDTH)
+    tensors["mlp1.1.weight"] = torch.zeros(3, 5)
+    write_official(tmp_path, flash=True, tensors=tensors)
+    problems = refusal(tmp_path).removeprefix(": 6 tensors do not fit: ").split("; ")
+    assert sorted(problems) == [
+        "missing mlp2.7.bias",
+        "missing pooling_before_gating.attn4.in_proj_bias",
+        "missing vision_model.embeddings.class_embedding",
+        "mlp1.1.weight has shape [3, 5], expected [48, 128]",
+        "unknown vision_model.head.weight",
+        f"{QKV} has shape [{2 * WIDTH}, {WIDTH}], expected [{3 * WIDTH}, {WIDTH}]",
+    ]
+
+
+def test_the_list_of_tensors_ends_after_twenty(tmp_path):
+    tensors = official_tensors(official_config())
+    extra = {f"vision_model.extra.{i}": torch.zeros(1) for i in range(33)}
+    write_official(tmp_path, tensors={**tensors, **extra})
+    message = refusal(tmp_path)
+    assert message.startswith(": 33 tensors do not fit: unknown vision_model.extra.0; ")
+    assert message.count("unknown") == 20
+    assert message.endswith("; and 13 more")
+
+
+def test_a_list_of_twenty_tensors_is_whole(tmp_path):
+    tensors = official_tensors(official_config())
+    extra = {f"vision_model.extra.{i}": torch.zeros(1) for i in range(20)}
+    write_official(tmp_path, tensors={**tensors, **extra})
+    message = refusal(tmp_path)
+    assert message.count("unknown") == 20
+    assert "more" not in message
+
+
+def test_a_tied_head_without_embeddings_is_told_with_the_missing(tmp_path):
+    config = official_config(llm_config={**LANGUAGE_CONFIG, "tie_word_embeddings": True})
+    tensors = official_tensors(config)
+    tensors[HEAD] = tensors.pop(EMBEDDINGS)
+    write_official(tmp_path, config=config, tensors=tensors)
+    assert refusal(tmp_path) == f": 2 tensors do not fit: missing {EMBEDDINGS}; unknown {HEAD}"
+
+
+def test_half_of_flash_is_refused(tmp_path):
+    tensors = official_tensors(official_config(flash=True), flash=True)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooling")}
+    write_official(tmp_path, flash=True, tensors=tensors)
+    assert refusal(tmp_path).startswith(": 25 tensors do not fit: missing pooling_before_gating.attn1.in_")
+
+
+def test_a_router_without_thresholds_is_not_calibrated(tmp_path):
+    config = official_config()
+    write_official(tmp_path, config=config, tensors=official_tensors(config, flash=True))
+    contents = open_folder(tmp_path).contents
+    assert contents.spec.router_heads == 16
+    assert contents.rule is None
+
+
+def test_one_threshold_alone_is_enough(tmp_path):
+    config = official_config(flash_mode=True, flash_absolute_threshold=0.4)
+    write_official(tmp_path, config=config, tensors=official_tensors(config, flash=True))
+    rule = open_folder(tmp_path).contents.rule
+    assert (rule.threshold, rule.relative_threshold) == (0.4, None)

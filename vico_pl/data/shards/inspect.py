@@ -1,0 +1,38 @@
+"""Looking into a set of shards: its samples, and what is wrong with them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vico_pl.data.decode import bad_record, decode_record, printable
+from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
+from vico_pl.errors import RecordError
+from vico_pl.types import BadRecord, Sample
+
+
+def read_samples(source: Path | str) -> Iterator[Sample]:
+    """Yield the usable samples of a set in their order."""
+    return (item for item in read_all(read_index(source)) if isinstance(item, Sample))
+
+
+def find_faults(source: Path | str) -> Iterator[BadRecord]:
+    """Decode every record and yield the bad ones; a shard that cannot be opened comes once."""
+    dead: set[str] = set()
+    for item in read_all(read_index(source)):
+        if isinstance(item, BadRecord) and item.reason not in dead:
+            yield item
+            if item.kind == "shard":
+                dead.add(item.reason)
+
+
+def read_all(index: ShardIndex) -> Iterator[Sample | BadRecord]:
+    """Yield what becomes of every record of a set, in their order."""
+    reader = RecordReader(index)
+    for position in range(index.num_samples):
+        shard = index.names[index.place(position)[0]]
+        name = f"{shard}, sample {position} of the set"  # until its key is known
+        try:
+            record = reader(position)
+            name = printable(record.id)
+            yield decode_record(record)
+        except RecordError as error:
+            yield bad_record(name, error)

@@ -1,0 +1,98 @@
+"""What a record will cost, from its text and the headers of its images; no pixel is decoded."""
+
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from vico_pl.data.decode import IMAGE_EXTENSIONS
+from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members
+from vico_pl.errors import RecordError
+from vico_pl.types import Content
+
+_PIECES = re.compile(r"[A-Za-z]{1,6}|[^\sA-Za-z]")  # a word is one for each six letters
+_ORIENTATION = 0x0112  # EXIF: from 5 on the camera lay on its side
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # what is decoded
+_MAX_SIZE = np.iinfo(np.int32).max
+
+
+class SampleSize(NamedTuple):
+    """What the cost of a sample follows from; zeros where it cannot be known."""
+
+    text_tokens: int  # of all turns, an estimate
+    num_images: int
+    width: int  # px, of the first image as it is seen: turned by its EXIF orientation
+    height: int  # px
+
+
+UNKNOWN_SIZE = SampleSize(0, 0, 0, 0)
+
+
+def measure_record(files: Mapping[str, Content]) -> SampleSize:
+    """Measure a record: member extension -> content.
+
+    >>> measure_record({"json": b'{"conversations": [{"value": "Who?"}, {"value": "me"}]}'})
+    SampleSize(text_tokens=3, num_images=0, width=0, height=0)
+    """
+    names = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    width, height = _image_size(files[min(names, key=_image_number)]) if names else (0, 0)
+    return SampleSize(_text_tokens(files.get("json", b"")), len(names), width, height)
+
+
+def measure_shard(descriptor: int, bounds: np.ndarray) -> np.ndarray:
+    """Measure all records of an open shard: int32 (n, 4)."""
+    sizes = (
+        _measure_bytes(os.pread(descriptor, min(end - start, MAX_RECORD_BYTES), start))
+        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    )
+    return as_array(sizes)
+
+
+def as_array(sizes: Iterable[SampleSize]) -> np.ndarray:
+    """Return sizes as `NAME.sizes` holds them: int32 (n, 4)."""
+    rows = list(sizes)
+    return np.clip(np.array(rows, dtype=np.int64).reshape(len(rows), 4), 0, _MAX_SIZE).astype(np.int32)
+
+
+def are_sizes(array: np.ndarray, count: int) -> bool:
+    """Say whether an array can be the sizes of `count` samples."""
+    return array.shape == (count, 4) and array.dtype == np.int32 and not (array < 0).any()
+
+
+def _measure_bytes(content: bytes) -> SampleSize:
+    try:
+        return measure_record(read_members(content)[1])
+    except RecordError:
+        return UNKNOWN_SIZE
+
+
+def _text_tokens(content: Content) -> int:
+    """Count about what a tokenizer would; it decides which rank reads a sample and nothing else."""
+    try:
+        turns = json.loads(bytes(content))["conversations"]
+        return sum(len(_PIECES.findall(turn["value"])) for turn in turns)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
+
+
+def _image_size(content: Content) -> tuple[int, int]:
+    """Return (width, height) as seen; zeros if the header is unreadable, for whatever reason."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
+            image = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
+            width, height = image.size
+            turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # on hostile bytes Pillow raises anything: OSError, SyntaxError, struct.error, ...
+        return 0, 0
+    return (height, width) if turned else (width, height)
+
+
+def _image_number(name: str) -> int:
+    number = name.partition(".")[0]
+    return int(number) if number.isdecimal() and len(number) < 10 else 0
