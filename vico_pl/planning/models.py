@@ -10,7 +10,8 @@ from vico_pl.model.flops import build_without_weights
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.planning.meter import METERED_ATTENTION, autocast_on_meta
-from vico_pl.recipe import DTYPES, PARTS, ModelConfig, RunConfig
+from vico_pl.recipe import RunConfig
+from vico_pl.stages.settings import DTYPES, PARTS, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

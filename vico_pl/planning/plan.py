@@ -11,7 +11,8 @@ from vico_pl.planning.memory import GIB, MicroBatch, RunMemory, Terms, measure_m
 from vico_pl.planning.models import ModelSource, RunModels, build_models, with_routing
 from vico_pl.planning.sources import find_model
 from vico_pl.planning.workload import SampleShape, SampleWork, count_work, micro_batch_of, read_samples
-from vico_pl.recipe import PARTS, RunConfig
+from vico_pl.recipe import RunConfig
+from vico_pl.stages.settings import PARTS
 
 WORLDS = (1, 2, 4, 8)
 MAX_WORLD = 64  # up to which a number of GPUs that fits is looked for

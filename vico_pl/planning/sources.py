@@ -16,7 +16,7 @@ from vico_pl.model.families.ours import read_json
 from vico_pl.model.families.shape import read_shape
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.planning.models import ModelSource
-from vico_pl.recipe import ModelConfig
+from vico_pl.stages.settings import ModelConfig
 from vico_pl.tokens import SPECIAL_TOKENS
 
 INTERN_VIT_300M = {
