@@ -20,11 +20,11 @@ from models import Text, draw_batch, draw_sample, random_model, spec_of
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
+from vico_pl.model.reference_cache import ReferenceCache
 
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.reference_cache import ReferenceCache
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
 

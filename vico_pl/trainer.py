@@ -25,8 +25,8 @@ from vico_pl.callbacks.steps import StepProgressBar, StepSeed
 from vico_pl.data.module import DataModule
 from vico_pl.losses.liger import check_liger
 from vico_pl.model.adapters import adapters_merged
+from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import save_model
-from vico_pl.model.families.layout import CONFIG_NAME
 from vico_pl.model.language import check_flash_attention
 from vico_pl.model.sharding import whole_state
 from vico_pl.model.vlm import VisionLanguageModel

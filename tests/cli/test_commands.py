@@ -15,8 +15,7 @@ from vico_pl.config import open_run
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.files import write_json
 from vico_pl.inference.session import Session
-from vico_pl.model.families.layout import CONFIG_NAME
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME
 
 # Shards are drawn by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

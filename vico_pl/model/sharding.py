@@ -1,8 +1,8 @@
 """Weights split over ranks (FSDP2): each keeps a part and gathers a block's whole only while it runs.
 
 Ranks must gather the same blocks in the same order, or they compute with each other's weights without an
-error. So every micro-batch has a tile, every rank runs as many micro-batches, and as many groups of branches in each, and
-connectors of ratios that were not drawn run on nothing.
+error. So every micro-batch has a tile, every rank runs equally many micro-batches and groups of branches in
+each, and connectors of ratios that were not drawn run on an empty tensor.
 """
 
 from typing import Any

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPEN_CLIP = "open_clip"
 # The towers' text halves are never used; this is the smallest one that open_clip builds.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
@@ -99,12 +100,12 @@ def build_tower(config: dict[str, Any]) -> Tower:
     Raises:
         ValueError: no such tower can be built.
     """
-    kind = config.get("model_type")
-    if kind not in (None, "internvl_vision"):
-        known = "internvl_vision, or an open_clip vision_cfg"
-        raise ValueError(f"vision tower: model_type is '{kind}'; expected {known}")
+    kind = config.get("model_type", OPEN_CLIP)
+    if kind not in TOWERS:
+        known = ", ".join(name for name in TOWERS if name != OPEN_CLIP)
+        raise ValueError(f"vision tower: model_type is '{kind}'; expected {known} or an open_clip vision_cfg")
     try:
-        return _open_clip_tower(config) if kind is None else _intern_vit(config)
+        return TOWERS[kind](config)
     # What open_clip, timm and transformers raise at settings they do not know.
     except (KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -180,3 +181,10 @@ def _last_intermediates(module: Any, pixels: Tensor) -> Tensor:
         pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NCHW"
     )
     return output["image_intermediates"][-1].flatten(2).transpose(1, 2)
+
+
+# Builders by `model_type`; a configuration without one is an open_clip `vision_cfg`.
+TOWERS: dict[str, Callable[[dict[str, Any]], Tower]] = {
+    OPEN_CLIP: _open_clip_tower,
+    "internvl_vision": _intern_vit,
+}

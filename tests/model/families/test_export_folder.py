@@ -17,9 +17,9 @@ from tests.released import (
     write_native,
     write_official,
 )
+from vico_pl.model.families.base import CALIBRATION_NAME, PROCESSING_NAME
 from vico_pl.model.families.export import LAYOUT_NAMES, export
 from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.families.ours import CALIBRATION_NAME, PROCESSING_NAME
 
 INTERNVIT = {
     "model_type": "internvl_vision",

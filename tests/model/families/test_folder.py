@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny_model, tiny_spec
+from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.families.layout import CONFIG_NAME
 from vico_pl.model.families.tensors import WEIGHTS_NAME
 
 

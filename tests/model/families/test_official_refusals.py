@@ -103,20 +103,20 @@ def test_a_tokenizer_without_the_placeholder_is_refused(tmp_path):
     for name in TOKENIZER_NAMES:
         content = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content.replace("<IMG_CONTEXT>", "<IMG_OTHER>"))
-    assert refusal(tmp_path) == ": the tokenizer lacks the special token <IMG_CONTEXT>"
+    assert refusal(tmp_path) == ": the tokenizer lacks the special tokens <IMG_CONTEXT>"
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     write_official(tmp_path)
     for name in TOKENIZER_NAMES:
         (tmp_path / name).unlink()
-    assert refusal(tmp_path).startswith(": no readable tokenizer (")
+    assert refusal(tmp_path).startswith(": no tokenizer_config.json; a model folder holds")
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path):
     write_official(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    assert refusal(tmp_path).startswith(": no readable tokenizer (")
+    assert refusal(tmp_path).startswith(": its tokenizer files are incomplete or unreadable (")
 
 
 @pytest.mark.parametrize("content", [{"architectures": None}, {"model_type": "qwen3"}, {"architectures": []}])
