@@ -1,6 +1,6 @@
 """Tiles -> patch features: a vision tower behind pixel normalisation.
 
-Two kinds of tower are told apart by their configuration:
+The configuration selects the kind of tower:
 
     {"model_type": "internvl_vision", ...}    InternViT as transformers has it (300M and 6B)
     anything else                             an open_clip `vision_cfg`: its own ViT, or a timm model by name
@@ -29,7 +29,7 @@ _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layer
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A vision tower and what has to be known about it."""
+    """A vision tower and its properties."""
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]  # normalised pixels (T, 3, H, W) -> (T, P, C)
@@ -47,9 +47,9 @@ class VisionEncoder(nn.Module):
     std: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """Build the tower with fresh weights.
+        """Build the tower with random weights.
 
-        `config` may hold `image_mean` and `image_std` beside the tower's own settings.
+        `config` may hold `image_mean` and `image_std` next to the tower's own settings.
 
         Raises:
             ValueError: the tower has no square grid of patches.
@@ -71,8 +71,7 @@ class VisionEncoder(nn.Module):
         """Encode tiles.
 
         Without tiles a blank one is encoded and dropped, so that every parameter takes part on every rank.
-        A frozen tower runs in eval mode whatever its mode: it drops nothing at random, so that all models
-        that share it have the same features.
+        A frozen tower always runs in eval mode, so that all models that share it get the same features.
         """
         some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
         pixels = (some_tiles - self.mean) / self.std
@@ -83,7 +82,7 @@ class VisionEncoder(nn.Module):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Keep modules that are in training mode out of it for a while."""
+    """Switch modules from training to eval mode, and back at the end."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -95,7 +94,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def build_tower(config: dict[str, Any]) -> Tower:
-    """Build the tower that a configuration describes, with fresh weights.
+    """Build the tower that a configuration describes, with random weights.
 
     Raises:
         ValueError: no such tower can be built.

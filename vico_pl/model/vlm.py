@@ -18,7 +18,7 @@ from vico_pl.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """All that is needed to build a model without its weights; `config.json` of a model folder holds it."""
+    """The description a model is built from, without weights; `config.json` of a model folder holds it."""
 
     vision: dict[str, Any]  # an open_clip vision_cfg, or a transformers config with its model_type
     language: dict[str, Any]  # a transformers config with its model_type
@@ -32,7 +32,7 @@ class VisionLanguageModel(nn.Module):
     """Vision encoder, connectors, language model and router."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Build the model with fresh weights.
+        """Build the model with random weights.
 
         Raises:
             ValueError: tiles do not divide into patches, or patches into vision tokens.
@@ -93,7 +93,7 @@ class VisionLanguageModel(nn.Module):
         return hidden[spliced.response_positions]
 
     def set_dropout(self, probability: float) -> None:
-        """Set the dropout of connectors and router, which acts in training mode alone."""
+        """Set the dropout of connectors and router, active only in training mode."""
         parts = [self.connectors, *([] if self.router is None else [self.router])]
         for module in (module for part in parts for module in part.modules()):
             if isinstance(module, nn.Dropout):

@@ -1,10 +1,10 @@
 """Opening model folders, reading models from them and writing them.
 
-config.json          what the model is: ours is the `ModelSpec`; released layouts are recognised by theirs
+config.json          the `ModelSpec`, or the configuration of another family, which is recognised by it
 model.safetensors    weights, in numbered shards above 5 GB
 tokenizer files      written by the tokenizer itself
-processing.json      tiling and chat settings (ours; released layouts have them in their configuration)
-calibration.json     routing threshold (Flash has one in its configuration; this file goes before it)
+processing.json      tiling and chat settings (ours; other families have them in their configuration)
+calibration.json     routing threshold (takes precedence over that of a Flash configuration)
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ MAX_PROBLEMS = 20  # a wrong layout has thousands
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A model folder in any layout, opened but not read."""
+    """A model folder of any family, opened but not loaded."""
 
     path: Path
     family: Family
@@ -106,7 +106,7 @@ def load_model(
     router_heads: int | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> VisionLanguageModel:
-    """Read a model; `ratios` and `router_heads` add connectors and a router that the folder has not yet.
+    """Load a model; `ratios` and `router_heads` add connectors and a router that the folder lacks.
 
     Weights get the type `dtype`; with None they keep the one they are stored in and remain views of the file.
 
@@ -119,17 +119,17 @@ def load_model(
     if router_heads not in (None, heads):
         raise ValueError(f"{path}: its router has {heads} attention heads, not {router_heads}")
     spec = replace(stored, ratios=ratios or stored.ratios, router_heads=heads)
-    with naming(path), no_init_weights():  # memory that is never touched is never taken
+    with naming(path), no_init_weights():  # untouched memory is never allocated
         model = VisionLanguageModel(spec)
-    model.language.tie_weights()  # which is part of what was left out
-    fresh = _fresh_parts(stored, spec)
-    wanted = {k: tuple(v.shape) for k, v in own_tensors(model).items() if not k.startswith(fresh)}
+    model.language.tie_weights()  # initialisation would have done it
+    new = _new_parts(stored, spec)
+    wanted = {k: tuple(v.shape) for k, v in own_tensors(model).items() if not k.startswith(new)}
     parts = folder.family.parts(wanted)
     check_tensors(folder, parts, wanted)
     state = assemble_own(parts, wanted, folder.tensors.__getitem__, dtype=dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.language.tie_weights()  # loading replaced one of the two
-    _make_fresh(model, fresh, dtype or model.head.dtype)
+    _initialise(model, new, dtype or model.head.dtype)
     return model.eval()
 
 
@@ -156,7 +156,7 @@ def own_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Name the folder that describes a model which cannot be built."""
+    """Prefix errors with the folder whose model cannot be built."""
     try:
         yield
     except ValueError as error:
@@ -164,7 +164,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def check_tensors(folder: ModelFolder, parts: list[TensorPart], own: Shapes) -> None:
-    """Hold a folder's tensors against those a model is made of.
+    """Compare a folder's tensors with those of a model.
 
     Raises:
         ValueError: some are missing, unknown or of another shape; the message lists them.
@@ -191,15 +191,15 @@ def _is_tied_head(folder: ModelFolder, name: str) -> bool:
     return embeddings in tensors.names and torch.equal(tensors[name], tensors[embeddings])
 
 
-def _fresh_parts(stored: ModelSpec, wanted: ModelSpec) -> tuple[str, ...]:
-    """Return prefixes of the parts that a folder does not claim to have: they begin fresh."""
+def _new_parts(stored: ModelSpec, wanted: ModelSpec) -> tuple[str, ...]:
+    """Return prefixes of the parts that a folder lacks: they are randomly initialised."""
     new_ratios = [ratio for ratio in wanted.ratios if ratio not in stored.ratios]
     connectors = [f"connectors.by_ratio.{ratio}." for ratio in new_ratios]
     return (*connectors, *(["router."] if stored.router_heads is None else []))
 
 
-def _make_fresh(model: VisionLanguageModel, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Build parts anew that were built without initial weights."""
+def _initialise(model: VisionLanguageModel, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Initialise the parts that were built without weights."""
     vision_width, language_width = model.vision.width, model.language.config.hidden_size
     for ratio in model.ratios:
         if f"connectors.by_ratio.{ratio}." in prefixes:
