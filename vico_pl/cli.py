@@ -104,7 +104,7 @@ def calibrate(
     from vico_pl.files import write_json
     from vico_pl.inference.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.inference.session import Session
-    from vico_pl.model.families.ours import CALIBRATION_NAME
+    from vico_pl.model.families.base import CALIBRATION_NAME
 
     session = Session.load(Path(model))  # no name on the Hub: the threshold is written into the folder
     check_goal(session, data, budget)

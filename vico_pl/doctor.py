@@ -23,9 +23,9 @@ from vico_pl.config import load_config
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
 from vico_pl.losses.liger import check_liger
+from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
 from vico_pl.model.families.hub import is_hub_id, split_revision
-from vico_pl.model.families.layout import CONFIG_NAME
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.language import check_flash_attention
 from vico_pl.planning.memory import GIB
@@ -222,8 +222,8 @@ def check_model(path: str) -> str:
     model = build_without_weights(opened.contents.spec)
     model.language.tie_weights()
     wanted = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-    check_tensors(opened, opened.layout.pieces(wanted), wanted)
-    return f"{path}: layout {opened.layout.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
+    check_tensors(opened, opened.family.parts(wanted), wanted)
+    return f"{path}: layout {opened.family.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
 
 
 def check_attention() -> str:

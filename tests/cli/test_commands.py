@@ -14,8 +14,7 @@ from tests.sessions import tree, write_model_folder, write_set
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.files import write_json
 from vico_pl.inference.session import Session
-from vico_pl.model.families.layout import CONFIG_NAME
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME
 from vico_pl.prepare import prepare_run
 
 # Shards are drawn by several processes at once, as users have it.

@@ -8,8 +8,7 @@ import pytest
 
 import vico_pl.prepare
 from tests.sessions import tree
-from vico_pl.model.families.layout import CONFIG_NAME
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME
 from vico_pl.model.families.tensors import WEIGHTS_NAME
 from vico_pl.prepare import prepare_run
 

@@ -6,8 +6,7 @@ import torch
 
 from tests.helpers import tiny_spec
 from tests.released import official_config, write_native, write_official
-from vico_pl.model.families.folder import open_folder, save_model
-from vico_pl.model.families.shape import read_shape
+from vico_pl.model.families.folder import open_folder, read_shape, save_model
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.sources import RELEASED, find_model

@@ -1,8 +1,8 @@
 """Assign the samples of a global batch to ranks and micro-batches: by cost, within memory limits.
 
 Samples are laid end to end in a micro-batch, so nothing is padded. Their costs differ tenfold, and a step
-takes as long as its slowest rank. So samples are assigned to ranks by estimated cost, which every rank computes
-alike from the index, and each rank then splits its decoded samples into micro-batches of similar cost.
+takes as long as its slowest rank. So samples are assigned to ranks by estimated cost, which every rank
+computes alike from the index; each rank then splits its decoded samples into micro-batches of similar cost.
 """
 
 import heapq

@@ -1,4 +1,4 @@
-"""A frozen model beside the trained one."""
+"""The frozen reference model."""
 
 from collections.abc import Callable
 
@@ -17,8 +17,8 @@ SHAREABLE_PARTS = ("vision", "language")  # connectors are small, and run otherw
 class FrozenReference(nn.Module):
     """Holds a model that is never trained, never in training mode and never in a checkpoint.
 
-    It keeps these rules itself: the model inside is no registered submodule, so parameters(), state_dict()
-    and train() of a stage do not see it; only moves between devices reach it.
+    The model inside is not a registered submodule, so parameters(), state_dict() and train() of a stage do
+    not see it; only moves between devices reach it.
     """
 
     def __init__(self, model: VisionLanguageModel, *, beside: VisionLanguageModel | None = None) -> None:
@@ -26,7 +26,7 @@ class FrozenReference(nn.Module):
 
         `beside` is a policy that started from the same weights. Parts that it keeps frozen, in the same
         types, are used from there instead of a second copy; adapters and training mode are off there while
-        the reference runs, and as they were afterwards.
+        the reference runs, and restored afterwards.
         """
         super().__init__()
         self._hidden = [model.requires_grad_(requires_grad=False).eval()]
@@ -51,8 +51,8 @@ class FrozenReference(nn.Module):
     ) -> Float[Tensor, "R D"]:
         """Return the hidden states that predict the response, every tile at full tokens.
 
-        `policy_features` are what the policy beside it has just encoded; where they are the reference's too,
-        the tiles are not encoded a second time.
+        `policy_features` are the policy's features of the same tiles; they are reused if both models share a
+        vision encoder.
         """
         (beside,) = self._beside
         shares_vision = beside is not None and beside.vision is self.model.vision

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vico_pl.config import load_config
-from vico_pl.model.families.ours import write_json
+from vico_pl.files import write_json
 from vico_pl.planning.hardware import GPUS, USABLE
 from vico_pl.planning.memory import GIB, per_gpu
 from vico_pl.planning.plan import MAX_WORLD, Layout, Plan, build_plan, cheaper_settings, smallest_layout
@@ -31,7 +31,7 @@ def print_plan(
     write(format_plan(plan))
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(plan_as_json(plan), json_path)
+        write_json(plan_as_json(plan), json_path, indent=2)
         write(f"\n{json_path} is written")
 
 

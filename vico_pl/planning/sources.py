@@ -10,10 +10,10 @@ import open_clip
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from vico_pl.files import read_json
+from vico_pl.model.families.base import CONFIG_NAME
+from vico_pl.model.families.folder import read_shape
 from vico_pl.model.families.hub import is_hub_id, split_revision
-from vico_pl.model.families.layout import CONFIG_NAME
-from vico_pl.model.families.ours import read_json
-from vico_pl.model.families.shape import read_shape
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.planning.models import ModelSource
 from vico_pl.stages.settings import ModelConfig
