@@ -11,7 +11,7 @@ PACKAGE = Path(vico_pl.__file__).parent
 GROUND = {"types", "errors", "files", "tokens", "optim"}
 MAKES = GROUND | {"data", "model", "losses", "callbacks"}
 CONDUCTS = MAKES | {"stages", "inference"}
-RUNS = CONDUCTS | {"evaluation", "recipe", "config", "prepare", "build"}
+RUNS = CONDUCTS | {"evaluation", "recipe", "config", "prepare"}
 TOOLS = RUNS | {"trainer", "planning", "audit", "keys"}
 STANDS_ON = {
     **dict.fromkeys(GROUND, GROUND),
@@ -19,8 +19,8 @@ STANDS_ON = {
     **dict.fromkeys(("stages", "inference"), MAKES),
     "evaluation": CONDUCTS,
     "recipe": MAKES | {"stages"},
-    "build": MAKES | {"stages", "recipe"},
     "config": MAKES | {"stages", "recipe"},
+    "prepare": MAKES | {"stages", "recipe", "config"},
     "trainer": RUNS,
     "planning": RUNS,
     "audit": TOOLS,

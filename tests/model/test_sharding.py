@@ -19,8 +19,8 @@ from vico_pl.model.branches import branch_states
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import shard_model, whole_state
 from vico_pl.optim import OptimConfig, clip_gradients
+from vico_pl.stages.base import Ranks
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
-from vico_pl.stages.ranks import Ranks
 from vico_pl.stages.router import RouterConfig, RouterStage
 
 FILLER = encoded_sample(99, images=(1,), answers=())

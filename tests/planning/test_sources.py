@@ -11,7 +11,7 @@ from vico_pl.model.families.shape import read_shape
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.sources import RELEASED, find_model
-from vico_pl.recipe import ModelConfig
+from vico_pl.stages.settings import ModelConfig
 
 MILLION = 1e6
 
