@@ -85,16 +85,14 @@ def with_routing(spec: ModelSpec, config: ModelConfig) -> ModelSpec:
 def stage_on_meta(config: RunConfig, shape: ModelShape, *, checkpointing: bool) -> Stage:
     """Build the stage of a recipe as the trainer does, without weights.
 
-    Every tile is at full tokens, the worst case. Kernels that need a GPU are replaced by PyTorch's, and models
-    are not sharded: `per_gpu` does that.
+    Every tile is at full tokens, the worst case. PyTorch's kernels take the place of those that need a GPU,
+    and models are not sharded: `per_gpu` does that.
 
     Raises:
         ValueError: the model lacks what the stage needs.
     """
     consistency = replace(config.consistency, ratio_draw="full", kernel="native")
-    trainer = replace(
-        config.trainer, activation_checkpointing=checkpointing, compile=False, strategy="auto"
-    )
+    trainer = replace(config.trainer, activation_checkpointing=checkpointing, compile=False, strategy="auto")
     run = replace(config, consistency=consistency, trainer=trainer)
     with torch.device("meta"), autocast_on_meta():  # adapters of experts run while they are built
         stage = build_stage(run, ModelsOnMeta(config=config.model, shape=shape))
@@ -164,13 +162,18 @@ def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Term
         parameter.grad = torch.empty_like(parameter)
     batch, networks = draw_batch(stage.trained_model(), micro_batch), stage.sharded_models()
     known = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    meter = MemoryMeter([*known, *stage.buffers(), *(p.grad for p in trained if p.grad is not None), batch.tiles])
+    meter = MemoryMeter(
+        [*known, *stage.buffers(), *(p.grad for p in trained if p.grad is not None), batch.tiles]
+    )
     _name_parts(stage, meter)
     lowered = torch.bfloat16 if precision == "bf16-mixed" else None
-    with autocast_on_meta(lowered), meter, DeviceRules(lowered, meter):
+    rules = DeviceRules(lowered, meter)
+    for part in (stage.trained_model().vision, stage.trained_model().language):
+        rules.hold_in_recomputed(part)
+    with autocast_on_meta(lowered), meter, rules:
         loss = stage.step(batch).loss_sum
         with meter.part("backward pass"):
-            torch.autograd.backward(loss)  # unlike loss.backward(), under the rules: blocks may be recomputed
+            loss.backward()
     return {name: float(size) for name, size in meter.at_peak.items() if size}
 
 

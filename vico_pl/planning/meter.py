@@ -9,6 +9,7 @@ the part of the step that made it. `DeviceRules` supplies what `meta` lacks: fus
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from vico_pl.losses import consistency
+from vico_pl.model.blocks import find_blocks
 from vico_pl.model.language import Segments
 
 METERED_ATTENTION = "vico_metered"  # the name under which transformers knows `packed_attention`
@@ -44,7 +46,7 @@ _ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__bool__: lambda _: False,
     Tensor.__float__: lambda _: 0.0,
     Tensor.__int__: lambda _: 2**30,  # of what was counted: enough
-    Tensor.unique: lambda given: given.flatten()[:1],
+    Tensor.unique: lambda given, **_: given.flatten()[:1],
     Tensor.unique_consecutive: lambda given, **_: (given, torch.arange(len(given), device="meta")),
     torch.bincount: lambda given, *, minlength: given.new_empty(minlength),
     torch.quantile: lambda given, _: given.new_empty(()),
@@ -163,6 +165,19 @@ class DeviceRules(TorchFunctionMode):
             args, kwargs = tree_map(_raise, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
+    def hold_in_recomputed(self, network: nn.Module) -> None:
+        """Apply the rules in blocks that the backward pass recomputes, where PyTorch lets no mode in."""
+        for block in find_blocks(network):
+            forward = block.forward
+            if isinstance(forward, partial):  # by `checkpoint_blocks`
+                block.forward = partial(
+                    forward.func, partial(self._run_within, *forward.args), **forward.keywords
+                )
+
+    def _run_within(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return forward(*args, **kwargs)
+
     def _lower(self, given: Any) -> Any:
         if self._lowered is None or not isinstance(given, Tensor) or given.dtype != torch.float32:
             return given
@@ -200,7 +215,7 @@ def _multi_head_attention(
     *rest: Any,
     **_: Any,
 ) -> Tensor:
-    """Take the memory of self-attention by `nn.MultiheadAttention`: query, key and value are one (L, B, C)."""
+    """Take the memory of `nn.MultiheadAttention` over one (L, B, C): query, key and value are the same."""
     out_weight, out_bias = rest[4:6]
     packed = functional.linear(query, in_weight, in_bias).unflatten(-1, (3, width))
     projected = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
