@@ -1,12 +1,27 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers import tiny_spec
+from vico_pl.config import load_config
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.memory import RunMemory, draw_batch, measure_memory, num_bytes, per_gpu, stage_on_meta
-from vico_pl.planning.sources import MicroBatch
+from vico_pl.planning.memory import (
+    RunMemory,
+    draw_batch,
+    measure_memory,
+    num_bytes,
+    per_gpu,
+    ready,
+    stage_on_meta,
+    step_terms,
+    trained_parameters,
+    with_routing,
+)
+from vico_pl.planning.sources import MicroBatch, ModelShape, find_model
+from vico_pl.stages import build_stage
 
 MICRO_BATCH = MicroBatch(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
 MEMORY = RunMemory(
@@ -19,6 +34,60 @@ MEMORY = RunMemory(
     unit=80.0,
     root=40.0,
 )
+
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+
+
+class RandomModels:
+    """Models with random weights for a stage to start from."""
+
+    same_weights = True
+
+    def __init__(self, spec, config):
+        self.spec, self.config = spec, config
+
+    def policy(self):
+        model = VisionLanguageModel(with_routing(self.spec, self.config))
+        model.set_dropout(self.config.dropout)
+        return model
+
+    def reference(self):
+        return VisionLanguageModel(self.spec)
+
+
+def real_peak(stage, micro_batch):
+    """The most bytes that PyTorch's allocator held at a time during a step with real weights on the CPU."""
+    for parameter in trained_parameters(stage):
+        parameter.grad = torch.zeros_like(parameter)
+    drawn = draw_batch(stage.trained_model(), micro_batch)
+    batch = replace(drawn, tiles=torch.zeros(drawn.tiles.shape, dtype=torch.uint8))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        stage.step(batch).loss_sum.backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["pretrain", "consistency", "router"])
+def test_the_plan_predicts_the_peak_of_a_real_step(name, checkpointing):
+    demo = load_config(DEMO / f"{name}.yaml", ["router.min_history=1", "consistency.ratio_draw=full"])
+    config = replace(
+        demo,
+        model=replace(demo.model, reference=demo.model.path),
+        trainer=replace(demo.trainer, activation_checkpointing=checkpointing),
+    )
+    spec = find_model(load_config(DEMO / "pretrain.yaml", []).model).spec
+    micro_batch = MicroBatch(num_samples=4, tiles=5, text_tokens=60, response_tokens=30)
+    shape = ModelShape(name="demo", spec=spec, dtype=torch.float32)
+    planned = stage_on_meta(config, shape, checkpointing=checkpointing)
+    predicted = sum(step_terms(planned, micro_batch, precision="32-true").values())
+    real = ready(build_stage(config, RandomModels(spec, config.model)))
+    assert predicted == pytest.approx(real_peak(real, micro_batch), rel=0.05)
 
 
 def measured(config, shape, micro_batch=MICRO_BATCH, *, checkpointing=False):
