@@ -229,3 +229,21 @@ def test_names_on_the_hub_are_pinned_for_the_life_of_a_run(recipe, released, tmp
         prepare_run(path, [f"run_dir={tmp_path}/run"])
     again = prepare_run(recipe(model={"path": "owner/policy"}), [f"run_dir={tmp_path}/other"])
     assert again.model.reference is None
+
+
+def test_a_run_of_an_earlier_version_is_still_read(recipe, tmp_path):
+    """Its config.yaml has keys that were renamed or removed since."""
+    config, path = prepare_run(recipe(), [f"run_dir={tmp_path}/run"]), tmp_path / "run" / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    stored["data"]["packs"] = stored["data"].pop("micro_batch")
+    stored["consistency"] |= {"reference_cache": None, "reference_cache_gib": 100.0}
+    path.write_text(yaml.safe_dump(stored))
+    assert load_config(path, []) == config
+    assert prepare_run(recipe(), [f"run_dir={tmp_path}/run"]) == config
+
+
+def test_tiles_of_another_size_are_refused_before_there_is_a_run(recipe, released, tmp_path):
+    model, data = {"path": str(released)}, {**RECIPE["data"], "tiling": {"tile_size": 28}}
+    with pytest.raises(ValueError, match="tile_size is 28 but the model sees tiles of 56 pixels"):
+        prepare_run(recipe(model=model, data=data), [f"run_dir={tmp_path}/run"])
+    assert not (tmp_path / "run").exists()

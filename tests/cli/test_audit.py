@@ -63,7 +63,7 @@ def test_a_loader_that_passes_over_a_step_is_found_out(vico, trained, tmp_path, 
     path, sources, _ = trained
     rank_positions = Shares.rank_positions
     with monkeypatch.context() as patch:
-        patch.setattr(Shares, "hand", lambda self, step: rank_positions(self, step + 1))
+        patch.setattr(Shares, "rank_positions", lambda self, step: rank_positions(self, step + 1))
         run(path, sources, f"run_dir={tmp_path}")
     code, _, err = vico("audit", tmp_path)
     assert code == 1
