@@ -79,17 +79,11 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
     if recipe is None:
         yield "slurm", partial(check_slurm, os.environ)
         return
-    load = cache(partial(load_config, recipe, overrides))
-    yield "recipe", lambda: _summary(load())
+    yield "recipe", partial(check_recipe, recipe, overrides)
     try:
-        config = load()
+        config = load_config(recipe, overrides)
     except (ValueError, OSError):  # reported by the check above
         return
-    yield from recipe_checks(config)
-
-
-def recipe_checks(config: RunConfig) -> Iterator[tuple[str, Check]]:
-    """Yield the checks of a recipe."""
     yield "slurm", partial(check_slurm, os.environ, config)
     yield "workers", partial(check_workers, config)
     for source in config.data.sources:
@@ -153,6 +147,13 @@ def check_shared_memory() -> str:
             "(docker run --shm-size=8g), or set data.num_workers=0"
         )
     return f"{gib:.0f} GiB"
+
+
+def check_recipe(recipe: Path, overrides: Sequence[str]) -> str:
+    """Load the recipe."""
+    config = load_config(recipe, overrides)
+    steps, samples = config.trainer.max_steps, config.data.batch_size
+    return f"stage {STAGES[config.stage].name}, {steps} steps of {samples} samples"
 
 
 def check_slurm(environment: Mapping[str, str], config: RunConfig | None = None) -> str:
@@ -261,11 +262,6 @@ def shared_gib() -> float:
     """Return the size of /dev/shm; 0 where there is none."""
     path = Path("/dev/shm")
     return shutil.disk_usage(path).total / GIB if path.is_dir() else 0.0
-
-
-def _summary(config: RunConfig) -> str:
-    stage, steps = STAGES[config.stage].name, config.trainer.max_steps
-    return f"stage {stage}, {steps} steps of {config.data.batch_size} samples"
 
 
 def _available_gib() -> float:

@@ -87,11 +87,6 @@ def test_hours_follow_from_operations_and_speed(recipe):
     assert plan.hours("H100-80", 8) == pytest.approx(expected / 8)
 
 
-def test_full_precision_is_slower():
-    gpu = Gpu(memory_gib=80.0, half_tflops=300.0, full_tflops=20.0)
-    assert (gpu.tflops("32-true"), gpu.tflops("bf16-mixed")) == (20, 300)
-
-
 def test_the_recipes_own_gpus_are_shown(recipe):
     plan = build_plan(load_config(recipe, ["trainer.devices='3'", "trainer.num_nodes=2"]))
     assert Layout(world=6, sharded=True) in plan.layouts()

@@ -150,7 +150,8 @@ class DeviceRules(TorchFunctionMode):
         if func in _ANSWERS and args[0].is_meta:
             return _ANSWERS[func](*args, **kwargs)
         if func is Tensor.to and not args[0].is_meta:
-            return _stay(args[0], func(*args, **kwargs))
+            moved = func(*args, **kwargs)  # to `meta` it would lose its values
+            return args[0].to(moved.dtype) if moved.is_meta else moved
         if func is functional.multi_head_attention_forward:
             with self:  # PyTorch would run what is inside without rules
                 return _multi_head_attention(*args, **kwargs), None
@@ -241,11 +242,6 @@ def packed_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def _stay(given: Tensor, moved: Tensor) -> Tensor:
-    """Keep on the CPU what would lose its values by a move to `meta`."""
-    return given.to(moved.dtype) if moved.is_meta else moved
-
-
 def _without_memory(given: Any) -> Any:
     """Bring a tensor of known values to the others; a mask becomes positions, whose number is known."""
     if not isinstance(given, Tensor) or given.is_meta:
@@ -255,13 +251,9 @@ def _without_memory(given: Any) -> Any:
     return given.to("meta")
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """None is needed."""
-
-
 def _raise(given: Any) -> Any:
     return given.float() if isinstance(given, Tensor) and given.is_floating_point() else given
 
 
 AttentionInterface.register(METERED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(METERED_ATTENTION, _no_mask)
+AttentionMaskInterface.register(METERED_ATTENTION, lambda *_, **__: None)  # none is needed

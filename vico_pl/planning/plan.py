@@ -26,7 +26,6 @@ from vico_pl.planning.sources import (
     read_samples,
 )
 from vico_pl.recipe import RunConfig
-from vico_pl.stages import STAGES
 from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import PARTS
 
@@ -148,7 +147,7 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     found, sample, world = find_model(config.model, shape), read_samples(config.data), _world(config)
     stage = stage_on_meta(config, found, checkpointing=False)
     flops = count_flops(with_routing(found.spec, config.model))
-    cost = STAGES[config.stage].cost(config, flops)
+    cost = type(stage).cost(config, flops)
     tokens_per_tile = stage.trained_model().tokens_per_full_tile
     micro_batch = largest_micro_batch(config.data, sample, tokens_per_tile=tokens_per_tile, world=world or 1)
     return Plan(
