@@ -151,8 +151,8 @@ def _resume_table(resume: dict[str, dict[str, float]]) -> list[str]:
 
 def _padding_sentence(padding: dict[str, int]) -> str:
     return (
-        f"Padding: {padding['wasted']:,} of {padding['tokens']:,} tokens in {padding['micro_batches']} micro-batches belong "
-        "to no sample."
+        f"Padding: {padding['wasted']:,} of {padding['tokens']:,} tokens in {padding['micro_batches']} micro-batches "
+        "belong to no sample."
     )
 
 

@@ -47,7 +47,7 @@ LANGUAGE = {
 TITLES = {
     "dealt": "dealt by cost as estimated from the index",
     "dealt_exactly": "dealt by cost as it will be",
-    "dealt_in_step": "dealt by estimated cost, ranks waiting for each other after each micro-batch (sharded models)",
+    "dealt_in_step": "assigned by estimated cost, ranks waiting after each micro-batch (sharded models)",
     "contiguous": f"{SAMPLES} neighbours each",
     "tokens": f"micro-batches of {PACK_TOKENS} tokens at drawn ratios, one each",
 }
@@ -152,7 +152,7 @@ def _balance(samples: Sequence[Sample], assigned: Hands) -> float:
 
 
 def _balance_in_step(samples: Sequence[Sample]) -> float:
-    """Let all ranks run their first micro-batch, then all their second: each turn takes as long as its dearest."""
+    """Run micro-batch after micro-batch on all ranks: each takes as long as its most expensive one."""
     assigned = assign_to_ranks([sample.estimate for sample in samples], RANKS)
     micro_batches = [_pack_costs([samples[index] for index in rank_positions]) for rank_positions in assigned]
     turns = max(map(len, micro_batches))
@@ -172,7 +172,7 @@ def _neighbours(count: int) -> Hands:
 
 
 def _packs_by_tokens(samples: Sequence[Sample]) -> Iterator[Hands]:
-    """Fill micro-batches first-fit, the longest first, and give each rank one, in random order; drop the rest."""
+    """Fill micro-batches first-fit, longest first; give each rank one, in random order; drop the rest."""
     micro_batches: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(samples)), key=lambda index: -samples[index].drawn_tokens):

@@ -114,7 +114,7 @@ def _seconds_to_resume(folder: Path, *, first_step: int) -> float:
 
 
 def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
-    """Count the tokens of all micro-batches of 8 ranks at full vision tokens, and those that are of no sample.
+    """Count the tokens of all micro-batches of 8 ranks at full vision tokens, and those of no sample.
 
     Ranks run as many micro-batches as the one with most, with the dummy where they have none left.
     """

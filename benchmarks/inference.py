@@ -22,8 +22,8 @@ from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.inference.generate import generate_ids, prefill
+from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER
-from vico_pl.inference.session import Session
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.tokens import PLACEHOLDER, TURN_END, build_tokenizer, token_id
@@ -54,7 +54,7 @@ QUESTION = "Which of the letters in this image stands for the largest number of 
 class Prompts:
     """Some prompts and the patch features of their tiles."""
 
-    session: Session
+    predictor: Predictor
     samples: list[TiledSample]
     batch: Batch
     features: Tensor  # (T, P, C)
@@ -64,14 +64,14 @@ class Prompts:
         return torch.tensor([*ratios] * len(self.samples))
 
 
-def open_session(**changes: Any) -> Session:
-    """Put a session around a random model that never ends its answer."""
+def open_predictor(**changes: Any) -> Predictor:
+    """Put a predictor around a random model that never ends its answer."""
     tokenizer = build_tokenizer([QUESTION], vocab_size=400)
     spec = spec_of(**{**SHAPE, **changes}, placeholder_id=token_id(tokenizer, PLACEHOLDER))
     model = random_model(spec)
     with torch.no_grad():
         model.head[token_id(tokenizer, TURN_END)] = 0
-    return Session(
+    return Predictor(
         folder=Path(),
         model=model,
         tokenizer=tokenizer,
@@ -81,9 +81,9 @@ def open_session(**changes: Any) -> Session:
     )
 
 
-def draw_prompts(session: Session, count: int) -> Prompts:
+def draw_prompts(predictor: Predictor, count: int) -> Prompts:
     """Draw the same question about `count` images."""
-    size = session.model.vision.tile_size
+    size = predictor.model.vision.tile_size
     sample = TiledSample(
         id="a",
         tiles=torch.zeros(TILES, 3, size, size, dtype=torch.uint8),
@@ -91,10 +91,10 @@ def draw_prompts(session: Session, count: int) -> Prompts:
         turns=[],
         metadata={},
     )
-    prompt = session.chat.encode_prompt(sample, f"<image>\n{QUESTION}")
-    vision = session.model.vision
+    prompt = predictor.chat.encode_prompt(sample, f"<image>\n{QUESTION}")
+    vision = predictor.model.vision
     return Prompts(
-        session=session,
+        predictor=predictor,
         samples=[sample] * count,
         batch=collate([prompt] * count),
         features=torch.randn(count * TILES, vision.num_patches, vision.width),
@@ -110,9 +110,9 @@ def fill(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
 
     With `routes` the router runs, but `ratios` stand in for its choice, which is random here.
     """
-    model = prompts.session.model
+    model = prompts.predictor.model
     if routes:
-        prompts.session.route(prompts.features)
+        prompts.predictor.route(prompts.features)
     prefill(model.language, model.splice_batch(prompts.batch, prompts.features, prompts.at(ratios)))
 
 
@@ -121,9 +121,9 @@ def generate(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
     count = len(prompts.samples)
     with torch.no_grad():
         if routes:
-            prompts.session.route(prompts.features)
+            prompts.predictor.route(prompts.features)
         ids = generate_ids(
-            prompts.session,
+            prompts.predictor,
             prompts.samples,
             [f"<image>\n{QUESTION}"] * count,
             features=prompts.features.split(TILES),
@@ -146,20 +146,20 @@ def router_share(spec: ModelSpec) -> float:
     """Return the operations of the router over those of a routed prefill with half the vision tokens."""
     counter = Counter()
     prompts = _without_weights(counter, spec)
-    router = counter.count(lambda: prompts.session.router_logits(prompts.features))
+    router = counter.count(lambda: prompts.predictor.router_logits(prompts.features))
     return router / counter.count(lambda: fill(prompts, HALF, routes=True))
 
 
 def _without_weights(counter: Counter, spec: ModelSpec) -> Prompts:
-    session = open_session(language={**SHAPE["language"], "num_hidden_layers": 1})
-    placeholder = session.model.spec.placeholder_id
+    predictor = open_predictor(language={**SHAPE["language"], "num_hidden_layers": 1})
+    placeholder = predictor.model.spec.placeholder_id
     model = counter.model(replace(spec, placeholder_id=placeholder))
-    return draw_prompts(replace(session, model=model), 1)
+    return draw_prompts(replace(predictor, model=model), 1)
 
 
-def measure(session: Session, rounds: dict[str, int]) -> dict[str, list[tuple[float, float]]]:
+def measure(predictor: Predictor, rounds: dict[str, int]) -> dict[str, list[tuple[float, float]]]:
     """Time full tokens and routed ones in turns; returns seconds of full, routed, for each comparison."""
-    one = draw_prompts(session, 1)
+    one = draw_prompts(predictor, 1)
     full = [4] * TILES
     times = {
         "overhead": harness.paired(
@@ -171,7 +171,7 @@ def measure(session: Session, rounds: dict[str, int]) -> dict[str, list[tuple[fl
     comparisons: list[tuple[str, Callable[..., None]]] = [("prefill", fill), ("generation", generate)]
     for name, run in comparisons:
         for count in BATCHES:
-            prompts = draw_prompts(session, count)
+            prompts = draw_prompts(predictor, count)
             times[f"{name}_{count}"] = harness.paired(
                 lambda run=run, prompts=prompts: run(prompts, full, routes=False),
                 lambda run=run, prompts=prompts: run(prompts, HALF, routes=True),
@@ -224,9 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write what was found."""
     given = harness.parser("Measure routed inference.").parse_args(arguments)
     torch.set_num_threads(1)
-    session = open_session()
-    predicted, share = predicted_speedup(session.model.spec), router_share(internvl_8b())
-    times = measure(session, ROUNDS)
+    predictor = open_predictor()
+    predicted, share = predicted_speedup(predictor.model.spec), router_share(internvl_8b())
+    times = measure(predictor, ROUNDS)
     details = harness.write(
         "inference",
         figures=figures(times, predicted=predicted, share=share),

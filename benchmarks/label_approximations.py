@@ -25,7 +25,7 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
 from vico_pl.data.collate import collate
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.losses.routing import loss_ratio
 from vico_pl.model.families.folder import load_model
@@ -120,7 +120,7 @@ class Ratios:
         return consistency_kl(states, self.policy.head, target, self.reference.head).mean()
 
 
-def usable_batches(session: Session, folder: Path) -> Iterator[Batch]:
+def usable_batches(session: Predictor, folder: Path) -> Iterator[Batch]:
     """Yield samples of several tiles, all of them before the first response."""
     for sample in session.samples(folder):
         batch = collate([session.chat.encode(sample)])
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=100, help="at most; default 100")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    session = Session.load(given.model, device="cpu")
+    session = Predictor.load(given.model, device="cpu")
     if len(session.model.ratios) < 2:
         raise SystemExit(f"{given.model}: ratios {session.model.ratios}; expected a model after stage 1")
     ratios = Ratios(session.model, load_model(given.reference, dtype=torch.float32))

@@ -109,7 +109,7 @@ def test_steps_grow_by_what_is_asked_for(monkeypatch):
 def test_routed_inference_is_timed_and_predicted(monkeypatch):
     monkeypatch.setattr(inference, "SHAPE", TINY)
     monkeypatch.setattr(inference, "NEW_TOKENS", 3)
-    session = inference.open_session()
+    session = inference.open_predictor()
     assert inference.predicted_speedup(session.model.spec) > 0
     assert 0 < inference.router_share(session.model.spec) < 1
     times = inference.measure(session, dict.fromkeys(inference.ROUNDS, 1))

@@ -101,12 +101,12 @@ def calibrate(
     ] = None,
 ) -> None:
     """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
+    from vico_pl.evaluation.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.files import write_json
-    from vico_pl.inference.calibrate import calibration_record, check_goal, choose_point, measure_curve
-    from vico_pl.inference.session import Session
+    from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
 
-    session = Session.load(Path(model))  # no name on the Hub: the threshold is written into the folder
+    session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
     check_goal(session, data, budget)
     curve = measure_curve(session, data, track=_progress)
     chosen = choose_point(curve, retention=retention, budget=budget)
@@ -137,14 +137,14 @@ def eval_(
     from vico_pl.evaluation.gallery import build_gallery
     from vico_pl.evaluation.report import format_table, write_html
     from vico_pl.files import write_json
-    from vico_pl.inference.session import Session
+    from vico_pl.inference.predictor import Predictor
 
     opened = _local(model)
     folder = output or opened / "report"
     if more_runs and not compare:
         raise ValueError(f"unexpected argument {more_runs[0]}; runs to compare follow --compare")
     runs = _named_runs([*(compare or []), *(more_runs or [])])
-    session = Session.load(opened)
+    session = Predictor.load(opened)
     report, examples = evaluate(session, data, seed=seed, track=_progress)
     folder.mkdir(parents=True, exist_ok=True)
     write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples), runs=runs)
@@ -162,9 +162,9 @@ def route(
     """Draw how the model spends its vision tokens on an image."""
     from vico_pl.data.decode import read_image
     from vico_pl.evaluation.gallery import route_image, routing_picture
-    from vico_pl.inference.session import Session
+    from vico_pl.inference.predictor import Predictor
 
-    pixels, session = read_image(image), Session.load(_local(model))
+    pixels, session = read_image(image), Predictor.load(_local(model))
     if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
     ratios = route_image(session, pixels)
@@ -184,10 +184,10 @@ def generate(
     """Answer a question about an image, routed if the model is calibrated."""
     from vico_pl.data.decode import read_image
     from vico_pl.inference.generate import answer_image
-    from vico_pl.inference.session import Session
+    from vico_pl.inference.predictor import Predictor
 
     pixels = read_image(image)
-    typer.echo(answer_image(Session.load(_local(model)), pixels, prompt, max_new_tokens=max_new_tokens))
+    typer.echo(answer_image(Predictor.load(_local(model)), pixels, prompt, max_new_tokens=max_new_tokens))
 
 
 @app.command()

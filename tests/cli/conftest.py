@@ -11,7 +11,7 @@ import vico_pl.cli
 from tests.helpers import TILE, encoded_image
 from tests.sessions import answered_records, router_probabilities, write_model_folder, write_set
 from vico_pl.files import write_json
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME
 
 
@@ -48,8 +48,8 @@ def refused(vico):
 def calibrated(tmp_path_factory):
     """A model folder that compresses half of the tiles of an evaluation set, and that set."""
     folder = write_model_folder(tmp_path_factory.mktemp("cli") / "model")
-    answered = write_set(folder.parent / "val", answered_records(Session.load(folder), count=8))
-    threshold = float(np.median(router_probabilities(Session.load(folder), answered)))
+    answered = write_set(folder.parent / "val", answered_records(Predictor.load(folder), count=8))
+    threshold = float(np.median(router_probabilities(Predictor.load(folder), answered)))
     write_json({"threshold": threshold}, folder / CALIBRATION_NAME)
     return folder, answered
 

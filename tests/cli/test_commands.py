@@ -13,7 +13,7 @@ from tests.helpers import record
 from tests.sessions import tree, write_model_folder, write_set
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.files import write_json
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME
 from vico_pl.prepare import prepare_run
 
@@ -156,7 +156,7 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     stored = json.loads((model / CALIBRATION_NAME).read_text())
     assert code == 0
     assert f"threshold {stored['threshold']:.4f}" in out
-    assert Session.load(model).rule.threshold == stored["threshold"]
+    assert Predictor.load(model).rule.threshold == stored["threshold"]
     assert stored["chosen"]["token_fraction"] <= 0.6
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
 

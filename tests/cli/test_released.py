@@ -17,8 +17,8 @@ from tests.released import (
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image, tile_sample
 from vico_pl.inference.generate import generate_ids
+from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import compress_probability
-from vico_pl.inference.session import Session
 from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.tensors import StoredTensors
 from vico_pl.types import Sample
@@ -76,7 +76,7 @@ def train(vico, recipe, *settings):
 @torch.no_grad()
 def compress_two_of_three(model, photo):
     """Set the threshold so that a photo's most detailed tile is kept: Flash always keeps at least one."""
-    session = Session.load(model)
+    session = Predictor.load(model)
     tiles = tile_image(read_image(photo), session.tiling)
     scores = compress_probability(session.router_logits(session.model.encode_tiles(tiles))).sort().values
     assert len(scores) == 3
@@ -88,7 +88,7 @@ def compress_two_of_three(model, photo):
 @torch.no_grad()
 def answer_ids(folder, photo):
     """The tokens of a routed answer, and the ratios it was given at."""
-    session = Session.load(folder)
+    session = Predictor.load(folder)
     sample = tile_sample(Sample(id="x", images=[read_image(photo)], turns=[], metadata={}), session.tiling)
     features = session.encode(sample.tiles)
     ratios = session.route(features)

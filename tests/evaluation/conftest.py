@@ -5,7 +5,7 @@ import pytest
 
 from tests.sessions import answered_records, router_probabilities, write_model_folder, write_set
 from vico_pl.files import write_json
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME
 
 
@@ -13,9 +13,9 @@ from vico_pl.model.families.base import CALIBRATION_NAME
 def answered_by_folder(tmp_path_factory):
     """A model folder, calibrated to compress half of the tiles of a set whose answers are the model's own."""
     folder = write_model_folder(tmp_path_factory.mktemp("evaluation") / "model")
-    records = answered_records(Session.load(folder), count=14)
+    records = answered_records(Predictor.load(folder), count=14)
     answered = write_set(tmp_path_factory.mktemp("answered") / "val", records)
-    threshold = float(np.median(router_probabilities(Session.load(folder), answered)))
+    threshold = float(np.median(router_probabilities(Predictor.load(folder), answered)))
     write_json({"threshold": threshold}, folder / CALIBRATION_NAME)
     return folder, answered
 
@@ -31,5 +31,5 @@ def answered(answered_by_folder):
 
 
 @pytest.fixture
-def session(model_folder):
-    return Session.load(model_folder)
+def predictor(model_folder):
+    return Predictor.load(model_folder)

@@ -19,32 +19,36 @@ from vico_pl.evaluation.baselines import (
     router_scores,
     shrunken_tilings,
 )
-from vico_pl.inference.questions import read_groups
+from vico_pl.evaluation.questions import read_groups
 from vico_pl.model.language import run_packed
 
 
 @pytest.fixture
-def group(session):
-    samples = [tiled(session, (64, 64), seed=1), tiled(session, seed=2), tiled(session, (64, 32), seed=3)]
-    return next(read_groups(session, samples))
+def group(predictor):
+    samples = [
+        tiled(predictor, (64, 64), seed=1),
+        tiled(predictor, seed=2),
+        tiled(predictor, (64, 32), seed=3),
+    ]
+    return next(read_groups(predictor, samples))
 
 
-def test_every_arm_scores_every_tile(session, group):
+def test_every_arm_scores_every_tile(predictor, group):
     for scores in (
-        router_scores(session, group),
+        router_scores(predictor, group),
         random_scores(group, seed=0),
         pixel_detail_scores(group),
-        oracle_scores(session, group),
+        oracle_scores(predictor, group),
     ):
         assert [len(s) for s in scores] == [5, 0, 3]
         assert torch.cat(scores).isfinite().all()
         assert not torch.cat(scores).requires_grad
 
 
-def test_router_scores_are_the_routers_probabilities(session, group):
+def test_router_scores_are_the_routers_probabilities(predictor, group):
     with torch.no_grad():
-        logits = session.model.router(session.model.encode_tiles(group.samples[0].tiles))
-    torch.testing.assert_close(router_scores(session, group)[0], logits.softmax(-1)[:, 0])
+        logits = predictor.model.router(predictor.model.encode_tiles(group.samples[0].tiles))
+    torch.testing.assert_close(router_scores(predictor, group)[0], logits.softmax(-1)[:, 0])
 
 
 def test_random_scores_are_those_of_the_seed(group):
@@ -55,7 +59,7 @@ def test_random_scores_are_those_of_the_seed(group):
     assert not torch.equal(first, torch.cat(random_scores(later, seed=5))), "groups do not repeat each other"
 
 
-def test_pixel_detail_compresses_the_blank_before_the_faint_before_the_busy(session, group):
+def test_pixel_detail_compresses_the_blank_before_the_faint_before_the_busy(predictor, group):
     ramp = torch.arange(TILE, dtype=torch.uint8).expand(3, TILE, TILE)
     checks = (ramp % 2) * 255
     blank = torch.full((3, TILE, TILE), 200, dtype=torch.uint8)
@@ -66,17 +70,17 @@ def test_pixel_detail_compresses_the_blank_before_the_faint_before_the_busy(sess
     assert scores[1] == 0
 
 
-def harm_by_hand(session, sample):
+def harm_by_hand(predictor, sample):
     """Mean divergence of the answers when one tile is compressed, from one forward pass for each."""
-    batch = collate([session.chat.encode(sample)])
-    features = session.model.encode_tiles(sample.tiles)
+    batch = collate([predictor.chat.encode(sample)])
+    features = predictor.model.encode_tiles(sample.tiles)
 
     def log_probabilities(ratios):
-        spliced = session.model.splice_batch(batch, features, ratios)
+        spliced = predictor.model.splice_batch(batch, features, ratios)
         states = run_packed(
-            session.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
+            predictor.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
         )
-        return log_softmax((states[spliced.response_positions] @ session.model.head.T).double(), -1)
+        return log_softmax((states[spliced.response_positions] @ predictor.model.head.T).double(), -1)
 
     full = torch.full((len(sample.tiles),), 4)
     wanted = log_probabilities(full)
@@ -90,10 +94,10 @@ def harm_by_hand(session, sample):
 
 
 @torch.no_grad()
-def test_oracle_ranks_tiles_by_the_harm_of_compressing_them(session, group):
-    scores = oracle_scores(session, group)
+def test_oracle_ranks_tiles_by_the_harm_of_compressing_them(predictor, group):
+    scores = oracle_scores(predictor, group)
     for place in (0, 2):
-        harm = harm_by_hand(session, group.samples[place])
+        harm = harm_by_hand(predictor, group.samples[place])
         ranks = scores[place].argsort(descending=True).tolist()
         assert ranks == sorted(range(len(harm)), key=harm.__getitem__)
         assert scores[place].tolist() == pytest.approx([-(h + 1e-6) / 1e-6 for h in harm], rel=1e-2)
@@ -101,21 +105,22 @@ def test_oracle_ranks_tiles_by_the_harm_of_compressing_them(session, group):
 
 
 @torch.no_grad()
-def test_oracle_gives_the_highest_score_to_tiles_that_the_answer_does_not_depend_on(session, group):
+def test_oracle_gives_the_highest_score_to_tiles_that_the_answer_does_not_depend_on(predictor, group):
     """A language model whose layers write nothing answers from the last token alone."""
-    attending = torch.cat(oracle_scores(session, group))
+    attending = torch.cat(oracle_scores(predictor, group))
     assert (attending < -10).all()
-    for layer in session.model.language.base_model.layers:
+    for layer in predictor.model.language.base_model.layers:
         layer.self_attn.o_proj.weight.zero_()
-    blind = torch.cat(oracle_scores(session, group))
+    blind = torch.cat(oracle_scores(predictor, group))
     assert blind.tolist() == pytest.approx([-1.0] * 8, abs=1e-3)
 
 
-def test_oracle_takes_conversations_of_any_length(session, group):
+def test_oracle_takes_conversations_of_any_length(predictor, group):
     """Evaluation data is not held against the limit of training."""
-    chat = replace(session.chat, config=ChatConfig(max_tokens=5))
+    chat = replace(predictor.chat, config=ChatConfig(max_tokens=5))
     assert torch.equal(
-        torch.cat(oracle_scores(replace(session, chat=chat), group)), torch.cat(oracle_scores(session, group))
+        torch.cat(oracle_scores(replace(predictor, chat=chat), group)),
+        torch.cat(oracle_scores(predictor, group)),
     )
 
 

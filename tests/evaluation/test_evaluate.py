@@ -9,12 +9,12 @@ from tests.helpers import encoded_image
 from tests.sessions import write_model_folder, write_set
 from vico_pl.data.shards.opened import scan_boundaries
 from vico_pl.data.shards.reader import RecordReader, read_index
+from vico_pl.evaluation import questions
 from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
+from vico_pl.evaluation.questions import silent
 from vico_pl.evaluation.report import format_table, write_html
-from vico_pl.inference import questions
-from vico_pl.inference.questions import silent
+from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER
-from vico_pl.inference.session import Session
 from vico_pl.model.router import RoutingRule
 
 ARMS = {"full", "all_compressed", "router", "random", "pixel_detail", "downsample", "oracle"}
@@ -24,7 +24,7 @@ COLUMNS = {"perception", "reasoning", "ocr", "mean"}
 @pytest.fixture(scope="module")
 def evaluated(answered_by_folder):
     folder, answered = answered_by_folder
-    return evaluate(Session.load(folder), answered, seed=0)
+    return evaluate(Predictor.load(folder), answered, seed=0)
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_arms_spend_what_they_claim(report):
         assert entry["vision_tokens_per_image"] == pytest.approx(fractions[arm] * full, abs=2e-3)
 
 
-def test_the_tokens_of_full_are_four_per_tile(report, session, answered):
-    tiles = [len(sample.tiles) for sample in session.samples(answered)]
+def test_the_tokens_of_full_are_four_per_tile(report, predictor, answered):
+    tiles = [len(sample.tiles) for sample in predictor.samples(answered)]
     assert report["arms"]["full"]["vision_tokens_per_image"] == pytest.approx(4 * sum(tiles) / 14, abs=1e-3)
 
 
@@ -110,10 +110,10 @@ def without_times(report):
     return {**report, "arms": arms, "dataset": ""}
 
 
-def test_the_same_seed_gives_the_same_report_and_another_seed_another_lot(session, answered, report):
-    again, _ = evaluate(session, answered, seed=0)
+def test_the_same_seed_gives_the_same_report_and_another_seed_another_lot(predictor, answered, report):
+    again, _ = evaluate(predictor, answered, seed=0)
     assert without_times(again) == without_times(report)
-    other, _ = evaluate(session, answered, seed=1)
+    other, _ = evaluate(predictor, answered, seed=1)
     assert other["arms"]["full"]["accuracy"] == report["arms"]["full"]["accuracy"]
     assert other["arms"]["router"]["accuracy"] == report["arms"]["router"]["accuracy"]
     lots = [[p["accuracy_mean"] for p in r["pareto"] if p["arm"] == "random"] for r in (report, other)]
@@ -126,7 +126,7 @@ def records_of(folder):
     return [(record.key, {name: bytes(file) for name, file in record.files.items()}) for record in records]
 
 
-def test_bad_records_shift_nothing(session, answered, evaluated, tmp_path):
+def test_bad_records_shift_nothing(predictor, answered, evaluated, tmp_path):
     """Each sample keeps its scores, ratios and answers, whatever unusable records stand between."""
     report, examples = evaluated
     records = records_of(answered)
@@ -141,7 +141,7 @@ def test_bad_records_shift_nothing(session, answered, evaluated, tmp_path):
     ]
     folder = write_set(tmp_path / "val", mixed)
     overwrite_header(folder, sample=7)  # bad2: no longer a tar member at all
-    found, shown = evaluate(session, folder, seed=0)
+    found, shown = evaluate(predictor, folder, seed=0)
     assert without_times(found) == without_times(report)
     assert shown == examples
 
@@ -154,23 +154,23 @@ def overwrite_header(folder, *, sample):
         file.write(b"\xff" * 512)
 
 
-def test_groups_do_not_change_the_figures(session, answered, report, monkeypatch):
+def test_groups_do_not_change_the_figures(predictor, answered, report, monkeypatch):
     monkeypatch.setattr(questions, "SAMPLES_PER_GROUP", 4)
-    found, _ = evaluate(session, answered, seed=0)
+    found, _ = evaluate(predictor, answered, seed=0)
     for arm in ARMS - {"random"}:  # whose lots are drawn per group
         assert found["arms"][arm]["accuracy"] == report["arms"][arm]["accuracy"], arm
         assert found["arms"][arm]["token_fraction"] == report["arms"][arm]["token_fraction"], arm
 
 
-def test_examples_tell_what_was_asked_answered_and_compressed(session, answered, evaluated):
+def test_examples_tell_what_was_asked_answered_and_compressed(predictor, answered, evaluated):
     _, examples = evaluated
     assert examples
-    samples = list(session.samples(answered))
+    samples = list(predictor.samples(answered))
     for example in examples:
         sample = samples[example.sample]
         assert len(sample.tiles) >= 4
         with torch.no_grad():
-            assert example.ratios == session.route(session.model.encode_tiles(sample.tiles)).tolist()
+            assert example.ratios == predictor.route(predictor.model.encode_tiles(sample.tiles)).tolist()
         asked = dict(
             zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True)
         )
@@ -178,8 +178,8 @@ def test_examples_tell_what_was_asked_answered_and_compressed(session, answered,
     assert len({example.sample for example in examples}) == len(examples)
 
 
-def test_no_more_examples_than_asked_for(session, answered):
-    assert len(evaluate(session, answered, seed=0, num_examples=1)[1]) == 1
+def test_no_more_examples_than_asked_for(predictor, answered):
+    assert len(evaluate(predictor, answered, seed=0, num_examples=1)[1]) == 1
 
 
 def first_records(answered, count):
@@ -187,9 +187,9 @@ def first_records(answered, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_set_of_very_few_samples_is_evaluated_too(session, answered, tmp_path, count):
+def test_a_set_of_very_few_samples_is_evaluated_too(predictor, answered, tmp_path, count):
     """Several shares of so few tiles are the same number of tiles, and there is one sample to time."""
-    report, _ = evaluate(session, write_set(tmp_path / "few", first_records(answered, count)), seed=0)
+    report, _ = evaluate(predictor, write_set(tmp_path / "few", first_records(answered, count)), seed=0)
     json.dumps(report, allow_nan=False)
     assert report["num_samples"] == count
     for arm in report["arms"].values():
@@ -201,9 +201,9 @@ def test_a_set_of_very_few_samples_is_evaluated_too(session, answered, tmp_path,
 
 @pytest.mark.parametrize(("threshold", "fraction"), [(NEVER, 1), (0.0, 0.25)])
 def test_a_router_that_keeps_or_compresses_everything_is_evaluated_too(
-    session, answered, threshold, fraction
+    predictor, answered, threshold, fraction
 ):
-    report, _ = evaluate(replace(session, rule=RoutingRule(threshold=threshold)), answered, seed=0)
+    report, _ = evaluate(replace(predictor, rule=RoutingRule(threshold=threshold)), answered, seed=0)
     for arm in ("router", "random", "pixel_detail", "oracle"):
         assert report["arms"][arm]["token_fraction"] == fraction
 
@@ -213,7 +213,7 @@ def annotation(turns, skills):
     return json.dumps({"conversations": conversations, "skills": skills}).encode()
 
 
-def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(session, answered, tmp_path):
+def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(predictor, answered, tmp_path):
     images = {f"{i}.png": encoded_image("PNG", size=(64, 32), seed=i) for i in range(2)}
     records = [
         ("two", {**images, "json": annotation(["<image>\n<image>\nA?", "a"], ["ocr"])}),
@@ -224,7 +224,7 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(ses
         ("none", {"json": annotation(["Who?", "me"], ["perception"])}),
         *first_records(answered, 1),
     ]
-    report, examples = evaluate(session, write_set(tmp_path / "mixed", records), seed=0)
+    report, examples = evaluate(predictor, write_set(tmp_path / "mixed", records), seed=0)
     assert report["num_samples"] == 4
     fraction = {arm: report["arms"][arm]["token_fraction"] for arm in ("downsample", "router")}
     one_tile_each = round(5 / 13, 5)
@@ -232,32 +232,32 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(ses
     assert {example.sample for example in examples} <= {3}, "the gallery draws single images"
 
 
-def test_progress_is_shown_with_the_number_of_groups(session, answered, tmp_path):
+def test_progress_is_shown_with_the_number_of_groups(predictor, answered, tmp_path):
     shown = []
 
     def track(groups, title, total):
         shown.append((title, total))
         return silent(groups, title, total)
 
-    evaluate(session, write_set(tmp_path / "few", first_records(answered, 1)), seed=0, track=track)
+    evaluate(predictor, write_set(tmp_path / "few", first_records(answered, 1)), seed=0, track=track)
     assert shown == [("scoring tiles", 1), ("answering", 1), ("downsampled", 1)]
 
 
-def refusal(session, folder):
+def refusal(predictor, folder):
     with pytest.raises(ValueError, match=r".+") as caught:
-        evaluate(session, Path(folder), seed=0)
+        evaluate(predictor, Path(folder), seed=0)
     return str(caught.value)
 
 
-def test_what_cannot_be_evaluated_is_refused(session, answered, tmp_path):
+def test_what_cannot_be_evaluated_is_refused(predictor, answered, tmp_path):
     uncalibrated = write_model_folder(tmp_path / "model")
-    told = refusal(Session.load(uncalibrated), answered)
+    told = refusal(Predictor.load(uncalibrated), answered)
     assert told == f"{uncalibrated}: the model is not calibrated; run 'vico calibrate' on it first"
-    assert "no such folder of shards" in refusal(session, tmp_path / "absent")
+    assert "no such folder of shards" in refusal(predictor, tmp_path / "absent")
     text = write_set(tmp_path / "text", [("0", {"json": annotation(["Who?", "me"], ["ocr"])})])
-    assert "no image to evaluate on" in refusal(session, text)
+    assert "no image to evaluate on" in refusal(predictor, text)
     bad = write_set(tmp_path / "bad", [("0", {"json": b"{"})])
-    assert "no question with a skill" in refusal(session, bad)
+    assert "no question with a skill" in refusal(predictor, bad)
     image = encoded_image("PNG", size=(32, 32))
     plain = write_set(tmp_path / "plain", [("0", {"png": image, "json": annotation(["<image>", "a"], [])})])
-    assert "no question with a skill" in refusal(session, plain)
+    assert "no question with a skill" in refusal(predictor, plain)

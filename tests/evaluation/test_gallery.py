@@ -47,8 +47,8 @@ def share_of(picture, colour):
     return (np.asarray(picture.convert("RGB")) == PIL.ImageColor.getrgb(colour)).all(-1).mean()
 
 
-def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(session, coloured):
-    items = build_gallery(session, coloured, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
+def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(predictor, coloured):
+    items = build_gallery(predictor, coloured, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
     green, blue = items  # in the order of the set
     assert share_of(green.picture, COLOURS[1]) > 0.1
     assert share_of(blue.picture, COLOURS[2]) > 0.1
@@ -56,17 +56,17 @@ def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(se
         assert [share_of(item.picture, colour) for colour in others] == [0, 0]
 
 
-def test_an_item_tells_question_answers_and_cost(session, coloured):
-    (item,) = build_gallery(session, coloured, [example(1, [4, 16, 4, 16, 16])])
+def test_an_item_tells_question_answers_and_cost(predictor, coloured):
+    (item,) = build_gallery(predictor, coloured, [example(1, [4, 16, 4, 16, 16])])
     assert item.question == "Which colour?"
     assert (item.expected, item.full_answer, item.router_answer) == ("green", "green", "grey")
     assert item.token_fraction == pytest.approx((2 + 3 / 4) / 5)
 
 
-def test_compressed_tiles_are_dimmed_in_their_place(session, tmp_path):
+def test_compressed_tiles_are_dimmed_in_their_place(predictor, tmp_path):
     image = read_image(png(tmp_path, COLOURS[1]))
     none, one, all_but_thumbnail = (
-        share_of(routing_picture(session, image, ratios), COLOURS[1])
+        share_of(routing_picture(predictor, image, ratios), COLOURS[1])
         for ratios in ([4] * 5, [16, 4, 4, 4, 4], [16, 16, 16, 16, 4])
     )
     assert none > one > all_but_thumbnail > 0
@@ -74,10 +74,10 @@ def test_compressed_tiles_are_dimmed_in_their_place(session, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("size", "tiles"), [((32, 32), 1), ((64, 32), 3), ((64, 64), 5)])
-def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(session, tmp_path, size, tiles):
+def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(predictor, tmp_path, size, tiles):
     image = read_image(png(tmp_path, COLOURS[0], size))
-    features = session.model.encode_tiles(tile_image(image, session.tiling))
-    ratios = route_image(session, image)
-    assert ratios == session.route(features).tolist()
+    features = predictor.model.encode_tiles(tile_image(image, predictor.tiling))
+    ratios = route_image(predictor, image)
+    assert ratios == predictor.route(features).tolist()
     assert len(ratios) == tiles
-    assert routing_picture(session, image, ratios).width > 100
+    assert routing_picture(predictor, image, ratios).width > 100

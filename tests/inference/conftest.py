@@ -3,7 +3,7 @@
 import pytest
 
 from tests.sessions import answered_records, write_model_folder, write_set
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 
 
 @pytest.fixture(scope="session")
@@ -12,12 +12,12 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def session(model_folder):
-    return Session.load(model_folder)
+def predictor(model_folder):
+    return Predictor.load(model_folder)
 
 
 @pytest.fixture(scope="session")
 def answered(tmp_path_factory, model_folder):
     """A set of 16 samples whose expected answers are those of the model at full tokens."""
-    records = answered_records(Session.load(model_folder), count=16)
+    records = answered_records(Predictor.load(model_folder), count=16)
     return write_set(tmp_path_factory.mktemp("answered") / "val", records)

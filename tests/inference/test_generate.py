@@ -6,45 +6,45 @@ from tests.sessions import full_ratios, tiled
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import read_image
 from vico_pl.inference.generate import answer, answer_image, generate_ids, pad_left
-from vico_pl.inference.session import question_text
+from vico_pl.inference.predictor import question_text
 from vico_pl.model.language import run_packed
 
 MAX_NEW = 9
 
 
-def naive_ids(session, sample, question, ratios, max_new_tokens=MAX_NEW):
+def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
     """Greedy tokens of one sample alone, the whole sequence anew for each token."""
     text = question_text(question, num_images=len(sample.tiles_per_image))
-    batch = collate([session.chat.encode_prompt(sample, text)])
-    features = session.model.encode_tiles(sample.tiles)
-    embeddings = session.model.splice_batch(batch, features, ratios).embeddings
-    embed = session.model.language.get_input_embeddings()
+    batch = collate([predictor.chat.encode_prompt(sample, text)])
+    features = predictor.model.encode_tiles(sample.tiles)
+    embeddings = predictor.model.splice_batch(batch, features, ratios).embeddings
+    embed = predictor.model.language.get_input_embeddings()
     ids = []
-    while len(ids) < max_new_tokens and session.tokenizer.eos_token_id not in ids:
+    while len(ids) < max_new_tokens and predictor.tokenizer.eos_token_id not in ids:
         length = len(embeddings)
-        states = run_packed(session.model.language, embeddings, torch.arange(length), [length])
-        ids.append(int((states[-1] @ session.model.head.T).argmax()))
+        states = run_packed(predictor.model.language, embeddings, torch.arange(length), [length])
+        ids.append(int((states[-1] @ predictor.model.head.T).argmax()))
         embeddings = torch.cat([embeddings, embed(torch.tensor(ids[-1:]))])
     return ids
 
 
-def batched_ids(session, samples, questions, ratios, max_new_tokens=MAX_NEW):
-    features = [session.model.encode_tiles(sample.tiles) for sample in samples]
+def batched_ids(predictor, samples, questions, ratios, max_new_tokens=MAX_NEW):
+    features = [predictor.model.encode_tiles(sample.tiles) for sample in samples]
     return generate_ids(
-        session, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
+        predictor, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
     )
 
 
 @pytest.fixture
-def mixed(session):
+def mixed(predictor):
     """Samples of every sort, a question for each, and mixed ratios inside an image."""
     samples = [
-        tiled(session, (64, 64), seed=1),
-        tiled(session, seed=2),
-        tiled(session, (32, 32), seed=3),
-        tiled(session, (64, 32), (32, 32), seed=4),
-        tiled(session, (32, 64), seed=5),
-        tiled(session, (32, 32), (32, 32), (64, 64), seed=6),
+        tiled(predictor, (64, 64), seed=1),
+        tiled(predictor, seed=2),
+        tiled(predictor, (32, 32), seed=3),
+        tiled(predictor, (64, 32), (32, 32), seed=4),
+        tiled(predictor, (32, 64), seed=5),
+        tiled(predictor, (32, 32), (32, 32), (64, 64), seed=6),
     ]
     questions = [
         "What is A?",
@@ -61,89 +61,92 @@ def mixed(session):
     return samples, questions, ratios
 
 
-def never_ends(session):
+def never_ends(predictor):
     """Make the end of a turn the last thing the model would say."""
     with torch.no_grad():
-        session.model.head[session.tokenizer.eos_token_id] = 0
-    return session
+        predictor.model.head[predictor.tokenizer.eos_token_id] = 0
+    return predictor
 
 
 @torch.no_grad()
-def test_a_batch_with_cache_gives_every_sample_the_tokens_it_gets_alone_without(session, mixed):
+def test_a_batch_with_cache_gives_every_sample_the_tokens_it_gets_alone_without(predictor, mixed):
     samples, questions, ratios = mixed
-    together = batched_ids(never_ends(session), samples, questions, ratios)
-    alone = [naive_ids(session, *one) for one in zip(samples, questions, ratios, strict=True)]
+    together = batched_ids(never_ends(predictor), samples, questions, ratios)
+    alone = [naive_ids(predictor, *one) for one in zip(samples, questions, ratios, strict=True)]
     assert together.tolist() == alone
     assert len({tuple(ids) for ids in alone}) > len(samples) // 2, "the example tells samples apart"
 
 
 @torch.no_grad()
-def test_ratios_and_pixels_and_the_question_each_make_a_difference(session):
-    never_ends(session)
-    one, other = tiled(session, (64, 64), seed=1), tiled(session, (64, 64), seed=7)
+def test_ratios_and_pixels_and_the_question_each_make_a_difference(predictor):
+    never_ends(predictor)
+    one, other = tiled(predictor, (64, 64), seed=1), tiled(predictor, (64, 64), seed=7)
     asked = [
         (one, "What is A?", torch.tensor([4, 4, 4, 4, 4])),
         (one, "What is A?", torch.tensor([16, 4, 16, 4, 4])),
         (other, "What is A?", torch.tensor([4, 4, 4, 4, 4])),
         (one, "Which letter is F?", torch.tensor([4, 4, 4, 4, 4])),
     ]
-    ids = batched_ids(session, *(list(column) for column in zip(*asked, strict=True)))
+    ids = batched_ids(predictor, *(list(column) for column in zip(*asked, strict=True)))
     assert len({tuple(row) for row in ids.tolist()}) == 4
 
 
 @torch.no_grad()
-def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(session, mixed):
+def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(predictor, mixed):
     samples, questions, ratios = mixed
-    for token in naive_ids(never_ends(session), samples[0], questions[0], ratios[0]):
-        session.model.head[session.tokenizer.eos_token_id] = (
-            1.5 * session.model.head[token]
+    for token in naive_ids(never_ends(predictor), samples[0], questions[0], ratios[0]):
+        predictor.model.head[predictor.tokenizer.eos_token_id] = (
+            1.5 * predictor.model.head[token]
         )  # beats that token
-        alone = [naive_ids(session, *one) for one in zip(samples, questions, ratios, strict=True)]
+        alone = [naive_ids(predictor, *one) for one in zip(samples, questions, ratios, strict=True)]
         lengths = [len(ids) for ids in alone]
         if 1 < lengths[0] < max(lengths) == MAX_NEW:
             break
     assert 1 < lengths[0] < max(lengths) == MAX_NEW
-    pad = session.tokenizer.pad_token_id
+    pad = predictor.tokenizer.pad_token_id
     expected = [ids + [pad] * (MAX_NEW - len(ids)) for ids in alone]
-    assert batched_ids(session, samples, questions, ratios).tolist() == expected
+    assert batched_ids(predictor, samples, questions, ratios).tolist() == expected
     texts = answer(
-        session,
+        predictor,
         samples,
         questions,
-        features=[session.model.encode_tiles(s.tiles) for s in samples],
+        features=[predictor.model.encode_tiles(s.tiles) for s in samples],
         ratios=ratios,
         max_new_tokens=MAX_NEW,
     )
-    decode = session.tokenizer.decode
+    decode = predictor.tokenizer.decode
     assert texts == [decode(ids, skip_special_tokens=True).strip() for ids in alone]
     assert "<|im_end|>" not in texts[0]
 
 
 @pytest.mark.parametrize("limit", [1, 4])
-def test_no_answer_is_longer_than_max_new_tokens(session, mixed, limit):
+def test_no_answer_is_longer_than_max_new_tokens(predictor, mixed, limit):
     samples, questions, ratios = mixed
-    assert batched_ids(never_ends(session), samples, questions, ratios, limit).shape == (len(samples), limit)
+    assert batched_ids(never_ends(predictor), samples, questions, ratios, limit).shape == (
+        len(samples),
+        limit,
+    )
 
 
 @torch.no_grad()
-def test_an_image_is_answered_at_the_ratios_the_router_chooses(session, tmp_path, monkeypatch):
-    never_ends(session)
+def test_an_image_is_answered_at_the_ratios_the_router_chooses(predictor, tmp_path, monkeypatch):
+    never_ends(predictor)
     (tmp_path / "photo.png").write_bytes(encoded_image("PNG", size=(64, 64), seed=100))
-    image, sample = read_image(tmp_path / "photo.png"), tiled(session, (64, 64), seed=1)
+    image, sample = read_image(tmp_path / "photo.png"), tiled(predictor, (64, 64), seed=1)
     answers = []
     for ratios in ([4, 4, 4, 4, 4], [16, 4, 16, 4, 4]):
-        monkeypatch.setattr(type(session), "route", lambda *_, ratios=ratios: torch.tensor(ratios))
-        answers.append(answer_image(session, image, "What is A?", max_new_tokens=MAX_NEW))
-        ids = naive_ids(session, sample, "What is A?", torch.tensor(ratios))
-        assert answers[-1] == session.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        monkeypatch.setattr(type(predictor), "route", lambda *_, ratios=ratios: torch.tensor(ratios))
+        answers.append(answer_image(predictor, image, "What is A?", max_new_tokens=MAX_NEW))
+        ids = naive_ids(predictor, sample, "What is A?", torch.tensor(ratios))
+        assert answers[-1] == predictor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert answers[0] != answers[1]
 
 
-def test_training_time_attention_does_not_leak_into_generation(session, mixed):
+def test_training_time_attention_does_not_leak_into_generation(predictor, mixed):
     samples, questions, ratios = mixed
-    first = batched_ids(session, samples, questions, ratios)
-    session.first_token(samples[0], ratios[0], routes=False)  # runs packed attention on the same model
-    assert torch.equal(batched_ids(session, samples, questions, ratios), first)
+    first = batched_ids(predictor, samples, questions, ratios)
+    predictor.first_token(samples[0], ratios[0], routes=False)  # runs packed attention on the same model
+    assert torch.equal(batched_ids(predictor, samples, questions, ratios), first)
 
 
 def test_rows_end_together():
@@ -153,7 +156,7 @@ def test_rows_end_together():
     assert padded[1, :, :, 0].tolist() == [[0, 0, 5, 6], [0, 0, 11, 12]]
 
 
-def test_prompts_run_in_one_pass_without_padding_and_only_once(session, mixed):
+def test_prompts_run_in_one_pass_without_padding_and_only_once(predictor, mixed):
     samples, questions, ratios = mixed
     seen = []
 
@@ -161,10 +164,10 @@ def test_prompts_run_in_one_pass_without_padding_and_only_once(session, mixed):
         tokens = given.get("inputs_embeds")
         seen.append(tuple((given["input_ids"] if tokens is None else tokens).shape[:2]))
 
-    session.model.language.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    batched_ids(never_ends(session), samples, questions, ratios, max_new_tokens=3)
+    predictor.model.language.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    batched_ids(never_ends(predictor), samples, questions, ratios, max_new_tokens=3)
     prompts = [
-        session.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+        predictor.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
         for sample, question in zip(samples, questions, strict=True)
     ]
     vision = sum(int((16 // r).sum()) - len(r) for r in ratios)
@@ -172,7 +175,7 @@ def test_prompts_run_in_one_pass_without_padding_and_only_once(session, mixed):
     assert seen == [(1, total), (6, 1), (6, 1), (6, 1)]
 
 
-def test_questions_and_samples_must_pair_up(session):
-    sample = tiled(session, (32, 32))
+def test_questions_and_samples_must_pair_up(predictor):
+    sample = tiled(predictor, (32, 32))
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        batched_ids(session, [sample, sample], ["Who?"], full_ratios(sample, sample))
+        batched_ids(predictor, [sample, sample], ["Who?"], full_ratios(sample, sample))

@@ -114,28 +114,30 @@ def test_the_released_rule_never_compresses_a_single_tile():
 
 
 @torch.no_grad()
-def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(session):
-    samples = [tiled(session, size, seed=i) for i, size in enumerate([(32, 32), (64, 64), (64, 32)])]
-    features = session.model.encode_tiles(torch.cat([s.tiles for s in samples]))
-    probabilities = compress_probability(session.router_logits(features)).sort().values
+def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(predictor):
+    samples = [tiled(predictor, size, seed=i) for i, size in enumerate([(32, 32), (64, 64), (64, 32)])]
+    features = predictor.model.encode_tiles(torch.cat([s.tiles for s in samples]))
+    probabilities = compress_probability(predictor.router_logits(features)).sort().values
     gap = probabilities.diff().argmax()
     threshold = probabilities[gap : gap + 2].mean().item()
     object.__setattr__(
-        session, "rule", RoutingRule(threshold=threshold)
+        predictor, "rule", RoutingRule(threshold=threshold)
     )  # in the widest gap: no rounding decides
-    together = session.route(features).tolist()
+    together = predictor.route(features).tolist()
     alone = [
-        ratio for f in features.split([len(s.tiles) for s in samples]) for ratio in session.route(f).tolist()
+        ratio
+        for f in features.split([len(s.tiles) for s in samples])
+        for ratio in predictor.route(f).tolist()
     ]
     assert together == alone
     assert set(together) == {4, 16}
 
 
 @torch.no_grad()
-def test_an_image_of_one_tile_is_routed_like_any_other(session):
-    sample = tiled(session, (32, 32))
-    features = session.model.encode_tiles(sample.tiles)
-    probability = compress_probability(session.router_logits(features)).item()
+def test_an_image_of_one_tile_is_routed_like_any_other(predictor):
+    sample = tiled(predictor, (32, 32))
+    features = predictor.model.encode_tiles(sample.tiles)
+    probability = compress_probability(predictor.router_logits(features)).item()
     for threshold, expected in ((probability, [16]), (probability * 1.01, [4])):
-        object.__setattr__(session, "rule", RoutingRule(threshold=threshold))
-        assert session.route(features).tolist() == expected
+        object.__setattr__(predictor, "rule", RoutingRule(threshold=threshold))
+        assert predictor.route(features).tolist() == expected

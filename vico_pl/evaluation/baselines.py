@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig, choose_grid
-from vico_pl.inference.questions import Group
+from vico_pl.evaluation.questions import Group
+from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER, routing_scores
-from vico_pl.inference.session import Session
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.router import RoutingRule
 from vico_pl.stages.labels import tile_loss_ratios
@@ -23,10 +23,10 @@ Size = tuple[int, int]  # width and height of an image in pixels
 
 
 @torch.no_grad()
-def router_scores(session: Session, group: Group) -> TileScores:
+def router_scores(predictor: Predictor, group: Group) -> TileScores:
     """P(compress) by the router, with what the calibrated rule makes of it."""
-    rule = session.rule or RoutingRule(threshold=NEVER)
-    return [routing_scores(session.router_logits(features), rule) for features in group.features]
+    rule = predictor.rule or RoutingRule(threshold=NEVER)
+    return [routing_scores(predictor.router_logits(features), rule) for features in group.features]
 
 
 def random_scores(group: Group, *, seed: int) -> TileScores:
@@ -41,16 +41,16 @@ def pixel_detail_scores(group: Group) -> TileScores:
 
 
 @torch.no_grad()
-def oracle_scores(session: Session, group: Group) -> TileScores:
+def oracle_scores(predictor: Predictor, group: Group) -> TileScores:
     """Compress what changes the model's answers least; knows the questions and the answers.
 
     The score is minus the loss ratio of the tile, with the model at full tokens as its own reference.
     """
-    chat = replace(session.chat, config=replace(session.chat.config, max_tokens=sys.maxsize))
-    batch = collate([chat.encode(sample) for sample in group.samples]).to(session.device)
-    reference = FrozenReference(session.model)
+    chat = replace(predictor.chat, config=replace(predictor.chat.config, max_tokens=sys.maxsize))
+    batch = collate([chat.encode(sample) for sample in group.samples]).to(predictor.device)
+    reference = FrozenReference(predictor.model)
     harm = tile_loss_ratios(
-        session.model, reference, batch, torch.cat(group.features), mode="tile", epsilon=1e-6
+        predictor.model, reference, batch, torch.cat(group.features), mode="tile", epsilon=1e-6
     )
     return list((-harm).cpu().split([len(sample.tiles) for sample in group.samples]))
 

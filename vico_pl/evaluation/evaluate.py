@@ -24,10 +24,10 @@ from vico_pl.evaluation.baselines import (
     shrunken_tilings,
 )
 from vico_pl.evaluation.metrics import Scores, accuracy_tables
-from vico_pl.inference.questions import (
+from vico_pl.evaluation.questions import (
     Answerer,
+    EvalQuestion,
     Group,
-    Question,
     Track,
     accuracy_by_skill,
     at_threshold,
@@ -38,7 +38,7 @@ from vico_pl.inference.questions import (
     threshold_for,
     vision_tokens,
 )
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed
 TIMED_SAMPLES = 12
@@ -81,7 +81,7 @@ class Results:
     arms: dict[str, Setting]
     pareto: list[Setting]
     outcomes: dict[Setting, Outcome]
-    questions: list[Question] = field(default_factory=list)
+    questions: list[EvalQuestion] = field(default_factory=list)
     examples: list[RoutedExample] = field(default_factory=list)
 
     def of_arms(self) -> dict[str, Outcome]:
@@ -90,43 +90,43 @@ class Results:
 
 
 def evaluate(
-    session: Session, folder: Path, *, seed: int, track: Track = silent, num_examples: int = 8
+    predictor: Predictor, folder: Path, *, seed: int, track: Track = silent, num_examples: int = 8
 ) -> tuple[dict[str, Any], list[RoutedExample]]:
     """Evaluate all arms at the router's budget; returns the report (contract C7) and examples to show.
 
     Raises:
         ValueError: no calibrated router, or nothing to evaluate on.
     """
-    if session.rule is None:
-        raise ValueError(f"{session.folder}: the model is not calibrated; run 'vico calibrate' on it first")
+    if predictor.rule is None:
+        raise ValueError(f"{predictor.folder}: the model is not calibrated; run 'vico calibrate' on it first")
     if not has_questions(read_samples(folder)):
         raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
     num_groups = count_groups(folder)
-    groups = track(read_groups(session, session.samples(folder)), "scoring tiles", num_groups)
-    scores = _score_tiles(session, groups, seed=seed)
+    groups = track(read_groups(predictor, predictor.samples(folder)), "scoring tiles", num_groups)
+    scores = _score_tiles(predictor, groups, seed=seed)
     if not sum(map(len, scores["router"])):
         raise ValueError(f"{folder}: no image to evaluate on")
-    results = _no_results(scores, session.rule.threshold)
-    for group in track(read_groups(session, session.samples(folder)), "answering", num_groups):
-        _answer_group(results, session, group, scores)
+    results = _no_results(scores, predictor.rule.threshold)
+    for group in track(read_groups(predictor, predictor.samples(folder)), "answering", num_groups):
+        _answer_group(results, predictor, group, scores)
     arms = results.of_arms()
     budget = sum(arms["router"].tokens) / sum(arms["full"].tokens)
-    tilings = shrunken_tilings(_image_sizes(folder), session.tiling, budget=budget)
+    tilings = shrunken_tilings(_image_sizes(folder), predictor.tiling, budget=budget)
     shrunk = (tile_sample(s, t) for s, t in zip(read_samples(folder), tilings, strict=True))
     arms["downsample"] = _answer_at_full_tokens(
-        session, track(read_groups(session, shrunk), "downsampled", num_groups)
+        predictor, track(read_groups(predictor, shrunk), "downsampled", num_groups)
     )
-    return _report(session, folder, results, arms, seed=seed), results.examples[:num_examples]
+    return _report(predictor, folder, results, arms, seed=seed), results.examples[:num_examples]
 
 
-def _score_tiles(session: Session, groups: Iterable[Group], *, seed: int) -> dict[str, TileScores]:
+def _score_tiles(predictor: Predictor, groups: Iterable[Group], *, seed: int) -> dict[str, TileScores]:
     """Score the tiles of the whole set; all but the router's scores become ranks."""
     scores: dict[str, TileScores] = {"router": [], "random": [], "pixel_detail": [], "oracle": []}
     for group in groups:
-        scores["router"] += router_scores(session, group)
+        scores["router"] += router_scores(predictor, group)
         scores["random"] += random_scores(group, seed=seed)
         scores["pixel_detail"] += pixel_detail_scores(group)
-        scores["oracle"] += oracle_scores(session, group)
+        scores["oracle"] += oracle_scores(predictor, group)
     return {
         arm: of_set if arm == "router" or not of_set else ranked(of_set) for arm, of_set in scores.items()
     }
@@ -150,38 +150,42 @@ def _no_results(scores: Mapping[str, TileScores], threshold: float) -> Results:
     return Results(arms=arms, pareto=pareto, outcomes={s: Outcome() for s in [*arms.values(), *pareto]})
 
 
-def _answer_group(results: Results, session: Session, group: Group, scores: Mapping[str, TileScores]) -> None:
+def _answer_group(
+    results: Results, predictor: Predictor, group: Group, scores: Mapping[str, TileScores]
+) -> None:
     members = slice(group.first, group.first + len(group.samples))
     choices = {
-        setting: at_threshold(scores[setting.scores][members], setting.threshold, ratios=session.model.ratios)
+        setting: at_threshold(
+            scores[setting.scores][members], setting.threshold, ratios=predictor.model.ratios
+        )
         for setting in results.outcomes
     }
-    answerer = Answerer(session, group)
+    answerer = Answerer(predictor, group)
     answerer.prepare(choices.values())
     for setting, ratios in choices.items():
-        _record(results.outcomes[setting], session, answerer, ratios)
+        _record(results.outcomes[setting], predictor, answerer, ratios)
     if group.first == 0:
         for arm, setting in results.arms.items():
-            times = _time_first_tokens(session, group, choices[setting], routes=arm == "router")
+            times = _time_first_tokens(predictor, group, choices[setting], routes=arm == "router")
             results.outcomes[setting].first_token_ms[:] = times
     results.questions.extend(group.questions)
     results.examples.extend(_examples(results, group, answerer, choices))
 
 
 def _record(
-    outcome: Outcome, session: Session, answerer: Answerer, ratios: Sequence[Int64[Tensor, " _"]]
+    outcome: Outcome, predictor: Predictor, answerer: Answerer, ratios: Sequence[Int64[Tensor, " _"]]
 ) -> None:
-    outcome.tokens += vision_tokens(ratios, num_patches=session.model.vision.num_patches)
+    outcome.tokens += vision_tokens(ratios, num_patches=predictor.model.vision.num_patches)
     outcome.correct += answerer.correct(ratios)
 
 
-def _answer_at_full_tokens(session: Session, groups: Iterable[Group]) -> Outcome:
+def _answer_at_full_tokens(predictor: Predictor, groups: Iterable[Group]) -> Outcome:
     outcome = Outcome()
     for group in groups:
-        ratios = [torch.full((len(f),), session.model.ratios[0]) for f in group.features]
-        _record(outcome, session, Answerer(session, group), ratios)
+        ratios = [torch.full((len(f),), predictor.model.ratios[0]) for f in group.features]
+        _record(outcome, predictor, Answerer(predictor, group), ratios)
         if group.first == 0:
-            outcome.first_token_ms += _time_first_tokens(session, group, ratios, routes=False)
+            outcome.first_token_ms += _time_first_tokens(predictor, group, ratios, routes=False)
     return outcome
 
 
@@ -217,20 +221,20 @@ def _examples(
 
 @torch.no_grad()
 def _time_first_tokens(
-    session: Session, group: Group, ratios: Sequence[Int64[Tensor, " _"]], *, routes: bool
+    predictor: Predictor, group: Group, ratios: Sequence[Int64[Tensor, " _"]], *, routes: bool
 ) -> list[float]:
     """Time tiles -> first answer token for single samples, in milliseconds; one more run warms up."""
     times = []
     samples = list(zip(group.samples, ratios, strict=True))[:TIMED_SAMPLES]
     for sample, choice in [samples[0], *samples]:
         start = time.perf_counter()
-        session.first_token(sample, choice, routes=routes)
+        predictor.first_token(sample, choice, routes=routes)
         times.append((time.perf_counter() - start) * 1000)
     return times[1:]
 
 
 def _report(
-    session: Session, folder: Path, results: Results, arms: Mapping[str, Outcome], *, seed: int
+    predictor: Predictor, folder: Path, results: Results, arms: Mapping[str, Outcome], *, seed: int
 ) -> dict[str, Any]:
     skills = [q.skill for q in results.questions]
     scores = Scores(
@@ -241,7 +245,7 @@ def _report(
     tables = accuracy_tables(scores, seed=seed)
     full_tokens = sum(arms["full"].tokens)
     return {
-        "model": str(session.folder),
+        "model": str(predictor.folder),
         "dataset": str(folder),
         "num_samples": len(arms["full"].tokens),
         "seed": seed,

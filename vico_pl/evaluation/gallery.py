@@ -10,41 +10,41 @@ from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import choose_grid, tile_image
 from vico_pl.evaluation.evaluate import RoutedExample
-from vico_pl.evaluation.picture import draw_routing
+from vico_pl.evaluation.pictures import draw_routing
 from vico_pl.evaluation.report import GalleryItem
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Image
 
 
 @torch.no_grad()
-def route_image(session: Session, image: Image) -> list[int]:
+def route_image(predictor: Predictor, image: Image) -> list[int]:
     """Return the ratio the router chooses for each tile of an image, the thumbnail last."""
-    return session.route(session.encode(tile_image(image, session.tiling))).tolist()
+    return predictor.route(predictor.encode(tile_image(image, predictor.tiling))).tolist()
 
 
 def routing_picture(
-    session: Session, image: Image, ratios: Sequence[int], *, caption: str = ""
+    predictor: Predictor, image: Image, ratios: Sequence[int], *, caption: str = ""
 ) -> PIL.Image.Image:
     """Draw an image with its compressed tiles dimmed."""
-    tokens = [session.model.vision.num_patches // ratio for ratio in ratios]
-    grid = choose_grid(image.shape[2], image.shape[1], session.tiling)
+    tokens = [predictor.model.vision.num_patches // ratio for ratio in ratios]
+    grid = choose_grid(image.shape[2], image.shape[1], predictor.tiling)
     return draw_routing(image, grid=grid, ratios=ratios, tokens=tokens, caption=caption)
 
 
-def build_gallery(session: Session, folder: Path, examples: Sequence[RoutedExample]) -> list[GalleryItem]:
+def build_gallery(predictor: Predictor, folder: Path, examples: Sequence[RoutedExample]) -> list[GalleryItem]:
     """Draw the examples of an evaluation, whose images are read again."""
     wanted = {example.sample: example for example in examples}
     return [
-        _item(session, sample.images[0], wanted[position])
+        _item(predictor, sample.images[0], wanted[position])
         for position, sample in enumerate(read_samples(folder))
         if position in wanted
     ]
 
 
-def _item(session: Session, image: Image, example: RoutedExample) -> GalleryItem:
-    full_ratio = session.model.ratios[0]
+def _item(predictor: Predictor, image: Image, example: RoutedExample) -> GalleryItem:
+    full_ratio = predictor.model.ratios[0]
     return GalleryItem(
-        picture=routing_picture(session, image, example.ratios),
+        picture=routing_picture(predictor, image, example.ratios),
         question=example.question.replace(IMAGE_TOKEN, "").strip(),
         expected=example.expected,
         full_answer=example.full_answer,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vico_pl.inference.questions import SKILLS
+from vico_pl.evaluation.questions import SKILLS
 
 NUM_RESAMPLES = 2000
 

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from vico_pl.evaluation.metrics import NUM_RESAMPLES
+from vico_pl.evaluation.questions import SKILLS, is_correct
 from vico_pl.files import atomic_path
-from vico_pl.inference.questions import SKILLS, is_correct
 
 NOTHING = "\N{EN DASH}"
 COLUMNS = (*SKILLS, "mean")

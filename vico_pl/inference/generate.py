@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import tile_sample
-from vico_pl.inference.session import Session, question_text
+from vico_pl.inference.predictor import Predictor, question_text
 from vico_pl.model.language import KeyValues, run_packed
 from vico_pl.model.splice import Spliced
 from vico_pl.tokens import TURN_END, token_id
@@ -23,7 +23,7 @@ from vico_pl.types import Image, Sample, TiledSample
 
 
 def answer(
-    session: Session,
+    predictor: Predictor,
     samples: Sequence[TiledSample],
     questions: Sequence[str],
     *,
@@ -37,26 +37,26 @@ def answer(
     would get.
     """
     ids = generate_ids(
-        session, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
+        predictor, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
     )
-    return [text.strip() for text in session.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return [text.strip() for text in predictor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 @torch.no_grad()
-def answer_image(session: Session, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
+def answer_image(predictor: Predictor, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
     """Answer a question about one image, with its tiles at the ratios the router chooses."""
-    sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), session.tiling)
-    features = session.encode(sample.tiles)
-    ratios = session.route(features)
+    sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), predictor.tiling)
+    features = predictor.encode(sample.tiles)
+    ratios = predictor.route(features)
     (text,) = answer(
-        session, [sample], [question], features=[features], ratios=[ratios], max_new_tokens=max_new_tokens
+        predictor, [sample], [question], features=[features], ratios=[ratios], max_new_tokens=max_new_tokens
     )
     return text
 
 
 @torch.no_grad()
 def generate_ids(
-    session: Session,
+    predictor: Predictor,
     samples: Sequence[TiledSample],
     questions: Sequence[str],
     *,
@@ -66,26 +66,26 @@ def generate_ids(
 ) -> Int64[Tensor, "B n"]:
     """Return the token ids of the answers, each up to the end of its turn and padded behind it."""
     prompts = [
-        session.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+        predictor.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
         for sample, question in zip(samples, questions, strict=True)
     ]
-    batch, chosen = collate(prompts).to(session.device), torch.cat(list(ratios)).to(session.device)
-    spliced = session.model.splice_batch(batch, torch.cat(list(features)), chosen)
-    cache = prefill(session.model.language, spliced)
-    session.model.language.set_attn_implementation("sdpa")
-    generate: Any = session.model.language.generate  # typed by its mixin alone
-    last = torch.stack([prompt.input_ids[-1] for prompt in prompts]).to(session.device)
+    batch, chosen = collate(prompts).to(predictor.device), torch.cat(list(ratios)).to(predictor.device)
+    spliced = predictor.model.splice_batch(batch, torch.cat(list(features)), chosen)
+    cache = prefill(predictor.model.language, spliced)
+    predictor.model.language.set_attn_implementation("sdpa")
+    generate: Any = predictor.model.language.generate  # typed by its mixin alone
+    last = torch.stack([prompt.input_ids[-1] for prompt in prompts]).to(predictor.device)
     # Of what the cache holds, generate() wants the number and looks at no token.
     seen = last[:, None].expand(-1, cache.get_seq_length() + 1)
     ids = generate(
         inputs=seen,
         past_key_values=cache,
-        attention_mask=left_mask(spliced.segment_lengths).to(session.device),
+        attention_mask=left_mask(spliced.segment_lengths).to(predictor.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         # Not the tokenizer's own end of text, which in some families is another token.
-        eos_token_id=token_id(session.tokenizer, TURN_END),
-        pad_token_id=session.tokenizer.pad_token_id,
+        eos_token_id=token_id(predictor.tokenizer, TURN_END),
+        pad_token_id=predictor.tokenizer.pad_token_id,
     )
     return ids[:, seen.shape[1] :]
 

@@ -19,7 +19,8 @@ from vico_pl.data.packing import estimated_tiles
 from vico_pl.data.shards.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
 from vico_pl.data.shards.locations import parse_source
 from vico_pl.data.shards.sizes import SampleSize
-from vico_pl.model.families.base import CONFIG_NAME, read_json
+from vico_pl.files import read_json
+from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import read_shape
 from vico_pl.model.families.hub import is_hub_id, split_revision
 from vico_pl.model.vlm import ModelSpec

@@ -7,8 +7,8 @@ import torch
 from tests.helpers import encoded_image
 from tests.sessions import tiled, write_model_folder, write_set
 from vico_pl.data.collate import collate
+from vico_pl.inference.predictor import Predictor, question_text
 from vico_pl.inference.routing import compress_probability
-from vico_pl.inference.session import Session, question_text
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
 from vico_pl.model.families.tensors import WEIGHTS_NAME
 
@@ -21,7 +21,7 @@ def folder(model_folder, tmp_path):
 
 def refusal(folder):
     with pytest.raises(ValueError, match=r".+") as caught:
-        Session.load(folder)
+        Predictor.load(folder)
     message = str(caught.value)
     assert str(folder) in message
     assert "\n" not in message
@@ -62,19 +62,19 @@ def test_an_unreadable_calibration_is_refused_and_not_taken_for_none(folder, con
 
 
 @torch.no_grad()
-def test_without_calibration_every_tile_keeps_full_tokens(session):
-    features = session.model.encode_tiles(tiled(session, (64, 64)).tiles)
-    assert session.rule is None
-    assert session.route(features).tolist() == [4] * 5
+def test_without_calibration_every_tile_keeps_full_tokens(predictor):
+    features = predictor.model.encode_tiles(tiled(predictor, (64, 64)).tiles)
+    assert predictor.rule is None
+    assert predictor.route(features).tolist() == [4] * 5
 
 
 @torch.no_grad()
 def test_with_calibration_tiles_compress_from_its_threshold_on(folder):
-    features = Session.load(folder).model.encode_tiles(tiled(Session.load(folder), (64, 64)).tiles)
-    probabilities = compress_probability(Session.load(folder).router_logits(features))
+    features = Predictor.load(folder).model.encode_tiles(tiled(Predictor.load(folder), (64, 64)).tiles)
+    probabilities = compress_probability(Predictor.load(folder).router_logits(features))
     threshold = probabilities.median().item()  # the third of five
     (folder / CALIBRATION_NAME).write_text(json.dumps({"threshold": threshold}))
-    ratios = Session.load(folder).route(features)
+    ratios = Predictor.load(folder).route(features)
     assert ratios.tolist() == [16 if p >= threshold else 4 for p in probabilities.tolist()]
     assert sorted(ratios.tolist()) == [4, 4, 16, 16, 16]
 
@@ -82,11 +82,11 @@ def test_with_calibration_tiles_compress_from_its_threshold_on(folder):
 @torch.no_grad()
 def test_a_model_without_router_keeps_full_tokens_and_says_what_it_lacks(tmp_path):
     folder = write_model_folder(tmp_path / "model", router_heads=None, threshold=0.0)
-    session = Session.load(folder)
-    features = session.model.encode_tiles(tiled(session, (64, 32)).tiles)
-    assert session.route(features).tolist() == [4, 4, 4]
+    predictor = Predictor.load(folder)
+    features = predictor.model.encode_tiles(tiled(predictor, (64, 32)).tiles)
+    assert predictor.route(features).tolist() == [4, 4, 4]
     with pytest.raises(ValueError, match=f"{folder}: the model has no router; train one"):
-        session.router_logits(features)
+        predictor.router_logits(features)
 
 
 def test_samples_are_cut_as_the_folder_says_and_bad_records_are_left_out(folder, tmp_path):
@@ -100,7 +100,7 @@ def test_samples_are_cut_as_the_folder_says_and_bad_records_are_left_out(folder,
         ("1", {"png": b"no image", "json": annotation}),
         ("2", {"png": encoded_image("PNG", size=(64, 64)), "json": annotation}),
     ]
-    samples = list(Session.load(folder).samples(write_set(tmp_path / "set", records)))
+    samples = list(Predictor.load(folder).samples(write_set(tmp_path / "set", records)))
     assert [(s.id, len(s.tiles)) for s in samples] == [("set-000000.tar/0", 2), ("set-000000.tar/2", 1)]
 
 
@@ -120,39 +120,39 @@ def test_a_question_has_as_many_marks_as_images_and_keeps_its_own_places(prompt,
     assert question_text(prompt, num_images=num_images) == expected
 
 
-def first_token_by_hand(session, sample, question, ratios):
-    batch = collate([session.chat.encode_prompt(sample, question)])
-    spliced = session.model.splice_batch(batch, session.model.encode_tiles(sample.tiles), ratios)
-    output = session.model.language(inputs_embeds=spliced.embeddings[None])
+def first_token_by_hand(predictor, sample, question, ratios):
+    batch = collate([predictor.chat.encode_prompt(sample, question)])
+    spliced = predictor.model.splice_batch(batch, predictor.model.encode_tiles(sample.tiles), ratios)
+    output = predictor.model.language(inputs_embeds=spliced.embeddings[None])
     return int(output.logits[0, -1].argmax())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [(), ((32, 32),), ((64, 64), (32, 32))])
-def test_first_token_is_the_first_token_of_the_answer(session, sizes):
-    sample = tiled(session, *sizes, question="What colour is it?")
+def test_first_token_is_the_first_token_of_the_answer(predictor, sizes):
+    sample = tiled(predictor, *sizes, question="What colour is it?")
     ratios = torch.tensor([16, 4, 4, 16, 4, 16])[: len(sample.tiles)]
-    session.model.language.set_attn_implementation("sdpa")
-    expected = first_token_by_hand(session, sample, sample.turns[0].text, ratios)
-    assert session.first_token(sample, ratios, routes=False) == expected
+    predictor.model.language.set_attn_implementation("sdpa")
+    expected = first_token_by_hand(predictor, sample, sample.turns[0].text, ratios)
+    assert predictor.first_token(sample, ratios, routes=False) == expected
 
 
-def test_first_token_can_be_had_when_a_later_turn_brings_an_image(session):
-    sample = tiled(session, (32, 32), (32, 32), question="What is it?")
+def test_first_token_can_be_had_when_a_later_turn_brings_an_image(predictor):
+    sample = tiled(predictor, (32, 32), (32, 32), question="What is it?")
     sample.turns[0] = type(sample.turns[0])(
         role="human", text="<image>\nWhat is it?"
     )  # the other one comes later
     ratios = torch.tensor([4, 16])
-    token = session.first_token(sample, ratios, routes=True)
-    session.model.language.set_attn_implementation("sdpa")
-    assert token == first_token_by_hand(session, sample, "<image>\n<image>\nWhat is it?", ratios)
+    token = predictor.first_token(sample, ratios, routes=True)
+    predictor.model.language.set_attn_implementation("sdpa")
+    assert token == first_token_by_hand(predictor, sample, "<image>\n<image>\nWhat is it?", ratios)
 
 
-def test_only_a_routed_first_token_runs_the_router(session):
+def test_only_a_routed_first_token_runs_the_router(predictor):
     ran = []
-    session.model.router.register_forward_hook(lambda *_: ran.append(1))
-    sample = tiled(session, (32, 32))
-    session.first_token(sample, torch.tensor([4]), routes=False)
+    predictor.model.router.register_forward_hook(lambda *_: ran.append(1))
+    sample = tiled(predictor, (32, 32))
+    predictor.first_token(sample, torch.tensor([4]), routes=False)
     assert not ran
-    session.first_token(sample, torch.tensor([4]), routes=True)
+    predictor.first_token(sample, torch.tensor([4]), routes=True)
     assert ran == [1]

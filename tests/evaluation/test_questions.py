@@ -4,15 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-import vico_pl.inference.questions as questions_module
+import vico_pl.evaluation.questions as questions_module
 from tests.sessions import full_ratios, tiled
-from vico_pl.inference.generate import generate_ids
-from vico_pl.inference.questions import (
+from vico_pl.evaluation.questions import (
     EXTRA_TOKENS,
     SAMPLES_PER_GROUP,
     Answerer,
+    EvalQuestion,
     Group,
-    Question,
     accuracy_by_skill,
     at_threshold,
     count_groups,
@@ -20,16 +19,17 @@ from vico_pl.inference.questions import (
     threshold_for,
     vision_tokens,
 )
+from vico_pl.inference.generate import generate_ids
 from vico_pl.types import Turn
 
 
 @pytest.fixture
-def samples(session):
-    return [tiled(session, (32, 32), seed=1), tiled(session, (64, 64), seed=2), tiled(session, seed=3)]
+def samples(predictor):
+    return [tiled(predictor, (32, 32), seed=1), tiled(predictor, (64, 64), seed=2), tiled(predictor, seed=3)]
 
 
 @pytest.fixture
-def group(session, samples):
+def group(predictor, samples):
     """A group that begins at 64, with questions about its second, first, third and again second sample."""
     asked = [
         (65, "long question about it?", "red"),
@@ -39,8 +39,8 @@ def group(session, samples):
     ]
     return Group(
         samples=samples,
-        features=[session.model.encode_tiles(s.tiles).detach() for s in samples],
-        questions=[Question(sample=s, skill="ocr", text=text, expected=e) for s, text, e in asked],
+        features=[predictor.model.encode_tiles(s.tiles).detach() for s in samples],
+        questions=[EvalQuestion(sample=s, skill="ocr", text=text, expected=e) for s, text, e in asked],
         first=64,
     )
 
@@ -50,7 +50,7 @@ def batches(monkeypatch):
     """Replace the model by one that tells what it was asked; collects the batches it got."""
     seen = []
 
-    def fake(session, samples, questions, *, features, ratios, max_new_tokens):
+    def fake(predictor, samples, questions, *, features, ratios, max_new_tokens):
         seen.append((list(questions), [r.tolist() for r in ratios], max_new_tokens))
         assert [len(f) for f in features] == [len(s.tiles) for s in samples] == [len(r) for r in ratios]
         return [f"{q} {r.tolist()}" for q, r in zip(questions, ratios, strict=True)]
@@ -63,14 +63,16 @@ def choice(*of_samples):
     return [torch.tensor(ratios, dtype=torch.int64) for ratios in of_samples]
 
 
-def test_answers_come_in_the_order_of_the_questions_whatever_the_order_of_the_batch(session, group, batches):
-    given = Answerer(session, group)(choice([4], [4, 16, 4, 4, 4], []))
+def test_answers_come_in_the_order_of_the_questions_whatever_the_order_of_the_batch(
+    predictor, group, batches
+):
+    given = Answerer(predictor, group)(choice([4], [4, 16, 4, 4, 4], []))
     assert given == ["long question about it? [4, 16, 4, 4, 4]", "Who? [4]", "Why? []", "B? [4, 16, 4, 4, 4]"]
     assert batches[0][0] != [q.text for q in group.questions], "the batch was sorted by length"
 
 
-def test_equal_choices_are_answered_once(session, group, batches):
-    answerer = Answerer(session, group)
+def test_equal_choices_are_answered_once(predictor, group, batches):
+    answerer = Answerer(predictor, group)
     full, one_tile = choice([4], [4, 4, 4, 4, 4], []), choice([16], [4, 4, 4, 4, 4], [])
     first = answerer(full)
     assert answerer(full) == first
@@ -80,8 +82,8 @@ def test_equal_choices_are_answered_once(session, group, batches):
     assert len(batches) == 2
 
 
-def test_several_choices_are_prepared_in_one_batch(session, group, batches):
-    answerer = Answerer(session, group)
+def test_several_choices_are_prepared_in_one_batch(predictor, group, batches):
+    answerer = Answerer(predictor, group)
     several = [choice([a], [b, 4, 4, 4, 4], []) for a in (4, 16) for b in (4, 16)]
     answerer.prepare(several)
     assert len(batches) == 1
@@ -94,10 +96,10 @@ def test_several_choices_are_prepared_in_one_batch(session, group, batches):
 
 
 def test_batches_keep_within_the_token_budget_but_a_long_prompt_is_asked_alone(
-    session, group, batches, monkeypatch
+    predictor, group, batches, monkeypatch
 ):
     monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 60)
-    expected = Answerer(session, group)(choice([4], [4] * 5, []))
+    expected = Answerer(predictor, group)(choice([4], [4] * 5, []))
     assert len(batches) > 1
     for asked, ratios, limit in batches:
         lengths = [sum(16 // r for r in rs) + len(q) for q, rs in zip(asked, ratios, strict=True)]
@@ -105,54 +107,54 @@ def test_batches_keep_within_the_token_budget_but_a_long_prompt_is_asked_alone(
     assert sorted(q for asked, _, _ in batches for q in asked) == sorted(q.text for q in group.questions)
     monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 1)
     batches.clear()
-    assert Answerer(session, group)(choice([4], [4] * 5, [])) == expected
+    assert Answerer(predictor, group)(choice([4], [4] * 5, [])) == expected
     assert [len(asked) for asked, _, _ in batches] == [1, 1, 1, 1]
 
 
-def test_answers_may_be_longer_than_the_longest_expected_one_by_a_margin(session, group, batches):
-    Answerer(session, group)(choice([4], [4] * 5, []))
-    longest = len(session.tokenizer.encode("a b c d e f", add_special_tokens=False))
+def test_answers_may_be_longer_than_the_longest_expected_one_by_a_margin(predictor, group, batches):
+    Answerer(predictor, group)(choice([4], [4] * 5, []))
+    longest = len(predictor.tokenizer.encode("a b c d e f", add_special_tokens=False))
     assert longest > 6
     assert batches[0][2] == longest + EXTRA_TOKENS
 
 
 @torch.no_grad()
-def test_a_long_expected_answer_can_be_right(session, samples):
+def test_a_long_expected_answer_can_be_right(predictor, samples):
     """With a fixed limit of tokens it never was."""
-    session.model.head[session.tokenizer.eos_token_id] = 0  # goes on for ever
+    predictor.model.head[predictor.tokenizer.eos_token_id] = 0  # goes on for ever
     sample = samples[1]
-    features = [session.model.encode_tiles(sample.tiles)]
+    features = [predictor.model.encode_tiles(sample.tiles)]
     settings = {"features": features, "ratios": full_ratios(sample)}
     expected = "x" * 40
-    length = len(session.tokenizer.encode(expected, add_special_tokens=False)) + EXTRA_TOKENS
-    ids = generate_ids(session, [sample], ["A?"], **settings, max_new_tokens=length)
-    question = Question(sample=0, skill="ocr", text="A?", expected=expected)
+    length = len(predictor.tokenizer.encode(expected, add_special_tokens=False)) + EXTRA_TOKENS
+    ids = generate_ids(predictor, [sample], ["A?"], **settings, max_new_tokens=length)
+    question = EvalQuestion(sample=0, skill="ocr", text="A?", expected=expected)
     group = Group(samples=[sample], features=features, questions=[question], first=0)
-    (given,) = Answerer(session, group)(full_ratios(sample))
-    assert given == session.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    (given,) = Answerer(predictor, group)(full_ratios(sample))
+    assert given == predictor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     assert length > 40
 
 
-def test_right_and_wrong_follow_the_questions(session, group, monkeypatch):
+def test_right_and_wrong_follow_the_questions(predictor, group, monkeypatch):
     replies = {"long question about it?": " RED", "Who?": "a b", "Why?": "x", "B?": "x"}
     monkeypatch.setattr(questions_module, "answer", lambda _, __, asked, **___: [replies[q] for q in asked])
-    assert Answerer(session, group).correct(choice([4], [4] * 5, [])) == [True, False, True, False]
+    assert Answerer(predictor, group).correct(choice([4], [4] * 5, [])) == [True, False, True, False]
 
 
-def test_groups_number_samples_through_and_hold_their_own_features(session, monkeypatch):
+def test_groups_number_samples_through_and_hold_their_own_features(predictor, monkeypatch):
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 2)
     sizes = [((32, 32),), ((64, 64),), (), ((64, 32), (32, 32)), ((32, 64),)]
-    samples = [tiled(session, *size, seed=i) for i, size in enumerate(sizes)]
+    samples = [tiled(predictor, *size, seed=i) for i, size in enumerate(sizes)]
     samples = [replace(s, turns=[s.turns[0], replace(s.turns[1], skill="ocr")]) for s in samples]
-    groups = list(read_groups(session, samples))
+    groups = list(read_groups(predictor, samples))
     assert [(g.first, len(g.samples)) for g in groups] == [(0, 2), (2, 2), (4, 1)]
     assert [q.sample for g in groups for q in g.questions] == [0, 1, 2, 3, 4]
     with torch.no_grad():
         for features, sample in zip((f for g in groups for f in g.features), samples, strict=True):
-            torch.testing.assert_close(features, session.model.encode_tiles(sample.tiles))
+            torch.testing.assert_close(features, predictor.model.encode_tiles(sample.tiles))
 
 
-def test_only_turns_with_a_known_skill_are_questions(session):
+def test_only_turns_with_a_known_skill_are_questions(predictor):
     turns = [
         Turn(role=role, text=text, skill=skill)
         for role, text, skill in (
@@ -166,15 +168,15 @@ def test_only_turns_with_a_known_skill_are_questions(session):
             ("gpt", "d", "ocr"),
         )
     ]
-    (group,) = read_groups(session, [replace(tiled(session, (32, 32)), turns=turns)])
+    (group,) = read_groups(predictor, [replace(tiled(predictor, (32, 32)), turns=turns)])
     expected = [("<image>\nA?", "a", "perception"), ("D?", "d", "ocr")]
     assert [(q.text, q.expected, q.skill) for q in group.questions] == expected
 
 
-def test_the_number_of_groups_is_known_before_they_are_read(session, answered, monkeypatch):
+def test_the_number_of_groups_is_known_before_they_are_read(predictor, answered, monkeypatch):
     assert count_groups(answered) == math.ceil(16 / SAMPLES_PER_GROUP) == 1
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 5)
-    assert count_groups(answered) == 4 == len(list(read_groups(session, session.samples(answered))))
+    assert count_groups(answered) == 4 == len(list(read_groups(predictor, predictor.samples(answered))))
 
 
 def scores(*of_samples):

@@ -6,8 +6,7 @@ import torch
 from tests.helpers import encoded_image
 from tests.sessions import router_probabilities, write_model_folder, write_set
 from vico_pl.data.shards.reader import RecordReader, read_index
-from vico_pl.files import write_json
-from vico_pl.inference.calibrate import (
+from vico_pl.evaluation.calibrate import (
     SKILL_SLACK,
     CalibrationPoint,
     calibration_record,
@@ -15,9 +14,10 @@ from vico_pl.inference.calibrate import (
     choose_point,
     measure_curve,
 )
-from vico_pl.inference.questions import silent
+from vico_pl.evaluation.questions import silent
+from vico_pl.files import write_json
+from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER
-from vico_pl.inference.session import Session
 from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.router import RoutingRule
 
@@ -82,15 +82,15 @@ def test_a_budget_that_no_point_meets_is_refused():
         chosen(point(0.0, 0.25), budget=0.2)
 
 
-def test_a_budget_below_that_of_all_tiles_compressed_is_refused_before_measuring(session, answered):
-    check_goal(session, answered, 0.25)
+def test_a_budget_below_that_of_all_tiles_compressed_is_refused_before_measuring(predictor, answered):
+    check_goal(predictor, answered, 0.25)
     with pytest.raises(ValueError, match=r"budget 0\.24 cannot be met: all tiles compressed cost 0\.25"):
-        check_goal(session, answered, 0.24)
+        check_goal(predictor, answered, 0.24)
 
 
 @pytest.fixture(scope="module")
 def curve(model_folder, answered):
-    return measure_curve(Session.load(model_folder), answered)
+    return measure_curve(Predictor.load(model_folder), answered)
 
 
 def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve):
@@ -104,7 +104,7 @@ def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve):
 
 
 def test_each_point_spends_what_its_threshold_says(curve, model_folder, answered):
-    probabilities = router_probabilities(Session.load(model_folder), answered)
+    probabilities = router_probabilities(Predictor.load(model_folder), answered)
     for p in curve:
         compressed = (probabilities >= p.threshold).mean()
         assert p.token_fraction == pytest.approx(1 - 0.75 * compressed)
@@ -118,10 +118,10 @@ def test_a_model_that_answers_itself_is_right_at_full_tokens_and_less_so_below(c
     assert len({p.accuracy["mean"] for p in curve}) > 4
 
 
-def test_retention_is_relative_to_full_tokens(session, answered, tmp_path):
+def test_retention_is_relative_to_full_tokens(predictor, answered, tmp_path):
     """With one of two answers expected wrongly, what is kept of the other still counts in full."""
     records = []
-    for number, sample in enumerate(session.samples(answered)):
+    for number, sample in enumerate(predictor.samples(answered)):
         turns = [turn for turn in sample.turns if turn.skill is not None][:1]
         if turns:
             texts = [
@@ -134,7 +134,7 @@ def test_retention_is_relative_to_full_tokens(session, answered, tmp_path):
             annotation = {"conversations": conversations, "skills": ["ocr", "ocr"]}
             files = {"png": original_image(answered, sample.id), "json": json.dumps(annotation).encode()}
             records.append((f"{number:04d}", files))
-    curve = measure_curve(session, write_set(tmp_path / "half", records))
+    curve = measure_curve(predictor, write_set(tmp_path / "half", records))
     assert curve[0].accuracy["mean"] == 0.5
     assert curve[0].retention == {"perception": None, "reasoning": None, "ocr": 1.0, "mean": 1.0}
     for p in curve:
@@ -152,8 +152,8 @@ def test_the_choice_is_read_back_by_a_session(curve, tmp_path):
     chosen = curve[len(curve) // 2]
     record = calibration_record(curve, chosen, data="val", retention=0.8, budget=None)
     write_json(record, folder / CALIBRATION_NAME)
-    session = Session.load(folder)
-    assert session.rule == RoutingRule(threshold=chosen.threshold)
+    predictor = Predictor.load(folder)
+    assert predictor.rule == RoutingRule(threshold=chosen.threshold)
     stored = json.loads((folder / CALIBRATION_NAME).read_text())
     assert stored["chosen"]["token_fraction"] == chosen.token_fraction
     assert [p["threshold"] for p in stored["curve"]] == [p.threshold for p in curve]
@@ -161,23 +161,23 @@ def test_the_choice_is_read_back_by_a_session(curve, tmp_path):
 
 
 @torch.no_grad()
-def test_the_calibrated_session_spends_what_the_curve_promised(curve, session, answered):
+def test_the_calibrated_session_spends_what_the_curve_promised(curve, predictor, answered):
     point = curve[len(curve) // 2]
-    object.__setattr__(session, "rule", RoutingRule(threshold=point.threshold))
+    object.__setattr__(predictor, "rule", RoutingRule(threshold=point.threshold))
     ratios = torch.cat(
-        [session.route(session.model.encode_tiles(s.tiles)) for s in session.samples(answered)]
+        [predictor.route(predictor.model.encode_tiles(s.tiles)) for s in predictor.samples(answered)]
     )
     assert (4 / ratios).mean().item() == pytest.approx(point.token_fraction)
 
 
-def test_progress_is_shown_with_the_number_of_groups(session, answered):
+def test_progress_is_shown_with_the_number_of_groups(predictor, answered):
     shown = []
 
     def track(groups, title, total):
         shown.append((title, total))
         return silent(groups, title, total)
 
-    measure_curve(session, answered, track=track)
+    measure_curve(predictor, answered, track=track)
     assert shown == [("scoring tiles", 1), ("answering", 1)]
 
 
@@ -186,15 +186,15 @@ def text_record(answer_skill=None):
     return {"json": json.dumps({"conversations": turns, "skills": [answer_skill]}).encode()}
 
 
-def test_a_set_without_images_cannot_calibrate(session, tmp_path):
+def test_a_set_without_images_cannot_calibrate(predictor, tmp_path):
     folder = write_set(tmp_path / "text", [("0", text_record("ocr"))])
     with pytest.raises(ValueError, match="no image to calibrate on"):
-        measure_curve(session, folder)
+        measure_curve(predictor, folder)
 
 
-def test_a_set_without_usable_records_cannot_calibrate(session, tmp_path):
+def test_a_set_without_usable_records_cannot_calibrate(predictor, tmp_path):
     with pytest.raises(ValueError, match="no image to calibrate on"):
-        measure_curve(session, write_set(tmp_path / "bad", [("0", {"json": b"{"})]))
+        measure_curve(predictor, write_set(tmp_path / "bad", [("0", {"json": b"{"})]))
 
 
 @pytest.fixture
@@ -209,23 +209,23 @@ def unasked(tmp_path):
     )
 
 
-def test_a_set_without_skills_has_no_accuracy_to_keep(session, unasked, answered):
-    check_goal(session, answered, None)
+def test_a_set_without_skills_has_no_accuracy_to_keep(predictor, unasked, answered):
+    check_goal(predictor, answered, None)
     with pytest.raises(
         ValueError, match=r"no question with a skill, so no accuracy to keep; .* set a budget"
     ):
-        check_goal(session, unasked, None)
+        check_goal(predictor, unasked, None)
 
 
-def test_a_set_without_skills_does_for_a_budget(session, unasked):
-    check_goal(session, unasked, 0.6)
+def test_a_set_without_skills_does_for_a_budget(predictor, unasked):
+    check_goal(predictor, unasked, 0.6)
     shown = []
 
     def track(groups, title, _):
         shown.append(title)
         return groups
 
-    curve = measure_curve(session, unasked, track=track)
+    curve = measure_curve(predictor, unasked, track=track)
     assert shown == ["scoring tiles"]
     assert {point.accuracy["mean"] for point in curve} == {None}
     chosen = choose_point(curve, retention=0.995, budget=0.6)
@@ -236,13 +236,13 @@ def test_a_set_without_skills_does_for_a_budget(session, unasked):
 def test_a_model_without_router_cannot_be_calibrated(tmp_path, answered):
     folder = write_model_folder(tmp_path / "model", router_heads=None)
     with pytest.raises(ValueError, match="has no router"):
-        measure_curve(Session.load(folder), answered)
+        measure_curve(Predictor.load(folder), answered)
 
 
-def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(session, answered):
-    gate = session.model.router.gating.gate[1]
+def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(predictor, answered):
+    gate = predictor.model.router.gating.gate[1]
     with torch.no_grad():
         gate.weight.zero_()
         gate.bias.zero_()
-    curve = measure_curve(session, answered)
+    curve = measure_curve(predictor, answered)
     assert [(p.threshold, p.token_fraction) for p in curve] == [(NEVER, 1.0), (0.5, 0.25), (0.0, 0.25)]

@@ -25,7 +25,7 @@ from vico_pl.types import TiledSample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Session:
+class Predictor:
     """What is needed to answer questions about images.
 
     Patch features stay on the model's device; scores and ratios, which choose among tiles, are on the CPU.
@@ -39,7 +39,7 @@ class Session:
     rule: RoutingRule | None  # None: not calibrated
 
     @classmethod
-    def load(cls, folder: Path, *, device: str = "auto") -> "Session":
+    def load(cls, folder: Path, *, device: str = "auto") -> "Predictor":
         """Open a model folder in any layout, on a GPU if there is one.
 
         On a GPU weights keep their stored type; on a CPU they are float32, which is faster there.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vico_pl.data.shards.reader import read_index
 from vico_pl.inference.generate import answer
-from vico_pl.inference.session import Session
+from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Sample, TiledSample
 
 SKILLS = ("perception", "reasoning", "ocr")
@@ -22,7 +22,7 @@ EXTRA_TOKENS = 8  # an answer longer than the expected one by these is wrong, wh
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class EvalQuestion:
     """One question of an evaluation set."""
 
     sample: int  # position of its sample in the set
@@ -37,7 +37,7 @@ class Group:
 
     samples: list[TiledSample]
     features: list[Float[Tensor, "_ P C"]]
-    questions: list[Question]
+    questions: list[EvalQuestion]
     first: int  # position of the first sample in the set
 
 
@@ -55,12 +55,12 @@ def count_groups(folder: Path) -> int:
     return -(-read_index(folder).num_samples // SAMPLES_PER_GROUP)
 
 
-def read_groups(session: Session, samples: Iterable[TiledSample]) -> Iterator[Group]:
+def read_groups(predictor: Predictor, samples: Iterable[TiledSample]) -> Iterator[Group]:
     """Encode samples group by group; never more than one group is held."""
     first = 0
     for members in batched(samples, SAMPLES_PER_GROUP):
         with torch.no_grad():
-            features = session.encode(torch.cat([s.tiles for s in members]))
+            features = predictor.encode(torch.cat([s.tiles for s in members]))
         yield Group(
             samples=members,
             features=list(features.split([len(s.tiles) for s in members])),
@@ -85,11 +85,11 @@ def has_questions(samples: Iterable[Sample]) -> bool:
 class Answerer:
     """Answers all questions of one group at any choice of ratios; equal choices are answered once."""
 
-    def __init__(self, session: Session, group: Group) -> None:
+    def __init__(self, predictor: Predictor, group: Group) -> None:
         """Answer nothing yet."""
-        self._session, self._group = session, group
+        self._session, self._group = predictor, group
         self._known: dict[_Key, str] = {}
-        tokenizer = session.tokenizer
+        tokenizer = predictor.tokenizer
         self._limits = [
             len(tokenizer.encode(q.expected, add_special_tokens=False)) + EXTRA_TOKENS
             for q in group.questions
@@ -189,7 +189,7 @@ def accuracy_by_skill(skills: Sequence[str], correct: Sequence[bool]) -> dict[st
     return {**table, "mean": sum(present) / len(present) if present else None}
 
 
-def _questions(sample: TiledSample, position: int) -> Iterator[Question]:
+def _questions(sample: TiledSample, position: int) -> Iterator[EvalQuestion]:
     for human, gpt in zip(sample.turns[::2], sample.turns[1::2], strict=True):
         if gpt.skill in SKILLS:
-            yield Question(sample=position, skill=gpt.skill, text=human.text, expected=gpt.text)
+            yield EvalQuestion(sample=position, skill=gpt.skill, text=human.text, expected=gpt.text)

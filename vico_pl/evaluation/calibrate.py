@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vico_pl.data.shards.inspect import read_samples
-from vico_pl.inference.questions import (
+from vico_pl.evaluation.questions import (
     Answerer,
     Group,
     Track,
@@ -20,8 +20,8 @@ from vico_pl.inference.questions import (
     silent,
     vision_tokens,
 )
+from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER, compress_probability
-from vico_pl.inference.session import Session
 
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
 SKILL_SLACK = (
@@ -39,7 +39,7 @@ class CalibrationPoint:
     retention: dict[str, float | None]  # accuracy over that of full tokens
 
 
-def measure_curve(session: Session, folder: Path, *, track: Track = silent) -> list[CalibrationPoint]:
+def measure_curve(predictor: Predictor, folder: Path, *, track: Track = silent) -> list[CalibrationPoint]:
     """Answer the questions of a folder at thresholds that compress from no tile to all.
 
     Without questions that have a skill the curve has token fractions alone, which do for a budget.
@@ -49,9 +49,9 @@ def measure_curve(session: Session, folder: Path, *, track: Track = silent) -> l
     """
 
     def groups(title: str) -> Iterable[Group]:
-        return track(read_groups(session, session.samples(folder)), title, count_groups(folder))
+        return track(read_groups(predictor, predictor.samples(folder)), title, count_groups(folder))
 
-    scores = [p for group in groups("scoring tiles") for p in _probabilities(session, group)]
+    scores = [p for group in groups("scoring tiles") for p in _probabilities(predictor, group)]
     if not sum(map(len, scores)):
         raise ValueError(f"{folder}: no image to calibrate on")
     thresholds = list(dict.fromkeys(_between(scores, fraction) for fraction in COMPRESSED_FRACTIONS))
@@ -59,16 +59,16 @@ def measure_curve(session: Session, folder: Path, *, track: Track = silent) -> l
     correct: list[list[bool]] = [[] for _ in thresholds]
     for group in groups("answering") if has_questions(read_samples(folder)) else ():
         own = scores[group.first : group.first + len(group.samples)]
-        choices = [at_threshold(own, threshold, ratios=session.model.ratios) for threshold in thresholds]
-        answerer = Answerer(session, group)
+        choices = [at_threshold(own, threshold, ratios=predictor.model.ratios) for threshold in thresholds]
+        answerer = Answerer(predictor, group)
         answerer.prepare(choices)
         skills += [q.skill for q in group.questions]
         for column, ratios in zip(correct, choices, strict=True):
             column += answerer.correct(ratios)
-    return list(_points(session, scores, thresholds, skills, correct))
+    return list(_points(predictor, scores, thresholds, skills, correct))
 
 
-def check_goal(session: Session, folder: Path, budget: float | None) -> None:
+def check_goal(predictor: Predictor, folder: Path, budget: float | None) -> None:
     """Refuse, before any measuring, a budget below that of all tiles compressed, or data without questions.
 
     Raises:
@@ -81,7 +81,7 @@ def check_goal(session: Session, folder: Path, budget: float | None) -> None:
                 "evaluation sets, or set a budget of vision tokens"
             )
         return
-    cheapest = session.model.ratios[0] / session.model.ratios[-1]
+    cheapest = predictor.model.ratios[0] / predictor.model.ratios[-1]
     if budget < cheapest:
         raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest}")
 
@@ -121,8 +121,8 @@ def calibration_record(
 
 
 @torch.no_grad()
-def _probabilities(session: Session, group: Group) -> list[torch.Tensor]:
-    return [compress_probability(session.router_logits(features)) for features in group.features]
+def _probabilities(predictor: Predictor, group: Group) -> list[torch.Tensor]:
+    return [compress_probability(predictor.router_logits(features)) for features in group.features]
 
 
 def _between(scores: Sequence[torch.Tensor], compressed_fraction: float) -> float:
@@ -137,14 +137,14 @@ def _between(scores: Sequence[torch.Tensor], compressed_fraction: float) -> floa
 
 
 def _points(
-    session: Session,
+    predictor: Predictor,
     scores: Sequence[torch.Tensor],
     thresholds: Sequence[float],
     skills: Sequence[str],
     correct: Sequence[Sequence[bool]],
 ) -> Iterator[CalibrationPoint]:
     full = accuracy_by_skill(skills, correct[0])
-    model = session.model
+    model = predictor.model
     for threshold, right in zip(thresholds, correct, strict=True):
         chosen = at_threshold(scores, threshold, ratios=model.ratios)
         spent = sum(vision_tokens(chosen, num_patches=model.vision.num_patches))

@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from vico_pl.evaluation import picture
-from vico_pl.evaluation.picture import COMPRESSED, FRAME, GAP, KEPT, MARK_HEIGHT, THUMBNAIL, draw_routing
+from vico_pl.evaluation import pictures
+from vico_pl.evaluation.pictures import COMPRESSED, FRAME, GAP, KEPT, MARK_HEIGHT, THUMBNAIL, draw_routing
 
 NOISE = torch.randint(0, 256, (3, 64, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 WHITE = torch.full((3, 64, 128), 255, dtype=torch.uint8)
@@ -16,7 +16,7 @@ def draw(image, ratios, *, grid=(2, 1), caption=""):
 
 def card(drawn, column, *, grid=(2, 1), row=0):
     """Cut out a tile with its frame."""
-    side = picture._tile_side(grid)
+    side = pictures._tile_side(grid)
     width, height = side + 2 * FRAME, side + MARK_HEIGHT + FRAME
     x, y = column * (width + GAP), row * (height + GAP)
     return np.asarray(drawn.crop((x, y, x + width, y + height)), dtype=float)
@@ -71,7 +71,7 @@ def test_thumbnail_stands_beside_with_its_own_state(ratio, colour):
 @pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 3), (3, 2), (4, 3), (2, 5)])
 def test_tiles_are_readable_and_the_page_is_not_wide(grid):
     ratios = [4] * (grid[0] * grid[1] + 1)
-    assert picture._tile_side(grid) >= 150
+    assert pictures._tile_side(grid) >= 150
     assert draw(WHITE, ratios, grid=grid).width <= 950
 
 
