@@ -150,10 +150,8 @@ def _resume_table(resume: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _padding_sentence(padding: dict[str, int]) -> str:
-    return (
-        f"Padding: {padding['wasted']:,} of {padding['tokens']:,} tokens in {padding['micro_batches']} micro-batches "
-        "belong to no sample."
-    )
+    wasted, tokens, count = padding["wasted"], padding["tokens"], padding["micro_batches"]
+    return f"Padding: {wasted:,} of {tokens:,} tokens in {count} micro-batches belong to no sample."
 
 
 def _memory_sentence(mib: list[float]) -> str:
