@@ -9,8 +9,9 @@ import numpy as np
 from vico_pl.data.packing import MicroBatchLimits, assign_to_ranks, split_into_micro_batches
 from vico_pl.model.flops import count_flops
 from vico_pl.model.vlm import ModelSpec
-from vico_pl.stages.consistency import ConsistencyConfig, draw_sample_ratios
-from vico_pl.stages.cost import ConsistencyCost
+from vico_pl.recipe import RunConfig
+from vico_pl.stages.consistency import ConsistencyCost, ConsistencyStage
+from vico_pl.stages.settings import ModelConfig
 
 RANKS, SAMPLES = 64, 8  # samples of a rank's share, on average
 PACK_TOKENS = 8192  # at drawn ratios: what packing by tokens fills
@@ -114,8 +115,8 @@ def cost_of(size: str) -> ConsistencyCost:
     """Return what a sample costs in stage 1 of a model of that size, everything trained."""
     language = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
     spec = ModelSpec(vision=VISION, language={**language, **LANGUAGE[size]}, ratios=RATIOS, placeholder_id=0)
-    draw = ConsistencyConfig().ratio_draw
-    return ConsistencyCost(flops=count_flops(spec), ratios=RATIOS, ratio_draw=draw, seed=0)
+    run = RunConfig(stage="consistency", run_dir="", model=ModelConfig(path=size, ratios=RATIOS))
+    return ConsistencyStage.cost(run, count_flops(spec))
 
 
 def draw_samples(cost: ConsistencyCost, *, step: int) -> list[Sample]:
@@ -132,7 +133,7 @@ def draw_samples(cost: ConsistencyCost, *, step: int) -> list[Sample]:
 
 
 def _sample(cost: ConsistencyCost, position: int, tiles: int, text: int, estimate: int) -> Sample:
-    tokens, drawn = text + TEMPLATE_TOKENS, _drawn_ratios(cost, position, tiles)
+    tokens, drawn = text + TEMPLATE_TOKENS, cost.ratios_at(position, [tiles])
     return Sample(
         cost=cost(position, [tiles], tokens),
         estimate=cost(position, [tiles], estimate),
@@ -140,10 +141,6 @@ def _sample(cost: ConsistencyCost, position: int, tiles: int, text: int, estimat
         full_tokens=tokens + tiles * TOKENS_PER_TILE[RATIOS[0]],
         drawn_tokens=tokens + sum(TOKENS_PER_TILE[ratio] for ratio in drawn),
     )
-
-
-def _drawn_ratios(cost: ConsistencyCost, position: int, tiles: int) -> list[int]:
-    return draw_sample_ratios(position, [tiles], ratios=RATIOS, mode=cost.ratio_draw, seed=cost.seed)
 
 
 def _balance(samples: Sequence[Sample], assigned: Hands) -> float:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.helpers import encoded_image
-from vico_pl.data import annotations
 from vico_pl.data.decode import read_image
+from vico_pl.data.shards import annotations
 from vico_pl.data.shards.annotations import ShardLimits, build_from_annotations
 from vico_pl.data.shards.inspect import find_faults, read_samples
 from vico_pl.data.shards.reader import RecordReader, read_index, write_shard

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from vico_pl.data import preview
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.data.shards import preview
 from vico_pl.data.shards.preview import contact_sheet, text_block, to_pillow
 from vico_pl.types import Sample, Turn
 

@@ -10,8 +10,8 @@ import fsspec
 import pytest
 
 from tests.servers import serving
+from vico_pl.data.shards import remote
 from vico_pl.data.shards.index import ShardEntry
-from vico_pl.data.shards.reader import remote
 from vico_pl.data.shards.remote import ShardCache, fetch_bytes
 from vico_pl.errors import RecordError
 

@@ -9,7 +9,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vico_pl.data.shards.reader import tars
+from vico_pl.data.shards import tars
 from vico_pl.errors import RecordError
 
 NAMES = [
