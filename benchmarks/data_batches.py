@@ -46,8 +46,8 @@ LANGUAGE = {
     },
 }
 TITLES = {
-    "dealt": "dealt by cost as estimated from the index",
-    "dealt_exactly": "dealt by cost as it will be",
+    "dealt": "assigned by cost as estimated from the index",
+    "dealt_exactly": "assigned by cost as it will be",
     "dealt_in_step": "assigned by estimated cost, ranks waiting after each micro-batch (sharded models)",
     "contiguous": f"{SAMPLES} neighbours each",
     "tokens": f"micro-batches of {PACK_TOKENS} tokens at drawn ratios, one each",

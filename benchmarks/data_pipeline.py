@@ -120,7 +120,7 @@ def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
     """
     module = open_module(folder, tile_size=32)  # the size of a tile's image plays no part
     ranks = [iter(RankBatches(module, first_step=0, rank=rank, world=WORLD)) for rank in range(WORLD)]
-    counts = {"tokens": 0, "wasted": 0, "micro-batches": 0}
+    counts = {"tokens": 0, "wasted": 0, "micro_batches": 0}
     for _ in range(steps):
         for micro_batch in _packs([next(rank) for rank in ranks]):
             tokens = _tokens(micro_batch)
@@ -130,7 +130,7 @@ def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
             total = len(micro_batch.input_ids) + micro_batch.num_tiles * (TOKENS_PER_TILE - 1)
             counts["tokens"] += total
             counts["wasted"] += total - useful
-            counts["micro-batches"] += 1
+            counts["micro_batches"] += 1
     return counts
 
 

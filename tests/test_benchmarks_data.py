@@ -154,7 +154,7 @@ def test_padding_is_what_fillers_add(tmp_path):
     """Of text alone every micro-batch needs the dummy's tile; of images none does."""
     pipeline.write_many(tmp_path / "texts", shards=1, samples=64)
     counts = pipeline.measure_padding(tmp_path / "texts", steps=1)
-    assert counts["micro-batches"] == pipeline.WORLD
+    assert counts["micro_batches"] == pipeline.WORLD
     dummy = next(
         iter(pipeline.RankBatches(pipeline.open_module(tmp_path / "texts"), first_step=0, rank=0, world=8))
     )

@@ -174,9 +174,9 @@ def test_only_turns_with_a_known_skill_are_questions(predictor):
 
 
 def test_the_number_of_groups_is_known_before_they_are_read(predictor, answered, monkeypatch):
-    assert count_groups(answered) == math.ceil(16 / SAMPLES_PER_GROUP) == 1
+    assert count_groups(answered) == math.ceil(14 / SAMPLES_PER_GROUP) == 1
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 5)
-    assert count_groups(answered) == 4 == len(list(read_groups(predictor, predictor.samples(answered))))
+    assert count_groups(answered) == 3 == len(list(read_groups(predictor, predictor.samples(answered))))
 
 
 def scores(*of_samples):
