@@ -12,7 +12,7 @@ from tests.data.test_module import data_module, global_batches
 from tests.servers import serving
 from vico_pl.data.shards import reader as shards as shards_module
 from vico_pl.errors import RecordError
-from vico_pl.keys import SampleNames
+from vico_pl.audit import SampleNames
 from vico_pl.data.module import SourceConfig
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
 from vico_pl.data.shards.reader import opened, remote
