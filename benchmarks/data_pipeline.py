@@ -23,7 +23,7 @@ import harness
 import numpy as np
 from data_images import draw_jpeg
 
-from vico_pl.data.module import DataConfig, DataModule, Shares, SourceConfig
+from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
 from vico_pl.data.shards.index import INDEX_NAME
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
@@ -103,7 +103,7 @@ def measure_resume(folder: Path, *, samples: int, repeats: int = 3) -> dict[str,
 
 def _seconds_to_resume(folder: Path, *, first_step: int) -> float:
     start = time.perf_counter()
-    share = next(iter(Shares(open_module(folder), first_step=first_step, rank=0, world=WORLD)))
+    share = next(iter(RankBatches(open_module(folder), first_step=first_step, rank=0, world=WORLD)))
     taken = time.perf_counter() - start
     if not share.ids:
         raise RuntimeError(f"no sample in step {first_step}")
@@ -119,7 +119,7 @@ def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
     Ranks run as many micro-batches as the one with most, with the dummy where they have none left.
     """
     module = open_module(folder, tile_size=32)  # the size of a tile's image plays no part
-    ranks = [iter(Shares(module, first_step=0, rank=rank, world=WORLD)) for rank in range(WORLD)]
+    ranks = [iter(RankBatches(module, first_step=0, rank=rank, world=WORLD)) for rank in range(WORLD)]
     counts = {"tokens": 0, "wasted": 0, "micro-batches": 0}
     for _ in range(steps):
         for micro_batch in _packs([next(rank) for rank in ranks]):
@@ -159,7 +159,7 @@ def measure_memory(folder: Path, *, samples: int, epochs: int) -> list[float]:
 
 def watch_memory(folder: Path, *, samples: int, epochs: int) -> list[float]:
     """Read a set again and again as one rank and return MiB held after each epoch."""
-    shares = iter(Shares(open_module(folder), first_step=0, rank=0, world=1))
+    shares = iter(RankBatches(open_module(folder), first_step=0, rank=0, world=1))
     held = []
     for _ in range(epochs):
         for _ in islice(shares, samples // BATCH):

@@ -1,16 +1,16 @@
-"""How true the memory is that `vico plan` tells: steps of a small model, measured and predicted.
+"""How accurate the memory of `vico plan` is: steps of a small model, measured and predicted.
 
-Every measurement is a process of its own that builds the models of a stage, runs a micro-batch as in the middle of a
-run and steps the optimizer, and reports by how much the peak of its memory rose. `vico_pl.planning` predicts
-the same from the recipe alone. The model has 0.16 billion parameters, in float32, so that what is counted is
-far more than what a process takes anyway.
+Every measurement is a process of its own that builds a stage with weights, runs a micro-batch as in the
+middle of a run, steps the optimizer and reports by how much the peak of its memory rose. `vico_pl.planning`
+predicts the same from the recipe alone. The model has 0.16 billion parameters, in float32, so that what is
+counted is far more than what a process takes anyway.
 """
 
 import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,19 +20,14 @@ os.environ.update(MALLOC_MMAP_THRESHOLD_="262144", MALLOC_TRIM_THRESHOLD_="26214
 import harness
 import torch
 from harness import Goal
-from torch import Tensor
 
 from vico_pl.config import parse_config
-from vico_pl.losses.consistency import consistency_kl
-from vico_pl.model.blocks import checkpoint_blocks
-from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import build_optimizer
-from vico_pl.planning.memory import GIB, MicroBatch, draw_batch, measure_memory, per_gpu
-from vico_pl.planning.models import ModelSource
+from vico_pl.planning.memory import GIB, draw_batch, measure_memory, per_gpu, ready, trained_parameters
+from vico_pl.planning.sources import MicroBatch, ModelShape
 from vico_pl.recipe import RunConfig
-from vico_pl.stages.labels import tile_loss_ratios
-from vico_pl.types import Batch
+from vico_pl.stages import build_stage
 
 GOALS = {"plan_memory_error": Goal(0.10)}
 SPEC = ModelSpec(
@@ -69,29 +64,30 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 2, a label per tile": {"stage": "router", "label_mode": "tile", "num_samples": 12},
     "stage 2, a label per image": {"stage": "router", "label_mode": "image"},
 }
-PACK = MicroBatch(num_samples=3, tiles=4, text_tokens=100, response_tokens=50)
+MICRO_BATCH = MicroBatch(num_samples=3, tiles=4, text_tokens=100, response_tokens=50)
 
 
-def recipe(case: str) -> tuple[RunConfig, bool]:
-    """Return the configuration of a case, and whether activations are recomputed."""
+def recipe(case: str) -> RunConfig:
+    """Return the configuration of a case."""
     settings = {"trainable": ["vision", "connectors", "language"], "label_mode": "tile", **CASES[case]}
     model = {"path": "start", "reference": "other", "router_heads": 8, "trainable": settings["trainable"]}
-    config = parse_config(
+    return parse_config(
         {
             "stage": settings["stage"],
             "run_dir": "unused",
             "model": model,
-            "router": {"label_mode": settings["label_mode"]},
+            "router": {"label_mode": settings["label_mode"], "min_history": 1},
+            "consistency": {"ratio_draw": "full"},
             "data": {"sources": [{"path": "unused"}]},
+            "trainer": {"activation_checkpointing": settings.get("checkpointing", False)},
         },
         name=case,
     )
-    return config, settings.get("checkpointing", False)
 
 
 def micro_batch_of(case: str) -> MicroBatch:
     """Return the micro-batch of a case: larger where little of it stays in memory."""
-    return replace(PACK, num_samples=CASES[case].get("num_samples", PACK.num_samples))
+    return replace(MICRO_BATCH, num_samples=CASES[case].get("num_samples", MICRO_BATCH.num_samples))
 
 
 # --- What is measured ---------------------------------------------------------------------------------------
@@ -105,66 +101,44 @@ def measure(case: str) -> dict[str, float]:
     return harness.measure(lambda: train(case, micro_batch_of(case)))
 
 
-def train(case: str, micro_batch: MicroBatch) -> None:
-    """Build the models of a case with weights and run a micro-batch as in the middle of a run.
+class RandomModels:
+    """Gives a stage models with random weights, that of the reference its own."""
 
-    The optimizer has its averages by then, and an earlier micro-batch of the same step has left its gradients.
+    same_weights = False
+
+    def policy(self) -> VisionLanguageModel:
+        """Return the model to train."""
+        return VisionLanguageModel(SPEC)
+
+    def reference(self) -> VisionLanguageModel:
+        """Return the model that it is compared with."""
+        return VisionLanguageModel(SPEC)
+
+
+def train(case: str, micro_batch: MicroBatch) -> None:
+    """Build the stage of a case with weights and run a micro-batch as in the middle of a run.
+
+    The optimizer has its averages by then, and an earlier micro-batch of the same step left its gradients.
     """
-    config, checkpointing = recipe(case)
-    start = {"consistency": start_consistency, "router": start_router}[config.stage]
-    policy, run_pack = start(config, checkpointing=checkpointing)
-    trained = [p for p in policy.parameters() if p.requires_grad]
+    config = recipe(case)
+    stage = ready(build_stage(config, RandomModels()))
+    trained = trained_parameters(stage)
     optimizer = build_optimizer(trained, config.optim, num_steps=2)["optimizer"]
     for parameter in trained:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
-    drawn = draw_batch(policy, micro_batch)
+    drawn = draw_batch(stage.trained_model(), micro_batch)
     batch = replace(drawn, tiles=torch.zeros(drawn.tiles.shape, dtype=torch.uint8))
-    run_pack(batch).backward()
+    stage.step(batch).loss_sum.backward()
     optimizer.step()
-
-
-def start_consistency(
-    config: RunConfig, *, checkpointing: bool
-) -> tuple[VisionLanguageModel, Callable[[Batch], Tensor]]:
-    """Stage 1: a policy that is trained in part, and a reference of its own."""
-    policy, reference = VisionLanguageModel(SPEC).train(), FrozenReference(VisionLanguageModel(SPEC))
-    policy.router.requires_grad_(requires_grad=False)
-    for name in {"vision", "connectors", "language"} - set(config.model.trainable):
-        getattr(policy, name).requires_grad_(requires_grad=False)
-    for part in (policy.vision, policy.language) if checkpointing else ():
-        checkpoint_blocks(part)
-
-    def run_pack(batch: Batch) -> Tensor:
-        features = policy.encode_tiles(batch.tiles)
-        states = policy.response_states(batch, features, policy.full_ratios(batch))
-        target = reference.response_states(batch)
-        return consistency_kl(states, policy.head, target, reference.head).sum()
-
-    return policy, run_pack
-
-
-def start_router(
-    config: RunConfig, *, checkpointing: bool
-) -> tuple[VisionLanguageModel, Callable[[Batch], Tensor]]:
-    """Stage 2: a router on frozen models."""
-    policy, reference = (FrozenReference(VisionLanguageModel(SPEC)) for _ in range(2))
-    router, mode = policy.model.router.requires_grad_(), config.router.label_mode
-
-    def run_pack(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            features = policy.model.encode_tiles(batch.tiles)
-            tile_loss_ratios(policy.model, reference, batch, features, mode=mode, epsilon=1e-3)
-        return router(features).sum()
-
-    return policy.model, run_pack
 
 
 def predict(case: str, micro_batch: MicroBatch) -> dict[str, float]:
     """Return what the plan says of a case, in MiB by term."""
-    config, checkpointing = recipe(case)
-    source = ModelSource(name="this benchmark", spec=SPEC, dtype=torch.float32)
-    memory = measure_memory(config, source, micro_batch, checkpointing=checkpointing)
+    config = recipe(case)
+    shape = ModelShape(name="this benchmark", spec=SPEC, dtype=torch.float32)
+    checkpointing = config.trainer.activation_checkpointing
+    memory = measure_memory(config, shape, micro_batch, checkpointing=checkpointing)
     terms = per_gpu(memory, sharded=False, world=1, foreach=False)
     return {name: size / GIB * 1024 for name, size in terms.items()}
 
@@ -184,7 +158,7 @@ def compare(cases: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def error(result: dict[str, Any]) -> float:
-    """Return by what share of the measured memory a prediction is off."""
+    """Return the relative error of a prediction."""
     return result["predicted_mib"] / result["measured_mib"] - 1
 
 
@@ -209,7 +183,7 @@ def _row(case: str, result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one measurement, or all of them and write what they gave."""
-    parser = harness.parser("Compare the memory that `vico plan` tells with memory that was measured.")
+    parser = harness.parser("Compare the memory that `vico plan` predicts with memory that was measured.")
     parser.add_argument("--measure", choices=CASES, help="one measurement in this process, as JSON")
     given = parser.parse_args(arguments)
     if given.measure:

@@ -7,10 +7,7 @@ padded on the right to the longest, logits at every position, then those of the 
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import harness
@@ -24,7 +21,6 @@ from torch.nn.utils.rnn import pad_sequence
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.reference_cache import ReferenceCache
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
 
@@ -49,7 +45,7 @@ TINY = {
     "vocab_size": 64,
 }
 TILES = (1, 3, 5, 7, 10, 13)  # of the samples of a step
-ROUNDS, CACHED_ROUNDS = 7, 3
+ROUNDS = 7
 # What grows, one at a time; the rest stays at `USUAL`.
 USUAL = {"tiles": 5, "response": 100, "vocabulary": 4096}
 SWEEPS = {
@@ -74,12 +70,12 @@ class Steps:
         generator = torch.Generator().manual_seed(0)
         self.ratios = torch.tensor([4, 16])[torch.randint(2, (batch.num_tiles,), generator=generator)]
 
-    def ours(self, reference: FrozenReference | None = None) -> Tensor:
+    def ours(self) -> Tensor:
         """Take the step of stage 1: packed, heads on response tokens only."""
         states = self.policy.response_states(
             self.batch, self.policy.encode_tiles(self.batch.tiles), self.ratios
         )
-        wanted = (reference or self.reference).response_states(self.batch)
+        wanted = self.reference.response_states(self.batch)
         kl = consistency_kl(states, self.policy.head, wanted, self.reference.head)
         return self._backward(kl)
 
@@ -118,8 +114,7 @@ def usual_batch() -> Batch:
     order = (3, 0, 5, 1, 4, 2)  # long answers are not those to the largest images
     spec = spec_of(**SHAPE)
     return collate(
-        [draw_sample(spec, tiles=n, text=texts[i], seed=i) for n, i in zip(TILES, order, strict=True)],
-        with_digests=True,
+        [draw_sample(spec, tiles=n, text=texts[i], seed=i) for n, i in zip(TILES, order, strict=True)]
     )
 
 
@@ -147,17 +142,6 @@ def measure_pair(steps: Steps, *, rounds: int) -> dict[str, Any]:
     ours, plain = steps.ours().item(), steps.plain().item()
     times = harness.paired(steps.ours, steps.plain, rounds=rounds, warm_up=False)
     return {"loss_difference": abs(ours / plain - 1), "cpu_s": times}
-
-
-def measure_cached(steps: Steps, *, rounds: int) -> list[tuple[float, float]]:
-    """Time steps whose states of the reference are read from disk, in turns with those that compute them."""
-    with TemporaryDirectory() as folder:
-        cache = ReferenceCache(
-            Path(folder), fingerprint="step", width=steps.original.head.shape[1], max_gib=1.0
-        )
-        reference = FrozenReference(steps.original, cache=cache)
-        reference.response_states(steps.batch)
-        return harness.paired(partial(steps.ours, reference), steps.ours, rounds=rounds, warm_up=False)
 
 
 def over_line(sizes: Sequence[int], values: Sequence[float]) -> float:
@@ -195,9 +179,7 @@ def tables(details: dict[str, Any]) -> str:
     ]
     lines = [
         *harness.heading(details),
-        *harness.figure_table(details["figures"], GOALS)[:-1],
-        *(f"| `{name}` | {value} | reported |" for name, value in details.get("reported", {}).items()),
-        "",
+        *harness.figure_table(details["figures"], GOALS),
         f"| a step of {len(TILES)} samples with {TILES[0]} to {TILES[-1]} tiles | ours | plain |",
         "|---|---|---|",
         f"| processor time | {ours:.2f} s | {plain:.2f} s |",
@@ -221,11 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     torch.set_num_threads(1)
     steps = Steps(usual_batch())
-    pair, cached = measure_pair(steps, rounds=ROUNDS), measure_cached(steps, rounds=CACHED_ROUNDS)
     details: dict[str, Any] = {
-        "pair": pair,
-        "cached": {"cpu_s": cached},
-        "reported": {"step_time_cached_over_uncached": round(harness.median_ratio(cached), 4)},
+        "pair": measure_pair(steps, rounds=ROUNDS),
         "memory": {name: harness.measure_apart(__file__, name) for name in ("ours", "plain")},
         "scaling": {
             what: {str(size): harness.measure_apart(__file__, f"{what}={size}") for size in sizes}

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import vico_pl.trainer
 from tests.helpers import TILE
-from vico_pl.build import build_stage
-from vico_pl.config import open_run
+from vico_pl.prepare import prepare_run
+from vico_pl.stages import build_stage
 from vico_pl.trainer import train
 
 STEPS = 6
@@ -37,7 +37,7 @@ def recipe(folder, stage, shards, **sections):
 
 
 def run(recipe_path, *overrides):
-    return train(open_run(recipe_path, overrides))
+    return train(prepare_run(recipe_path, overrides))
 
 
 def weights(run_dir):

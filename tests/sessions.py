@@ -13,8 +13,8 @@ from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.files import write_json
 from vico_pl.inference.generate import generate_ids
+from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.folder import save_model
-from vico_pl.model.families.ours import CALIBRATION_NAME
 from vico_pl.tokens import PLACEHOLDER, build_tokenizer, token_id
 from vico_pl.types import Record
 

@@ -156,7 +156,7 @@ def test_padding_is_what_fillers_add(tmp_path):
     counts = pipeline.measure_padding(tmp_path / "texts", steps=1)
     assert counts["micro-batches"] == pipeline.WORLD
     dummy = next(
-        iter(pipeline.Shares(pipeline.open_module(tmp_path / "texts"), first_step=0, rank=0, world=8))
+        iter(pipeline.RankBatches(pipeline.open_module(tmp_path / "texts"), first_step=0, rank=0, world=8))
     )
     (tokens,) = pipeline._tokens(dummy.dummy)
     assert counts["wasted"] == pipeline.WORLD * tokens

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from tests.scripts import BENCHMARKS, load_benchmark
 from vico_pl.model.branches import branch_states
 from vico_pl.model.flops import flops_of
 from vico_pl.model.language import run_packed
-from vico_pl.model.reference import FrozenReference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
 
@@ -93,19 +91,6 @@ def test_a_step_and_a_plain_one_have_the_same_loss_and_gradients():
     ours, plain = gradients(steps.ours), gradients(steps.plain)
     assert ours[0] > 0.01
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
-
-
-def test_a_step_with_kept_states_computes_them_once_and_has_the_same_loss(monkeypatch):
-    monkeypatch.setattr(step, "SHAPE", TINY)
-    steps = step.Steps(step.usual_batch())
-    compute = mock.Mock(wraps=steps.reference._compute_states)
-    monkeypatch.setattr(FrozenReference, "_compute_states", lambda _, *args: compute(*args))
-    losses = []
-    monkeypatch.setattr(steps, "ours", lambda *args: losses.append(step.Steps.ours(steps, *args).item()))
-    assert len(step.measure_cached(steps, rounds=2)) == 2
-    assert compute.call_count == 1 + 2  # to keep them, and in the steps without
-    assert len(losses) == 4
-    assert len(set(losses)) == 1
 
 
 def test_growth_is_held_against_the_line_through_its_ends():

@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from tests.released import write_official
-from vico_pl.config import config_differences, load_config, open_run, save_config
+from vico_pl.config import config_differences, load_config, save_config
 from vico_pl.model.families import hub
+from vico_pl.prepare import prepare_run
 
 RECIPE = {
     "stage": "consistency",
@@ -156,25 +157,25 @@ def test_a_saved_configuration_loads_as_the_same(recipe, tmp_path):
 
 def test_a_run_keeps_its_settings_and_refuses_others(recipe, tmp_path):
     run_dir = f"run_dir={tmp_path}/run"
-    config = open_run(recipe(), [run_dir])
+    config = prepare_run(recipe(), [run_dir])
     assert load_config(tmp_path / "run" / "config.yaml", []) == config
-    assert open_run(recipe(), [run_dir]) == config
+    assert prepare_run(recipe(), [run_dir]) == config
     with pytest.raises(ValueError, match="holds a run with other settings") as caught:
-        open_run(recipe(), [run_dir, "optim.lr=0.5", "data.batch_size=8"])
+        prepare_run(recipe(), [run_dir, "optim.lr=0.5", "data.batch_size=8"])
     assert "(data.batch_size: 4 -> 8; optim.lr: 1e-05 -> 0.5); set run_dir" in str(caught.value)
     assert load_config(tmp_path / "run" / "config.yaml", []) == config
 
 
 def test_settings_that_change_no_result_may_change(recipe, tmp_path):
     run_dir = f"run_dir={tmp_path}/run"
-    open_run(recipe(), [run_dir])
+    prepare_run(recipe(), [run_dir])
     harmless = [
         "data.num_workers=3",
         "trainer.checkpoint_every=7",
         "trainer.keep_checkpoints=9",
         "trainer.log_every=1",
     ]
-    assert open_run(recipe(), [run_dir, *harmless]).data.num_workers == 3
+    assert prepare_run(recipe(), [run_dir, *harmless]).data.num_workers == 3
 
 
 def test_differences_are_listed_down_to_the_key(recipe):
@@ -197,7 +198,7 @@ def released(tmp_path):
 
 def test_a_run_takes_from_the_model_what_the_recipe_leaves_open(recipe, released, tmp_path):
     data = {**RECIPE["data"], "tiling": {"max_tiles": 2}, "chat": {"max_tokens": 99}}
-    config = open_run(recipe(model={"path": str(released)}, data=data), [f"run_dir={tmp_path}/run"])
+    config = prepare_run(recipe(model={"path": str(released)}, data=data), [f"run_dir={tmp_path}/run"])
     assert (config.data.tiling.tile_size, config.data.tiling.max_tiles) == (56, 2)
     assert (config.data.chat.system is not None, config.data.chat.max_tokens) == (True, 99)
     assert load_config(tmp_path / "run" / "config.yaml", []) == config
@@ -205,7 +206,7 @@ def test_a_run_takes_from_the_model_what_the_recipe_leaves_open(recipe, released
 
 def test_a_model_that_is_absent_leaves_no_run_folder(recipe, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/absent: no config.json"):
-        open_run(recipe(model={"path": f"{tmp_path}/absent"}), [f"run_dir={tmp_path}/run"])
+        prepare_run(recipe(model={"path": f"{tmp_path}/absent"}), [f"run_dir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()
 
 
@@ -218,13 +219,31 @@ def test_names_on_the_hub_are_pinned_for_the_life_of_a_run(recipe, released, tmp
     monkeypatch.setattr(hub.HfApi, "model_info", newest)
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(released))
     path = recipe(model={"path": "owner/policy", "reference": "owner/base@v1"})
-    config = open_run(path, [f"run_dir={tmp_path}/run"])
+    config = prepare_run(path, [f"run_dir={tmp_path}/run"])
     assert config.model.path == f"owner/policy@{'a' * 40}"
     assert config.model.reference == f"owner/base@{'b' * 40}"
     stored = (tmp_path / "run" / "config.yaml").read_text()
     assert "a" * 40 in stored
     # The Hub has moved on: the run has not, but a tag that was asked for is a question of today.
     with pytest.raises(ValueError, match=r"other settings \(model.reference: "):
-        open_run(path, [f"run_dir={tmp_path}/run"])
-    again = open_run(recipe(model={"path": "owner/policy"}), [f"run_dir={tmp_path}/other"])
+        prepare_run(path, [f"run_dir={tmp_path}/run"])
+    again = prepare_run(recipe(model={"path": "owner/policy"}), [f"run_dir={tmp_path}/other"])
     assert again.model.reference is None
+
+
+def test_a_run_of_an_earlier_version_is_still_read(recipe, tmp_path):
+    """Its config.yaml has keys that were renamed or removed since."""
+    config, path = prepare_run(recipe(), [f"run_dir={tmp_path}/run"]), tmp_path / "run" / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    stored["data"]["packs"] = stored["data"].pop("micro_batch")
+    stored["consistency"] |= {"reference_cache": None, "reference_cache_gib": 100.0}
+    path.write_text(yaml.safe_dump(stored))
+    assert load_config(path, []) == config
+    assert prepare_run(recipe(), [f"run_dir={tmp_path}/run"]) == config
+
+
+def test_tiles_of_another_size_are_refused_before_there_is_a_run(recipe, released, tmp_path):
+    model, data = {"path": str(released)}, {**RECIPE["data"], "tiling": {"tile_size": 28}}
+    with pytest.raises(ValueError, match="tile_size is 28 but the model sees tiles of 56 pixels"):
+        prepare_run(recipe(model=model, data=data), [f"run_dir={tmp_path}/run"])
+    assert not (tmp_path / "run").exists()

@@ -11,20 +11,19 @@ PACKAGE = Path(vico_pl.__file__).parent
 GROUND = {"types", "errors", "files", "tokens", "optim"}
 MAKES = GROUND | {"data", "model", "losses", "callbacks"}
 CONDUCTS = MAKES | {"stages", "inference"}
-RUNS = CONDUCTS | {"evaluation", "recipe", "config", "prepare", "build"}
-TOOLS = RUNS | {"trainer", "planning", "audit", "keys"}
+RUNS = CONDUCTS | {"evaluation", "recipe", "config", "prepare"}
+TOOLS = RUNS | {"trainer", "planning", "audit"}
 STANDS_ON = {
     **dict.fromkeys(GROUND, GROUND),
     **dict.fromkeys(("data", "model", "losses", "callbacks"), GROUND),
     **dict.fromkeys(("stages", "inference"), MAKES),
     "evaluation": CONDUCTS,
     "recipe": MAKES | {"stages"},
-    "build": MAKES | {"stages", "recipe"},
     "config": MAKES | {"stages", "recipe"},
+    "prepare": MAKES | {"stages", "recipe", "config"},
     "trainer": RUNS,
     "planning": RUNS,
     "audit": TOOLS,
-    "keys": GROUND | {"data"},
     "doctor": TOOLS,
     "shards_cli": MAKES,
     "cli": TOOLS | {"doctor", "shards_cli"},

@@ -32,11 +32,10 @@ def train(
     """Run a stage of training; an interrupted run goes on where it was."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    from vico_pl.config import open_run
-    from vico_pl.trainer import is_finished
+    from vico_pl.prepare import is_finished, prepare_run
     from vico_pl.trainer import train as run
 
-    config = open_run(recipe, overrides or [])
+    config = prepare_run(recipe, overrides or [])
     if is_finished(Path(config.run_dir)):
         typer.echo(f"{config.run_dir} is finished: its model is {config.run_dir}/model")
         return
@@ -105,7 +104,7 @@ def calibrate(
     from vico_pl.files import write_json
     from vico_pl.inference.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.inference.session import Session
-    from vico_pl.model.families.ours import CALIBRATION_NAME
+    from vico_pl.model.families.base import CALIBRATION_NAME
 
     session = Session.load(Path(model))  # no name on the Hub: the threshold is written into the folder
     check_goal(session, data, budget)
@@ -205,7 +204,7 @@ def export(
 ) -> None:
     """Write a model in another layout; weights keep their values unless --dtype says otherwise."""
     from vico_pl.model.families.export import export as write
-    from vico_pl.recipe import DTYPES
+    from vico_pl.stages.settings import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
@@ -251,7 +250,7 @@ def _named_runs(runs: Sequence[Path]) -> dict[str, Path]:
 def _completed_steps(run: Path, *, max_steps: int) -> int:
     """Return how many steps a run took for certain: all if it is finished, else those of a checkpoint."""
     from vico_pl.callbacks.checkpoints import newest_checkpoint
-    from vico_pl.trainer import is_finished
+    from vico_pl.prepare import is_finished
 
     checkpoint = newest_checkpoint(run)
     if is_finished(run):

@@ -1,4 +1,4 @@
-"""A recipe becomes a checked `RunConfig`: dataclass defaults <- recipe <- `key=value`."""
+"""A recipe becomes a checked `RunConfig`: dataclass defaults <- recipe <- `key=value`. Opens no model."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +11,34 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vico_pl.files import atomic_path
-from vico_pl.model.families.folder import open_folder
-from vico_pl.model.families.hub import is_pin_of, local_folder, pinned
-from vico_pl.recipe import STAGES, TRAINABLE_PARTS, RunConfig
+from vico_pl.recipe import RunConfig
+from vico_pl.stages import STAGES
+from vico_pl.stages.settings import TRAINABLE_PARTS
+
+# Settings that change no result, so that a run may resume with other values.
+HARMLESS = (
+    "data.num_workers",
+    "data.micro_batch.max_tiles",
+    "data.micro_batch.max_tokens",
+    "data.streaming.cache_dir",
+    "data.streaming.cache_gib",
+    "trainer.accelerator",
+    "trainer.activation_checkpointing",
+    "trainer.checkpoint_every",
+    "trainer.devices",
+    "trainer.keep_checkpoints",
+    "trainer.log_every",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.timeout_s",
+    "trainer.watchdog_s",
+)
+# Keys of earlier versions, which run folders still hold: (section, old key) -> new key; None: removed.
+OLD_KEYS = {
+    ("data", "packs"): "micro_batch",
+    ("consistency", "reference_cache"): None,
+    ("consistency", "reference_cache_gib"): None,
+}
 
 
 def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
@@ -25,31 +50,8 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     return parse_config(read_settings(recipe, overrides), name=str(recipe))
 
 
-def open_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
-    """Load a configuration and lay out its run folder, or find the same configuration already there.
-
-    What the recipe leaves open about tiles and prompts is taken from the model to start from; a name on the
-    Hugging Face Hub is pinned to the commit it stands for today.
-
-    Raises:
-        ValueError: as `load_config`; the model cannot be opened; the folder holds a run with other settings.
-    """
-    settings = read_settings(recipe, overrides)
-    path = Path(parse_config(settings, name=str(recipe)).run_dir) / "config.yaml"
-    stored = load_config(path, []) if path.exists() else None
-    config = parse_config(_with_what_the_model_says(settings, stored), name=str(recipe))
-    if stored is not None:
-        differences = config_differences(stored, config)
-        if differences:
-            listed = "; ".join(differences)
-            raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
-    return config
-
-
 def read_settings(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Read a recipe and merge `key=value` overrides over it; nothing is checked yet."""
+    """Read a recipe and merge `key=value` overrides over it, without checking keys or values."""
     if not recipe.is_file():
         raise ValueError(f"{recipe}: no such recipe; recipes/ holds those of this project")
     malformed = [item for item in overrides if "=" not in item]
@@ -60,7 +62,7 @@ def read_settings(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
         if not isinstance(content, DictConfig):
             raise ValueError(f"{recipe}: expected a mapping of settings")
         merged = OmegaConf.merge(content, OmegaConf.from_dotlist([*overrides]))
-        return OmegaConf.to_container(merged)  # type: ignore[return-value]
+        return _renamed(OmegaConf.to_container(merged))
     # OSError: a single word or number; TypeError: an override such as data.sources.0.path=...
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
         raise ValueError(f"{recipe}: {error}") from error
@@ -83,18 +85,18 @@ def parse_config(settings: Any, *, name: str) -> RunConfig:
 
 
 def check_run(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong between sections of a configuration."""
-    if config.stage not in STAGES:
-        yield f"stage is '{config.stage}'; expected one of {', '.join(STAGES)}"
-    yield from _check_trainable(config)
-    yield from _check_cache(config)
-    precision = config.trainer.precision
+    """Yield contradictions between sections of a configuration, a sentence each."""
+    trainable, precision = config.model.trainable, config.trainer.precision
+    for part in set(trainable) - set(TRAINABLE_PARTS):
+        yield f"model.trainable names '{part}'; expected some of {', '.join(TRAINABLE_PARTS)}"
+    if {"language", "lora"} <= set(trainable):
+        yield "model.trainable names both language (all its weights) and lora (adapters only); remove one"
     if config.model.attention == "flash" and precision != "bf16-mixed":
         yield f"model.attention is 'flash' but trainer.precision is '{precision}'; set it to bf16-mixed"
-    if config.stage != "pretrain" and config.model.path is None:
-        yield "model.path is not set; this stage starts from a model folder"
-    if config.stage in ("consistency", "router") and len(config.model.ratios) < 2:
-        yield f"model.ratios is {config.model.ratios}; stage {config.stage} needs at least two"
+    if config.stage in STAGES:
+        yield from STAGES[config.stage].check(config)
+    else:
+        yield f"stage is '{config.stage}'; expected one of {', '.join(STAGES)}"
     if not config.data.sources:
         yield "data.sources is empty; name at least one folder of shards"
     fed = sum(source.steps or 0 for source in config.data.sources[:-1])
@@ -102,54 +104,16 @@ def check_run(config: RunConfig) -> Iterator[str]:
         yield f"data.sources: the last one is never reached, the others last {fed} steps"
 
 
-def _check_trainable(config: RunConfig) -> Iterator[str]:
-    trainable = config.model.trainable
-    for part in set(trainable) - set(TRAINABLE_PARTS):
-        yield f"model.trainable names '{part}'; expected some of {', '.join(TRAINABLE_PARTS)}"
-    if config.stage != "router" and not set(trainable) & set(TRAINABLE_PARTS):
-        yield f"model.trainable is {trainable}; stage {config.stage} has nothing to train"
-    if {"language", "lora"} <= set(trainable):
-        yield "model.trainable names both language (all its weights) and lora (adapters alone); leave out one"
-
-
-def _check_cache(config: RunConfig) -> Iterator[str]:
-    is_set = config.stage == "consistency" and config.consistency.reference_cache is not None
-    if is_set and config.trainer.strategy == "fsdp":
-        yield (
-            "consistency.reference_cache is set but trainer.strategy is 'fsdp', where all ranks run the "
-            "reference or none does; set trainer.strategy=ddp, or leave the cache out"
-        )
-
-
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration as a recipe that gives the same run; never half, as all ranks write it."""
+    """Write a configuration as a recipe that gives the same run, atomically, as all ranks write it."""
     with atomic_path(path) as temporary:
         temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """List the settings in which two configurations differ; those that change no result do not count."""
-    harmless = (
-        "consistency.reference_cache",
-        "consistency.reference_cache_gib",
-        "data.num_workers",
-        "data.micro_batch.max_tiles",
-        "data.micro_batch.max_tokens",
-        "data.streaming.cache_dir",
-        "data.streaming.cache_gib",
-        "trainer.accelerator",
-        "trainer.activation_checkpointing",
-        "trainer.checkpoint_every",
-        "trainer.devices",
-        "trainer.keep_checkpoints",
-        "trainer.log_every",
-        "trainer.num_nodes",
-        "trainer.strategy",
-        "trainer.timeout_s",
-        "trainer.watchdog_s",
-    )
+    """List the settings in which two configurations differ, except those that change no result."""
     before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.structured(c)))) for c in (old, new))
-    names = [name for name in before.keys() | after.keys() if name not in harmless]
+    names = [name for name in before.keys() | after.keys() if name not in HARMLESS]
     return sorted(f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n))
 
 
@@ -157,21 +121,15 @@ def _build(settings: dict[str, Any]) -> RunConfig:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), settings))  # type: ignore[return-value]
 
 
-def _with_what_the_model_says(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, Any]:
-    """Pin names on the Hub to commits, and fill in how the model's images are tiled and its prompts made."""
-    model = dict(settings.get("model") or {})
-    if model.get("path") is None:
-        return settings
-    for key in ("path", "reference"):
-        if model.get(key) is not None:
-            # A run that began goes on with the commit it began with.
-            begun_with = getattr(stored.model, key) if stored is not None else None
-            model[key] = begun_with if is_pin_of(begun_with, model[key]) else pinned(model[key])
-    processing = open_folder(local_folder(model["path"])).contents.processing or {}
-    data = dict(settings.get("data") or {})
-    for part, values in processing.items():
-        data[part] = {**values, **(data.get(part) or {})}
-    return {**settings, "model": model, "data": data}
+def _renamed(settings: Any) -> Any:
+    """Bring keys of earlier versions up to date."""
+    for (section, old), new in OLD_KEYS.items():
+        values = settings.get(section)
+        if isinstance(values, dict) and old in values:
+            value = values.pop(old)
+            if new is not None:
+                values.setdefault(new, value)
+    return settings
 
 
 def _unknown_keys(settings: Mapping[str, Any], schema: Any, prefix: str = "") -> Iterator[str]:
@@ -194,7 +152,7 @@ def _missing_keys(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _wrong_values(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Merge section by section, so that every wrong one is told, not only the first."""
+    """Merge section by section, so that all wrong values are reported, not only the first."""
     base = {key: settings[key] for key in ("stage", "run_dir")}
     for key, value in settings.items():
         try:

@@ -1,6 +1,6 @@
-"""What would stop a run, found before it begins: each check is a line, and no check stops the others.
+"""Checks of the environment and of a recipe before a run; one that fails stops no other.
 
-A check returns what it found, in a few words; what it finds wrong it raises as one sentence with its remedy.
+A check returns what it found in a few words, or raises ValueError with the problem and its remedy.
 """
 
 import os
@@ -8,46 +8,37 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from vico_pl.config import load_config
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
-from vico_pl.losses.liger import check_liger
+from vico_pl.data.shards.remote import DEFAULT_STREAMING, StreamingConfig
+from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
 from vico_pl.model.families.hub import is_hub_id, split_revision
-from vico_pl.model.families.layout import CONFIG_NAME
 from vico_pl.model.flops import build_without_weights
-from vico_pl.model.language import check_flash_attention
 from vico_pl.planning.memory import GIB
 from vico_pl.planning.plan import Layout, Plan, build_plan
 from vico_pl.recipe import RunConfig
+from vico_pl.stages import STAGES
 from vico_pl.tokens import load_tokenizer
 
 PACKAGE = "vico-pl"
-KNOWN_BAD = {
-    ("lightning", "2.6.2"): "this release was compromised",
-    ("lightning", "2.6.3"): "this release was compromised",
-    ("pytorch-lightning", "2.6.2"): "this release was compromised",
-    ("pytorch-lightning", "2.6.3"): "this release was compromised",
-    ("torch", "2.13.0"): "no torchvision imports with this release",
-}
-MIN_SHARED_GIB = 1.0  # of /dev/shm, through which workers hand over batches
+MIN_SHARED_GIB = 1.0  # of /dev/shm, through which data workers pass batches
 
 Check = Callable[[], str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
+class Finding(NamedTuple):
     """What a check found."""
 
     name: str
@@ -60,23 +51,22 @@ class Finding:
 
 def examine(recipe: Path | None, overrides: Sequence[str], *, write: Callable[[str], None]) -> bool:
     """Run all checks and write a line for each; returns whether there is a problem."""
-    found = False
+    findings = []
     for name, check in checks(recipe, overrides):
-        finding = find(name, check)
-        write(str(finding))
-        found |= finding.problem
-    return found
+        findings.append(find(name, check))
+        write(str(findings[-1]))
+    return any(finding.problem for finding in findings)
 
 
 def find(name: str, check: Check) -> Finding:
-    """Run one check, whatever happens in it."""
+    """Run one check, whatever it raises."""
     try:
-        return Finding(name=name, detail=check(), problem=False)
+        return Finding(name, check(), problem=False)
     except (ValueError, OSError) as error:
-        return Finding(name=name, detail=_one_line(error), problem=True)
-    except Exception as error:  # whatever it is, the other checks still run
-        detail = f"the check itself failed with {type(error).__name__}: {_one_line(error)}; please report it"
-        return Finding(name=name, detail=detail, problem=True)
+        return Finding(name, _one_line(error), problem=True)
+    except Exception as error:  # a bug in one check must not hide the others
+        failure = f"the check itself failed with {type(error).__name__}: {_one_line(error)}; please report it"
+        return Finding(name, failure, problem=True)
 
 
 def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str, Check]]:
@@ -84,7 +74,7 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
     yield "python", check_python
     yield "packages", check_packages
     yield "devices", check_devices
-    yield "memory", check_memory
+    yield "memory", lambda: f"{num_cores()} cores, {_available_gib():.0f} GiB of memory available"
     yield "/dev/shm", check_shared_memory
     if recipe is None:
         yield "slurm", partial(check_slurm, os.environ)
@@ -92,51 +82,46 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
     yield "recipe", partial(check_recipe, recipe, overrides)
     try:
         config = load_config(recipe, overrides)
-    except (ValueError, OSError):  # the check above has told it
+    except (ValueError, OSError):  # reported by the check above
         return
-    yield from recipe_checks(config)
-
-
-def recipe_checks(config: RunConfig) -> Iterator[tuple[str, Check]]:
-    """Yield the checks of a recipe."""
     yield "slurm", partial(check_slurm, os.environ, config)
     yield "workers", partial(check_workers, config)
     for source in config.data.sources:
-        yield "shards", partial(check_shards, source.path)
-    named = [config.model.path] + [config.model.reference] * (config.model.reference != config.model.path)
-    for path in named:
+        yield "shards", partial(check_shards, source.path, config.data.streaming)
+    for path in dict.fromkeys([config.model.path, config.model.reference]):
         if path is not None:
             yield "model", partial(check_model, path)
-    if config.model.attention == "flash":
-        yield "attention", check_attention
-    if config.stage == "consistency" and config.consistency.kernel == "liger":
-        yield "loss kernel", check_kernel
-    plan = cache(partial(build_plan, config))  # made by the first that needs it
+    yield "kernels", partial(check_kernels, config)
+    plan = cache(partial(build_plan, config))  # for the two checks that need it
     yield "run folder", partial(check_run_dir, config, plan)
     yield "memory of the run", partial(check_fit, config, plan)
 
 
 def check_python() -> str:
-    """Hold Python against what the project needs."""
-    found, needed = platform.python_version(), SpecifierSet(metadata(PACKAGE)["Requires-Python"])
-    if not needed.contains(found, prereleases=True):
-        raise ValueError(f"Python is {found}, needed is {needed}; make PYTHON=/path/to/python3 env")
+    """Compare Python with what the project needs."""
+    found, needed = platform.python_version(), Requirement(f"python{metadata(PACKAGE)['Requires-Python']}")
+    if not needed.specifier.contains(found, prereleases=True):
+        raise ValueError(f"Python is {found}, needed is {needed.specifier}; make PYTHON=/path/to/python3 env")
     return found
 
 
 def check_packages() -> str:
-    """Hold the versions of installed packages against what the project needs."""
+    """Compare installed packages with what the project needs; bad releases are excluded there by `!=`."""
     needed = [Requirement(line) for line in requires(PACKAGE) or []]
     needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    problems = [problem for r in needed for problem in _package_problems(r)]
-    problems += [_bad(name, number) for name, number in KNOWN_BAD if _installed(name) == number]
+    problems = []
+    for requirement in needed:
+        found = _installed(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            state = "is not installed" if found is None else f"is {found}"
+            problems.append(f"{requirement.name} {state}; pip install '{requirement}'")
     if problems:
-        raise ValueError("; ".join(dict.fromkeys(problems)))
+        raise ValueError("; ".join(problems))
     return f"{len(needed)} as needed, torch {_installed('torch')}, lightning {_installed('lightning')}"
 
 
 def check_devices() -> str:
-    """Say which GPUs there are, and whether PyTorch can use those that the machine has."""
+    """List the GPUs, and check that PyTorch can use those that the machine has."""
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use trainer.precision=32-true"
@@ -149,21 +134,16 @@ def check_devices() -> str:
         )
     raise ValueError(
         f"the machine has NVIDIA GPUs, but torch (CUDA {torch.version.cuda}) sees none; update the driver, "
-        "install a torch for an older CUDA, or look at CUDA_VISIBLE_DEVICES"
+        "install a torch for an older CUDA, or check CUDA_VISIBLE_DEVICES"
     )
 
 
-def check_memory() -> str:
-    """Say how many cores and how much memory this process may use."""
-    return f"{num_cores()} cores, {_available_gib():.0f} GiB of memory available"
-
-
 def check_shared_memory() -> str:
-    """Look at /dev/shm, which containers often have too little of."""
+    """Check the size of /dev/shm, which containers often limit."""
     gib = shared_gib()
     if gib < MIN_SHARED_GIB:
         raise ValueError(
-            f"{gib:.2f} GiB, but data workers hand over batches through it; give the container more "
+            f"{gib:.2f} GiB, but data workers pass batches through it; give the container more "
             "(docker run --shm-size=8g), or set data.num_workers=0"
         )
     return f"{gib:.0f} GiB"
@@ -172,23 +152,35 @@ def check_shared_memory() -> str:
 def check_recipe(recipe: Path, overrides: Sequence[str]) -> str:
     """Load the recipe."""
     config = load_config(recipe, overrides)
-    return f"stage {config.stage}, {config.trainer.max_steps} steps of {config.data.batch_size} samples"
+    steps, samples = config.trainer.max_steps, config.data.batch_size
+    return f"stage {STAGES[config.stage].name}, {steps} steps of {samples} samples"
 
 
 def check_slurm(environment: Mapping[str, str], config: RunConfig | None = None) -> str:
-    """Hold the job that Slurm gave against the recipe: one task per device, on as many nodes."""
+    """Compare the Slurm job with the recipe: one task per device, on as many nodes."""
     if "SLURM_JOB_ID" not in environment:
         return "not under Slurm"
     absent = [command for command in ("srun", "scontrol") if shutil.which(command) is None]
     if absent:
-        raise ValueError(f"{', '.join(absent)} not found: preempted runs are not requeued; mend PATH")
+        raise ValueError(f"{', '.join(absent)} not found: preempted runs are not requeued; fix PATH")
+    nodes, tasks = environment.get("SLURM_JOB_NUM_NODES", "1"), environment.get("SLURM_NTASKS", "1")
     if config is not None:
-        _check_tasks(environment, config)
-    return f"job {environment['SLURM_JOB_ID']}, {environment.get('SLURM_NTASKS', '1')} tasks"
+        wanted, ranks = config.trainer.num_nodes, config.trainer.num_nodes * _ranks_per_node(config)
+        if nodes != str(wanted):
+            raise ValueError(
+                f"the job has {nodes} nodes, trainer.num_nodes is {wanted}; set one to the other"
+            )
+        if tasks != str(ranks):
+            raise ValueError(
+                f"the job has {tasks} tasks, but the recipe takes {ranks} processes "
+                f"({config.trainer.devices} devices on {wanted} nodes); set --ntasks-per-node to the devices "
+                "of a node"
+            )
+    return f"job {environment['SLURM_JOB_ID']}, {tasks} tasks"
 
 
 def check_workers(config: RunConfig) -> str:
-    """Hold data workers against cores."""
+    """Compare data workers with cores."""
     ranks, cores = _ranks_per_node(config), num_cores()
     workers = config.data.num_workers * ranks
     if workers > cores:
@@ -199,12 +191,11 @@ def check_workers(config: RunConfig) -> str:
     return f"{workers} on {cores} cores"
 
 
-def check_shards(path: str) -> str:
-    """Open the index and decode the first record."""
-    count = read_index(path).num_samples
-    sample = next(islice(read_samples(Path(path)), 1), None)
-    if sample is None:
-        raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' names the faults")
+def check_shards(path: str, streaming: StreamingConfig = DEFAULT_STREAMING) -> str:
+    """Open the index and decode the first sample."""
+    count = read_index(path, streaming=streaming).num_samples
+    if not list(islice(read_samples(path, streaming=streaming), 1)):
+        raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' lists the faults")
     return f"{path}: {count} samples, the first decodes"
 
 
@@ -222,24 +213,19 @@ def check_model(path: str) -> str:
     model = build_without_weights(opened.contents.spec)
     model.language.tie_weights()
     wanted = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-    check_tensors(opened, opened.layout.pieces(wanted), wanted)
-    return f"{path}: layout {opened.layout.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
+    check_tensors(opened, opened.family.parts(wanted), wanted)
+    return f"{path}: layout {opened.family.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
 
 
-def check_attention() -> str:
-    """Say whether flash attention can run."""
-    check_flash_attention(_device())
-    return "flash-attn is installed"
-
-
-def check_kernel() -> str:
-    """Say whether liger-kernel can compute the loss."""
-    check_liger(_device())
-    return "liger-kernel is installed"
+def check_kernels(config: RunConfig) -> str:
+    """Check that the device has what the stage asks of it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    STAGES[config.stage].check_device(config, device)
+    return f"run on {device.type}"
 
 
 def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
-    """Look for the right to write and for room for checkpoints."""
+    """Check write permission and room for checkpoints."""
     folder = Path(config.run_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -254,14 +240,15 @@ def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
 
 
 def check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
-    """Hold the memory that the plan tells against that of the device."""
-    plan = make_plan()
-    needed = plan.gib(Layout(world=1, sharded=False), checkpointing=config.trainer.activation_checkpointing)
+    """Compare the memory that the plan predicts with that of the device."""
+    checkpointing = config.trainer.activation_checkpointing
+    needed = make_plan().gib(Layout(world=1, sharded=False), checkpointing=checkpointing)
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
     has = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else _available_gib()
     if needed > has:
         raise ValueError(
-            f"a micro-batch takes {needed:.1f} GiB without FSDP, there are {has:.1f}; 'vico plan' says what fits"
+            f"a micro-batch takes {needed:.1f} GiB without FSDP, there are {has:.1f}; "
+            "'vico plan' says what fits"
         )
     return f"{needed:.1f} GiB of {has:.0f}"
 
@@ -284,37 +271,7 @@ def _available_gib() -> float:
 
 def _ranks_per_node(config: RunConfig) -> int:
     devices = config.trainer.devices
-    if devices.isdigit():
-        return max(int(devices), 1)
-    return max(torch.cuda.device_count(), 1)
-
-
-def _check_tasks(environment: Mapping[str, str], config: RunConfig) -> None:
-    nodes, wanted = environment.get("SLURM_JOB_NUM_NODES", "1"), config.trainer.num_nodes
-    if nodes != str(wanted):
-        raise ValueError(f"the job has {nodes} nodes, trainer.num_nodes is {wanted}; set one to the other")
-    tasks, ranks = environment.get("SLURM_NTASKS", "1"), wanted * _ranks_per_node(config)
-    if tasks != str(ranks):
-        raise ValueError(
-            f"the job has {tasks} tasks, but the recipe takes {ranks} processes ({config.trainer.devices} "
-            f"devices on {wanted} nodes); set --ntasks-per-node to the devices of a node"
-        )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _package_problems(requirement: Requirement) -> Iterator[str]:
-    found = _installed(requirement.name)
-    if found is None:
-        yield f"{requirement.name} is not installed; pip install '{requirement}'"
-    elif not requirement.specifier.contains(found, prereleases=True):
-        yield f"{requirement.name} is {found}; pip install '{requirement}'"
-
-
-def _bad(name: str, number: str) -> str:
-    return f"{name} is {number}: {KNOWN_BAD[name, number]}; install the version in constraints.txt"
+    return max(int(devices) if devices.isdigit() else torch.cuda.device_count(), 1)
 
 
 def _installed(name: str) -> str | None:

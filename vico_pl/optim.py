@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and the learning rate over the run."""
+    """AdamW and the learning rate schedule."""
 
     lr: float = 1e-5
     weight_decay: float = 0.05  # on matrices; none on norms, biases and other vectors
@@ -20,7 +20,7 @@ class OptimConfig:
     beta2: float = 0.95
     warmup_steps: int = 0
     schedule: str = "cosine"  # any name that transformers.get_scheduler knows
-    max_grad_norm: float = 1.0  # clip the global norm
+    max_grad_norm: float = 1.0  # of all gradients together; larger ones are scaled down
 
 
 def build_optimizer(
@@ -38,9 +38,9 @@ def build_optimizer(
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, *, max_norm: float) -> float:
-    """Scale all gradients together so that their norm is at most `max_norm`; returns what it was.
+    """Scale gradients so that their global norm is at most `max_norm`; returns the norm before.
 
-    With sharded weights it is the norm over all ranks.
+    With sharded weights the norm is taken over all ranks.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm([p.grad for p in trained])
@@ -52,9 +52,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, *, max_norm: float) -> floa
 def numbered_by_module(
     state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module
 ) -> dict[str, Any]:
-    """Return an optimizer's state with parameters numbered as the module lists them, not as the groups do.
+    """Return an optimizer's state with parameters numbered by module order instead of group order.
 
-    An optimizer loads either, as it goes by the order within groups; FSDP knows the module's numbers alone.
+    An optimizer loads either, as it matches by the order within groups; FSDP expects module order.
     """
     numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
     listed = [numbers[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -4,7 +4,7 @@ Byte-level: each string has tokens, whatever it holds. A few merges make whole w
 so that sequences stay short; letters and digits that carry values remain tokens of their own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -66,11 +66,11 @@ def extend_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTok
     return tokenizer
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path | str, *, required: Sequence[str] = MARKS) -> PreTrainedTokenizerBase:
     """Read a tokenizer from a model folder; nothing is fetched and no code of the folder runs.
 
     Raises:
-        ValueError: the folder has no readable tokenizer, or it lacks one of the special tokens.
+        ValueError: the folder has no readable tokenizer, or it lacks one of the `required` tokens.
     """
     if not (Path(folder) / "tokenizer_config.json").exists():
         raise ValueError(f"{folder}: no tokenizer_config.json; a model folder holds its tokenizer")
@@ -83,7 +83,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder}: its tokenizer files are incomplete or unreadable ({reason})") from error
     known = tokenizer.get_added_vocab()
-    missing = [token for token in MARKS if token not in known]
+    missing = [token for token in required if token not in known]
     if missing:
         raise ValueError(f"{folder}: the tokenizer lacks the special tokens {', '.join(missing)}")
     return tokenizer

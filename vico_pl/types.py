@@ -1,4 +1,4 @@
-"""The nouns that cross a boundary, and the letters that name their shapes.
+"""The types that cross a boundary, and the letters that name their shapes.
 
     B  samples in a batch              S  sequence after expansion (flat over the batch)
     T  tiles, flat over the batch      R  response tokens, flat over the batch
@@ -12,7 +12,7 @@ shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch -> RankBatch.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ class Record:
 
     @property
     def id(self) -> str:
-        """Name that is unique over a data set, for logs and audits."""
+        """Name that is unique within a data set, for logs and audits."""
         return f"{self.shard}/{self.key}"
 
 
@@ -81,28 +81,27 @@ class EncodedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class BadRecord:
-    """A record that could not be used, and why: it keeps its place in the order, not in the batch."""
+    """A record that could not be used, and why. It keeps its position in the order but is in no batch."""
 
     id: str
     reason: str
-    kind: str = "other"  # one word to count it under, see data/README.md
-    source: str = ""  # of the run, as the recipe names it
+    kind: str = "other"  # category to count it under, see data/README.md
+    source: str = ""  # as the recipe names it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples laid end to end: no padding, lengths say where each one ends."""
+    """Samples laid end to end, without padding; lengths say where each one ends."""
 
     ids: list[str]
-    positions: list[int]  # of each sample in the order of the run; -1: of none
+    positions: list[int]  # of each sample in the order of the run; -1: the dummy sample
     tiles: UInt8[Tensor, "T 3 H W"]
     tiles_per_image: list[list[int]]  # of each sample
     tile_to_sample: Int64[Tensor, " T"]
     input_ids: Int64[Tensor, " L"]  # one placeholder per tile, in the order of `tiles`
     response_mask: Bool[Tensor, " L"]
     sample_lengths: Int64[Tensor, " B"]  # tokens before expansion
-    response_lengths: list[int]  # of each sample, known without a look at the mask, which may be on a GPU
-    digests: list[bytes] = field(default_factory=list)  # of each sample's tiles and tokens, if asked for
+    response_lengths: list[int]  # of each sample; spares a look at the mask, which may be on a GPU
 
     @property
     def num_samples(self) -> int:
@@ -135,7 +134,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class RankBatch:
-    """A rank's part of a step: its samples in micro-batches, which go through the model one at a time."""
+    """A rank's part of an optimizer step: micro-batches, which go through the model one at a time."""
 
     micro_batches: list[Batch]  # each with at least one tile
     bad_records: list[BadRecord]
@@ -149,14 +148,13 @@ class RankBatch:
         return [name for micro_batch in self.micro_batches for name in micro_batch.ids if name]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RankBatch":
-        """Return the share with every tensor on `device`."""
+        """Return the rank batch with every tensor on `device`."""
         return self._map(lambda batch: batch.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "RankBatch":
-        """Return the share with every tensor in pinned memory (called by the DataLoader)."""
+        """Return the rank batch with every tensor in pinned memory (called by the DataLoader)."""
         return self._map(Batch.pin_memory)
 
     def _map(self, function: Callable[[Batch], Batch]) -> "RankBatch":
-        return replace(
-            self, micro_batches=list(map(function, self.micro_batches)), dummy=function(self.dummy)
-        )
+        micro_batches = list(map(function, self.micro_batches))
+        return replace(self, micro_batches=micro_batches, dummy=function(self.dummy))

@@ -12,7 +12,7 @@ from tests.helpers import TILE, encoded_image
 from tests.sessions import answered_records, router_probabilities, write_model_folder, write_set
 from vico_pl.files import write_json
 from vico_pl.inference.session import Session
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import record, tiny_spec
 from tests.runs import STEPS, break_run, recipe, run
-from vico_pl.data.module import Shares
+from vico_pl.data.module import RankBatches
 from vico_pl.data.shards.reader import write_index, write_shard
 
 
@@ -61,9 +61,9 @@ def test_a_finished_run_whose_log_ends_early_fails_and_names_what_is_missing(vic
 
 def test_a_loader_that_passes_over_a_step_is_found_out(vico, trained, tmp_path, monkeypatch):
     path, sources, _ = trained
-    rank_positions = Shares.rank_positions
+    rank_positions = RankBatches.rank_positions
     with monkeypatch.context() as patch:
-        patch.setattr(Shares, "hand", lambda self, step: rank_positions(self, step + 1))
+        patch.setattr(RankBatches, "rank_positions", lambda self, step: rank_positions(self, step + 1))
         run(path, sources, f"run_dir={tmp_path}")
     code, _, err = vico("audit", tmp_path)
     assert code == 1

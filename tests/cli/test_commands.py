@@ -8,15 +8,14 @@ import PIL.Image
 import pytest
 
 import vico_pl.cli
-import vico_pl.data.shards
+import vico_pl.files
 from tests.helpers import record
 from tests.sessions import tree, write_model_folder, write_set
-from vico_pl.config import open_run
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.files import write_json
 from vico_pl.inference.session import Session
-from vico_pl.model.families.layout import CONFIG_NAME
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME
+from vico_pl.prepare import prepare_run
 
 # Shards are drawn by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -138,7 +137,7 @@ def test_what_follows_a_question_mark_is_not_shown(refused):
 
 
 def test_a_finished_run_says_so_and_trains_nothing(vico, recipe, tmp_path, monkeypatch):
-    open_run(recipe(), [])
+    prepare_run(recipe(), [])
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / CONFIG_NAME).write_text("{}")
     before = tree(tmp_path)
@@ -148,7 +147,7 @@ def test_a_finished_run_says_so_and_trains_nothing(vico, recipe, tmp_path, monke
 
 
 def test_a_finished_run_with_other_settings_is_refused(refused, recipe, tmp_path):
-    open_run(recipe(), [])
+    prepare_run(recipe(), [])
     assert "seed: 0 -> 3" in refused("train", recipe(), "seed=3")
 
 
@@ -168,7 +167,7 @@ def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(vico_pl.data.shards.os, "fsync", full)
+    monkeypatch.setattr(vico_pl.files.os, "fsync", full)
     monkeypatch.setattr(vico_pl.cli, "_progress", lambda groups, *_: groups)
     assert "No space left on device" in refused("calibrate", model, "--data", answered)
     assert tree(model) == before

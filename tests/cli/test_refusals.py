@@ -6,12 +6,11 @@ import sys
 
 import pytest
 
-import vico_pl.config
+import vico_pl.prepare
 from tests.sessions import tree
-from vico_pl.config import open_run
-from vico_pl.model.families.layout import CONFIG_NAME
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME
 from vico_pl.model.families.tensors import WEIGHTS_NAME
+from vico_pl.prepare import prepare_run
 
 
 def test_an_unknown_recipe_key_is_refused_with_what_was_probably_meant(refused, recipe, tmp_path):
@@ -43,7 +42,7 @@ def test_training_from_a_model_without_weights_leaves_no_run_behind(refused, rec
 
 
 def test_a_run_that_has_begun_is_kept_when_it_is_refused(refused, recipe, model, tmp_path):
-    open_run(recipe(), [])
+    prepare_run(recipe(), [])
     (tmp_path / "run" / "checkpoints").mkdir()
     (model / WEIGHTS_NAME).unlink()
     refused("train", recipe())
@@ -204,7 +203,7 @@ def test_an_interrupted_command_says_so(vico, monkeypatch, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vico_pl.config, "open_run", interrupt)
+    monkeypatch.setattr(vico_pl.prepare, "prepare_run", interrupt)
     code, out, err = vico("train", tmp_path / "recipe.yaml")
     assert (code, out) == (130, "")
     assert err.endswith("vico: interrupted; the same command takes it up again\n")

@@ -19,7 +19,7 @@ from vico_pl.data.tiling import tile_image, tile_sample
 from vico_pl.inference.generate import generate_ids
 from vico_pl.inference.routing import compress_probability
 from vico_pl.inference.session import Session
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.tensors import StoredTensors
 from vico_pl.types import Sample
 

@@ -37,15 +37,6 @@ def test_positions_are_kept():
     assert collate([encoded_sample(1), encoded_sample(2)], positions=[7, -1]).positions == [7, -1]
 
 
-def test_digests_tell_samples_apart_and_are_made_only_if_asked_for():
-    samples = [*mixed_samples(), encoded_sample(1, images=(3,), answers=(4,))]  # the last is the first
-    assert collate(samples).digests == []
-    digests = collate(samples, with_digests=True).digests
-    assert digests[0] == digests[4]
-    assert len(set(digests)) == 4
-    assert {len(digest) for digest in digests} == {16}
-
-
 def test_a_batch_of_text_alone_has_no_tiles():
     batch = batch_of(encoded_sample(1, images=()), encoded_sample(2, images=()))
     assert batch.tiles.shape == (0, 3, TILE, TILE)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vico_pl.data.module import DataConfig, DataModule, Shares, SourceConfig
+from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
 from vico_pl.data.packing import MicroBatchLimits
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
@@ -27,7 +27,7 @@ def data_module(sources, tokenizer, **changes):
 
 
 def read(module, *, first_step, num_steps, num_workers=0, rank=0, world=1):
-    """Shares of a rank as its trainer sees them."""
+    """RankBatches of a rank as its trainer sees them."""
     module.config = DataConfig(**{**vars(module.config), "num_workers": num_workers})
     module.trainer = SimpleNamespace(global_step=first_step, global_rank=rank, world_size=world)
     loader = iter(module.train_dataloader())
@@ -59,7 +59,8 @@ def samples(share):
 @given(world=st.integers(1, 15), step=st.integers(0, 10**6))
 def test_ranks_deal_every_global_batch_among_them(module, world, step):
     assigned = [
-        Shares(module, first_step=0, rank=rank, world=world).rank_positions(step)[0] for rank in range(world)
+        RankBatches(module, first_step=0, rank=rank, world=world).rank_positions(step)[0]
+        for rank in range(world)
     ]
     assert sorted(p for rank_positions in assigned for p in rank_positions) == list(
         range(step * BATCH, (step + 1) * BATCH)

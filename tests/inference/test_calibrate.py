@@ -18,7 +18,7 @@ from vico_pl.inference.calibrate import (
 from vico_pl.inference.questions import silent
 from vico_pl.inference.routing import NEVER
 from vico_pl.inference.session import Session
-from vico_pl.model.families.ours import CALIBRATION_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.router import RoutingRule
 
 

@@ -9,8 +9,7 @@ from tests.sessions import tiled, write_model_folder, write_set
 from vico_pl.data.collate import collate
 from vico_pl.inference.routing import compress_probability
 from vico_pl.inference.session import Session, question_text
-from vico_pl.model.families.layout import CONFIG_NAME
-from vico_pl.model.families.ours import CALIBRATION_NAME, PROCESSING_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
 from vico_pl.model.families.tensors import WEIGHTS_NAME
 
 

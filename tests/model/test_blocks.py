@@ -53,10 +53,6 @@ def test_the_blocks_of_every_kind_of_vision_tower_are_found(config, count):
     assert len({type(block) for block in blocks}) == 1
 
 
-def test_the_blocks_of_a_language_model_are_its_layers(model):
-    assert find_blocks(model.language) == list(model.language.model.layers)
-
-
 @pytest.mark.parametrize("vision", [PLAIN, TIMM, INTERNVL], ids=str)
 def test_recomputing_blocks_changes_no_gradient(vision, batch):
     plain, model = (tiny_model(vision=vision, ratios=[4]).train() for _ in range(2))

@@ -1,10 +1,10 @@
-from unittest import mock
-
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from vico_pl.model.connector import Connector, Connectors
+from vico_pl.model.connector import Connector, Connectors, pixel_unshuffle
 
 PATCHES, VISION, LANGUAGE = 64, 6, 10
 
@@ -16,6 +16,40 @@ def connectors(ratios=(4, 16), *, seed=0):
 
 def features(num_tiles, *, seed=1):
     return torch.randn(num_tiles, PATCHES, VISION, generator=torch.Generator().manual_seed(seed))
+
+
+def internvl_pixel_shuffle(x, scale_factor):
+    """`InternVLChatModel.pixel_shuffle` with `ps_version: v2`, on a (n, w, h, c) grid."""
+    n, w, h, c = x.size()
+    x = x.view(n, w, int(h * scale_factor), int(c / scale_factor))
+    x = x.permute(0, 2, 1, 3).contiguous()
+    x = x.view(n, int(h * scale_factor), int(w * scale_factor), int(c / (scale_factor * scale_factor)))
+    return x.permute(0, 2, 1, 3).contiguous()
+
+
+@given(
+    tiles=st.integers(0, 3), blocks=st.integers(1, 4), factor=st.sampled_from([1, 2, 4]), c=st.integers(1, 3)
+)
+def test_it_equals_the_published_pixel_shuffle_v2(tiles, blocks, factor, c):
+    side = blocks * factor
+    features = torch.arange(tiles * side * side * c, dtype=torch.float32).view(tiles, side * side, c)
+    published = internvl_pixel_shuffle(features.view(tiles, side, side, c), 1 / factor)
+    expected = published.reshape(tiles, blocks * blocks, factor * factor * c)
+    assert torch.equal(pixel_unshuffle(features, factor), expected)
+
+
+def test_the_worked_example():
+    patches = torch.arange(16.0).view(1, 16, 1)  # a 4 x 4 grid of patch numbers
+    expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert pixel_unshuffle(patches, 2)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(("num_patches", "factor"), [(15, 1), (16, 3), (36, 4)])
+def test_grids_that_do_not_fold_are_refused(num_patches, factor):
+    with pytest.raises(
+        ValueError, match=f"{num_patches} patches per tile do not fold by {factor} x {factor}"
+    ):
+        pixel_unshuffle(torch.zeros(1, num_patches, 2), factor)
 
 
 def test_each_connector_has_the_layers_of_its_published_model():
@@ -99,15 +133,3 @@ def test_ratios_that_are_no_squares_from_four_on_are_refused(ratio):
 def test_lists_of_ratios_rise_from_four(ratios):
     with pytest.raises(ValueError, match="expected rising square numbers that begin with 4"):
         connectors(ratios)
-
-
-def test_the_order_of_tiles_survives_when_connectors_return_marked_tokens():
-    module = connectors()
-    marks = torch.arange(4.0).view(4, 1, 1).expand(4, PATCHES, VISION)
-
-    def marked(ratio, x, chosen):
-        return x[chosen].mean((1, 2)).view(-1, 1, 1).expand(-1, PATCHES // ratio, LANGUAGE)
-
-    with mock.patch.object(module, "_run", marked):
-        tokens, _ = module(marks, torch.tensor([16, 4, 4, 16]))
-    assert tokens[:, 0].tolist() == [0.0] * 4 + [1.0] * 16 + [2.0] * 16 + [3.0] * 4

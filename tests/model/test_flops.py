@@ -142,10 +142,6 @@ def test_experts_that_a_token_does_not_meet_cost_nothing():
     assert many.language_per_token - few.language_per_token == router_of_the_experts
 
 
-def test_a_model_without_router_spends_nothing_on_it():
-    assert count_flops(tiny_spec(router_heads=None)).router_per_tile == 0
-
-
 @pytest.mark.parametrize(
     ("language", "at_full_tokens", "compressed", "head"),
     [(QWEN3_06B, 1.57, 0.50, 0.03), (QWEN3_8B, 21.4, 7.45, 0.12)],

@@ -19,12 +19,12 @@ from vico_pl.model.branches import branch_states
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import shard_model, whole_state
 from vico_pl.optim import OptimConfig, clip_gradients
+from vico_pl.stages.base import Ranks
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
-from vico_pl.stages.ranks import Ranks
 from vico_pl.stages.router import RouterConfig, RouterStage
 
 FILLER = encoded_sample(99, images=(1,), answers=())
-# What each of two ranks runs, micro-batch by micro-batch: other ratios on each, text alone beside images, a dummy alone.
+# What each of two ranks runs, per micro-batch: different ratios, text alone beside images, a dummy alone.
 PACKS = {
     "images": [[(encoded_sample(1, images=(3,)), 0)], [(encoded_sample(2, images=(1, 2)), 1)]],
     "text_beside_images": [
@@ -183,5 +183,5 @@ def test_labels_and_what_the_router_learns_are_those_of_one_process(sharded):
     torch.testing.assert_close(found["loss_ratios"], expected["loss_ratios"], rtol=1e-5, atol=1e-5)
     for name, gradient in expected["gradients"].items():
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
-    # Each micro-batch runs at full tokens, and as many groups as the rank with the most tiles has: 3, 2 and 2.
+    # Each micro-batch runs at full tokens, with as many groups as the rank with most tiles: 3, 2 and 2.
     assert found["passes"] == [1 + 3 + 1 + 2 + 1 + 2] * 2

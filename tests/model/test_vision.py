@@ -53,12 +53,6 @@ def test_no_tiles_give_no_features():
     assert encoder()(tiles(0)).shape == (0, 16, WIDTH)
 
 
-def test_the_configuration_is_left_as_it_was():
-    config = {**CONFIG, "image_mean": (0.5, 0.5, 0.5)}
-    VisionEncoder(config)
-    assert config == {**CONFIG, "image_mean": (0.5, 0.5, 0.5)}
-
-
 def test_every_parameter_takes_part_in_the_patch_features():
     module = encoder().train()
     weights = torch.randn(2, 16, WIDTH, generator=torch.Generator().manual_seed(3))

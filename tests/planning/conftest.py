@@ -1,21 +1,21 @@
-"""Recipes of tiny and of released models that nothing is ever trained from."""
+"""Recipes of a tiny model without weights."""
 
 import pytest
 import torch
 
 from tests.helpers import tiny_spec
 from vico_pl.config import parse_config
-from vico_pl.planning.models import ModelSource
+from vico_pl.planning.sources import ModelShape
 
 
 @pytest.fixture
-def source():
-    return ModelSource(name="tiny", spec=tiny_spec(ratios=[4], router_heads=None), dtype=torch.bfloat16)
+def shape():
+    return ModelShape(name="tiny", spec=tiny_spec(ratios=[4], router_heads=None), dtype=torch.bfloat16)
 
 
 @pytest.fixture
 def config():
-    """Make a checked configuration: `config("router", model={...})` adds to it."""
+    """Build a checked configuration: `config("router", model={...})` adds to it."""
 
     def make(stage="consistency", **sections):
         model = {

@@ -1,14 +1,29 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers import tiny_spec
+from vico_pl.config import load_config
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.memory import MicroBatch, RunMemory, draw_batch, measure_memory, num_bytes, per_gpu
-from vico_pl.planning.models import build_models
+from vico_pl.planning.memory import (
+    RunMemory,
+    draw_batch,
+    measure_memory,
+    num_bytes,
+    per_gpu,
+    ready,
+    stage_on_meta,
+    step_terms,
+    trained_parameters,
+    with_routing,
+)
+from vico_pl.planning.sources import MicroBatch, ModelShape, find_model
+from vico_pl.stages import build_stage
 
-PACK = MicroBatch(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
+MICRO_BATCH = MicroBatch(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
 MEMORY = RunMemory(
     weights={"policy weights": 800.0, "reference weights": 400.0},
     shared=0.0,
@@ -21,8 +36,69 @@ MEMORY = RunMemory(
 )
 
 
-def measured(config, source, micro_batch=PACK, *, checkpointing=False):
-    return measure_memory(config, source, micro_batch, checkpointing=checkpointing)
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+
+
+class RandomModels:
+    """Models with random weights for a stage to start from."""
+
+    same_weights = True
+
+    def __init__(self, spec, config):
+        self.spec, self.config = spec, config
+
+    def policy(self):
+        model = VisionLanguageModel(with_routing(self.spec, self.config))
+        model.set_dropout(self.config.dropout)
+        return model
+
+    def reference(self):
+        return VisionLanguageModel(self.spec)
+
+
+def real_peak(stage, micro_batch):
+    """The most bytes that PyTorch's allocator held at a time during a step with real weights on the CPU."""
+    for parameter in trained_parameters(stage):
+        parameter.grad = torch.zeros_like(parameter)
+    drawn = draw_batch(stage.trained_model(), micro_batch)
+    batch = replace(drawn, tiles=torch.zeros(drawn.tiles.shape, dtype=torch.uint8))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        stage.step(batch).loss_sum.backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("pretrain", "trainer.activation_checkpointing=false"),
+        ("consistency", "trainer.activation_checkpointing=false"),
+        ("consistency", "trainer.activation_checkpointing=true"),
+        ("consistency", "model.trainable=[connectors,lora]"),
+        ("router", "router.label_mode=tile"),
+        ("router", "router.label_mode=image"),
+    ],
+)
+def test_the_plan_predicts_the_peak_of_a_real_step(name, setting):
+    changes = [setting, "router.min_history=1", "consistency.ratio_draw=full"]
+    demo = load_config(DEMO / f"{name}.yaml", changes)
+    config = replace(demo, model=replace(demo.model, reference=demo.model.path))
+    checkpointing = config.trainer.activation_checkpointing
+    spec = find_model(load_config(DEMO / "pretrain.yaml", []).model).spec
+    micro_batch = MicroBatch(num_samples=4, tiles=5, text_tokens=60, response_tokens=30)
+    shape = ModelShape(name="demo", spec=spec, dtype=torch.float32)
+    planned = stage_on_meta(config, shape, checkpointing=checkpointing)
+    predicted = sum(step_terms(planned, micro_batch, precision="32-true").values())
+    real = ready(build_stage(config, RandomModels(spec, config.model)))
+    assert predicted == pytest.approx(real_peak(real, micro_batch), rel=0.05)
+
+
+def measured(config, shape, micro_batch=MICRO_BATCH, *, checkpointing=False):
+    return measure_memory(config, shape, micro_batch, checkpointing=checkpointing)
 
 
 def trained_bytes(part, dtype_bytes=4):
@@ -30,71 +106,62 @@ def trained_bytes(part, dtype_bytes=4):
     return sum(p.numel() for p in getattr(model, part).parameters()) * dtype_bytes
 
 
-def test_what_is_trained_is_float32_and_what_is_frozen_as_stored(config, source):
-    memory = measured(config(), source)
+def test_what_is_trained_is_float32_and_what_is_frozen_as_stored(config, shape):
+    memory = measured(config(), shape)
     parts = sum(trained_bytes(part) for part in ("vision", "connectors", "language"))
     assert memory.weights["policy weights"] == parts
     assert memory.gradients == parts
     assert memory.optimizer == 2 * parts
-    reference = VisionLanguageModel(source.spec)
+    reference = VisionLanguageModel(shape.spec)
     assert memory.weights["reference weights"] == num_bytes(reference.parameters()) / 2
 
 
-def test_frozen_parts_serve_the_reference_too(config, source):
-    shared = measured(config(model={"trainable": ["connectors"]}), source)
-    apart = measured(config(model={"trainable": ["connectors"], "reference": "other"}), source)
+def test_frozen_parts_serve_the_reference_too(config, shape):
+    shared = measured(config(model={"trainable": ["connectors"]}), shape)
+    apart = measured(config(model={"trainable": ["connectors"], "reference": "other"}), shape)
     connector = trained_bytes("connectors", 2)
     assert 0 < shared.weights["reference weights"] < connector
     assert apart.weights["reference weights"] > shared.weights["reference weights"]
     assert shared.gradients == trained_bytes("connectors")
 
 
-def test_adapters_take_less_than_the_language_model(config, source):
-    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), source)
-    whole = measured(config(model={"trainable": ["language"]}), source)
+def test_adapters_take_less_than_the_language_model(config, shape):
+    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), shape)
+    whole = measured(config(model={"trainable": ["language"]}), shape)
     assert 0 < adapters.gradients < whole.gradients / 4
 
 
-def test_the_reference_shares_what_adapters_are_added_to_and_not_the_adapters(config, source):
-    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), source)
-    assert adapters.shared == measured(config(model={"trainable": ["connectors"]}), source).shared
+def test_the_reference_shares_what_adapters_are_added_to_and_not_the_adapters(config, shape):
+    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), shape)
+    assert adapters.shared == measured(config(model={"trainable": ["connectors"]}), shape).shared
 
 
-def test_stage_router_trains_the_router_alone(config, source):
-    memory = measured(config("router"), source)
-    models = build_models(config("router"), source)
-    assert memory.gradients == num_bytes(models.policy.router.parameters()) - num_bytes(
-        p for p in models.policy.router.parameters() if not p.requires_grad
-    )
-    assert {p.dtype for p in models.policy.router.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("label_mode", ["tile", "image"])
-def test_labels_take_memory(config, source, label_mode):
-    micro_batch = measured(config("router", router={"label_mode": label_mode}), source).micro_batch
-    assert micro_batch
-    larger = replace(PACK, num_samples=8)
-    assert sum(
-        measured(config("router", router={"label_mode": label_mode}), source, larger).micro_batch.values()
-    ) > sum(micro_batch.values())
+def test_stage_router_trains_the_router_alone(config, shape):
+    stage = stage_on_meta(config("router"), shape, checkpointing=False)
+    trained = [p for p in stage.policy.model.router.parameters() if p.requires_grad]
+    assert measured(config("router"), shape).gradients == num_bytes(trained)
+    assert {p.dtype for p in trained} == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "consistency"])
-def test_activations_grow_with_the_pack_and_shrink_by_recomputing(config, source, stage):
+def test_activations_grow_with_the_micro_batch_and_shrink_by_recomputing(config, shape, stage):
     model = {"ratios": [4]} if stage == "pretrain" else {}
     settings = config(stage, model=model)
-    small = measured(settings, source).micro_batch
-    large = measured(settings, source, replace(PACK, num_samples=8)).micro_batch
-    again = measured(settings, source, replace(PACK, num_samples=8), checkpointing=True).micro_batch
+    small = measured(settings, shape).micro_batch
+    large = measured(settings, shape, replace(MICRO_BATCH, num_samples=8)).micro_batch
+    again = measured(settings, shape, replace(MICRO_BATCH, num_samples=8), checkpointing=True).micro_batch
     for part in ("vision activations", "language activations"):
         assert large[part] == pytest.approx(4 * small[part], rel=0.05)
     assert sum(again.values()) < sum(large.values())
 
 
-def test_half_precision_saves_activations(config, source):
-    whole = measured(config(), source).micro_batch
-    mixed = measured(config(trainer={"precision": "bf16-mixed"}), source).micro_batch
+def test_half_precision_saves_activations(config, shape):
+    whole = measured(config(), shape).micro_batch
+    settings = config(trainer={"precision": "bf16-mixed"})
+    mixed = measured(settings, shape).micro_batch
+    recomputed = measured(settings, shape, checkpointing=True).micro_batch
     assert mixed["language activations"] < whole["language activations"]
+    assert sum(recomputed.values()) < sum(mixed.values())
     assert "weights as autocast has them" in mixed
     assert "weights as autocast has them" not in whole
 
@@ -114,14 +181,14 @@ def test_ddp_adds_its_buckets_whatever_the_number_of_gpus():
     assert two == many == {**per_gpu(MEMORY, sharded=False, world=1), "buckets of DDP": 160}
 
 
-def test_fsdp_divides_all_but_the_pack_and_what_computes():
+def test_fsdp_divides_all_but_the_micro_batch_and_what_computes():
     terms = per_gpu(MEMORY, sharded=True, world=4)
     assert [terms[name] for name in ("policy weights", "gradients", "optimizer")] == [200, 40, 80]
     assert terms["activations"] == 1000
     assert terms["gathered by FSDP"] == (2 * 80 + 40) * 3 / 4 + 80
 
 
-def test_the_optimizer_counts_where_it_takes_more_than_a_pack():
+def test_the_optimizer_counts_where_it_takes_more_than_a_micro_batch():
     small = replace(MEMORY, micro_batch={"activations": 100.0})
     assert per_gpu(small, sharded=False, world=1)["optimizer's temporaries"] == 160
     assert per_gpu(small, sharded=False, world=1, foreach=False)["activations"] == 100
@@ -131,7 +198,7 @@ def test_the_optimizer_counts_where_it_takes_more_than_a_pack():
 @pytest.mark.parametrize("placeholder_id", [0, 5])
 def test_drawn_samples_have_the_sizes_they_should(placeholder_id):
     model = VisionLanguageModel(tiny_spec(placeholder_id=placeholder_id))
-    batch = draw_batch(model, PACK)
+    batch = draw_batch(model, MICRO_BATCH)
     assert (batch.num_samples, batch.num_tiles) == (2, 6)
     assert (batch.input_ids == placeholder_id).sum() == 6
     assert batch.sample_lengths.tolist() == [23, 23]

@@ -1,18 +1,28 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from tests.helpers import tiny_spec
 from tests.released import official_config, write_native, write_official
-from vico_pl.model.families.folder import open_folder, save_model
-from vico_pl.model.families.shape import read_shape
+from vico_pl.data.packing import MicroBatchLimits
+from vico_pl.data.shards.index import INDEX_NAME, ShardEntry, sizes_path, write_array, write_entries
+from vico_pl.data.shards.sizes import SampleSize, as_array
+from vico_pl.model.families.folder import open_folder, read_shape, save_model
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.sources import RELEASED, find_model
-from vico_pl.recipe import ModelConfig
+from vico_pl.planning.sources import (
+    RELEASED,
+    MicroBatch,
+    SampleShape,
+    find_model,
+    largest_micro_batch,
+    read_samples,
+)
+from vico_pl.stages.settings import ModelConfig
 
+SAMPLE = SampleShape(tiles=2.0, text_tokens=10.0, response_tokens=4.0, num_samples=None, origin="test")
 MILLION = 1e6
 
 
@@ -52,12 +62,12 @@ def test_a_folder_that_is_not_there_yet_has_the_shape_of_its_reference():
 
 
 @pytest.mark.parametrize("path", ["runs/none/model", "someone/something", "OpenGVLab/InternVL3_5-9000B"])
-def test_a_shape_that_nothing_here_knows_is_told(path):
+def test_an_unknown_shape_is_an_error(path):
     with pytest.raises(ValueError, match=r"--shape 1b\|2b"):
         find_model(ModelConfig(path=path))
 
 
-def test_an_unknown_size_is_told():
+def test_an_unknown_size_is_an_error():
     with pytest.raises(ValueError, match="--shape is '9b'; expected one of 1b"):
         find_model(ModelConfig(path="anything"), "9b")
 
@@ -75,13 +85,13 @@ def test_a_config_alone_gives_the_shape_of_the_whole_folder(tmp_path, write):
     assert shapes[0] == shapes[1]
 
 
-def test_the_type_of_the_weights_is_told(tmp_path):
+def test_the_dtype_of_the_weights_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(official_config()))
     assert read_shape(tmp_path / "config.json")[1] == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_folders_tell_the_type_by_their_weights(tmp_path, dtype):
+def test_our_folders_have_the_dtype_of_their_weights(tmp_path, dtype):
     save_model(VisionLanguageModel(tiny_spec()).to(dtype), tmp_path)
     spec, found = read_shape(tmp_path / "config.json")
     assert found == dtype
@@ -89,7 +99,7 @@ def test_our_folders_tell_the_type_by_their_weights(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("content", ["{}", "no JSON", '{"architectures": ["InternVLChatModel"]}', "[]"])
-def test_other_configs_are_told(tmp_path, content):
+def test_other_configs_are_errors(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: "):
         read_shape(tmp_path / "config.json")
@@ -114,3 +124,57 @@ def test_parts_that_a_recipe_names(tmp_path):
 def test_parts_that_are_not_known(vision, language, message):
     with pytest.raises(ValueError, match=message):
         find_model(ModelConfig(vision=vision, language=language))
+
+
+@pytest.mark.parametrize(
+    ("limits", "batch_size", "world", "expected"),
+    [
+        (MicroBatchLimits(max_tiles=9, max_tokens=1000), 16, 1, 4),  # 4 x 2 tiles
+        (MicroBatchLimits(max_tiles=99, max_tokens=60), 16, 1, 3),  # 3 x 18 tokens
+        (MicroBatchLimits(max_tiles=99, max_tokens=1000), 16, 8, 2),  # the samples of a rank
+        (MicroBatchLimits(max_tiles=1, max_tokens=1), 16, 1, 1),  # one sample that exceeds them
+    ],
+)
+def test_micro_batches_keep_to_the_limits(config, limits, batch_size, world, expected):
+    data = replace(config().data, micro_batch=limits, batch_size=batch_size)
+    found = largest_micro_batch(data, SAMPLE, tokens_per_tile=4, world=world)
+    assert found == MicroBatch(num_samples=expected, tiles=2, text_tokens=10, response_tokens=4)
+
+
+def test_shards_have_their_sizes(config, tmp_path):
+    """Two samples of 1000 x 500 px, of three tiles each, and 20 and 40 tokens of text."""
+    write_entries([ShardEntry(name="a.tar", num_samples=2)], tmp_path / INDEX_NAME)
+    sizes = [SampleSize(text_tokens=n, num_images=1, width=1000, height=500) for n in (20, 40)]
+    write_array(as_array(sizes), sizes_path(tmp_path / "a.tar"))
+    found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
+    assert (found.num_samples, found.tiles, found.text_tokens, found.response_tokens) == (2, 3, 30, 15)
+    assert found.origin.startswith("mean of 2 samples")
+
+
+def test_an_index_without_sizes_still_counts(config, tmp_path):
+    write_entries([ShardEntry(name="a.tar", num_samples=9)], tmp_path / INDEX_NAME)
+    found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
+    assert (found.num_samples, found.tiles) == (9, 5)
+    assert "assumed" in found.origin
+
+
+def test_without_shards_typical_figures_are_assumed(config):
+    found = read_samples(config().data)
+    assert (found.tiles, found.text_tokens, found.num_samples) == (5, 200, None)
+    assert "assumed" in found.origin
+
+
+def test_a_range_of_shards_counts_what_it_names(config, tmp_path):
+    names = ["train-0.tar", "train-1.tar", "train-2.tar"]
+    entries = [ShardEntry(name=name, num_samples=count) for name, count in zip(names, (9, 7, 5), strict=True)]
+    write_entries(entries, tmp_path / INDEX_NAME)
+    for name in names:
+        (tmp_path / name).touch()
+
+    def count(named):
+        return read_samples(config(data={"sources": [{"path": f"{tmp_path}/{named}"}]}).data).num_samples
+
+    assert count("train-{0..1}.tar") == 16
+    assert count("train-[12].tar") == 12
+    assert count("train-{0..3}.tar") is None  # the last is not counted
+    assert count("other-*.tar") is None

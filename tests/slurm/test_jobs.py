@@ -8,7 +8,7 @@ import pytest
 
 from tests.processes import audit, finish, newest_step, steps_taken
 from tests.runs import differing, recipe
-from vico_pl.trainer import is_finished
+from vico_pl.prepare import is_finished
 
 pytestmark = pytest.mark.slurm
 

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from tests.helpers import batch_of, encoded_sample
 from vico_pl.data.collate import collate
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Mean, RankFacts, Stage, StepResult
+from vico_pl.stages.base import Mean, RankFacts, Ranks, Stage, StepResult
 from vico_pl.types import BadRecord, RankBatch
 
 
 class WeightTimesTokens(Stage):
     """A loss of (weight - token id) squared over the response tokens."""
 
-    area = "toy"
+    name = "toy"
 
     def __init__(self):
         super().__init__(OptimConfig(lr=1.0, max_grad_norm=1e9), num_steps=10)
@@ -69,7 +69,7 @@ def run(share, *others):
         events.append("kept")
         yield
 
-    stage._gradients_stay_here = here
+    stage._gradients_stay_local = here
     stage.manual_backward = lambda loss: (
         events.append("backward"),
         seen.append(loss.item()),
@@ -163,3 +163,18 @@ def test_a_step_that_is_no_number_changes_no_weight_and_counts(value, monkeypatc
     assert found.stage.weight.item() == 1.0
     assert (found.gradient, found.num_steps) == (None, 1)
     assert not math.isfinite(found.outputs["grad_norm"])
+
+
+def test_a_single_rank_gathers_its_own_value():
+    assert Ranks(1).gather({"a": 1}) == [{"a": 1}]
+
+
+def test_a_rank_that_lost_another_says_so_in_a_sentence(monkeypatch):
+    def closed(*_, **__):
+        raise RuntimeError("Connection closed by peer\nand more of that")
+
+    monkeypatch.setattr(distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(distributed, "all_gather_object", closed)
+    expected = r"another rank has ended \(Connection closed by peer\); see its log for the reason"
+    with pytest.raises(ConnectionError, match=expected):
+        Ranks(2).gather(1)

@@ -10,8 +10,8 @@ from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
 from vico_pl.optim import OptimConfig
+from vico_pl.stages.base import Ranks
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage, draw_ratios
-from vico_pl.stages.ranks import Ranks
 
 
 def stage_of(model, reference=None, *, seed=0, **config):
@@ -170,10 +170,12 @@ def test_checkpoints_hold_the_policy_and_nothing_of_the_reference():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio_draw": "patch"}, "consistency.ratio_draw is 'patch'; expected image, tile or mixed"),
+        (
+            {"ratio_draw": "patch"},
+            "consistency.ratio_draw is 'patch'; expected one of image, tile, mixed, full",
+        ),
         ({"temperature": 0.0}, "consistency.temperature is 0.0; expected more than 0"),
         ({"chunk_size": 0}, "consistency.chunk_size is 0; expected 1 or more"),
-        ({"reference_cache_gib": 0.0}, "consistency.reference_cache_gib is 0.0; expected more than 0"),
     ],
 )
 def test_settings_that_the_stage_cannot_follow_are_refused(settings, message):

@@ -1,41 +1,94 @@
+from dataclasses import replace
+
 import pytest
 
 from tests.helpers import tiny_spec
 from vico_pl.model.flops import count_flops
-from vico_pl.stages.cost import ConsistencyCost, PretrainCost, RouterCost, forward_flops
+from vico_pl.recipe import RunConfig
+from vico_pl.stages import STAGES
+from vico_pl.stages.consistency import ConsistencyConfig
+from vico_pl.stages.cost import forward_parts
+from vico_pl.stages.router import RouterConfig
+from vico_pl.stages.settings import ModelConfig, TrainerConfig
 
 FLOPS = count_flops(tiny_spec())
-FULL, COMPRESSED = (FLOPS.vision_tokens_per_tile[ratio] for ratio in (4, 16))
 
 
-def consistency(**changes):
-    return ConsistencyCost(**{"flops": FLOPS, "ratios": [4, 16], "ratio_draw": "image", "seed": 0, **changes})
+def cost(stage, *, trainer=None, consistency=None, router=None, **model):
+    run = RunConfig(
+        stage=stage,
+        run_dir="x",
+        model=ModelConfig(path="m", **model),
+        trainer=trainer or TrainerConfig(),
+        consistency=consistency or ConsistencyConfig(ratio_draw="image"),
+        router=router or RouterConfig(),
+    )
+    return STAGES[stage].cost(run, FLOPS)
+
+
+def forward(tiles, text_tokens):
+    return sum(forward_parts(FLOPS, tiles, text_tokens).values())
 
 
 def test_a_forward_pass_is_its_tiles_and_the_tokens_they_become():
-    cost = forward_flops(FLOPS, [4, 16], 10)
-    tiles = 2 * FLOPS.vision_per_tile + FLOPS.connector_per_tile[4] + FLOPS.connector_per_tile[16]
-    assert cost == tiles + FLOPS.language(10 + FULL + COMPRESSED)
+    parts = forward_parts(FLOPS, {4: 1, 16: 1}, 10)
+    tokens = sum(FLOPS.vision_tokens_per_tile[ratio] for ratio in (4, 16))
+    assert parts["vision"] == 2 * FLOPS.vision_per_tile
+    assert parts["connectors"] == FLOPS.connector_per_tile[4] + FLOPS.connector_per_tile[16]
+    assert parts["language"] == FLOPS.language(10 + tokens)
 
 
 def test_text_alone_costs_three_forward_passes_of_the_policy_and_one_of_the_reference():
-    assert consistency()(0, [], 20) == 4 * FLOPS.language(20)
-    assert PretrainCost(flops=FLOPS)(0, [], 20) == 3 * FLOPS.language(20)
+    assert cost("consistency")(0, [], 20) == 4 * FLOPS.language(20)
+    assert cost("pretrain")(0, [], 20) == 3 * FLOPS.language(20)
 
 
 def test_a_sample_costs_what_its_own_draw_costs():
-    full, compressed = (
-        3 * forward_flops(FLOPS, [ratio] * 3, 20) + forward_flops(FLOPS, [4] * 3, 20) for ratio in (4, 16)
+    full, compressed = (3 * forward({ratio: 3}, 20) + forward({4: 3}, 20) for ratio in (4, 16))
+    assert {cost("consistency")(position, [3], 20) for position in range(50)} == {full, compressed}
+
+
+def test_a_frozen_tower_has_no_backward_pass_and_runs_once_for_both_models():
+    frozen = {"trainable": ["connectors", "language"]}
+    fsdp = TrainerConfig(strategy="fsdp")
+    trained, own, shared = (
+        cost("consistency", **settings)(7, [2], 5) for settings in ({}, {**frozen, "trainer": fsdp}, frozen)
     )
-    found = {consistency()(position, [3], 20) for position in range(50)}
-    assert found == {full, compressed}
+    tower = 2 * FLOPS.vision_per_tile
+    assert own - shared == pytest.approx(tower)
+    connectors = trained - own - 2 * tower  # no gradient of the patch features either
+    assert 0 < connectors < tower
 
 
-def test_a_frozen_tower_has_no_backward_pass():
-    trained, frozen = (consistency(trains_vision=trains)(7, [2], 5) for trains in (True, False))
-    assert trained - frozen == pytest.approx(2 * 2 * FLOPS.vision_per_tile)
+def test_recomputing_activations_costs_a_forward_pass_of_the_blocks():
+    again = cost("pretrain", trainer=TrainerConfig(activation_checkpointing=True))
+    extra = again(0, [2], 5) - cost("pretrain")(0, [2], 5)
+    parts = forward_parts(FLOPS, {4: 2}, 5)
+    assert extra == parts["vision"] + parts["language"]
 
 
-def test_labels_cost_more_than_in_proportion_to_the_tiles():
-    cost = RouterCost(flops=FLOPS)
-    assert cost(0, [8], 10) > 2 * cost(0, [4], 10) > 4 * cost(0, [2], 10)
+def test_labels_per_tile_cost_more_than_in_proportion_to_the_tiles_and_more_than_per_image():
+    per_tile, per_image = (cost("router", router=RouterConfig(label_mode=mode)) for mode in ("tile", "image"))
+    assert per_tile(0, [8], 10) > 2 * per_tile(0, [4], 10) > 4 * per_tile(0, [2], 10)
+    assert per_tile(0, [8], 10) > per_image(0, [8], 10)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_expected_cost_is_the_mean_over_draws_with_the_heads(stage):
+    found = cost(stage)
+    draws = [found(position, [3], 20) for position in range(400)]
+    expected = sum(found.expected_parts(3, 20, 0).values())
+    router = 3 * 3 * FLOPS.router_per_tile if stage == "router" else 0
+    assert expected - router == pytest.approx(sum(draws) / len(draws), rel=0.03)
+    heads = sum(found.expected_parts(3, 20, 10).values()) - expected
+    assert heads >= 3 * 10 * FLOPS.head_per_token
+
+
+def test_a_cost_knows_its_vision_tokens():
+    tokens = FLOPS.vision_tokens_per_tile
+    assert cost("pretrain").vision_tokens(2) == {"policy": 2 * tokens[4]}
+    assert cost("consistency").vision_tokens(2) == {
+        "policy": tokens[4] + tokens[16],
+        "reference": 2 * tokens[4],
+    }
+    assert replace(cost("router"), label_mode="image").vision_tokens(1)["reference"] == tokens[4]

@@ -9,8 +9,8 @@ from vico_pl.data.collate import collate
 from vico_pl.model.reference import FrozenReference
 from vico_pl.optim import OptimConfig
 from vico_pl.stages import router as router_module
+from vico_pl.stages.base import Ranks
 from vico_pl.stages.labels import tile_loss_ratios
-from vico_pl.stages.ranks import Ranks
 from vico_pl.stages.router import RouterConfig, RouterStage
 
 EPSILON = 1e-3

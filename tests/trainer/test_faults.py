@@ -23,7 +23,7 @@ from tests.runs import differing, metrics, recipe
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.callbacks.steps import StepSeed
 from vico_pl.data.shards.reader import write_index, write_shard
-from vico_pl.trainer import is_finished
+from vico_pl.prepare import is_finished
 
 STEPS = 12
 SETTINGS = [f"trainer.max_steps={STEPS}", "trainer.checkpoint_every=2"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.processes import audit, finish, kill_at_random, newest_step, steps_taken
 from tests.runs import differing
-from vico_pl.trainer import is_finished
+from vico_pl.prepare import is_finished
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import torch
 from tests import processes
 from tests.runs import break_run, differing, metrics, run, weights
 from vico_pl.callbacks.checkpoints import newest_checkpoint
-from vico_pl.trainer import is_finished
+from vico_pl.prepare import is_finished
 
 EXACT = ["model.dropout=0.0", "seed=3"]  # dropout draws from the generator of each rank
 ADAPTED = [

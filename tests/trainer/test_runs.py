@@ -17,8 +17,8 @@ from tests.runs import STEPS, break_run, differing, metrics, run, watch_steps
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.model.families.folder import load_model
+from vico_pl.prepare import is_finished
 from vico_pl.tokens import load_tokenizer
-from vico_pl.trainer import is_finished
 
 
 def test_each_stage_hands_a_model_folder_to_the_next(runs):

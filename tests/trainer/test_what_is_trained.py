@@ -8,12 +8,12 @@ import torch
 
 from tests.helpers import PLACEHOLDER_ID, batch_of, mixed_samples
 from tests.runs import break_run, differing, run, watch_steps, weights
-from vico_pl.build import build_run_tokenizer, build_stage
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
 from vico_pl.model.families.folder import load_model
 from vico_pl.model.sharding import cast_trained
-from vico_pl.trainer import is_finished
+from vico_pl.prepare import FolderModels, is_finished
+from vico_pl.stages import build_stage
 
 SPLIT = ("trainer.strategy=fsdp", "model.trainable=[connectors,language]")
 LORA = ("model.trainable=[connectors,lora]", "model.lora={rank: 4, dropout: 0.2}")
@@ -63,7 +63,7 @@ def test_checkpoints_of_a_run_with_adapters_hold_no_weights_of_the_model_folder(
 def test_weights_to_be_split_stay_as_stored_until_each_rank_has_its_part(runs):
     """What is trained would otherwise lie whole, and in float32, in the memory of every rank of a node."""
     recipe = load_config(runs / "consistency.yaml", ["model.frozen_dtype=bfloat16", *SPLIT])
-    stage = build_stage(recipe, build_run_tokenizer(recipe.model))
+    stage = build_stage(recipe, FolderModels(recipe))
     assert {tensor.dtype for tensor in stage.parameters()} == {torch.bfloat16}
     cast_trained(stage.model, stage.trained_dtype)
     types = {name.split(".")[1]: p.dtype for name, p in stage.named_parameters()}
@@ -129,10 +129,6 @@ def test_a_run_goes_on_compiled_where_it_began_uncompiled(runs, tmp_path, monkey
         (["trainer.precision=bf16"], "trainer.precision is 'bf16'; expected 32-true or bf16-mixed"),
         (["model.attention=ring"], "model.attention is 'ring'; expected one of sdpa, flash"),
         (["consistency.kernel=triton"], "consistency.kernel is 'triton'; expected native or liger"),
-        (
-            ["consistency.reference_cache=x", "trainer.strategy=fsdp"],
-            "consistency.reference_cache is set but trainer.strategy is 'fsdp'",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_told(runs, tmp_path, settings, told):

@@ -1,4 +1,4 @@
-"""Lightning's side of the data: which positions this rank and this worker read."""
+"""The DataModule: which positions of the order this rank and this worker read."""
 
 import itertools
 import math
@@ -30,16 +30,16 @@ from vico_pl.types import RankBatch
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """A set of shards, and how long (a curriculum) or how often (a mixture) it feeds the run."""
+    """A set of shards, and how long (a curriculum) or how often (a mixture) the run reads it."""
 
     path: str  # a folder, glob, brace range or URL of shards, see data/README.md
     steps: int | None = None  # optimizer steps before the next source takes over; the last source has none
-    weight: float | None = None  # share of the samples, of any sum over the sources; all have one or none
+    weight: float | None = None  # relative share of the samples; all sources have one or none has
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and how it becomes steps."""
+    """What is read, and how it becomes optimizer steps."""
 
     sources: list[SourceConfig] = field(default_factory=list)  # one after the other, or mixed by weight
     batch_size: int = 16  # samples of a global batch, which is one optimizer step over all ranks
@@ -48,13 +48,13 @@ class DataConfig:
     chat: ChatConfig = field(default_factory=ChatConfig)
     micro_batch: MicroBatchLimits = field(
         default_factory=MicroBatchLimits
-    )  # what goes through the model at a time
-    images: ImageLimits = field(default_factory=ImageLimits)  # what an image may cost
+    )  # limits of what goes through the model at a time
+    images: ImageLimits = field(default_factory=ImageLimits)  # of a file and of its pixels
     streaming: StreamingConfig = field(default_factory=StreamingConfig)  # of URLs and compressed shards
     max_bad_fraction: float = 0.05  # of the last 2,000 samples; if more are bad the run stops
 
     def __post_init__(self) -> None:
-        """Refuse batches of nothing, and sources that are neither a curriculum nor a mixture."""
+        """Reject empty batches, and sources that are neither a curriculum nor a mixture."""
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size is {self.batch_size}; expected at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -66,7 +66,7 @@ class DataConfig:
 
 
 class DataModule(L.LightningDataModule):
-    """Gives the trainer steps, from the position that its global step implies."""
+    """Gives the trainer rank batches, from the position that follows from its global step."""
 
     def __init__(
         self,
@@ -76,13 +76,8 @@ class DataModule(L.LightningDataModule):
         full_tokens_per_tile: int,
         seed: int,
         cost: SampleCost | None = None,
-        with_digests: bool = False,
     ) -> None:
-        """Open the shards, so that a missing one is found before anything else is built.
-
-        `cost` of a sample decides which rank takes it; without one, its tokens at full vision tokens do.
-        Batches have digests of their samples if asked for.
-        """
+        """Open the shards. Samples are assigned to ranks by `cost`; default: tokens at full vision tokens."""
         super().__init__()
         if not config.sources:
             raise ValueError("data.sources is empty; name at least one folder of shards")
@@ -91,14 +86,13 @@ class DataModule(L.LightningDataModule):
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
         self.order = build_order(config, self.indexes, seed=seed)
         self.cost = cost or partial(_num_tokens, tokens_per_tile=full_tokens_per_tile)
-        self.with_digests = with_digests
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
-        """Return an endless loader that goes on at the trainer's global step."""
+        """Return an endless loader that starts at the trainer's global step."""
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the DataModule is not attached to a Trainer")
-        dataset = Shares(
+        dataset = RankBatches(
             self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size
         )
         workers = self.config.num_workers
@@ -111,11 +105,11 @@ class DataModule(L.LightningDataModule):
         )
 
 
-class Shares(IterableDataset[RankBatch]):
-    """A rank's share of every step from `first_step` on; worker k of w makes every w-th."""
+class RankBatches(IterableDataset[RankBatch]):
+    """The rank batch of every step from `first_step` on; worker k of w makes every w-th."""
 
     def __init__(self, data: DataModule, *, first_step: int, rank: int, world: int) -> None:
-        """Serve one rank of `world`. What travels to worker processes is no trainer and no model."""
+        """Serve one rank of `world`. Worker processes get neither trainer nor model."""
         super().__init__()
         self.first_step, self.rank, self.world = first_step, rank, world
         self.config, self.indexes, self.order = data.config, data.indexes, data.order
@@ -128,11 +122,10 @@ class Shares(IterableDataset[RankBatch]):
             cost=data.cost,
             image_limits=data.config.images,
             micro_batch_limits=data.config.micro_batch,
-            with_digests=data.with_digests,
         )
 
     def __iter__(self) -> Iterator[RankBatch]:
-        """Yield shares without end."""
+        """Yield rank batches without end."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         for step in itertools.count(self.first_step + worker, num_workers):
@@ -140,9 +133,10 @@ class Shares(IterableDataset[RankBatch]):
             yield from run_stages(positions, self.stages, min_micro_batches=num_micro_batches)
 
     def rank_positions(self, step: int) -> tuple[list[int], int]:
-        """Return which positions of a step's global batch are this rank's, and in how many micro-batches at least.
+        """Return this rank's positions of a step, and how many micro-batches to make of them at least.
 
-        All ranks deal alike, from estimates, and so know how many micro-batches the rank with most will make.
+        All ranks compute the same assignment from the same estimates, so each knows the largest number of
+        micro-batches of any rank.
         """
         size = self.config.batch_size
         positions = range(step * size, (step + 1) * size)
@@ -150,11 +144,8 @@ class Shares(IterableDataset[RankBatch]):
             return list(positions), 1
         estimates = [self._estimate(position) for position in positions]
         assigned = assign_to_ranks([cost for cost, _, _ in estimates], self.world)
-        num_micro_batches = max(
-            self._num_micro_batches([estimates[index] for index in rank_positions])
-            for rank_positions in assigned
-        )
-        return [positions[index] for index in assigned[self.rank]], num_micro_batches
+        counts = [self._num_micro_batches([estimates[i] for i in indices]) for indices in assigned]
+        return [positions[index] for index in assigned[self.rank]], max(counts)
 
     def _num_micro_batches(self, estimates: Sequence[tuple[float, int, int]]) -> int:
         costs = [cost for cost, _, _ in estimates]
@@ -162,7 +153,7 @@ class Shares(IterableDataset[RankBatch]):
         return len(split_into_micro_batches(costs, tiles, tokens, self.config.micro_batch))
 
     def _estimate(self, position: int) -> tuple[float, int, int]:
-        """Return cost, tiles and tokens of a sample that was not read yet."""
+        """Return estimated cost, tiles and tokens of a sample, without reading it."""
         place = self.order(position)
         size = self.indexes[place.source].size_of(place.sample)
         tiles_per_image = estimated_tiles(size, self.config.tiling)

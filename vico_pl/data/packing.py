@@ -1,8 +1,8 @@
-"""Who takes which samples of a global batch, and in which micro-batches: by cost, within limits of memory.
+"""Assign the samples of a global batch to ranks and micro-batches: by cost, within memory limits.
 
-Samples lie end to end in a micro-batch, so nothing is padded. But they differ tenfold in cost, and a step takes as
-long as its slowest rank: so a step's samples are dealt to ranks by an estimate of their cost, which every
-rank makes alike from the index, and each rank cuts its own, now decoded, into micro-batches of like cost.
+Samples are laid end to end in a micro-batch, so nothing is padded. Their costs differ tenfold, and a step
+takes as long as its slowest rank. So samples are assigned to ranks by estimated cost, which every rank
+computes alike from the index; each rank then splits its decoded samples into micro-batches of similar cost.
 """
 
 import heapq
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.data.tiling import TilingConfig, choose_grid
 
-# Cost of a sample, in any unit: of its position in the run, tiles of each image, and text tokens.
+# Cost of a sample in any unit, from its position in the run, the tiles of each image and its text tokens.
 SampleCost = Callable[[int, Sequence[int], int], float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchLimits:
-    """What goes through the model at a time. A sample that exceeds a limit alone has a micro-batch of its own."""
+    """What goes through the model at a time. A sample that exceeds a limit gets its own micro-batch."""
 
     max_tiles: int = 48  # thumbnails counted
     max_tokens: int = 16384  # at full vision tokens
 
     def __post_init__(self) -> None:
-        """Refuse micro-batches of nothing."""
+        """Reject limits below one."""
         if min(self.max_tiles, self.max_tokens) < 1:
             given = f"max_tiles of micro-batches is {self.max_tiles} and max_tokens {self.max_tokens}"
             raise ValueError(f"{given}; expected at least 1 for both")
 
 
 def estimated_tiles(size: SampleSize, tiling: TilingConfig) -> list[int]:
-    """Return how many tiles each image of a sample will have, if all are shaped like its first.
+    """Return how many tiles each image of a sample will have if all are shaped like its first.
 
     >>> estimated_tiles(SampleSize(text_tokens=25, num_images=2, width=1000, height=500), TilingConfig())
     [3, 3]
@@ -46,15 +46,14 @@ def estimated_tiles(size: SampleSize, tiling: TilingConfig) -> list[int]:
 
 
 def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Give each rank its samples, the dearest first to whoever has least; each rank's in rising order.
+    """Greedy assignment: most expensive sample first, to the least-loaded rank; indices in rising order.
 
     >>> assign_to_ranks([9.0, 1.0, 5.0, 4.0], 2)
     [[0, 1], [2, 3]]
     """
     assigned: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [
-        (0.0, 0, rank) for rank in range(num_ranks)
-    ]  # cost, and samples for those that seem to cost nothing
+    # The number of samples breaks ties between those that seem to cost nothing.
+    loads = [(0.0, 0, rank) for rank in range(num_ranks)]
     for sample in sorted(range(len(costs)), key=lambda sample: (-costs[sample], sample)):
         load, count, rank = loads[0]
         assigned[rank].append(sample)
@@ -70,10 +69,11 @@ def split_into_micro_batches(
     *,
     min_micro_batches: int = 1,
 ) -> list[list[int]]:
-    """Cut samples into as few micro-batches as the limits allow, of like cost; the dearest micro-batch first.
+    """Split samples into as few micro-batches as the limits allow, of similar cost, most expensive first.
 
-    Ranks with sharded weights wait for each other micro-batch by micro-batch: so the dearest of all ranks meet, and a rank
-    that could do with fewer micro-batches than others makes `min_micro_batches`, as far as it has samples.
+    Ranks with sharded weights wait for each other in every micro-batch, so the most expensive ones of all
+    ranks run together. A rank that needs fewer than `min_micro_batches` still makes that many if it has
+    enough samples.
 
     >>> split_into_micro_batches([9.0, 1.0, 5.0, 4.0], [9, 1, 5, 4], [1] * 4, MicroBatchLimits(max_tiles=10))
     [[0, 1], [2, 3]]
@@ -100,7 +100,7 @@ def _fill(
     tokens: Sequence[int],
     limits: MicroBatchLimits,
 ) -> list[list[int]] | None:
-    """Put each sample, the dearest first, into the cheapest micro-batch with room; None: one finds no room."""
+    """Put each sample, most expensive first, into the cheapest micro-batch with room; None: no room."""
     micro_batches = [_MicroBatch() for _ in range(num_micro_batches)]
     for sample in sorted(range(len(costs)), key=lambda sample: (-costs[sample], sample)):
         roomy = [

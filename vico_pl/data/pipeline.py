@@ -1,6 +1,6 @@
-"""The way from positions in the order to a rank's share of a step: one list, top to bottom.
+"""From positions in the order to the rank batch of a step: one list of stages, read from top to bottom.
 
-An item keeps its position all the way, so that a bad record leaves a gap in its batch and none in the order.
+An item keeps its position all the way, so a bad record is missing from its batch but not from the order.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,10 +34,9 @@ def build_stages(
     cost: SampleCost,
     image_limits: ImageLimits = DEFAULT_LIMITS,
     micro_batch_limits: MicroBatchLimits = MicroBatchLimits(),  # noqa: B008 - frozen
-    with_digests: bool = False,
 ) -> list[Stage]:
-    """Return the stages that turn the positions of a share into that share."""
-    dummy = filler_sample(tiling, chat)
+    """Return the stages that turn the positions of a rank into its rank batch."""
+    dummy = dummy_sample(tiling, chat)
     return [
         partial(read, order=order, readers=[RecordReader(index) for index in sources]),
         partial(apply, function=partial(decode_record, limits=image_limits)),
@@ -50,13 +49,12 @@ def build_stages(
             cost=cost,
             dummy=dummy,
             tokens_per_tile=chat.full_tokens_per_tile,
-            with_digests=with_digests,
         ),
     ]
 
 
 def read(positions: Iterable[int], *, order: SampleOrder, readers: Sequence[RecordReader]) -> Iterator[Item]:
-    """Turn positions into raw records, and let each reader know which shards come next."""
+    """Turn positions into raw records, and let each reader prefetch the shards that come next."""
     for position in positions:
         place = order(position)
         reader = readers[place.source]
@@ -70,7 +68,7 @@ def read(positions: Iterable[int], *, order: SampleOrder, readers: Sequence[Reco
 def apply(source: Iterable[Item], *, function: Callable[[Any], Any], kind: str = "other") -> Iterator[Item]:
     """Apply `function` to each item; one that raises `RecordError` becomes a `BadRecord` in its place.
 
-    `kind` counts for errors that name none.
+    `kind` is used for errors that have none.
     """
     for position, item in source:
         if isinstance(item, BadRecord):
@@ -83,7 +81,7 @@ def apply(source: Iterable[Item], *, function: Callable[[Any], Any], kind: str =
 
 
 def name_sources(source: Iterable[Item], *, order: SampleOrder, names: Sequence[str]) -> Iterator[Item]:
-    """Note on bad records which source they are from."""
+    """Set the source of bad records."""
     for position, item in source:
         if isinstance(item, BadRecord):
             item = replace(item, source=names[order(position).source])
@@ -97,13 +95,12 @@ def gather_rank_batch(
     cost: SampleCost,
     dummy: EncodedSample,
     tokens_per_tile: int,
-    with_digests: bool = False,
     min_micro_batches: int = 1,
 ) -> Iterator[RankBatch]:
-    """Gather all items into one share, of at least `min_micro_batches` micro-batches if it has as many samples.
+    """Gather all items into one rank batch, of at least `min_micro_batches` if there are enough samples.
 
-    Every micro-batch has a tile, and every share a micro-batch, if need be that of the dummy: so all ranks run the same
-    parts of the model, and the dummy, which has no response, adds nothing to loss and gradients.
+    Every micro-batch has a tile and every rank batch a micro-batch, if necessary the dummy sample's, so that
+    all ranks run the same parts of the model. The dummy has no response and adds nothing to the gradients.
     """
     items = list(source)
     good = [(position, item) for position, item in items if isinstance(item, EncodedSample)]
@@ -111,22 +108,20 @@ def gather_rank_batch(
     texts = [len(item.input_ids) - count for (_, item), count in zip(good, tiles, strict=True)]
     tokens = [text + count * tokens_per_tile for text, count in zip(texts, tiles, strict=True)]
     costs = [cost(p, item.tiles_per_image, text) for (p, item), text in zip(good, texts, strict=True)]
-    lay = partial(collate, with_digests=with_digests)
     micro_batches = []
     for chosen in split_into_micro_batches(costs, tiles, tokens, limits, min_micro_batches=min_micro_batches):
         members = [good[index] for index in chosen]
         if not any(tiles[index] for index in chosen):
             members.append((-1, dummy))
-        micro_batches.append(
-            lay([item for _, item in members], positions=[position for position, _ in members])
-        )
+        positions, samples = zip(*members, strict=True)
+        micro_batches.append(collate(samples, positions=list(positions)))
     bad = [item for _, item in items if isinstance(item, BadRecord)]
-    alone = lay([dummy], positions=[-1])
+    alone = collate([dummy], positions=[-1])
     yield RankBatch(micro_batches=micro_batches or [alone], bad_records=bad, dummy=alone)
 
 
-def filler_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:
-    """Return a black tile without name and response."""
+def dummy_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:
+    """Return a sample of one black tile, without id and response."""
     tile = torch.zeros(1, 3, tiling.tile_size, tiling.tile_size, dtype=torch.uint8)
     return chat.encode_prompt(
         TiledSample(id="", tiles=tile, tiles_per_image=[1], turns=[], metadata={}), "<image>"
@@ -134,5 +129,5 @@ def filler_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:
 
 
 def run_stages(positions: Iterable[int], stages: Sequence[Stage], **last: Any) -> Iterator[Any]:
-    """Run positions through the stages; `last` is given to the last of them."""
+    """Run positions through the stages; `last` are keyword arguments of the last one."""
     return iter(wds.DataPipeline(partial(iter, positions), *stages[:-1], partial(stages[-1], **last)))

@@ -6,9 +6,9 @@ import PIL.Image
 from PIL import ImageDraw, ImageFont
 
 from vico_pl.data.shards.preview import MUTED, below, beside, text_block, to_pillow
+from vico_pl.model.connector import FULL_RATIO
 from vico_pl.types import Image
 
-FULL_RATIO = 4  # patches per vision token of a tile that was not compressed
 MAX_WIDTH, MAX_HEIGHT = 900, 640  # px, but tiles stay readable in a very wide or tall grid too
 MIN_SIDE, MAX_SIDE = 150, 300  # px, of a tile
 THUMBNAIL = 150  # px

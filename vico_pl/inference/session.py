@@ -15,9 +15,8 @@ from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.inference.routing import choose_ratios
+from vico_pl.model.families.base import PROCESSING_NAME, Contents
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.families.layout import Contents
-from vico_pl.model.families.ours import PROCESSING_NAME
 from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel

@@ -1,1 +1,1 @@
-"""What is minimised: pure functions of tensors."""
+"""Losses and labels: pure tensor functions."""

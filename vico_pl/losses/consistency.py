@@ -37,7 +37,7 @@ def consistency_kl(
 
     Logits exist for `chunk_size` tokens at a time: no (R, V) tensor is ever held. They are produced in
     float32 whatever the type of the states (float64 stays): rounded to bfloat16 they make a KL of 1e-3 nats
-    useless. Gradients reach the policy only and are made beside the values; the backward pass scales them.
+    useless. Gradients reach the policy only and are computed with the values; the backward pass scales them.
 
     Row r of both sides belongs together, or with `reference_rows` row `reference_rows[r]` of the reference,
     whose logits are made once for all neighbours in a chunk that share it.
@@ -92,7 +92,7 @@ class _ConsistencyKL(torch.autograd.Function):
     What the backward pass will multiply them with is not known yet. The states' gradient is kept per token,
     so any upstream gradient scales it exactly. The head's is a sum over tokens, which only a gradient that is
     the same for all tokens can scale, as that of `kl.sum()` times a number is; for any other, and when a
-    retained graph is used again, the backward pass makes it anew from the inputs. Right in every case, and
+    retained graph is used again, the backward pass recomputes it from the inputs. Correct in every case, and
     without extra cost in the one that training uses.
     """
 
@@ -125,7 +125,7 @@ class _ConsistencyKL(torch.autograd.Function):
 
 
 def _head_gradient(ctx: Any, inputs: list[Tensor], upstream: Tensor) -> Tensor:
-    """Scale the gradient made in forward, in place and therefore once; or make it anew."""
+    """Scale the gradient made in forward, in place and therefore once; or recompute it."""
     made, ctx.head_gradient = ctx.head_gradient, None
     if made is not None and _is_uniform(upstream):
         return made.mul_(_by_logits(ctx, upstream[0])) if len(upstream) else made
@@ -220,7 +220,7 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
 
 
 def _buffers(num_rows: int, head: Tensor, dtype: torch.dtype) -> list[Float[Tensor, "n V"]]:
-    """Return the three tensors in which a chunk happens: beside the head's gradient, all the memory taken."""
+    """Return the three work tensors of a chunk: all the memory taken, except for the head's gradient."""
     return [head.new_empty(num_rows, len(head), dtype=dtype) for _ in range(3)]
 
 

@@ -18,10 +18,10 @@ OLDEST = "0.8.5"  # those before round logits, and hold a loss for each token an
 
 
 def check_liger(device: torch.device) -> None:
-    """Say whether kernel `liger` can run.
+    """Check that kernel `liger` can run on a device.
 
     Raises:
-        ValueError: not here; the message says what to do.
+        ValueError: it cannot; the message says what to do.
     """
     if device.type != "cuda":
         raise ValueError(

@@ -1,9 +1,9 @@
-"""A model put together from parts: fresh ones from a description, or pretrained ones by name.
+"""A model assembled from parts: randomly initialised from a description, or pretrained by name.
 
     vision:    {open_clip: ViT-SO400M-14-SigLIP-384, pretrained: webli, image_size: 448}
     language:  {path: Qwen/Qwen3-0.6B}
 
-The connectors between them begin fresh; stage `pretrain` trains them first.
+The connectors between them are randomly initialised; stage `pretrain` trains them first.
 """
 
 from typing import Any
@@ -24,12 +24,12 @@ def assemble_model(
     vocab_size: int,
     placeholder_id: int,
 ) -> VisionLanguageModel:
-    """Build a model from descriptions of its parts; a part with a name brings its weights.
+    """Build a model from descriptions of its parts; a named part is loaded with its weights.
 
-    A pretrained language model gets rows for tokens that the tokenizer has beyond its own.
+    The embeddings of a pretrained language model grow to the size of the tokenizer.
 
     Raises:
-        ValueError: a part cannot be had.
+        ValueError: a part cannot be loaded.
     """
     tower, language_model = None, None
     if "open_clip" in vision:
@@ -117,7 +117,7 @@ def _check_settings(part: str, given: dict[str, Any], *, beside: str, known: tup
 
 
 def _load_tower(tower: nn.Module, pretrained: nn.Module) -> None:
-    """Take over the weights that make patch features; what only made pooled embeddings is left behind."""
+    """Copy the weights that compute patch features; those of the pooled embedding are not needed."""
     state = pretrained.state_dict()
     missing = tower.state_dict().keys() - state.keys()
     assert not missing, f"open_clip built a tower without {sorted(missing)}"

@@ -1,7 +1,4 @@
-"""The transformer blocks of a network, and what can be done to each: recompute it, compile it.
-
-Both change how a block runs and nothing of what it is: names in checkpoints stay the same.
-"""
+"""Find, compile and recompute the transformer blocks of a network; names in checkpoints stay the same."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,15 +18,15 @@ def find_blocks(network: nn.Module) -> Sequence[nn.Module]:
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile each block: one small program serves them all, and batches of any size."""
+    """Compile each block: one small program for all blocks and all batch sizes."""
     for block in find_blocks(network):
         block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def checkpoint_blocks(network: nn.Module) -> None:
-    """Let each block keep its input alone and run once more when its gradient is due.
+    """Use activation checkpointing: each block keeps only its input and recomputes in the backward pass.
 
-    Compile first: what is compiled around a block that recomputes falls back to plain PyTorch.
+    Compile first: code compiled around a checkpointed block falls back to plain PyTorch.
     """
     for block in find_blocks(network):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

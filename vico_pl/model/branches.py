@@ -1,7 +1,7 @@
-"""Answers with one tile compressed, for every tile: what per-tile router labels are computed from.
+"""Hidden states with one tile compressed, for every tile: the input of per-tile router labels.
 
-What stands before a tile does not depend on it, so only a sample at full tokens runs whole. A branch is what
-is left to run when tile b is compressed; it goes on from the keys and values of the tokens before b:
+Tokens before a tile do not depend on it, so each sample runs once at full tokens. A branch is the rest of
+the sample with tile b compressed; it continues from the keys and values of the tokens before b:
 
     at full tokens   system a a a a b b b b question response
     branch of b                     b       question response
@@ -57,8 +57,8 @@ def branch_states(
 ) -> BranchStates:
     """Run a batch at full tokens, and every branch with its tile at `ratio`.
 
-    Branches run in groups of at most `max_tokens` tokens, or one by one where a single one has more. Told how
-    many groups there are, `num_groups` says how many shall run; those beyond are of one token and no use.
+    Branches run in groups of at most `max_tokens` tokens; a longer branch is a group of its own. `num_groups`
+    maps the number of groups to how many must run, the same on all ranks; extra groups run one dummy token.
     """
     kept: KeyValues = {}
     full_ratios = policy.full_ratios(batch)

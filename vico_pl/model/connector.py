@@ -7,9 +7,22 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from vico_pl.model.pixel_unshuffle import pixel_unshuffle
-
 FULL_RATIO = 4  # patches per vision token of the reference; the first entry of every list of ratios
+
+
+def pixel_unshuffle(features: Float[Tensor, "T P C"], factor: int) -> Float[Tensor, "T N F"]:
+    """Fold `factor` x `factor` patches of a square grid into one vector of `factor**2 * C` channels.
+
+    Channels of a folded vector are ordered (row within the block, column within the block, C), and vectors
+    row by row, as released InternVL weights expect, which call it pixel_shuffle (`ps_version: v2`).
+    """
+    num_tiles, num_patches, channels = features.shape
+    side = round(num_patches**0.5)
+    if side * side != num_patches or side % factor:
+        raise ValueError(f"{num_patches} patches per tile do not fold by {factor} x {factor}")
+    blocks = side // factor
+    grid = features.view(num_tiles, blocks, factor, blocks, factor, channels)
+    return grid.transpose(2, 3).reshape(num_tiles, blocks * blocks, factor * factor * channels)
 
 
 class Connector(nn.Module):

@@ -1,9 +1,8 @@
-"""What a forward pass costs in floating-point operations, from a model's description alone.
+"""FLOPs of a forward pass, from a model's description alone.
 
-Vision tower, connectors and router run once over one tile, without data or memory (PyTorch's `meta` device),
-while PyTorch counts: right for every tower that can be built. The language model is not run, as its length
-varies and a mixture of experts chooses by values: there, every weight of the blocks is one multiply and one
-add per token, of experts only the chosen ones.
+PyTorch counts vision tower, connectors and router on one tile on the `meta` device. The language model is
+not run, as its length varies and experts are chosen by values: every weight of its blocks is one multiply and
+one add per token, counting only the active experts.
 """
 
 from collections.abc import Callable
@@ -41,7 +40,7 @@ def count_flops(spec: ModelSpec) -> ModelFlops:
     """Count what each part of a model costs.
 
     Raises:
-        ValueError: the description is of no model that can be built.
+        ValueError: no model can be built from the description.
     """
     return flops_of(build_without_weights(spec))
 
@@ -50,7 +49,7 @@ def build_without_weights(spec: ModelSpec) -> VisionLanguageModel:
     """Build a model whose tensors have shapes but no memory.
 
     Raises:
-        ValueError: the description is of no model that can be built.
+        ValueError: no model can be built from the description.
     """
     with torch.device("meta"), no_init_weights():
         return VisionLanguageModel(spec)
@@ -74,18 +73,18 @@ def flops_of(model: VisionLanguageModel) -> ModelFlops:
 
 
 def active_weights(language: PreTrainedModel) -> float:
-    """Return how many weights of its blocks a token meets; vectors, below a thousandth, do not count."""
+    """Return how many weights of its blocks a token uses; vectors, below a thousandth, do not count."""
     return sum(
         _active(weight, language.config) for block in find_blocks(language) for weight in block.parameters()
     )
 
 
 def _active(weight: nn.Parameter, config: PreTrainedConfig) -> float:
-    """Return how much of a weight a token meets; (experts, rows, columns) holds all experts of a layer."""
+    """Return how many entries of a weight a token uses; 3-D weights hold all experts of a layer."""
     if weight.ndim < 2:
         return 0.0
-    share = config.num_experts_per_tok / weight.shape[0] if weight.ndim == 3 else 1.0
-    return weight.numel() * share
+    fraction = config.num_experts_per_tok / weight.shape[0] if weight.ndim == 3 else 1.0
+    return weight.numel() * fraction
 
 
 def _attention_per_pair(config: PreTrainedConfig) -> float:

@@ -1,7 +1,7 @@
 """The causal language model, and attention that keeps packed samples apart.
 
-Samples lie end to end in one sequence, so a sample must not see its neighbours. transformers can guess that
-from position ids, but leaks silently with `use_cache=True` or an all-ones mask; here the boundaries are
+Samples are concatenated into one sequence and must not attend to each other. transformers can infer the
+boundaries from position ids, but leaks silently with `use_cache=True` or an all-ones mask; so they are
 passed explicitly.
 """
 
@@ -30,7 +30,7 @@ from transformers import (
 # What `model.attention` chooses from, and the names under which transformers knows our functions;
 # one with "flash" in it transformers would take for its own.
 PACKED_ATTENTION = {"sdpa": "vico_segments", "flash": "vico_varlen"}
-# Keys of stored configs that tell how a model was run or saved.
+# Keys of stored configs that describe how a model was run or saved, not its shape.
 _NOT_OF_THE_SHAPE = {
     "model_type",
     "torch_dtype",
@@ -42,10 +42,10 @@ _NOT_OF_THE_SHAPE = {
 
 
 def build_language_model(config: dict[str, Any]) -> PreTrainedModel:
-    """Build a causal language model with fresh float32 weights from a transformers config with `model_type`.
+    """Build a causal language model with random float32 weights from a transformers config with `model_type`.
 
-    The config may be as stored in a checkpoint, of transformers 4 too: what says nothing about the model's
-    shape is passed over.
+    The config may come from a checkpoint, of transformers 4 too; keys that do not describe the shape are
+    ignored.
 
     Raises:
         ValueError: transformers knows no such model, or packed attention cannot run it.
@@ -64,7 +64,7 @@ KeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values, each (
 
 @dataclass(frozen=True, kw_only=True)
 class Prefixes:
-    """What stands before segments: tokens of an earlier pass, whose keys and values were kept."""
+    """Tokens before segments, from an earlier pass that kept their keys and values."""
 
     kept: KeyValues
     starts: list[int]  # place in that pass of each segment's first token
@@ -78,9 +78,9 @@ class Prefixes:
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """Where samples that lie end to end begin and end, and what they continue.
+    """Boundaries of concatenated samples, and the prefixes they continue.
 
-    One object and no list: torch.compile would make a new program for each length of a list that passes by.
+    One object instead of lists: torch.compile would specialise on the length of every list it sees.
     """
 
     lengths: list[int]
@@ -101,15 +101,15 @@ class Segments:
 
 
 def set_packed_attention(model: PreTrainedModel, name: str) -> None:
-    """Let packed samples run through `sdpa` or `flash`; without this it is `sdpa`."""
+    """Choose the attention of packed samples, `sdpa` (default) or `flash`."""
     model.packed_attention = PACKED_ATTENTION[name]  # type: ignore[assignment]  # nn.Module: or a tensor
 
 
 def check_flash_attention(device: torch.device) -> None:
-    """Say whether attention `flash` can run.
+    """Check that attention `flash` can run on a device.
 
     Raises:
-        ValueError: not here; the message says what to do.
+        ValueError: it cannot; the message says what to do.
     """
     if device.type != "cuda":
         raise ValueError(
@@ -132,11 +132,11 @@ def run_packed(
     keep: KeyValues | None = None,
     prefixes: Prefixes | None = None,
 ) -> Float[Tensor, "S D"]:
-    """Run samples that lie end to end; returns the hidden states after the final norm.
+    """Run concatenated samples; returns the hidden states after the final norm.
 
     Equal to running them one by one (tested to 1e-5). `keep` is filled with the keys and values of all
-    layers. With `prefixes`, segments go on from tokens whose keys and values an earlier call kept, as if
-    they had been run together; position ids go on too.
+    layers. With `prefixes`, segments continue from tokens whose keys and values an earlier call kept, as
+    if they had been run together; position ids continue too.
     """
     model.set_attn_implementation(getattr(model, "packed_attention", PACKED_ATTENTION["sdpa"]))
     bounds = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=embeddings.device)
@@ -221,7 +221,7 @@ def flash_attention(
 
 
 def _check_attention(config: PreTrainedConfig) -> None:
-    """Refuse models whose attention is more than causal: packed, they would be wrong without a word."""
+    """Refuse models whose attention is not plainly causal: packed, they would be silently wrong."""
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if getattr(config, "attn_logit_softcapping", None):
         kinds.add("soft-capped attention")
@@ -233,7 +233,7 @@ def _check_attention(config: PreTrainedConfig) -> None:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Neither of them needs a mask."""
+    """Build no mask: the attention functions use boundaries instead."""
 
 
 for _name, _function in (("sdpa", segment_attention), ("flash", flash_attention)):

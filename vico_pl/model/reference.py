@@ -1,14 +1,12 @@
-"""A frozen model beside the trained one."""
+"""The frozen reference model."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vico_pl.model.adapters import adapters_off, own_parameters
-from vico_pl.model.reference_cache import ReferenceCache
 from vico_pl.model.vision import eval_mode
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
@@ -19,27 +17,20 @@ SHAREABLE_PARTS = ("vision", "language")  # connectors are small, and run otherw
 class FrozenReference(nn.Module):
     """Holds a model that is never trained, never in training mode and never in a checkpoint.
 
-    It keeps these rules itself: the model inside is no registered submodule, so parameters(), state_dict()
-    and train() of a stage do not see it; only moves between devices reach it.
+    The model inside is not a registered submodule, so parameters(), state_dict() and train() of a stage do
+    not see it; only moves between devices reach it.
     """
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        *,
-        beside: VisionLanguageModel | None = None,
-        cache: ReferenceCache | None = None,
-    ) -> None:
+    def __init__(self, model: VisionLanguageModel, *, beside: VisionLanguageModel | None = None) -> None:
         """Freeze `model`.
 
         `beside` is a policy that started from the same weights. Parts that it keeps frozen, in the same
         types, are used from there instead of a second copy; adapters and training mode are off there while
-        the reference runs, and as they were afterwards. What is in the `cache` is not computed again.
+        the reference runs, and restored afterwards.
         """
         super().__init__()
         self._hidden = [model.requires_grad_(requires_grad=False).eval()]
         self._beside = [beside]  # in a list, as it is no submodule either
-        self.cache = cache
         for part in SHAREABLE_PARTS if beside is not None else ():
             if _is_frozen_same(getattr(beside, part), getattr(model, part)):
                 setattr(model, part, getattr(beside, part))
@@ -60,13 +51,9 @@ class FrozenReference(nn.Module):
     ) -> Float[Tensor, "R D"]:
         """Return the hidden states that predict the response, every tile at full tokens.
 
-        `policy_features` are what the policy beside it has just encoded; where they are the reference's too,
-        the tiles are not encoded a second time.
+        `policy_features` are the policy's features of the same tiles; they are reused if both models share a
+        vision encoder.
         """
-        compute = partial(self._compute_states, batch, policy_features)
-        return compute() if self.cache is None else self.cache.states_of(batch, compute)
-
-    def _compute_states(self, batch: Batch, policy_features: Tensor | None) -> Float[Tensor, "R D"]:
         (beside,) = self._beside
         shares_vision = beside is not None and beside.vision is self.model.vision
         with eval_mode(self.model), adapters_off(self.model):

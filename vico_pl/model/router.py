@@ -1,5 +1,6 @@
 """The Visual Resolution Router (ViR): chooses a compression ratio per tile from its patch features alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+DEFAULT_ROUTER = "vir"
 RELEASED_HEADS = 16  # attention heads of the routers in released checkpoints
 
 
@@ -126,3 +128,19 @@ def _block(width: int) -> nn.Sequential:
         nn.Dropout(0.1),
         nn.LayerNorm(width),
     )
+
+
+# Builders by the name that a `ModelSpec` gives its router: (vision width, num_ratios, num_heads) -> module
+# with patch features (T, P, C) -> logits (T, K), coarsest ratio first. A new architecture is one line here.
+ROUTERS: dict[str, Callable[..., nn.Module]] = {DEFAULT_ROUTER: ResolutionRouter}
+
+
+def build_router(name: str, width: int, *, num_ratios: int, num_heads: int) -> nn.Module:
+    """Build a randomly initialised router.
+
+    Raises:
+        ValueError: there is no router of this name.
+    """
+    if name not in ROUTERS:
+        raise ValueError(f"router is '{name}'; expected one of {', '.join(ROUTERS)}")
+    return ROUTERS[name](width, num_ratios=num_ratios, num_heads=num_heads)

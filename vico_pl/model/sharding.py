@@ -1,8 +1,8 @@
-"""Weights split over ranks (FSDP2): each keeps a part and gathers a block's whole only while it runs.
+"""Weights sharded over ranks (FSDP2): each keeps a part and gathers a block only while it runs.
 
-Ranks must gather the same blocks in the same order, or they compute with each other's weights without an
-error. So every micro-batch has a tile, every rank runs as many micro-batches, and as many groups of branches in each, and
-connectors of ratios that were not drawn run on nothing.
+Ranks must gather the same blocks in the same order, or they silently compute with wrong weights. So every
+micro-batch has a tile, every rank runs equally many micro-batches and groups of branches in each, and
+connectors of ratios that were not drawn run on an empty tensor.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from vico_pl.model.vlm import VisionLanguageModel
 
 
 def shard_model(model: VisionLanguageModel, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
-    """Split a model over the ranks of a mesh; `dtype` is what it is gathered and computed in.
+    """Shard a model over the ranks of a mesh; weights are gathered and computed in `dtype`.
 
-    What belongs to no unit is gathered when the model is first called in a step and stays so until its
-    gradients are there, or until `release`: the head is used by the loss, outside any forward.
+    Weights outside any unit stay gathered from the first call of a step until their gradients are computed,
+    or until `release`: the loss uses the head outside any forward.
     """
     settings: dict[str, Any] = {"mesh": mesh}
     if dtype is not None:
@@ -34,27 +34,27 @@ def shard_model(model: VisionLanguageModel, mesh: DeviceMesh, *, dtype: torch.dt
 
 
 def split_units(model: VisionLanguageModel) -> list[nn.Module]:
-    """Return what is gathered as one: all blocks, and the router, which runs apart from the rest."""
+    """Return the modules that are gathered as a unit: all blocks, and the router."""
     routers = [] if model.router is None else [model.router]
     return [*find_blocks(model.vision), *find_blocks(model.language), *routers]
 
 
 def cast_trained(model: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """Give the weights that are trained their type, of which a rank of a sharded model has only its part."""
+    """Cast the trained weights, or this rank's part of them."""
     model._apply(lambda tensor: tensor.to(dtype) if tensor.requires_grad else tensor)  # noqa: SLF001
 
 
 def release(model: VisionLanguageModel) -> None:
-    """Give back what a sharded model that makes no gradients still holds of others."""
+    """Free the gathered weights of a sharded model that computes no gradients."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def whole_state(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """Return all weights on the CPU of rank 0; every rank must ask. Others get none."""
+    """Return all weights on the CPU of rank 0, nothing on others; a collective call."""
     state: dict[str, Any] = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    # A thread of gloo may still hold a part of it: a rank that ended right away would be aborted.
+    # A gloo thread may still use a part of it: a rank that exits right away would be aborted.
     distributed.barrier()
     return state

@@ -1,6 +1,6 @@
 """Tiles -> patch features: a vision tower behind pixel normalisation.
 
-Two kinds of tower are told apart by their configuration:
+The configuration selects the kind of tower:
 
     {"model_type": "internvl_vision", ...}    InternViT as transformers has it (300M and 6B)
     anything else                             an open_clip `vision_cfg`: its own ViT, or a timm model by name
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPEN_CLIP = "open_clip"
 # The towers' text halves are never used; this is the smallest one that open_clip builds.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A vision tower and what has to be known about it."""
+    """A vision tower and its properties."""
 
     module: nn.Module
     patch_features: Callable[[Tensor], Tensor]  # normalised pixels (T, 3, H, W) -> (T, P, C)
@@ -46,9 +47,9 @@ class VisionEncoder(nn.Module):
     std: Tensor
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """Build the tower with fresh weights.
+        """Build the tower with random weights.
 
-        `config` may hold `image_mean` and `image_std` beside the tower's own settings.
+        `config` may hold `image_mean` and `image_std` next to the tower's own settings.
 
         Raises:
             ValueError: the tower has no square grid of patches.
@@ -70,8 +71,7 @@ class VisionEncoder(nn.Module):
         """Encode tiles.
 
         Without tiles a blank one is encoded and dropped, so that every parameter takes part on every rank.
-        A frozen tower runs in eval mode whatever its mode: it drops nothing at random, so that all models
-        that share it have the same features.
+        A frozen tower always runs in eval mode, so that all models that share it get the same features.
         """
         some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
         pixels = (some_tiles - self.mean) / self.std
@@ -82,7 +82,7 @@ class VisionEncoder(nn.Module):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Keep modules that are in training mode out of it for a while."""
+    """Switch modules from training to eval mode, and back at the end."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -94,17 +94,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def build_tower(config: dict[str, Any]) -> Tower:
-    """Build the tower that a configuration describes, with fresh weights.
+    """Build the tower that a configuration describes, with random weights.
 
     Raises:
         ValueError: no such tower can be built.
     """
-    kind = config.get("model_type")
-    if kind not in (None, "internvl_vision"):
-        known = "internvl_vision, or an open_clip vision_cfg"
-        raise ValueError(f"vision tower: model_type is '{kind}'; expected {known}")
+    kind = config.get("model_type", OPEN_CLIP)
+    if kind not in TOWERS:
+        known = ", ".join(name for name in TOWERS if name != OPEN_CLIP)
+        raise ValueError(f"vision tower: model_type is '{kind}'; expected {known} or an open_clip vision_cfg")
     try:
-        return _open_clip_tower(config) if kind is None else _intern_vit(config)
+        return TOWERS[kind](config)
     # What open_clip, timm and transformers raise at settings they do not know.
     except (KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -180,3 +180,10 @@ def _last_intermediates(module: Any, pixels: Tensor) -> Tensor:
         pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NCHW"
     )
     return output["image_intermediates"][-1].flatten(2).transpose(1, 2)
+
+
+# Builders by `model_type`; a configuration without one is an open_clip `vision_cfg`.
+TOWERS: dict[str, Callable[[dict[str, Any]], Tower]] = {
+    OPEN_CLIP: _open_clip_tower,
+    "internvl_vision": _intern_vit,
+}

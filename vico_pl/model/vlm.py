@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vico_pl.model.connector import FULL_RATIO, Connectors
 from vico_pl.model.language import build_language_model, run_packed
-from vico_pl.model.router import ResolutionRouter
+from vico_pl.model.router import DEFAULT_ROUTER, build_router
 from vico_pl.model.splice import Spliced, splice
 from vico_pl.model.vision import VisionEncoder
 from vico_pl.types import Batch
@@ -18,20 +18,21 @@ from vico_pl.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """All that is needed to build a model without its weights; `config.json` of a model folder holds it."""
+    """The description a model is built from, without weights; `config.json` of a model folder holds it."""
 
     vision: dict[str, Any]  # an open_clip vision_cfg, or a transformers config with its model_type
     language: dict[str, Any]  # a transformers config with its model_type
     ratios: list[int]  # patches per vision token, rising from 4
-    router_heads: int | None = None  # attention heads of the router; none: the model has no router
+    router_heads: int | None = None  # attention heads of the router; None: the model has no router
     placeholder_id: int  # token id that stands for a tile
+    router: str = DEFAULT_ROUTER  # name of its builder in `router.ROUTERS`
 
 
 class VisionLanguageModel(nn.Module):
     """Vision encoder, connectors, language model and router."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Build the model with fresh weights.
+        """Build the model with random weights.
 
         Raises:
             ValueError: tiles do not divide into patches, or patches into vision tokens.
@@ -44,10 +45,11 @@ class VisionLanguageModel(nn.Module):
         self.connectors = Connectors(
             spec.ratios, vision_width=self.vision.width, language_width=self.language.config.hidden_size
         )
-        self.router: ResolutionRouter | None = None
+        self.router: nn.Module | None = None
         if spec.router_heads is not None:
-            width, num_ratios = self.vision.width, len(spec.ratios)
-            self.router = ResolutionRouter(width, num_ratios=num_ratios, num_heads=spec.router_heads)
+            self.router = build_router(
+                spec.router, self.vision.width, num_ratios=len(spec.ratios), num_heads=spec.router_heads
+            )
 
     @property
     def ratios(self) -> list[int]:
@@ -91,7 +93,7 @@ class VisionLanguageModel(nn.Module):
         return hidden[spliced.response_positions]
 
     def set_dropout(self, probability: float) -> None:
-        """Set the dropout of connectors and router, which acts in training mode alone."""
+        """Set the dropout of connectors and router, active only in training mode."""
         parts = [self.connectors, *([] if self.router is None else [self.router])]
         for module in (module for part in parts for module in part.modules()):
             if isinstance(module, nn.Dropout):

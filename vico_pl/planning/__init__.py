@@ -1,1 +1,1 @@
-"""What a run will take, before it begins: memory, operations, time; and whether a machine is fit for it."""
+"""What a run needs, before it starts: memory, operations and time."""

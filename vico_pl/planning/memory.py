@@ -1,27 +1,29 @@
 """How much memory a run takes on each GPU, term by term.
 
-    weights, gradients, optimizer    counted from the parameters of the models
-    a micro-batch's tensors                 counted while the step runs on tensors without memory (`meter`)
-    what a strategy adds             see `per_gpu`
+    weights, gradients, optimizer    counted from the parameters of the stage's models
+    tensors of a micro-batch         counted while the stage's own step runs without memory (`meter`)
+    overhead of a strategy           see `per_gpu`
 
-A micro-batch's tensors are freed before the optimizer steps, which needs temporaries of its own: the higher of the
-two moments counts.
+The tensors of a micro-batch are freed before the optimizer steps, which needs temporaries of its own: the
+larger of the two counts.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vico_pl.data.collate import collate
-from vico_pl.model.blocks import checkpoint_blocks
+from vico_pl.model.flops import build_without_weights
 from vico_pl.model.sharding import split_units
-from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.meter import DeviceRules, MemoryMeter, autocast_on_meta
-from vico_pl.planning.models import ModelSource, RunModels, build_models
-from vico_pl.planning.steps import STEPS
+from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+from vico_pl.planning.meter import METERED_ATTENTION, DeviceRules, MemoryMeter, autocast_on_meta
+from vico_pl.planning.sources import MicroBatch, ModelShape
 from vico_pl.recipe import RunConfig
+from vico_pl.stages import build_stage
+from vico_pl.stages.base import Ranks, Stage
+from vico_pl.stages.settings import DTYPES, ModelConfig
 from vico_pl.types import Batch, EncodedSample
 
 GIB = 2**30
@@ -29,49 +31,99 @@ Terms = dict[str, float]  # bytes by what takes them
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What goes through the model at a time: samples that are all alike."""
+class RunMemory:
+    """What takes memory in a run, in bytes, before a strategy divides it among GPUs."""
 
-    num_samples: int
-    tiles: int  # of a sample
-    text_tokens: int  # of a sample, the response among them
-    response_tokens: int  # of a sample
+    weights: Terms  # policy and reference
+    shared: float  # weights of the policy that the reference uses too, unless they are sharded
+    gradients: float
+    optimizer: float
+    largest: float  # the largest trained weight
+    micro_batch: Terms  # alive at the peak of a micro-batch's step
+    unit: float  # the largest unit (block, router) that FSDP gathers
+    root: float  # what is in no unit: embeddings, head, connectors
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunMemory:
-    """What takes memory in a run, before a strategy divides it among GPUs."""
+class ModelsOnMeta:
+    """Gives a stage its models as `FolderModels` does, but on `meta`."""
 
-    weights: Terms  # policy and reference
-    shared: float  # bytes of the policy that serve the reference too, unless weights are split over GPUs
-    gradients: float  # bytes
-    optimizer: float  # bytes
-    largest: float  # bytes of the largest trained weight
-    micro_batch: Terms  # alive at the highest point of a micro-batch's step
-    unit: float  # bytes of the largest unit of all (block, router), which FSDP gathers whole
-    root: float  # bytes of what is in no unit: embeddings, head, connectors
+    config: ModelConfig
+    shape: ModelShape
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether policy and reference start from the same folder."""
+        return self.config.reference in (None, self.config.path)
+
+    def policy(self) -> VisionLanguageModel:
+        """Return the model to start from, with the connectors and the router that the recipe adds."""
+        spec = with_routing(self.shape.spec, self.config)
+        unknown = set(self.shape.spec.ratios) - set(spec.ratios)
+        if unknown:
+            raise ValueError(f"model.ratios is {spec.ratios}, but the model has {self.shape.spec.ratios}")
+        model = self._build(spec)
+        model.set_dropout(self.config.dropout)
+        return model
+
+    def reference(self) -> VisionLanguageModel:
+        """Return the model that the policy is compared with."""
+        return self._build(self.shape.spec)
+
+    def _build(self, spec: ModelSpec) -> VisionLanguageModel:
+        model = build_without_weights(spec).to(DTYPES[self.config.frozen_dtype] or self.shape.dtype).eval()
+        if model.router is not None:
+            model.router.float()  # as a randomly initialised one
+        return model
+
+
+def with_routing(spec: ModelSpec, config: ModelConfig) -> ModelSpec:
+    """Return the shape of a model with the connectors and the router that a recipe adds."""
+    return replace(spec, ratios=config.ratios, router_heads=spec.router_heads or config.router_heads)
+
+
+def stage_on_meta(config: RunConfig, shape: ModelShape, *, checkpointing: bool) -> Stage:
+    """Build the stage of a recipe as the trainer does, without weights.
+
+    Every tile is at full tokens, the worst case. PyTorch's kernels take the place of those that need a GPU,
+    and models are not sharded: `per_gpu` does that.
+
+    Raises:
+        ValueError: the model lacks what the stage needs.
+    """
+    consistency = replace(config.consistency, ratio_draw="full", kernel="native")
+    trainer = replace(config.trainer, activation_checkpointing=checkpointing, compile=False, strategy="auto")
+    run = replace(config, consistency=consistency, trainer=trainer)
+    with torch.device("meta"), autocast_on_meta():  # adapters of experts run while they are built
+        stage = build_stage(run, ModelsOnMeta(config=config.model, shape=shape))
+    for model in stage.sharded_models():
+        model.language.packed_attention = METERED_ATTENTION  # type: ignore[assignment]  # nn.Module: or a tensor
+    return ready(stage)
+
+
+def ready(stage: Stage) -> Stage:
+    """Put a stage into the state that Lightning gives it before the first step."""
+    stage.ranks = Ranks(1)
+    return stage.train()
 
 
 def measure_memory(
-    config: RunConfig, source: ModelSource, micro_batch: MicroBatch, *, checkpointing: bool
+    config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, *, checkpointing: bool
 ) -> RunMemory:
     """Find out what a run takes by running the step of one micro-batch without memory."""
-    models = build_models(config, source)
-    trained = models.trained()
-    whole, policy = (num_bytes(p) for p in (models.parameters(), models.policy.parameters()))
-    gradients = num_bytes(trained)
-    units = [unit for network in _networks(models) for unit in split_units(network)]
-    sizes = {id(unit): num_bytes(unit.parameters()) for unit in units}  # both models may share one
+    stage = stage_on_meta(config, shape, checkpointing=checkpointing)
+    policy, networks = stage.trained_model(), stage.sharded_models()
+    whole = num_bytes({id(p): p for network in networks for p in network.parameters()}.values())
+    of_policy, gradients = num_bytes(policy.parameters()), num_bytes(trained_parameters(stage))
+    units = [unit for network in networks for unit in split_units(network)]
+    sizes = {id(unit): num_bytes(unit.parameters()) for unit in units}  # models may share a unit
     return RunMemory(
-        weights={
-            "policy weights": policy,
-            "reference weights": whole - policy,
-        },
-        shared=num_bytes(models.shared()),
+        weights={"policy weights": of_policy, "reference weights": whole - of_policy},
+        shared=num_bytes(shared_parameters(stage)),
         gradients=gradients,
-        optimizer=2 * gradients,  # AdamW keeps two averages of each gradient, in the type of the weight
-        largest=max(num_bytes([parameter]) for parameter in trained),
-        micro_batch=micro_batch_terms(config, models, micro_batch, checkpointing=checkpointing),
+        optimizer=2 * gradients,  # AdamW keeps two averages of each gradient, in the dtype of the weight
+        largest=max(num_bytes([parameter]) for parameter in trained_parameters(stage)),
+        micro_batch=step_terms(stage, micro_batch, precision=config.trainer.precision),
         unit=max(sizes.values()),
         root=whole - sum(sizes.values()),
     )
@@ -81,23 +133,78 @@ def per_gpu(memory: RunMemory, *, sharded: bool, world: int, foreach: bool = Tru
     """Return what each of `world` GPUs holds, under DDP or sharded by FSDP.
 
     DDP copies all gradients into buckets that it sends. FSDP keeps 1/world of weights, gradients and
-    optimizer, but what computes is whole: the block at work and the next one, under way; the gradients of the
-    block at work; and what is in no block, from a micro-batch's beginning to its end.
+    optimizer state, but gathers what computes: the running block and the next one; the gradients of the
+    running block; and what is in no block, for the whole micro-batch.
     """
-    share = 1 / world if sharded else 1.0
-    terms = {name: size * share for name, size in memory.weights.items()}
-    if sharded and memory.shared:  # a part can be split for one model alone
-        terms["reference weights"] += memory.shared * share
-    terms |= {"gradients": memory.gradients * share, "optimizer": memory.optimizer * share}
+    fraction = 1 / world if sharded else 1.0
+    terms = {name: size * fraction for name, size in memory.weights.items()}
+    if sharded and memory.shared:  # a part can be sharded for one model only
+        terms["reference weights"] += memory.shared * fraction
+    terms |= {"gradients": memory.gradients * fraction, "optimizer": memory.optimizer * fraction}
     if sharded and world > 1:
-        terms["gathered by FSDP"] = (2 * memory.unit + memory.root) * (1 - share) + memory.unit
+        terms["gathered by FSDP"] = (2 * memory.unit + memory.root) * (1 - fraction) + memory.unit
     if not sharded and world > 1:
         terms["buckets of DDP"] = memory.gradients
     # On GPUs AdamW takes the roots of all second averages at once; on the CPU one weight's, and a quotient.
-    temporaries = memory.gradients * share if foreach else 2 * memory.largest
+    temporaries = memory.gradients * fraction if foreach else 2 * memory.largest
     if temporaries > sum(memory.micro_batch.values()):
         return {**terms, "optimizer's temporaries": temporaries}
     return {**terms, **memory.micro_batch}
+
+
+def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Terms:
+    """Run the step of a micro-batch without memory; returns what was alive at its peak.
+
+    Gradients exist already: those of earlier micro-batches of the same step.
+    """
+    trained = trained_parameters(stage)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    batch, networks = draw_batch(stage.trained_model(), micro_batch), stage.sharded_models()
+    known = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    meter = MemoryMeter(
+        [*known, *stage.buffers(), *(p.grad for p in trained if p.grad is not None), batch.tiles]
+    )
+    _name_parts(stage, meter)
+    lowered = torch.bfloat16 if precision == "bf16-mixed" else None
+    rules = DeviceRules(lowered, meter)
+    for part in (stage.trained_model().vision, stage.trained_model().language):
+        rules.hold_in_recomputed(part)
+    with autocast_on_meta(lowered), meter, rules:
+        loss = stage.step(batch).loss_sum
+        with meter.part("backward pass"):
+            loss.backward()
+    return {name: float(size) for name, size in meter.at_peak.items() if size}
+
+
+def _name_parts(stage: Stage, meter: MemoryMeter) -> None:
+    """Let the meter know what runs; all else belongs to the loss."""
+    policy, *others = stage.sharded_models()
+    meter.watch(policy, "encode_tiles", part="vision activations")
+    for owner, method in (
+        (policy, "response_states"),
+        (policy, "splice_batch"),
+        (policy.connectors, "forward"),
+        (policy.language.base_model, "forward"),
+    ):
+        meter.watch(owner, method, part="language activations")
+    for model in others:
+        meter.watch(model, "encode_tiles", part="reference pass")
+        meter.watch(model, "response_states", part="reference pass")
+    if policy.router is not None:
+        meter.watch(policy.router, "forward", part="router")
+
+
+def trained_parameters(stage: Stage) -> list[Tensor]:
+    """Return the parameters that get gradients."""
+    return [parameter for parameter in stage.trained_model().parameters() if parameter.requires_grad]
+
+
+def shared_parameters(stage: Stage) -> list[Tensor]:
+    """Return the frozen parameters that the policy and another model share."""
+    policy, *others = stage.sharded_models()
+    frozen = {id(parameter) for parameter in policy.parameters() if not parameter.requires_grad}
+    return [p for model in others for p in model.parameters() if id(p) in frozen]
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> float:
@@ -105,53 +212,17 @@ def num_bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
-def micro_batch_terms(
-    config: RunConfig, models: RunModels, micro_batch: MicroBatch, *, checkpointing: bool
-) -> Terms:
-    """Run the step of a micro-batch without memory; returns what was alive at its highest point.
-
-    Gradients exist before: those of the micro-batches before it in the same step.
-    """
-    trained = models.trained()
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    gradients = [p.grad for p in trained if p.grad is not None]
-    batch = draw_batch(models.policy, micro_batch)
-    meter = MemoryMeter([*models.parameters(), *gradients, *_buffers(models), batch.tiles])
-    lowered = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
-    rules = DeviceRules(lowered, meter)
-    if checkpointing:
-        for part in (models.policy.vision, models.policy.language):
-            rules.hold_within(part)
-            checkpoint_blocks(part)
-    with autocast_on_meta(lowered), meter, rules:
-        loss = STEPS[config.stage](config, models, batch, meter)
-        rules.forget_casts()
-        with meter.part("backward pass"):
-            loss.backward()
-    return {name: float(size) for name, size in meter.at_peak.items() if size}
-
-
 def draw_batch(model: VisionLanguageModel, micro_batch: MicroBatch) -> Batch:
-    """Return a batch of samples that are all alike, its tiles without memory."""
+    """Return a batch of identical samples whose tiles have no memory."""
     size = model.vision.tile_size
     text = torch.zeros(micro_batch.text_tokens, dtype=torch.int64) + (model.spec.placeholder_id == 0)
-    question = micro_batch.text_tokens - micro_batch.response_tokens
     tiles = torch.full((micro_batch.tiles,), model.spec.placeholder_id)
+    length = micro_batch.tiles + micro_batch.text_tokens
     sample = EncodedSample(
         id="drawn",
         tiles=torch.empty(micro_batch.tiles, 3, size, size, dtype=torch.uint8, device="meta"),
         tiles_per_image=[micro_batch.tiles],
         input_ids=torch.cat([text[:1], tiles, text[1:]]),
-        response_mask=torch.arange(micro_batch.tiles + micro_batch.text_tokens)
-        >= micro_batch.tiles + question,
+        response_mask=torch.arange(length) >= length - micro_batch.response_tokens,
     )
     return collate([sample] * micro_batch.num_samples)
-
-
-def _networks(models: RunModels) -> list[VisionLanguageModel]:
-    return [models.policy] if models.reference is None else [models.policy, models.reference.model]
-
-
-def _buffers(models: RunModels) -> list[Tensor]:
-    return [buffer for network in _networks(models) for buffer in network.buffers()]

@@ -1,11 +1,9 @@
 """Counting the memory that real code would take, by running it on tensors that have none.
 
 PyTorch's `meta` device gives every tensor its shape and nothing else, so that a step of a model of any size
-runs in seconds. `MemoryMeter` sees each tensor come and go and remembers how much was alive at the highest
-point, and in which part of the step it had come. What the step does is thereby never told a second time.
-
-Two things differ on that device, and are put right here: it has no kernels of fused attention, which keep no
-(S, S) tensor, and no autocast.
+runs in seconds. `MemoryMeter` sees each tensor come and go and remembers how much was alive at the peak, by
+the part of the step that made it. `DeviceRules` supplies what `meta` lacks: fused attention, which keeps no
+(S, S) tensor, autocast, and values, where the code asks for any.
 """
 
 import weakref
@@ -28,6 +26,7 @@ from vico_pl.model.blocks import find_blocks
 from vico_pl.model.language import Segments
 
 METERED_ATTENTION = "vico_metered"  # the name under which transformers knows `packed_attention`
+REST = "loss"  # what no watched part of a step made
 
 # Of the functions that models use: what CUDA's autocast runs in the lower precision, and what in float32.
 _LOWERED = {
@@ -41,13 +40,24 @@ _LOWERED = {
     torch.einsum,  # of the products that it becomes
 }
 _RAISED = {functional.layer_norm, functional.softmax, torch.softmax, torch.pow, torch.rsqrt, Tensor.pow}
+# What is returned where code asks for values of a tensor on `meta`, or for a shape that depends on them.
+_ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.tolist: lambda given: torch.zeros(given.shape, dtype=given.dtype).tolist(),
+    Tensor.__bool__: lambda _: False,
+    Tensor.__float__: lambda _: 0.0,
+    Tensor.__int__: lambda _: 2**30,  # of what was counted: enough
+    Tensor.unique: lambda given, **_: given.flatten()[:1],
+    Tensor.unique_consecutive: lambda given, **_: (given, torch.arange(len(given), device="meta")),
+    torch.bincount: lambda given, *, minlength: given.new_empty(minlength),
+    torch.quantile: lambda given, _: given.new_empty(()),
+}
 
 
 @contextmanager
 def autocast_on_meta(lowered: torch.dtype | None = None) -> Iterator[None]:
-    """Let code pass that turns off autocast for its tensors' device or asks for its type, here `lowered`.
+    """Allow code on `meta` to turn off autocast, or to ask for its dtype, here `lowered`.
 
-    `meta` has none, and PyTorch refuses.
+    PyTorch has no autocast there and refuses.
     """
     real = torch.autocast
 
@@ -62,7 +72,7 @@ def autocast_on_meta(lowered: torch.dtype | None = None) -> Iterator[None]:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Adds up the tensors on `meta` that are alive; those on the CPU keep their values and do not count."""
+    """Adds up the live tensors on `meta`; those on the CPU keep their values and do not count."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """Leave out tensors that exist already, such as weights and their gradients."""
@@ -70,7 +80,7 @@ class MemoryMeter(TorchDispatchMode):
         self.peak = 0  # bytes
         self.at_peak: dict[str, int] = {}  # bytes by the part of the step that made them
         self._alive: dict[str, int] = {}
-        self._part = "other"
+        self._part = REST
         self._storages = {tensor.untyped_storage()._cdata for tensor in known}  # noqa: SLF001 - its identity
 
     @contextmanager
@@ -81,6 +91,16 @@ class MemoryMeter(TorchDispatchMode):
             yield
         finally:
             self._part = before
+
+    def watch(self, owner: Any, method: str, *, part: str) -> None:
+        """Name what a method makes, unless it is called within another part."""
+        function = getattr(owner, method)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.part(part if self._part == REST else self._part):
+                return function(*args, **kwargs)
+
+        setattr(owner, method, run)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -114,45 +134,50 @@ class MemoryMeter(TorchDispatchMode):
 
 
 class DeviceRules(TorchFunctionMode):
-    """Runs attention as fused kernels do and, for mixed precision, each function in autocast's type."""
+    """Runs attention as fused kernels do, each function in autocast's dtype, and makes up values."""
 
     def __init__(self, lowered: torch.dtype | None, meter: MemoryMeter) -> None:
-        """Take the lower type of autocast; None: no autocast."""
+        """Take the lower dtype of autocast; None: no autocast."""
         super().__init__()
         self._lowered, self._meter = lowered, meter
-        self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # of weights: autocast casts each once per pass
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # of weights: autocast casts each once per step
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Call a function, or what takes its place."""
         kwargs = kwargs or {}
+        if func in _ANSWERS and args[0].is_meta:
+            return _ANSWERS[func](*args, **kwargs)
+        if func is Tensor.to and not args[0].is_meta:
+            moved = func(*args, **kwargs)  # to `meta` it would lose its values
+            return args[0].to(moved.dtype) if moved.is_meta else moved
         if func is functional.multi_head_attention_forward:
             with self:  # PyTorch would run what is inside without rules
                 return _multi_head_attention(*args, **kwargs), None
         if func is functional.scaled_dot_product_attention:
             query, key, value = (self._lower(tensor) for tensor in args[:3])
             return _FusedAttention.apply(query, key, value)
-        if "out" in kwargs:  # autocast leaves these alone
+        if "out" in kwargs or self._lowered is None:  # autocast leaves these alone
             return func(*args, **kwargs)
-        if self._lowered is not None and func in _LOWERED:
+        if func in _LOWERED:
             args, kwargs = tree_map(self._lower, (tuple(args), kwargs))
-        elif self._lowered is not None and func in _RAISED:
+        elif func in _RAISED:
             args, kwargs = tree_map(_raise, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
-    def hold_within(self, part: nn.Module) -> None:
-        """Hold in blocks that run once more in the backward pass, too, where PyTorch lets no mode in."""
-        for block in find_blocks(part):
-            block.forward = partial(self._run_within, block.forward)
+    def hold_in_recomputed(self, network: nn.Module) -> None:
+        """Apply the rules in blocks that the backward pass recomputes, where PyTorch lets no mode in."""
+        for block in find_blocks(network):
+            forward = block.forward
+            if isinstance(forward, partial):  # by `checkpoint_blocks`
+                block.forward = partial(
+                    forward.func, partial(self._run_within, *forward.args), **forward.keywords
+                )
 
     def _run_within(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self:
             return forward(*args, **kwargs)
-
-    def forget_casts(self) -> None:
-        """Free the weights in the lower type, as autocast does where it ends."""
-        self._casts.clear()
 
     def _lower(self, given: Any) -> Any:
         if self._lowered is None or not isinstance(given, Tensor) or given.dtype != torch.float32:
@@ -191,15 +216,10 @@ def _multi_head_attention(
     *rest: Any,
     **_: Any,
 ) -> Tensor:
-    """Take the memory of `nn.MultiheadAttention`: query (L, B, C), key and value (S, B, C)."""
+    """Take the memory of `nn.MultiheadAttention` over one (L, B, C): query, key and value are the same."""
     out_weight, out_bias = rest[4:6]
-    if query is key:
-        packed = functional.linear(query, in_weight, in_bias).unflatten(-1, (3, width))
-        projected = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous().unbind(0)
-    else:
-        queries = functional.linear(query, in_weight[:width], in_bias[:width])
-        packed = functional.linear(key, in_weight[width:], in_bias[width:]).unflatten(-1, (2, width))
-        projected = queries, *packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous().unbind(0)
+    packed = functional.linear(query, in_weight, in_bias).unflatten(-1, (3, width))
+    projected = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
     heads = [x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected]  # B heads L width
     output = functional.scaled_dot_product_attention(*heads).permute(2, 0, 1, 3).contiguous()
     return functional.linear(output.flatten(0, 1).flatten(1), out_weight, out_bias).view(query.shape)
@@ -231,13 +251,9 @@ def _without_memory(given: Any) -> Any:
     return given.to("meta")
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """None is needed."""
-
-
 def _raise(given: Any) -> Any:
     return given.float() if isinstance(given, Tensor) and given.is_floating_point() else given
 
 
 AttentionInterface.register(METERED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(METERED_ATTENTION, _no_mask)
+AttentionMaskInterface.register(METERED_ATTENTION, lambda *_, **__: None)  # none is needed

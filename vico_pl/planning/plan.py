@@ -1,21 +1,59 @@
 """The plan of a recipe: what it will take, from configurations alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+
+from torch import nn
 
 from vico_pl.model.adapters import own_parameters
 from vico_pl.model.flops import count_flops
-from vico_pl.planning.hardware import GPUS, USABLE
-from vico_pl.planning.memory import GIB, MicroBatch, RunMemory, Terms, measure_memory, per_gpu
-from vico_pl.planning.models import ModelSource, RunModels, build_models, with_routing
-from vico_pl.planning.sources import find_model
-from vico_pl.planning.workload import SampleShape, SampleWork, count_work, micro_batch_of, read_samples
-from vico_pl.recipe import PARTS, RunConfig
+from vico_pl.planning.memory import (
+    GIB,
+    RunMemory,
+    Terms,
+    measure_memory,
+    per_gpu,
+    shared_parameters,
+    stage_on_meta,
+    with_routing,
+)
+from vico_pl.planning.sources import (
+    MicroBatch,
+    ModelShape,
+    SampleShape,
+    find_model,
+    largest_micro_batch,
+    read_samples,
+)
+from vico_pl.recipe import RunConfig
+from vico_pl.stages.base import Stage
+from vico_pl.stages.settings import PARTS
 
 WORLDS = (1, 2, 4, 8)
-MAX_WORLD = 64  # up to which a number of GPUs that fits is looked for
-MFU = 0.4  # share of a GPU's peak that large runs reach
+MAX_WORLD = 64  # the largest number of GPUs that is tried
+MFU = 0.4  # fraction of a GPU's peak that large runs reach
+USABLE = 0.92  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation take the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU by NVIDIA's data sheet, its speed without sparsity."""
+
+    memory_gib: float  # as the driver reports it, a little less than the name says
+    half_tflops: float  # bfloat16 and float16 on tensor cores
+    full_tflops: float  # float32 without TF32
+
+    def tflops(self, precision: str) -> float:
+        """Return the peak at one of Lightning's precisions."""
+        return self.full_tflops if precision.startswith("32") else self.half_tflops
+
+
+GPUS = {
+    "L40S": Gpu(memory_gib=44.4, half_tflops=362.0, full_tflops=91.6),
+    "A100-80": Gpu(memory_gib=79.2, half_tflops=312.0, full_tflops=19.5),
+    "H100-80": Gpu(memory_gib=79.1, half_tflops=989.0, full_tflops=67.0),
+    "H200": Gpu(memory_gib=139.8, half_tflops=989.0, full_tflops=67.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +71,25 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that can be told of a run before it begins."""
+    """All that is known of a run before it starts."""
 
     config: RunConfig
-    source: ModelSource
+    stage: type[Stage]
+    shape: ModelShape
     parameters: dict[str, tuple[int, int]]  # part -> total, trained
-    shared_parameters: int  # that the reference uses of the policy
+    shared_parameters: int  # of the policy, used by the reference too
     sample: SampleShape
     micro_batch: MicroBatch
     memory: dict[bool, RunMemory]  # with and without activation checkpointing
-    work: SampleWork
+    flops: dict[str, float]  # of a sample, by part
+    vision_tokens: dict[str, float]  # of a sample, by model
     mfu: float
-    world: int | None  # GPUs that the recipe names; none: it does not
+    world: int | None  # GPUs that the recipe names; None: it names none
+
+    @property
+    def own_memory(self) -> RunMemory:
+        """Memory at the recipe's own setting of activation checkpointing."""
+        return self.memory[self.config.trainer.activation_checkpointing]
 
     def per_gpu(self, layout: Layout, *, checkpointing: bool) -> Terms:
         """Return the bytes that each GPU holds."""
@@ -71,41 +116,51 @@ class Plan:
         return self.config.trainer.max_steps * self.config.data.batch_size
 
     @property
+    def epochs(self) -> float | None:
+        """How often the run sees each sample; None: the number of samples is unknown."""
+        return self.run_samples / self.sample.num_samples if self.sample.num_samples else None
+
+    @property
+    def sample_flops(self) -> float:
+        """Operations of a sample."""
+        return sum(self.flops.values())
+
+    @property
     def run_flops(self) -> float:
         """Operations of the whole run."""
-        return self.run_samples * self.work.total
+        return self.run_samples * self.sample_flops
 
     @property
     def disk_gib(self) -> float:
-        """Room that the run folder takes: checkpoints with the optimizer, one under way, and the model."""
-        memory = self.memory[self.config.trainer.activation_checkpointing]
-        checkpoint = memory.gradients + memory.optimizer
+        """Size of the run folder: checkpoints with optimizer state, one being written, and the model."""
+        memory = self.own_memory
         kept = self.config.trainer.keep_checkpoints + 1
-        return (kept * checkpoint + memory.weights["policy weights"]) / GIB
+        return (kept * (memory.gradients + memory.optimizer) + memory.weights["policy weights"]) / GIB
 
 
 def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU) -> Plan:
     """Plan a run.
 
     Raises:
-        ValueError: the shape of its model cannot be found, or is of no model that can be built.
+        ValueError: the shape of its model is unknown, or does not fit the stage.
     """
-    source = find_model(config.model, shape)
-    spec = with_routing(source.spec, config.model)
-    _check(config, source)
-    flops, sample, world = count_flops(spec), read_samples(config.data), _world(config)
-    tokens_per_tile = flops.vision_tokens_per_tile[min(flops.vision_tokens_per_tile)]
-    micro_batch = micro_batch_of(config.data, sample, tokens_per_tile=tokens_per_tile, world=world or 1)
-    models = build_models(config, source)
+    found, sample, world = find_model(config.model, shape), read_samples(config.data), _world(config)
+    stage = stage_on_meta(config, found, checkpointing=False)
+    flops = count_flops(with_routing(found.spec, config.model))
+    cost = type(stage).cost(config, flops)
+    tokens_per_tile = stage.trained_model().tokens_per_full_tile
+    micro_batch = largest_micro_batch(config.data, sample, tokens_per_tile=tokens_per_tile, world=world or 1)
     return Plan(
         config=config,
-        source=source,
-        parameters=_parameters(models),
-        shared_parameters=sum(p.numel() for p in models.shared()),
+        stage=type(stage),
+        shape=found,
+        parameters=_count_parts(stage),
+        shared_parameters=sum(p.numel() for p in shared_parameters(stage)),
         sample=sample,
         micro_batch=micro_batch,
-        memory={on: measure_memory(config, source, micro_batch, checkpointing=on) for on in (False, True)},
-        work=count_work(config, flops, sample),
+        memory={on: measure_memory(config, found, micro_batch, checkpointing=on) for on in (False, True)},
+        flops=cost.expected_parts(sample.tiles, sample.text_tokens, sample.response_tokens),
+        vision_tokens=cost.vision_tokens(sample.tiles),
         mfu=mfu,
         world=world,
     )
@@ -119,35 +174,29 @@ def smallest_layout(memory: RunMemory, memory_gib: float) -> Layout | None:
 
 
 def cheaper_settings(plan: Plan) -> Iterator[tuple[str, RunMemory]]:
-    """Yield changes of the recipe that take less memory, and what is left of it."""
-    config, on = plan.config, plan.config.trainer.activation_checkpointing
-    if config.stage != "router":
-        if not on:
+    """Yield changes of the recipe that take less memory, and the memory they take."""
+    config, trainable = plan.config, plan.config.model.trainable
+    if plan.stage.trains_parts:
+        if not config.trainer.activation_checkpointing:
             yield "trainer.activation_checkpointing=true", plan.memory[True]
-        trainable = config.model.trainable
         if "vision" in trainable:
-            kept = [part for part in trainable if part != "vision"]
-            yield f"model.trainable={_listed(kept)}", _changed(plan, kept)
+            yield _with_trainable(plan, [part for part in trainable if part != "vision"])
         if "language" in trainable:
-            kept = ["connectors", "lora"]
-            yield f"model.trainable={_listed(kept)}", _changed(plan, kept)
+            yield _with_trainable(plan, ["connectors", "lora"])
     if plan.micro_batch.num_samples > 1:
         half = replace(plan.micro_batch, num_samples=plan.micro_batch.num_samples // 2)
         limit = half.num_samples * half.tiles
-        yield (
-            f"data.micro_batch.max_tiles={limit}",
-            measure_memory(config, plan.source, half, checkpointing=on),
-        )
+        yield f"data.micro_batch.max_tiles={limit}", _measure(plan, config, half)
 
 
-def _changed(plan: Plan, trainable: list[str]) -> RunMemory:
+def _with_trainable(plan: Plan, trainable: list[str]) -> tuple[str, RunMemory]:
     config = replace(plan.config, model=replace(plan.config.model, trainable=trainable))
+    return f"model.trainable=[{','.join(trainable)}]", _measure(plan, config, plan.micro_batch)
+
+
+def _measure(plan: Plan, config: RunConfig, micro_batch: MicroBatch) -> RunMemory:
     on = config.trainer.activation_checkpointing
-    return measure_memory(config, plan.source, plan.micro_batch, checkpointing=on)
-
-
-def _listed(parts: list[str]) -> str:
-    return "[" + ",".join(parts) + "]"
+    return measure_memory(config, plan.shape, micro_batch, checkpointing=on)
 
 
 def _fits(memory: RunMemory, layout: Layout, memory_gib: float) -> bool:
@@ -155,26 +204,16 @@ def _fits(memory: RunMemory, layout: Layout, memory_gib: float) -> bool:
     return sum(held.values()) / GIB <= memory_gib * USABLE
 
 
-def _check(config: RunConfig, source: ModelSource) -> None:
-    if config.stage == "router" and with_routing(source.spec, config.model).router_heads is None:
-        raise ValueError("the model has no router; set model.router_heads")
-    unknown = set(source.spec.ratios) - set(config.model.ratios)
-    if unknown:
-        raise ValueError(f"model.ratios is {config.model.ratios}, but the model has {source.spec.ratios}")
-
-
 def _world(config: RunConfig) -> int | None:
-    devices: Any = config.trainer.devices
-    if not str(devices).isdigit() or int(devices) < 1:
-        return None
-    return int(devices) * config.trainer.num_nodes
+    devices = str(config.trainer.devices)
+    return int(devices) * config.trainer.num_nodes if devices.isdigit() and int(devices) else None
 
 
-def _parameters(models: RunModels) -> dict[str, tuple[int, int]]:
-    policy = models.policy
+def _count_parts(stage: Stage) -> dict[str, tuple[int, int]]:
+    policy = stage.trained_model()
     own = {id(parameter) for parameter in own_parameters(policy).values()}
     parts = {name: list(getattr(policy, name).parameters()) for name in PARTS}
-    counts = {name: _count([p for p in part if id(p) in own]) for name, part in parts.items()}
+    counts = {name: _count(p for p in part if id(p) in own) for name, part in parts.items()}
     adapters = [p for p in parts["language"] if id(p) not in own]
     if adapters:
         counts["adapters (LoRA)"] = _count(adapters)
@@ -183,6 +222,6 @@ def _parameters(models: RunModels) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _count(parameters: Any) -> tuple[int, int]:
+def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
     pairs = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
     return sum(total for total, _ in pairs), sum(trained for _, trained in pairs)

@@ -5,12 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from vico_pl.config import load_config
-from vico_pl.model.families.ours import write_json
-from vico_pl.planning.hardware import GPUS, USABLE
+from vico_pl.files import write_json
 from vico_pl.planning.memory import GIB, per_gpu
-from vico_pl.planning.plan import MAX_WORLD, Layout, Plan, build_plan, cheaper_settings, smallest_layout
+from vico_pl.planning.plan import (
+    GPUS,
+    MAX_WORLD,
+    USABLE,
+    Layout,
+    Plan,
+    build_plan,
+    cheaper_settings,
+    smallest_layout,
+)
 
-_SMALL_GIB = 0.01  # a term that no layout has more of is not shown: left out of tables, not of sums
+_SMALL_GIB = 0.01  # terms that are smaller in every layout are left out of tables, not of sums
 
 
 def print_plan(
@@ -22,7 +30,7 @@ def print_plan(
     json_path: Path | None,
     write: Callable[[str], None],
 ) -> None:
-    """Plan a recipe and write what was found.
+    """Plan a recipe and print the plan.
 
     Raises:
         ValueError: the recipe is wrong, or the shape of its model is not known.
@@ -37,16 +45,25 @@ def print_plan(
 
 def format_plan(plan: Plan) -> str:
     """Return the plan as tables and sentences."""
-    on = plan.config.trainer.activation_checkpointing
+    config, on = plan.config, plan.config.trainer.activation_checkpointing
+    memory_title = (
+        f"{_memory_title(on=on)}; micro-batches of {plan.micro_batch.num_samples} samples "
+        f"({plan.micro_batch.tiles} tiles, {plan.micro_batch.text_tokens} text tokens each), "
+        "every tile at full tokens"
+    )
     sections = [
-        _heading(plan),
+        f"Stage {plan.stage.name}, model of {plan.shape.name}; precision {config.trainer.precision}, "
+        f"{config.trainer.max_steps} steps of {config.data.batch_size} samples",
         _table(_parameter_rows(plan)),
-        _memory_title(plan, on=on),
+        memory_title,
         _table(_memory_rows(plan, on=on)),
-        *_other_memory(plan, on=not on),
+    ]
+    if plan.stage.trains_parts:  # otherwise nothing is recomputed
+        sections += [_memory_title(on=not on), _table(_memory_rows(plan, on=not on))]
+    sections += [
         "Work",
         _table(_work_rows(plan)),
-        f"Hours for {plan.config.trainer.max_steps} steps at {plan.mfu:.0%} of a GPU's peak",
+        f"Hours for {config.trainer.max_steps} steps at {plan.mfu:.0%} of a GPU's peak",
         _table(_hour_rows(plan)),
         "What fits",
         "\n".join(f"  {sentence}" for sentence in advice(plan)),
@@ -57,8 +74,8 @@ def format_plan(plan: Plan) -> str:
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON."""
     return {
-        "stage": plan.config.stage,
-        "model": plan.source.name,
+        "stage": plan.stage.name,
+        "model": plan.shape.name,
         "parameters": {k: {"total": n, "trained": t} for k, (n, t) in plan.parameters.items()},
         "sample": vars(plan.sample),
         "micro-batch": vars(plan.micro_batch),
@@ -69,12 +86,12 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             }
             for on in (False, True)
         },
-        "flops_per_sample": plan.work.flops,
-        "flops_per_step": plan.work.total * plan.config.data.batch_size,
+        "flops_per_sample": plan.flops,
+        "flops_per_step": plan.sample_flops * plan.config.data.batch_size,
         "flops": plan.run_flops,
-        "vision_tokens_per_sample": plan.work.vision_tokens,
+        "vision_tokens_per_sample": plan.vision_tokens,
         "samples": plan.run_samples,
-        "epochs": _epochs(plan),
+        "epochs": plan.epochs,
         "gpu_hours": {gpu: plan.hours(gpu, 1) for gpu in GPUS},
         "run_dir_gib": plan.disk_gib,
         "advice": list(advice(plan)),
@@ -83,19 +100,17 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def advice(plan: Plan) -> Iterator[str]:
     """Say what fits where, and what would make it fit."""
-    memory = plan.memory[plan.config.trainer.activation_checkpointing]
-    too_small = []
+    too_small = False
     for name, gpu in GPUS.items():
-        layout = smallest_layout(memory, gpu.memory_gib)
+        layout = smallest_layout(plan.own_memory, gpu.memory_gib)
         usable = f"{gpu.memory_gib * USABLE:.0f} GiB usable"
         if layout is None:
             yield f"{name} ({usable}): does not fit, not even sharded by FSDP over {MAX_WORLD} GPUs."
         elif layout.world == 1:
-            yield f"{name} ({usable}): fits on each GPU; several of them work under DDP{_ddp(plan, name)}."
+            yield f"{name} ({usable}): fits on each GPU; {_ddp(plan, name)}."
         else:
             yield f"{name} ({usable}): needs FSDP over {layout.world} GPUs or more."
-        if layout is None or layout.world > 1:
-            too_small.append(name)
+        too_small |= layout is None or layout.world > 1
     if too_small:
         yield "Settings that take less on each GPU without FSDP:"
         for setting, changed in cheaper_settings(plan):
@@ -107,42 +122,30 @@ def advice(plan: Plan) -> Iterator[str]:
 def _ddp(plan: Plan, name: str) -> str:
     on = plan.config.trainer.activation_checkpointing
     held = plan.gib(Layout(world=2, sharded=False), checkpointing=on)
-    return "" if held <= GPUS[name].memory_gib * USABLE else " no more, whose buckets do not fit"
-
-
-def _heading(plan: Plan) -> str:
-    config = plan.config
-    return (
-        f"Stage {config.stage}, model of {plan.source.name}; precision {config.trainer.precision}, "
-        f"{config.trainer.max_steps} steps of {config.data.batch_size} samples"
-    )
+    fits = held <= GPUS[name].memory_gib * USABLE
+    return "several can run under DDP" if fits else "not under DDP, whose buckets do not fit"
 
 
 def _parameter_rows(plan: Plan) -> list[list[str]]:
+    counts = list(plan.parameters.values())
+    policy = sum(total for total, _ in counts), sum(trained for _, trained in counts)
     rows = [["parameters", "total", "trained", "frozen"]]
-    for part, (total, trained) in plan.parameters.items():
-        rows.append([part, _number(total), _number(trained), _number(total - trained)])
-    total, trained = (sum(pair[i] for pair in plan.parameters.values()) for i in (0, 1))
-    rows.append(["policy", _number(total), _number(trained), _number(total - trained)])
+    for part, (total, trained) in {**plan.parameters, "policy": policy}.items():
+        rows.append([part, *map(_number, (total, trained, total - trained))])
     if plan.shared_parameters:
         rows.append(["shared with the reference", _number(plan.shared_parameters), "", ""])
     return rows
 
 
-def _memory_title(plan: Plan, *, on: bool) -> str:
-    micro_batch, whether = plan.micro_batch, "with" if on else "without"
-    return (
-        f"Memory per GPU, GiB, {whether} activation checkpointing; micro-batches of {micro_batch.num_samples} samples "
-        f"({micro_batch.tiles} tiles, {micro_batch.text_tokens} text tokens each), every tile at full tokens"
-    )
+def _memory_title(*, on: bool) -> str:
+    return f"Memory per GPU, GiB, {'with' if on else 'without'} activation checkpointing"
 
 
 def _memory_rows(plan: Plan, *, on: bool) -> list[list[str]]:
     layouts = plan.layouts()
     held = [plan.per_gpu(layout, checkpointing=on) for layout in layouts]
-    names = dict.fromkeys(name for terms in held for name in terms)
     rows = [["", *map(str, layouts)]]
-    for name in names:
+    for name in dict.fromkeys(name for terms in held for name in terms):
         sizes = [terms.get(name, 0.0) / GIB for terms in held]
         if max(sizes) >= _SMALL_GIB:
             rows.append([name, *(_gib(size) if size else "-" for size in sizes)])
@@ -150,48 +153,33 @@ def _memory_rows(plan: Plan, *, on: bool) -> list[list[str]]:
     return rows
 
 
-def _other_memory(plan: Plan, *, on: bool) -> list[str]:
-    if plan.config.stage == "router":  # nothing is recomputed there
-        return []
-    return [_memory_title(plan, on=on).partition(";")[0], _table(_memory_rows(plan, on=on))]
-
-
 def _work_rows(plan: Plan) -> list[list[str]]:
-    batch, sample, work = plan.config.data.batch_size, plan.sample, plan.work
+    batch, samples = plan.config.data.batch_size, plan.run_samples
+    per_sample = {
+        **{f"FLOPs, {name}": count for name, count in plan.flops.items()},
+        "FLOPs": plan.sample_flops,
+        "tiles": plan.sample.tiles,
+        **{f"vision tokens, {name}": count for name, count in plan.vision_tokens.items()},
+        "text tokens": plan.sample.text_tokens,
+        "samples": 1,
+    }
     rows = [["", "per sample", "per step", "run"]]
-
-    def add(name: str, each: float) -> None:
-        rows.append([name, *map(_number, (each, each * batch, each * plan.run_samples))])
-
-    for name, count in work.flops.items():
-        add(f"FLOPs, {name}", count)
-    add("FLOPs", work.total)
-    add("tiles", sample.tiles)
-    for name, count in work.vision_tokens.items():
-        add(f"vision tokens, {name}", count)
-    add("text tokens", sample.text_tokens)
-    rows.append(["samples", "1", _number(batch), _number(plan.run_samples)])
-    epochs = _epochs(plan)
-    if epochs is not None:
-        rows.append(["epochs", "", "", f"{epochs:.2f}"])
-    return [*rows, [f"(tiles and text: {sample.origin})"]]
+    rows += [[name, *map(_number, (n, n * batch, n * samples))] for name, n in per_sample.items()]
+    if plan.epochs is not None:
+        rows.append(["epochs", "", "", f"{plan.epochs:.2f}"])
+    return [*rows, [f"(tiles and text: {plan.sample.origin})"]]
 
 
 def _hour_rows(plan: Plan) -> list[list[str]]:
     worlds = sorted({1, 8, *([plan.world] if plan.world else [])})
     rows = [["", *(f"{world} GPU{'s' if world > 1 else ''}" for world in worlds)]]
-    rows += [[gpu, *(_hours(plan.hours(gpu, world)) for world in worlds)] for gpu in GPUS]
-    return rows
-
-
-def _epochs(plan: Plan) -> float | None:
-    return None if not plan.sample.num_samples else plan.run_samples / plan.sample.num_samples
+    return rows + [[gpu, *(_hours(plan.hours(gpu, world)) for world in worlds)] for gpu in GPUS]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Align columns: the first to the left, numbers to the right; a row of one cell is a remark."""
+    """Align the first column to the left and the others to the right; a row of one cell is a remark."""
     full = [row for row in rows if len(row) > 1]
-    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False))]

@@ -1,29 +1,36 @@
-"""What all stages share: a step goes through the micro-batches of a share, and its loss is a mean over all ranks."""
+"""What all stages share: an optimizer step over micro-batches, whose loss is a mean over all ranks."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, distributed
 
+from vico_pl.model.adapters import LoraConfig
+from vico_pl.model.flops import ModelFlops
+from vico_pl.model.language import check_flash_attention
 from vico_pl.model.sharding import cast_trained, shard_model
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients, numbered_by_module
-from vico_pl.stages.ranks import Ranks
+from vico_pl.stages.cost import StageCost
+from vico_pl.stages.models import ModelSource, prepare_policy
+from vico_pl.stages.settings import TRAINABLE_PARTS, RunSettings
 from vico_pl.types import Batch, RankBatch
+
+Value = TypeVar("Value")
 
 
 class Mean(NamedTuple):
-    """A metric as what it is the mean of, so that those of micro-batches and ranks can be put together."""
+    """A metric as total and weight, so that micro-batches and ranks can be combined."""
 
     total: Tensor | float
-    weight: int  # how many it is the total of
+    weight: int  # number of items in the total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,7 @@ class StepResult:
 
 
 class RankFacts(NamedTuple):
-    """What the others have to know of a rank's share."""
+    """What other ranks need to know of a rank's part of a step."""
 
     num_micro_batches: int
     num_items: int
@@ -44,21 +51,92 @@ class RankFacts(NamedTuple):
     stop: bool
 
 
-class Stage(L.LightningModule):
-    """A stage of training: turns micro-batches into `StepResult`s; the rest happens here."""
+class Ranks:
+    """All processes of a run; they exchange small objects over the CPU, so that no GPU has to wait."""
 
-    area: str  # first part of the metrics' names
+    def __init__(self, world: int) -> None:
+        """Open a process group of its own. Collective: call it on every rank."""
+        self.world = world
+        self._group: Any = distributed.new_group(backend="gloo") if world > 1 else None
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks in rank order. Collective: call it on every rank.
+
+        Raises:
+            ConnectionError: another rank has ended.
+        """
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        try:
+            distributed.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"another rank has ended ({str(error).splitlines()[0]}); see its log for the reason; "
+                "the same command resumes from the newest checkpoint"
+            ) from error
+        return values
+
+
+class Stage(L.LightningModule):
+    """A stage of training. It turns micro-batches into `StepResult`s; the optimizer step is here."""
+
+    name: ClassVar[str]  # in recipes, and as the first part of metric names
+    needs_folder: ClassVar[bool] = True  # starts from a model folder
+    trains_parts: ClassVar[bool] = True  # trains what model.trainable names
     ranks: Ranks
-    stop_requested = False  # of this rank
+    stop_requested = False  # on this rank
     is_sharded = False
-    # What trained weights get when they are split; before, each rank would hold all of them in it.
+    # Dtype of trainable weights after sharding. Casting earlier would hold the full model on every rank.
     trained_dtype: torch.dtype | None = None
 
     def __init__(self, optim: OptimConfig, *, num_steps: int) -> None:
-        """Keep the settings. In Lightning's words optimization is manual: a step has a backward per micro-batch."""
+        """Optimization is manual in Lightning's terms: a step has a backward pass per micro-batch."""
         super().__init__()
         self.automatic_optimization = False
         self.optim, self.num_steps = optim, num_steps
+
+    @classmethod
+    def check(cls, run: RunSettings) -> Iterator[str]:
+        """Yield what is wrong in a recipe of this stage, a sentence each."""
+        trainable = run.model.trainable
+        if cls.trains_parts and not set(trainable) & set(TRAINABLE_PARTS):
+            yield f"model.trainable is {trainable}; stage {cls.name} has nothing to train"
+        if cls.needs_folder and run.model.path is None:
+            yield "model.path is not set; this stage starts from a model folder"
+
+    @classmethod
+    def check_ratios(cls, run: RunSettings) -> Iterator[str]:
+        """Yield a problem if there is only one compression ratio."""
+        if len(run.model.ratios) < 2:
+            yield f"model.ratios is {run.model.ratios}; stage {cls.name} needs at least two"
+
+    @classmethod
+    def unused_settings(cls, run: RunSettings) -> Iterator[str]:
+        """Yield settings of a recipe that have no effect, a sentence each."""
+        if run.model.lora != LoraConfig() and not (cls.trains_parts and "lora" in run.model.trainable):
+            yield "model.lora has no effect: only a stage whose model.trainable names lora has adapters"
+
+    @classmethod
+    def check_device(cls, run: RunSettings, device: torch.device) -> None:
+        """Raise ValueError if the device lacks a kernel that the recipe asks for."""
+        if run.model.attention == "flash":
+            check_flash_attention(device)
+
+    @classmethod
+    @abstractmethod
+    def build(cls, run: RunSettings, source: ModelSource) -> "Stage":
+        """Build the stage for a run, its models from `source`."""
+
+    @classmethod
+    def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
+        """Prepare the model to start from: what is trained, in which dtype, how blocks run."""
+        return prepare_policy(model, run)
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, run: RunSettings, flops: ModelFlops) -> StageCost:
+        """Return what a sample costs."""
 
     @abstractmethod
     def step(self, batch: Batch) -> StepResult:
@@ -66,23 +144,23 @@ class Stage(L.LightningModule):
 
     @abstractmethod
     def trained_model(self) -> VisionLanguageModel:
-        """Return the model that the next stage takes over."""
+        """Return the model that the next stage starts from."""
 
     def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
-        """Yield the result of each micro-batch, whose backward is over when the next is asked for."""
+        """Yield the result of each micro-batch; its backward pass is done before the next is asked for."""
         return map(self.step, micro_batches)
 
     def num_items(self, batch: Batch) -> int:
-        """Return over how many items the loss of a micro-batch is summed: response tokens."""
+        """Return the number of items that the loss of a micro-batch sums over: response tokens."""
         return batch.num_response_tokens
 
     def setup(self, stage: str) -> None:
-        """Put what is trained into training mode: models are loaded in eval mode, which Lightning keeps."""
+        """Switch to training mode: models are loaded in eval mode, which Lightning keeps."""
         self.train()
         self.ranks = Ranks(self.trainer.world_size)
 
     def configure_model(self) -> None:
-        """Split the models over the ranks, where the strategy says so."""
+        """Shard the models over the ranks if the strategy does."""
         mesh = self.device_mesh
         if mesh is not None and not self.is_sharded:
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
@@ -93,30 +171,29 @@ class Stage(L.LightningModule):
             self.is_sharded = True
 
     def sharded_models(self) -> list[VisionLanguageModel]:
-        """Return the models to split."""
+        """Return the models to shard."""
         return [self.trained_model()]
 
-    def training_step(self, share: RankBatch, _: int) -> dict[str, Any]:
-        """Take an optimizer step on a global batch: the same one however ranks and micro-batches split it.
+    def training_step(self, rank_batch: RankBatch, _: int) -> dict[str, Any]:
+        """Take an optimizer step on a global batch; the result does not depend on how it is split.
 
-        Returns what callbacks ask for, the same on all ranks: `num_samples` and of these `num_bad`,
-        `grad_norm`, and `stop`: whether some rank was asked to.
+        Returns what callbacks need, the same on all ranks: `num_samples`, of these `num_bad`, `grad_norm`,
+        and `stop`: whether some rank was asked to.
         """
-        facts = self.ranks.gather(self._facts(share))
-        num_micro_batches, num_items = (
-            max(f.num_micro_batches for f in facts),
-            sum(f.num_items for f in facts),
-        )
-        # All ranks run as many micro-batches: sharded weights are gathered by all or by none.
-        micro_batches = share.micro_batches + [share.dummy] * (num_micro_batches - len(share.micro_batches))
+        facts = self.ranks.gather(self._facts(rank_batch))
+        num_micro_batches = max(f.num_micro_batches for f in facts)
+        num_items = sum(f.num_items for f in facts)
+        # All ranks run the same number of micro-batches: gathering sharded weights is a collective.
+        missing = num_micro_batches - len(rank_batch.micro_batches)
+        micro_batches = rank_batch.micro_batches + [rank_batch.dummy] * missing
         metrics: list[Mapping[str, Mean]] = []
         for index, result in enumerate(self.results(micro_batches)):
             # Gradients are averaged over ranks; the loss is a sum over them.
             loss = result.loss_sum / max(num_items, 1) * self.ranks.world
-            with nullcontext() if index == num_micro_batches - 1 else self._gradients_stay_here():
+            with nullcontext() if index == num_micro_batches - 1 else self._gradients_stay_local():
                 self.manual_backward(loss)
             loss_mean = Mean(result.loss_sum.detach(), self.num_items(micro_batches[index]))
-            metrics.append({f"{self.area}/loss": loss_mean, **result.metrics})
+            metrics.append({f"{self.name}/loss": loss_mean, **result.metrics})
         lr, norm = self.trainer.optimizers[0].param_groups[0]["lr"], self._update()
         metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
         self._log(metrics)
@@ -132,31 +209,31 @@ class Stage(L.LightningModule):
         return build_optimizer(self.parameters(), self.optim, num_steps=self.num_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Number the optimizer's state as FSDP does, which takes it amiss otherwise."""
+        """Re-key optimizer state by module order; FSDP cannot load it otherwise."""
         if checkpoint.get("optimizer_states") and not self.is_sharded:
             (state,), (optimizer,) = checkpoint["optimizer_states"], self.trainer.optimizers
             checkpoint["optimizer_states"] = [numbered_by_module(state, optimizer, self)]
 
-    def _facts(self, share: RankBatch) -> RankFacts:
+    def _facts(self, rank_batch: RankBatch) -> RankFacts:
         return RankFacts(
-            num_micro_batches=len(share.micro_batches),
-            num_items=sum(map(self.num_items, share.micro_batches)),
-            num_samples=len(share.ids) + len(share.bad_records),
-            num_bad=len(share.bad_records),
+            num_micro_batches=len(rank_batch.micro_batches),
+            num_items=sum(map(self.num_items, rank_batch.micro_batches)),
+            num_samples=len(rank_batch.ids) + len(rank_batch.bad_records),
+            num_bad=len(rank_batch.bad_records),
             stop=self.stop_requested,
         )
 
-    def _gradients_stay_here(self) -> AbstractContextManager[Any]:
-        """Let DDP add up gradients of all micro-batches before ranks exchange them."""
+    def _gradients_stay_local(self) -> AbstractContextManager[Any]:
+        """Let DDP add up the gradients of all micro-batches before ranks exchange them."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def _update(self) -> float:
-        """Apply the gradients, if they are finite, and forget them; returns their norm before clipping.
+        """Apply the gradients if they are finite, and clear them; returns their norm before clipping.
 
-        A step without gradients changes no weight but counts, so that its samples are not met again.
+        A step with non-finite gradients changes no weight but counts, so that its samples are not used again.
         """
-        optimizer: Any = self.optimizers()  # the one and only
+        optimizer: Any = self.optimizers()  # the only one
         schedule: Any = self.lr_schedulers()
         norm = clip_gradients(optimizer, max_norm=self.optim.max_grad_norm)
         if not math.isfinite(norm):
@@ -167,17 +244,17 @@ class Stage(L.LightningModule):
         return norm
 
     def _log(self, metrics: list[Mapping[str, Mean]]) -> None:
-        """Log means over all ranks, at the steps that Lightning writes down: a GPU is waited for here."""
+        """Log means over all ranks at Lightning's logging steps only: this synchronises with the GPU."""
         if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         here = {name: Mean(float(total), weight) for name, (total, weight) in add_up(metrics).items()}
         for name, (total, weight) in add_up(self.ranks.gather(here)).items():
             if weight:
-                self.log(name, total / weight, prog_bar=name == f"{self.area}/loss", batch_size=1)
+                self.log(name, total / weight, prog_bar=name == f"{self.name}/loss", batch_size=1)
 
 
 def add_up(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """Put the metrics of micro-batches or ranks together.
+    """Combine the metrics of micro-batches or ranks.
 
     >>> add_up([{"a": Mean(3.0, 2)}, {"a": Mean(1.0, 2), "b": Mean(0.0, 1)}])
     {'a': Mean(total=4.0, weight=4), 'b': Mean(total=0.0, weight=1)}

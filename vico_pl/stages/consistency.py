@@ -1,7 +1,8 @@
-"""Stage 1: make the policy answer at any compression ratio as the frozen reference does at full tokens."""
+"""Stage 1: train the policy to answer at any compression ratio as the reference does at full tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,48 +11,87 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vico_pl.losses.consistency import consistency_kl
-from vico_pl.losses.liger import liger_kl_sum
+from vico_pl.losses.liger import check_liger, liger_kl_sum
+from vico_pl.model.connector import FULL_RATIO
+from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
+from vico_pl.stages.cost import Number, Parts, TilesPerRatio, TrainedCost, forward_parts, trained_passes
+from vico_pl.stages.models import ModelSource, freeze_reference, prepare_blocks, prepare_policy
+from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
+
+RATIO_DRAWS = ("image", "tile", "mixed", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig:
     """Settings of stage 1."""
 
-    ratio_draw: str = "mixed"  # one ratio per image (the report), per tile, or either with probability 1/2
+    # One ratio per image (the report), per tile, mixed (either with probability 1/2), or full tokens only.
+    ratio_draw: str = "mixed"
     temperature: float = 1.0
     reverse_kl: bool = False  # KL(policy || reference) instead, for ablation
-    # What computes the loss: native, or liger (on CUDA, by the liger-kernel package).
-    kernel: str = "native"
+    kernel: str = "native"  # of the loss: native, or liger (CUDA, needs the liger-kernel package)
     chunk_size: int = 256  # native: response tokens whose logits exist at a time
-    # Folder where the reference's states are kept, so that later epochs and runs need not compute them again.
-    reference_cache: str | None = None
-    reference_cache_gib: float = 100.0  # what the folder may hold; when it does, no more is kept
 
     def __post_init__(self) -> None:
-        """Refuse what the stage cannot do."""
-        if self.ratio_draw not in ("image", "tile", "mixed"):
-            raise ValueError(f"consistency.ratio_draw is '{self.ratio_draw}'; expected image, tile or mixed")
+        """Reject values that the stage has no meaning for."""
+        if self.ratio_draw not in RATIO_DRAWS:
+            known = ", ".join(RATIO_DRAWS)
+            raise ValueError(f"consistency.ratio_draw is '{self.ratio_draw}'; expected one of {known}")
         if self.temperature <= 0:
             raise ValueError(f"consistency.temperature is {self.temperature}; expected more than 0")
         if self.kernel not in ("native", "liger"):
             raise ValueError(f"consistency.kernel is '{self.kernel}'; expected native or liger")
         if self.chunk_size < 1:
             raise ValueError(f"consistency.chunk_size is {self.chunk_size}; expected 1 or more")
-        if self.reference_cache_gib <= 0:
-            given = f"consistency.reference_cache_gib is {self.reference_cache_gib}"
-            raise ValueError(f"{given}; expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyCost(TrainedCost):
+    """Forward and backward pass of the policy at drawn ratios, forward pass of the reference."""
+
+    ratios: Sequence[int]
+    ratio_draw: str
+    seed: int
+    shares_vision: bool  # the reference uses the policy's patch features
+
+    def ratios_at(self, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
+        """Return what the stage will draw for this sample."""
+        return draw_sample_ratios(
+            position, tiles_per_image, ratios=self.ratios, mode=self.ratio_draw, seed=self.seed
+        )
+
+    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
+        """Return what policy and reference cost."""
+        reference = forward_parts(self.flops, {FULL_RATIO: sum(tiles.values())}, text_tokens)
+        if self.shares_vision:
+            reference["vision"] = 0.0
+        return {**super().parts_at(tiles, text_tokens), "reference": sum(reference.values())}
+
+    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
+        """Return the mean over ratios, all tiles of a sample at the same one, with both heads."""
+        draws = [self.parts_at({ratio: tiles}, text_tokens) for ratio in self.ratios]
+        parts = {name: fmean(draw[name] for draw in draws) for name in draws[0]}
+        head = response_tokens * self.flops.head_per_token
+        parts["reference"] += head
+        return {**parts, "policy head": self.passes["head"] * head}
+
+    def vision_tokens(self, tiles: Number) -> dict[str, Number]:
+        """Return the vision tokens that policy and reference see of a sample."""
+        tokens = self.flops.vision_tokens_per_tile
+        policy = fmean(tokens[ratio] for ratio in self.ratios)
+        return {"policy": tiles * policy, "reference": tiles * tokens[FULL_RATIO]}
 
 
 class ConsistencyStage(Stage):
     """Minimises KL(reference at full tokens || policy at sampled ratios) over the response."""
 
-    area = "consistency"
+    name = "consistency"
 
     def __init__(
         self,
@@ -63,15 +103,59 @@ class ConsistencyStage(Stage):
         num_steps: int,
         seed: int,
     ) -> None:
-        """Train the parameters of `model` that require gradients, the router's excepted: it takes no part."""
+        """Train the parameters of `model` that require gradients, except the router's."""
         super().__init__(optim, num_steps=num_steps)
         if model.router is not None:
             model.router.requires_grad_(requires_grad=False)
         self.model, self.reference, self.config, self.seed = model, reference, config, seed
-        self.strict_loading = False  # checkpoints leave out what the model folder has
+        self.strict_loading = False  # checkpoints leave out frozen weights of the model folder
+
+    @classmethod
+    def check(cls, run: RunSettings) -> Iterator[str]:
+        """Yield what is wrong in a recipe of this stage."""
+        yield from super().check(run)
+        yield from cls.check_ratios(run)
+
+    @classmethod
+    def unused_settings(cls, run: RunSettings) -> Iterator[str]:
+        """Yield settings without effect."""
+        yield from super().unused_settings(run)
+        settings = section_of(run, ConsistencyConfig)
+        if settings.kernel == "liger" and settings.chunk_size != ConsistencyConfig().chunk_size:
+            yield "consistency.chunk_size has no effect: kernel liger chooses how many logits exist at a time"
+
+    @classmethod
+    def check_device(cls, run: RunSettings, device: torch.device) -> None:
+        """Reject a device that the loss kernel cannot run on."""
+        super().check_device(run, device)
+        if section_of(run, ConsistencyConfig).kernel == "liger":
+            check_liger(device)
+
+    @classmethod
+    def build(cls, run: RunSettings, source: ModelSource) -> "ConsistencyStage":
+        """Build the stage for a run."""
+        policy, original = source.policy(), prepare_blocks(source.reference(), run)
+        policy = prepare_policy(policy, run)
+        reference = freeze_reference(original, policy, run, source)
+        settings, num_steps = section_of(run, ConsistencyConfig), run.trainer.max_steps
+        return cls(policy, reference, settings, run.optim, num_steps=num_steps, seed=run.seed)
+
+    @classmethod
+    def cost(cls, run: RunSettings, flops: ModelFlops) -> ConsistencyCost:
+        """Return what a sample costs."""
+        same_weights = run.model.reference in (None, run.model.path)
+        frozen_vision = "vision" not in run.model.trainable
+        return ConsistencyCost(
+            flops=flops,
+            passes=trained_passes(run),
+            ratios=run.model.ratios,
+            ratio_draw=section_of(run, ConsistencyConfig).ratio_draw,
+            seed=run.seed,
+            shares_vision=frozen_vision and same_weights and run.trainer.strategy != "fsdp",
+        )
 
     def step(self, batch: Batch) -> StepResult:
-        """Compare policy and reference on the response tokens, where sequence lengths do not matter."""
+        """Compare policy and reference on response tokens, of which both have the same number."""
         ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, seed=self.seed)
         features = self.model.encode_tiles(batch.tiles)
         policy = self.model.response_states(batch, features, ratios)
@@ -79,8 +163,7 @@ class ConsistencyStage(Stage):
         loss_sum = self._divergence(policy, reference)
         release(self.reference.model)
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
-        metrics = {"vision_tokens/fraction": fraction, **self._cache_metrics()}
-        return StepResult(loss_sum=loss_sum, metrics=metrics)
+        return StepResult(loss_sum=loss_sum, metrics={"vision_tokens/fraction": fraction})
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the policy."""
@@ -91,17 +174,17 @@ class ConsistencyStage(Stage):
         return [self.model, self.reference.model]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is as the model folder has it: beside adapters, most of every checkpoint."""
+        """Leave out frozen weights that the model folder holds: with adapters, most of a checkpoint."""
         super().on_save_checkpoint(checkpoint)
-        for name in self._as_in_the_folder():
-            checkpoint["state_dict"].pop(name, None)  # with sharded weights, ranks but the first have none
+        for name in self._frozen_names():
+            checkpoint["state_dict"].pop(name, None)  # with sharded weights only the first rank has any
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put it back, from the model that was read again; sharded weights were loaded without it."""
+        """Add them from the model as it was read; sharded weights load without them."""
         if self.is_sharded:
             return
         own = self.state_dict()
-        checkpoint["state_dict"].update({name: own[name] for name in self._as_in_the_folder()})
+        checkpoint["state_dict"].update({name: own[name] for name in self._frozen_names()})
 
     def _divergence(self, policy: Float[Tensor, "R D"], reference: Float[Tensor, "R D2"]) -> Tensor:
         """Return the loss, summed over the response tokens."""
@@ -113,22 +196,15 @@ class ConsistencyStage(Stage):
         )
         return kl.sum()
 
-    def _cache_metrics(self) -> dict[str, Mean]:
-        """Say whether the last micro-batch's states of the reference were in the cache, if it has one."""
-        cache = self.reference.cache
-        if cache is None or cache.served is None:
-            return {}
-        return {"reference_cache/hit": Mean(float(cache.served), 1)}
-
-    def _as_in_the_folder(self) -> list[str]:
-        """Name the frozen weights of the parts that a folder always has; fresh connectors it has not."""
+    def _frozen_names(self) -> list[str]:
+        """Return the frozen weights of parts that every folder has, unlike connectors that were added."""
         parameters = self.model.named_parameters(prefix="model", remove_duplicate=False)
         always = ("model.vision.", "model.language.")
         return [name for name, p in parameters if name.startswith(always) and not p.requires_grad]
 
 
 def draw_ratios(batch: Batch, ratios: Sequence[int], *, mode: str, seed: int) -> Int64[Tensor, " T"]:
-    """Draw a ratio for each tile of a batch; those of a sample do not depend on the others."""
+    """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
     drawn = [
         ratio
         for position, tiles_per_image in zip(batch.positions, batch.tiles_per_image, strict=True)
@@ -140,11 +216,13 @@ def draw_ratios(batch: Batch, ratios: Sequence[int], *, mode: str, seed: int) ->
 def draw_sample_ratios(
     position: int, tiles_per_image: Sequence[int], *, ratios: Sequence[int], mode: str, seed: int
 ) -> list[int]:
-    """Draw a ratio for each tile of the sample at a position of the run, all ratios alike.
+    """Draw a ratio, uniformly, for each tile of the sample at a position of the run.
 
     `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
-    probability 1/2 for each image.
+    probability 1/2 for each image, `full` compresses none.
     """
+    if mode == "full":
+        return [ratios[0]] * sum(tiles_per_image)
     chance = np.random.default_rng([seed, position + 1])  # + 1: the dummy's position is -1
     drawn: list[int] = []
     for num_tiles in tiles_per_image:

@@ -1,65 +1,86 @@
-"""What a step costs per sample, in floating-point operations: by this, samples are dealt to ranks.
+"""FLOPs of a sample, by which samples are assigned to ranks and runs are planned.
 
-A forward pass counts once and a backward pass twice. Functions of numbers alone, so that data workers can
-call them without a model.
+A forward pass counts once, and twice more what is trained: for the gradients of its weights and of its
+input. A frozen part that gradients pass through counts once more, and so does what is recomputed.
 """
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
-from vico_pl.stages.consistency import draw_sample_ratios
+from vico_pl.stages.settings import RunSettings
+
+Number = int | float
+Parts = dict[str, Number]  # FLOPs by part of the step
+TilesPerRatio = Mapping[int, Number]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainCost:
-    """Forward and backward at full tokens."""
+class StageCost:
+    """What a sample costs in a stage. Numbers alone, so that data workers need no model."""
 
     flops: ModelFlops
 
     def __call__(self, position: int, tiles_per_image: Sequence[int], text_tokens: int) -> float:
-        """Return the cost of the sample at a position of the run."""
-        return 3 * forward_flops(self.flops, [FULL_RATIO] * sum(tiles_per_image), text_tokens)
+        """Return the FLOPs of the sample at a position of the run, without head and router."""
+        tiles = Counter(self.ratios_at(position, tiles_per_image))
+        return sum(self.parts_at(tiles, text_tokens).values())
+
+    def ratios_at(self, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
+        """Return the compression ratio of each tile of the sample at a position: full tokens."""
+        return [FULL_RATIO] * sum(tiles_per_image)
+
+    @abstractmethod
+    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
+        """Return the FLOPs of a sample whose policy sees `tiles`, a number per ratio."""
+
+    @abstractmethod
+    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
+        """Return the FLOPs expected of a sample, over all draws of ratios, head and router included."""
+
+    def vision_tokens(self, tiles: Number) -> dict[str, Number]:
+        """Return the vision tokens that each model is expected to see of a sample."""
+        return {"policy": tiles * self.flops.vision_tokens_per_tile[FULL_RATIO]}
+
+
+def forward_parts(flops: ModelFlops, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
+    """Return the FLOPs from tiles, a number per ratio, to hidden states."""
+    tokens = text_tokens + sum(flops.vision_tokens_per_tile[ratio] * n for ratio, n in tiles.items())
+    return {
+        "vision": sum(tiles.values()) * flops.vision_per_tile,
+        "connectors": sum(flops.connector_per_tile[ratio] * n for ratio, n in tiles.items()),
+        "language": flops.language(round(tokens)),
+    }
+
+
+def trained_passes(run: RunSettings) -> dict[str, int]:
+    """Return how many forward passes' work each part of a trained policy does in a step."""
+    trainable, recomputed = set(run.model.trainable), run.trainer.activation_checkpointing
+    vision = "vision" in trainable
+    reached = bool(trainable & {"vision", "connectors"})  # gradients flow back into the connectors
+    return {
+        "vision": 3 + recomputed if vision else 1,
+        "connectors": 1 + ("connectors" in trainable) + vision if reached else 1,
+        "language": 2 + ("language" in trainable) + recomputed,
+        "head": 2 + ("language" in trainable),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyCost:
-    """Forward and backward of the policy at the ratios that stage 1 draws, forward of the reference."""
+class TrainedCost(StageCost):
+    """Forward and backward pass of the policy at full tokens."""
 
-    flops: ModelFlops
-    ratios: Sequence[int]
-    ratio_draw: str
-    seed: int
-    trains_vision: bool = True
+    passes: Mapping[str, int]
 
-    def __call__(self, position: int, tiles_per_image: Sequence[int], text_tokens: int) -> float:
-        """Return the cost of the sample at a position of the run."""
-        drawn = draw_sample_ratios(
-            position, tiles_per_image, ratios=self.ratios, mode=self.ratio_draw, seed=self.seed
-        )
-        reference = forward_flops(self.flops, [FULL_RATIO] * len(drawn), text_tokens)
-        policy = 3 * forward_flops(self.flops, drawn, text_tokens)
-        spared = 0.0 if self.trains_vision else 2 * len(drawn) * self.flops.vision_per_tile
-        return policy + reference - spared
+    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
+        """Return what the policy costs."""
+        forward = forward_parts(self.flops, tiles, text_tokens)
+        return {f"policy {part}": self.passes[part] * work for part, work in forward.items()}
 
-
-@dataclass(frozen=True, kw_only=True)
-class RouterCost:
-    """Forward of reference and policy, and of a branch per tile: half a sample's tokens on average."""
-
-    flops: ModelFlops
-
-    def __call__(self, position: int, tiles_per_image: Sequence[int], text_tokens: int) -> float:
-        """Return the cost of the sample at a position of the run."""
-        num_tiles = sum(tiles_per_image)
-        forward = forward_flops(self.flops, [FULL_RATIO] * num_tiles, text_tokens)
-        language = forward - num_tiles * self.flops.vision_per_tile
-        return 2 * forward + num_tiles * language / 2
-
-
-def forward_flops(flops: ModelFlops, ratios: Sequence[int], text_tokens: int) -> float:
-    """Return the cost from tiles, seen at these ratios, to hidden states; the head is left out."""
-    tokens = text_tokens + sum(flops.vision_tokens_per_tile[ratio] for ratio in ratios)
-    tiles = sum(flops.vision_per_tile + flops.connector_per_tile[ratio] for ratio in ratios)
-    return tiles + flops.language(tokens)
+    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
+        """Return the same with the head."""
+        head = self.passes["head"] * response_tokens * self.flops.head_per_token
+        return {**self.parts_at({FULL_RATIO: tiles}, text_tokens), "policy head": head}

@@ -1,4 +1,4 @@
-"""What router labels are made from: how much worse the answer gets when a tile is compressed."""
+"""Loss ratios, from which router targets are made: how compressing a tile changes the loss."""
 
 from collections.abc import Callable
 
@@ -25,12 +25,11 @@ def tile_loss_ratios(
     epsilon: float,
     num_groups: Callable[[int], int] = int,
 ) -> Float[Tensor, " T"]:
-    """Return for every tile how much compressing it multiplies the loss of its sample.
+    """Return, per tile, the factor by which compressing it raises its sample's loss.
 
-    `mode` is `tile` (only the tile in question is compressed) or `image` (all at once); `epsilon` in nats is
-    added to both losses. The vision encoder and the reference run once per sample; the policy's language
-    model once at full tokens and then, for each tile, on what stands behind it, in groups of tiles
-    (`num_groups`: see `branch_states`).
+    `mode` is `tile` (one tile at a time) or `image` (all at once); `epsilon`, in nats, is added to both
+    losses. Vision encoder and reference run once per sample. The policy's language model runs once at full
+    tokens and then, for each tile, over what follows it, in groups of tiles (see `branch_states`).
     """
     target, ratio = reference.response_states(batch), policy.ratios[-1]
     same = torch.arange(len(target), device=target.device)
@@ -59,9 +58,9 @@ def _divergence(
     *,
     origin: Int64[Tensor, " A"],
 ) -> Float[Tensor, " A"]:
-    """Hold several states of each response token, row `origin` of the target, against the reference.
+    """Compare states with row `origin` of the target; several may belong to one response token.
 
-    Those of a token become neighbours, so that the reference's logits are made once.
+    Rows are sorted by token, so that the reference's logits are computed once for each.
     """
     order = origin.argsort(stable=True)
     kl = consistency_kl(states[order], policy.head, target, reference.head, reference_rows=origin[order])

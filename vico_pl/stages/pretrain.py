@@ -1,35 +1,44 @@
-"""Stage 0: make the model that ViCO starts from, by predicting responses.
+"""Stage 0: make the model that ViCO starts from, by predicting responses at full vision tokens."""
 
-The embedded default's, or one put together from a tower and a language model.
-"""
-
-from torch.nn.functional import cross_entropy
-
+from vico_pl.losses.cross_entropy import response_cross_entropy
+from vico_pl.model.flops import ModelFlops
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
+from vico_pl.stages.cost import TrainedCost, trained_passes
+from vico_pl.stages.models import ModelSource, prepare_policy
+from vico_pl.stages.settings import RunSettings
 from vico_pl.types import Batch
 
 
 class PretrainStage(Stage):
-    """Cross-entropy over response tokens at full vision tokens."""
+    """Cross-entropy over response tokens."""
 
-    area = "pretrain"
+    name = "pretrain"
+    needs_folder = False
 
     def __init__(self, model: VisionLanguageModel, optim: OptimConfig, *, num_steps: int) -> None:
-        """Train all of `model`."""
+        """Train all of `model` that requires gradients."""
         super().__init__(optim, num_steps=num_steps)
         self.model = model
+
+    @classmethod
+    def build(cls, run: RunSettings, source: ModelSource) -> "PretrainStage":
+        """Build the stage for a run."""
+        return cls(prepare_policy(source.policy(), run), run.optim, num_steps=run.trainer.max_steps)
+
+    @classmethod
+    def cost(cls, run: RunSettings, flops: ModelFlops) -> TrainedCost:
+        """Return what a sample costs."""
+        return TrainedCost(flops=flops, passes=trained_passes(run))
 
     def step(self, batch: Batch) -> StepResult:
         """Predict the response tokens."""
         features = self.model.encode_tiles(batch.tiles)
         states = self.model.response_states(batch, features, self.model.full_ratios(batch))
-        logits = states.float() @ self.model.head.float().T
-        targets = batch.input_ids[batch.response_mask]
-        loss = cross_entropy(logits, targets, reduction="sum")
-        hits = (logits.argmax(-1) == targets).sum()
-        return StepResult(loss_sum=loss, metrics={"pretrain/token_accuracy": Mean(hits, len(targets))})
+        loss, hits = response_cross_entropy(states, self.model.head, batch.input_ids[batch.response_mask])
+        accuracy = Mean(hits.sum(), batch.num_response_tokens)
+        return StepResult(loss_sum=loss.sum(), metrics={"pretrain/token_accuracy": accuracy})
 
     def trained_model(self) -> VisionLanguageModel:
         """Return the trained model."""

@@ -1,8 +1,9 @@
-"""Stage 2: freeze everything else and teach the router which tiles can be compressed."""
+"""Stage 2: train the resolution router, with all else frozen, to say which tiles can be compressed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,12 +11,17 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc
 
 from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, router_targets
+from vico_pl.model.connector import FULL_RATIO
+from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
+from vico_pl.stages.cost import Number, Parts, StageCost, TilesPerRatio, forward_parts
 from vico_pl.stages.labels import tile_loss_ratios
+from vico_pl.stages.models import ModelSource, freeze_reference, prepare_blocks, prepare_router
+from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
 
 
@@ -23,14 +29,14 @@ from vico_pl.types import Batch
 class RouterConfig:
     """Settings of stage 2."""
 
-    label_mode: str = "tile"  # tile: only the tile in question is compressed; image: all at once (the report)
-    percentile: float = 50.0  # of recent loss ratios; tiles below it are labelled "compress"
-    window: int = 4096  # loss ratios remembered
+    label_mode: str = "tile"  # compress one tile at a time, or all tiles of an image at once (the report)
+    percentile: float = 50.0  # of recent loss ratios; tiles below it get the target 0, compress
+    window: int = 4096  # number of recent loss ratios
     min_history: int = 256  # loss ratios needed before the first labels
     epsilon: float = 1e-3  # nats, added to both losses of a ratio
 
     def __post_init__(self) -> None:
-        """Refuse what the stage cannot do."""
+        """Reject values that the stage has no meaning for."""
         if self.label_mode not in ("image", "tile"):
             raise ValueError(f"router.label_mode is '{self.label_mode}'; expected image or tile")
         if not 0 < self.percentile < 100:
@@ -42,10 +48,49 @@ class RouterConfig:
             raise ValueError(f"router.min_history is {self.min_history}; expected {expected}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouterCost(StageCost):
+    """Forward passes of reference and policy at full tokens, then of the policy with tiles compressed.
+
+    Label mode `tile` runs a branch per tile over what follows it: half of the sample's tokens on average.
+    """
+
+    label_mode: str
+    coarse_ratio: int
+
+    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
+        """Return what labels cost."""
+        num_tiles = sum(tiles.values())
+        forward = forward_parts(self.flops, {FULL_RATIO: num_tiles}, text_tokens)
+        once = sum(forward.values())
+        if self.label_mode == "tile":
+            compressed = num_tiles * (once - forward["vision"]) / 2
+        else:
+            coarse = forward_parts(self.flops, {self.coarse_ratio: num_tiles}, text_tokens)
+            compressed = coarse["connectors"] + coarse["language"]
+        return {"reference": once, "policy at full tokens": once, "policy with tiles compressed": compressed}
+
+    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
+        """Return the same with heads and router: each comparison multiplies by both heads."""
+        parts = self.parts_at({FULL_RATIO: tiles}, text_tokens)
+        head = response_tokens * self.flops.head_per_token
+        branches = tiles if self.label_mode == "tile" else 1
+        parts["reference"] += head
+        parts["policy at full tokens"] += 2 * head
+        parts["policy with tiles compressed"] += 2 * branches * head
+        return {**parts, "router": 3 * tiles * self.flops.router_per_tile}
+
+    def vision_tokens(self, tiles: Number) -> dict[str, Number]:
+        """Return the vision tokens that policy and reference see of a sample at full tokens."""
+        tokens = super().vision_tokens(tiles)["policy"]
+        return {"policy": tokens, "reference": tokens}
+
+
 class RouterStage(Stage):
     """Trains the router on labels made from loss ratios of the frozen policy."""
 
-    area = "router"
+    name = "router"
+    trains_parts = False
 
     def __init__(
         self,
@@ -70,12 +115,45 @@ class RouterStage(Stage):
             percentile=config.percentile, window=config.window, min_history=config.min_history
         )
 
+    @classmethod
+    def check(cls, run: RunSettings) -> Iterator[str]:
+        """Yield what is wrong in a recipe of this stage."""
+        yield from super().check(run)
+        yield from cls.check_ratios(run)
+
+    @classmethod
+    def unused_settings(cls, run: RunSettings) -> Iterator[str]:
+        """Yield settings without effect."""
+        yield from super().unused_settings(run)
+        if run.trainer.activation_checkpointing:
+            yield "trainer.activation_checkpointing has no effect: stage router trains no transformer blocks"
+
+    @classmethod
+    def build(cls, run: RunSettings, source: ModelSource) -> "RouterStage":
+        """Build the stage for a run."""
+        policy, original = source.policy(), prepare_blocks(source.reference(), run)
+        frozen = FrozenReference(cls.prepare(policy, run))  # before the reference takes over its parts
+        reference = freeze_reference(original, policy, run, source)
+        settings = section_of(run, RouterConfig)
+        return cls(frozen, reference, settings, run.optim, num_steps=run.trainer.max_steps)
+
+    @classmethod
+    def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
+        """Prepare the model whose router is trained."""
+        return prepare_router(model, run)
+
+    @classmethod
+    def cost(cls, run: RunSettings, flops: ModelFlops) -> RouterCost:
+        """Return what a sample costs."""
+        label_mode = section_of(run, RouterConfig).label_mode
+        return RouterCost(flops=flops, label_mode=label_mode, coarse_ratio=run.model.ratios[-1])
+
     def num_items(self, batch: Batch) -> int:
-        """Return over how many tiles the loss of a micro-batch is summed: those of the dummy teach nothing."""
+        """Return the number of tiles in the loss: those of the dummy sample do not count."""
         return len(_tiles_of_samples(batch))
 
     def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
-        """Label the tiles of all micro-batches of all ranks, and only then classify those of each micro-batch."""
+        """Label the tiles of all micro-batches of all ranks, then classify those of each micro-batch."""
         seen = [self._look(micro_batch) for micro_batch in micro_batches]
         self._remember(micro_batches, [ratios for _, ratios in seen])
         threshold = self.window.threshold()
@@ -112,11 +190,11 @@ class RouterStage(Stage):
         return features, ratios
 
     def _most_groups(self, number: int) -> int:
-        """Return the most groups of branches that any rank has: with sharded weights all run as many."""
+        """Return the largest number of branch groups of any rank: with sharded weights all run as many."""
         return max(self.ranks.gather(number)) if self.is_sharded else number
 
     def _remember(self, micro_batches: list[Batch], ratios: list[Tensor]) -> None:
-        """Add the loss ratios of all ranks to the window, in the order of the run: the same on each."""
+        """Add the loss ratios of all ranks to the window, in sample order: the same on each."""
         here = [
             (position, values.tolist())
             for micro_batch, of_micro_batch in zip(micro_batches, ratios, strict=True)
@@ -145,13 +223,10 @@ def _tiles_per_sample(batch: Batch) -> list[int]:
 
 
 def _tiles_of_samples(batch: Batch) -> list[int]:
-    """Return the numbers of all tiles but those of the dummy, whose position is -1."""
-    owners = [
-        position
-        for position, n in zip(batch.positions, _tiles_per_sample(batch), strict=True)
-        for _ in range(n)
-    ]
-    return [tile for tile, position in enumerate(owners) if position >= 0]
+    """Return the indices of all tiles except the dummy sample's, whose position is -1."""
+    owners = np.repeat(batch.positions, _tiles_per_sample(batch))
+    indices: list[int] = np.flatnonzero(owners >= 0).tolist()
+    return indices
 
 
 def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Mean]:
@@ -161,7 +236,7 @@ def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Mea
         "router/accuracy": Mean((chosen == targets).sum(), count),
         "router/compressed_fraction": Mean((chosen == COMPRESS).sum(), count),
     }
-    if len(targets.unique()) == 2:  # it takes both classes to rank one above the other
+    if len(targets.unique()) == 2:  # AUROC needs both classes
         auroc = binary_auroc(logits.softmax(-1)[:, KEEP], targets)
         metrics["router/auroc"] = Mean(auroc * count, count)
     return metrics

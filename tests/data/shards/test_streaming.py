@@ -10,14 +10,13 @@ import pytest
 
 from tests.data.test_module import data_module, global_batches
 from tests.servers import serving
-from vico_pl.data.shards import reader as shards as shards_module
-from vico_pl.errors import RecordError
 from vico_pl.audit import SampleNames
 from vico_pl.data.module import SourceConfig
-from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.shards.reader import opened, remote
+from vico_pl.data.shards import reader as shards_module
+from vico_pl.data.shards.reader import RecordReader, opened, read_index, remote, write_index, write_shard
 from vico_pl.data.shards.remote import StreamingConfig
 from vico_pl.data.shards.sizes import UNKNOWN_SIZE
+from vico_pl.errors import RecordError
 
 NUM_SHARDS = 4
 

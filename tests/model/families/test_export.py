@@ -14,9 +14,9 @@ from tests.released import (
     write_native,
     write_official,
 )
+from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.export import export
 from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.families.ours import CALIBRATION_NAME
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 
 ROUTING = ("mlp2.", "pooling_before_gating.", "gating.")

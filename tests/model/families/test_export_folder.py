@@ -17,9 +17,9 @@ from tests.released import (
     write_native,
     write_official,
 )
+from vico_pl.model.families.base import CALIBRATION_NAME, PROCESSING_NAME
 from vico_pl.model.families.export import LAYOUT_NAMES, export
 from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.families.ours import CALIBRATION_NAME, PROCESSING_NAME
 
 INTERNVIT = {
     "model_type": "internvl_vision",
@@ -108,12 +108,6 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, flash):
     with pytest.raises(ValueError, match=f"{tmp_path}/out: not empty; name a new folder"):
         export(flash, tmp_path / "out", layout="ours")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
-
-
-def test_an_empty_folder_is_taken(tmp_path, flash):
-    (tmp_path / "out").mkdir()
-    export(flash, tmp_path / "out", layout="ours")
-    assert (tmp_path / "out/config.json").exists()
 
 
 def test_a_template_without_configuration_is_refused(tmp_path, flash):
@@ -229,12 +223,6 @@ def test_a_template_names_no_remote_code_in_our_layout(tmp_path, flash, template
     export(flash, tmp_path / "out", layout="ours", template=template)
     assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
     assert load_model(tmp_path / "out").spec == load_model(flash).spec
-
-
-def test_a_template_without_remote_code_gives_no_auto_map(tmp_path, flash):
-    write_native(tmp_path / "template")
-    export(flash, tmp_path / "out", layout="hf", template=tmp_path / "template")
-    assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
 def test_shards_are_put_together(tmp_path, flash):

@@ -1,13 +1,10 @@
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny_model, tiny_spec
+from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.families.layout import CONFIG_NAME
 from vico_pl.model.families.tensors import WEIGHTS_NAME
 
 
@@ -30,10 +27,6 @@ def test_a_model_comes_back_bit_for_bit(folder, model):
     for name, tensor in model.state_dict().items():
         assert torch.equal(restored.state_dict()[name], tensor), name
     assert not restored.training
-
-
-def test_nothing_but_the_model_is_left_in_the_folder(folder):
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
 
 
 def test_a_model_in_bfloat16_keeps_its_values(tmp_path, model):
@@ -121,9 +114,3 @@ def test_an_interrupted_save_leaves_no_folder_that_looks_complete(tmp_path, mode
         save_model(model, tmp_path)
     with pytest.raises(ValueError, match="no config"):
         load_model(tmp_path)
-
-
-def test_the_specification_is_written_as_json(folder, model):
-    content = json.loads((folder / CONFIG_NAME).read_text())
-    assert content.pop("format") == "vico_pl"
-    assert replace(model.spec, **content) == model.spec

@@ -55,11 +55,6 @@ def make_unreachable(monkeypatch, error):
     monkeypatch.setattr(hub.HfApi, "model_info", fail)
 
 
-@pytest.mark.parametrize("path", ["OpenGVLab/InternVL3_5-1B", "a/b"])
-def test_an_owner_and_a_name_are_a_repository(path):
-    assert hub.is_hub_id(path)
-
-
 @pytest.mark.parametrize("path", ["model", "./a/b", "../a", "/a", "~/a", "a/b/c", "", "/srv/models"])
 def test_anything_else_is_a_path(path):
     assert not hub.is_hub_id(path)
@@ -142,9 +137,3 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch, ask, 
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert "()" not in message
-
-
-def test_a_folder_that_is_mistyped_is_told_to_be_none(monkeypatch):
-    make_unreachable(monkeypatch, ConnectionError("refused"))
-    with pytest.raises(ValueError, match=r"^runs/lst: no such folder, .* Hugging Face Hub \(refused\)$"):
-        hub.local_folder("runs/lst")

@@ -17,10 +17,10 @@ from tests.released import (
     qwen_tokenizer,
     write_official,
 )
+from vico_pl.model.families.base import stored_shapes
 from vico_pl.model.families.export import shapes_of
 from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.families.official import FLASH, SYSTEM_MESSAGES, read
-from vico_pl.model.families.pieces import stored_shapes
 from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule
 from vico_pl.types import EncodedSample
@@ -311,5 +311,5 @@ def test_every_tensor_of_a_released_size_is_mapped(tmp_path, size):
     vision, language, num_parameters = SIZES[size]
     spec, expected = big_spec_and_shapes(tmp_path, vision, language)
     own = shapes_of(spec)
-    assert stored_shapes(FLASH.pieces(own), own) == expected
+    assert stored_shapes(FLASH.parts(own), own) == expected
     assert sum(torch.Size(shape).numel() for shape in own.values()) == pytest.approx(num_parameters, rel=0.05)

@@ -92,31 +92,25 @@ def test_tiles_that_do_not_divide_are_refused(tmp_path, side, flash, message):
     assert refusal(tmp_path).startswith(message)
 
 
-def test_six_by_six_patches_are_enough_for_the_base_model(tmp_path):
-    vision = {**VISION_CONFIG, "image_size": 84}
-    write_official(tmp_path, config=official_config(vision_config=vision, force_image_size=84))
-    assert load_model(tmp_path).tokens_per_full_tile == 9
-
-
 def test_a_tokenizer_without_the_placeholder_is_refused(tmp_path):
     write_official(tmp_path)
     for name in TOKENIZER_NAMES:
         content = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content.replace("<IMG_CONTEXT>", "<IMG_OTHER>"))
-    assert refusal(tmp_path) == ": the tokenizer lacks the special token <IMG_CONTEXT>"
+    assert refusal(tmp_path) == ": the tokenizer lacks the special tokens <IMG_CONTEXT>"
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     write_official(tmp_path)
     for name in TOKENIZER_NAMES:
         (tmp_path / name).unlink()
-    assert refusal(tmp_path).startswith(": no readable tokenizer (")
+    assert refusal(tmp_path).startswith(": no tokenizer_config.json; a model folder holds")
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path):
     write_official(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    assert refusal(tmp_path).startswith(": no readable tokenizer (")
+    assert refusal(tmp_path).startswith(": its tokenizer files are incomplete or unreadable (")
 
 
 @pytest.mark.parametrize("content", [{"architectures": None}, {"model_type": "qwen3"}, {"architectures": []}])
@@ -153,15 +147,6 @@ def test_the_list_of_tensors_ends_after_twenty(tmp_path):
     assert message.startswith(": 33 tensors do not fit: unknown vision_model.extra.0; ")
     assert message.count("unknown") == 20
     assert message.endswith("; and 13 more")
-
-
-def test_a_list_of_twenty_tensors_is_whole(tmp_path):
-    tensors = official_tensors(official_config())
-    extra = {f"vision_model.extra.{i}": torch.zeros(1) for i in range(20)}
-    write_official(tmp_path, tensors={**tensors, **extra})
-    message = refusal(tmp_path)
-    assert message.count("unknown") == 20
-    assert "more" not in message
 
 
 def test_a_tied_head_without_embeddings_is_told_with_the_missing(tmp_path):

@@ -51,12 +51,6 @@ def test_weights_may_be_read_by_whoever_may_read_other_files(tmp_path):
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
-def test_a_tensor_larger_than_a_shard_has_one_of_its_own(tmp_path):
-    write_tensors(TENSORS, tmp_path, max_bytes=8)
-    assert len(names_in(tmp_path)) == len(TENSORS) + 1
-    assert_holds(tmp_path, TENSORS)
-
-
 def test_views_of_one_tensor_are_stored_apart(tmp_path):
     whole = torch.arange(24.0).view(6, 4)
     views = {"top": whole[:2], "bottom": whole[2:], "turned": whole.T}
@@ -92,13 +86,6 @@ def test_a_single_file_takes_the_place_of_shards(tmp_path):
     write_tensors(TENSORS, tmp_path)
     assert INDEX_NAME not in names_in(tmp_path)
     assert_holds(tmp_path, TENSORS)
-
-
-def test_other_shards_take_the_place_of_shards(tmp_path):
-    write_tensors(TENSORS, tmp_path, max_bytes=80)
-    fewer = {name: tensor for name, tensor in TENSORS.items() if name != "layer.0.weight"}
-    write_tensors(fewer, tmp_path, max_bytes=80)
-    assert_holds(tmp_path, fewer)
 
 
 def test_an_interrupted_write_leaves_the_older_weights_whole(tmp_path, monkeypatch):

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from vico_pl.data.decode import bad_record, decode_record, printable
 from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
+from vico_pl.data.shards.remote import DEFAULT_STREAMING, StreamingConfig
 from vico_pl.errors import RecordError
 from vico_pl.types import BadRecord, Sample
 
 
-def read_samples(source: Path | str) -> Iterator[Sample]:
+def read_samples(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING) -> Iterator[Sample]:
     """Yield the usable samples of a set in their order."""
-    return (item for item in read_all(read_index(source)) if isinstance(item, Sample))
+    return (item for item in read_all(read_index(source, streaming=streaming)) if isinstance(item, Sample))
 
 
 def find_faults(source: Path | str) -> Iterator[BadRecord]:

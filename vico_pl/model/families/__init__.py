@@ -1,13 +1,20 @@
-"""Model folders in and out: the only place that knows the names of foreign weights.
+"""Model folders in and out: the only place that knows how other projects store their models.
 
-folder.py     open a folder in any layout, read a model from it, write one
-layout.py     what a layout is
-ours.py       our own layout
-official.py   InternVL's layouts of released code: base model and Flash
-native.py     InternVL's layout of transformers
-internvl.py   what the three of InternVL have in common
-pieces.py     the list by which a layout's tensors make up ours, in both directions
+A family is one module that ends in a `Family`, and one line in the table below; a new vision tower or router
+is one builder and one line in `vision.TOWERS` or `router.ROUTERS`.
+
+base.py       what a family is, and our own layout
+official.py   released InternVL checkpoints: base model and Flash
+native.py     InternVL as transformers stores it
+internvl.py   what the InternVL families have in common
+folder.py     open a folder of any family, load a model, save one
+export.py     convert a folder to another family, tensor by tensor
 tensors.py    safetensors files, whole or in shards
-export.py     one layout to another, tensor by tensor
-hub.py        folders that live on the Hugging Face Hub
+hub.py        folders on the Hugging Face Hub
 """
+
+from vico_pl.model.families.base import OURS, Family
+from vico_pl.model.families.native import HF
+from vico_pl.model.families.official import FLASH, INTERNVL
+
+FAMILIES: tuple[Family, ...] = (OURS, FLASH, INTERNVL, HF)

@@ -5,23 +5,32 @@ from pathlib import Path
 
 import torch
 
+from vico_pl.files import read_json, write_json
+from vico_pl.model.families import FAMILIES
+from vico_pl.model.families.base import (
+    CALIBRATION_NAME,
+    CONFIG_NAME,
+    OURS,
+    Family,
+    Json,
+    Shapes,
+    assemble_own,
+    assemble_stored,
+)
 from vico_pl.model.families.folder import (
-    LAYOUTS,
     ModelFolder,
     check_tensors,
     naming,
     open_folder,
     own_tensors,
 )
-from vico_pl.model.families.internvl import PLACEHOLDER, placeholder_id
-from vico_pl.model.families.layout import CONFIG_NAME, Json, Layout
+from vico_pl.model.families.internvl import placeholder_id
 from vico_pl.model.families.official import FLASH, INTERNVL
-from vico_pl.model.families.ours import CALIBRATION_NAME, OURS, read_json, write_json
-from vico_pl.model.families.pieces import Shapes, assemble_own, assemble_stored
 from vico_pl.model.families.tensors import write_tensors
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+from vico_pl.tokens import PLACEHOLDER
 
-LAYOUT_NAMES = tuple(layout.name for layout in LAYOUTS)
+LAYOUT_NAMES = tuple(layout.name for layout in FAMILIES)
 # What `--template` does not copy: the new folder has its own.
 NOT_OF_A_TEMPLATE = (
     "*.safetensors",
@@ -69,15 +78,15 @@ def export(
         raise ValueError(f"{output}: not empty; name a new folder")
     with naming(source):
         everything, kept = shapes_of(folder.contents.spec), shapes_of(contents.spec)
-    check_tensors(folder, folder.layout.pieces(everything), everything)
-    state = assemble_own(folder.layout.pieces(kept), kept, folder.tensors.__getitem__, dtype=dtype)
+    check_tensors(folder, folder.family.parts(everything), everything)
+    state = assemble_own(folder.family.parts(kept), kept, folder.tensors.__getitem__, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
-    write_tensors(assemble_stored(target.pieces(kept), state), output)
+    write_tensors(assemble_stored(target.parts(kept), state), output)
     _copy_companions(folder, output, template, with_calibration=target is OURS)
     config = target.write(output, contents, _type_name(state))
     if template is not None and target in (FLASH, INTERNVL):
         config |= _auto_map(template)
-    write_json(config, output / CONFIG_NAME)
+    write_json(config, output / CONFIG_NAME, indent=2)
 
 
 def shapes_of(spec: ModelSpec) -> Shapes:
@@ -87,8 +96,8 @@ def shapes_of(spec: ModelSpec) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
 
 
-def _layout(name: str) -> Layout:
-    for layout in LAYOUTS:
+def _layout(name: str) -> Family:
+    for layout in FAMILIES:
         if layout.name == name:
             return layout
     raise ValueError(f"layout is '{name}'; expected one of {', '.join(LAYOUT_NAMES)}")

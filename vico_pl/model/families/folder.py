@@ -1,10 +1,10 @@
 """Opening model folders, reading models from them and writing them.
 
-config.json          what the model is: ours is the `ModelSpec`; released layouts are recognised by theirs
+config.json          the `ModelSpec`, or the configuration of another family, which is recognised by it
 model.safetensors    weights, in numbered shards above 5 GB
 tokenizer files      written by the tokenizer itself
-processing.json      tiling and chat settings (ours; released layouts have them in their configuration)
-calibration.json     routing threshold (Flash has one in its configuration; this file goes before it)
+processing.json      tiling and chat settings (ours; other families have them in their configuration)
+calibration.json     routing threshold (takes precedence over that of a Flash configuration)
 """
 
 from collections.abc import Iterator
@@ -16,26 +16,35 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
+from vico_pl.files import read_json, write_json
 from vico_pl.model.connector import Connector
-from vico_pl.model.families.layout import CONFIG_NAME, Contents, Json, Layout
-from vico_pl.model.families.native import HF
-from vico_pl.model.families.official import FLASH, INTERNVL
-from vico_pl.model.families.ours import OURS, read_json, read_rule, write_json
-from vico_pl.model.families.pieces import Piece, Shapes, assemble_own, stored_shapes
+from vico_pl.model.families import FAMILIES
+from vico_pl.model.families.base import (
+    CONFIG_NAME,
+    FORMAT,
+    OURS,
+    Contents,
+    Family,
+    Json,
+    Shapes,
+    TensorPart,
+    assemble_own,
+    read_rule,
+    stored_shapes,
+)
 from vico_pl.model.families.tensors import StoredTensors, write_tensors
-from vico_pl.model.router import ResolutionRouter
+from vico_pl.model.router import build_router
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 
-LAYOUTS = (OURS, FLASH, INTERNVL, HF)
 MAX_PROBLEMS = 20  # a wrong layout has thousands
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A model folder in any layout, opened but not read."""
+    """A model folder of any family, opened but not loaded."""
 
     path: Path
-    layout: Layout
+    family: Family
     contents: Contents
     tensors: StoredTensors
 
@@ -52,16 +61,42 @@ def open_folder(path: Path | str) -> ModelFolder:
             f"{path}: no {CONFIG_NAME}; a model folder holds {CONFIG_NAME}, weights and a tokenizer"
         )
     config = read_json(path / CONFIG_NAME)
-    layout = next((layout for layout in LAYOUTS if layout.recognises(config)), None)
-    if layout is None:
-        raise ValueError(
-            f"{path / CONFIG_NAME}: its 'architectures' is {config.get('architectures')}; expected vico_pl's "
-            "own format, InternVLChatModel or InternVLForConditionalGeneration"
-        )
-    tensors = StoredTensors(path, layout.stored_name)
-    contents = layout.read(path, config, tensors.names)
+    family = _family_of(config, path / CONFIG_NAME)
+    tensors = StoredTensors(path, family.stored_name)
+    contents = family.read(path, config, tensors.names)
     contents = replace(contents, rule=read_rule(path) or contents.rule)
-    return ModelFolder(path=path, layout=layout, contents=contents, tensors=tensors)
+    return ModelFolder(path=path, family=family, contents=contents, tensors=tensors)
+
+
+def read_shape(path: Path) -> tuple[ModelSpec, torch.dtype]:
+    """Read a `config.json` of any family without tokenizer; returns the shape and the type of the weights.
+
+    Raises:
+        ValueError: the file is damaged or of no known family.
+    """
+    config = read_json(path)
+    spec = _family_of(config, path).read(path.parent, config, None).spec
+    return spec, _stored_type(path.parent, config)
+
+
+def _family_of(config: Json, path: Path) -> Family:
+    for family in FAMILIES:
+        if family.recognises(config):
+            return family
+    raise ValueError(
+        f"{path}: its 'architectures' is {config.get('architectures')}; expected vico_pl's "
+        "own format, InternVLChatModel or InternVLForConditionalGeneration"
+    )
+
+
+def _stored_type(folder: Path, config: Json) -> torch.dtype:
+    named = config.get("torch_dtype") or config.get("dtype")
+    if named is not None:
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(named), torch.float32)
+    if config.get("format") == FORMAT and any(folder.glob("*.safetensors")):
+        tensors = StoredTensors(folder)
+        return tensors[min(tensors.names)].dtype
+    return torch.float32
 
 
 def load_model(
@@ -71,7 +106,7 @@ def load_model(
     router_heads: int | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> VisionLanguageModel:
-    """Read a model; `ratios` and `router_heads` add connectors and a router that the folder has not yet.
+    """Load a model; `ratios` and `router_heads` add connectors and a router that the folder lacks.
 
     Weights get the type `dtype`; with None they keep the one they are stored in and remain views of the file.
 
@@ -84,17 +119,17 @@ def load_model(
     if router_heads not in (None, heads):
         raise ValueError(f"{path}: its router has {heads} attention heads, not {router_heads}")
     spec = replace(stored, ratios=ratios or stored.ratios, router_heads=heads)
-    with naming(path), no_init_weights():  # memory that is never touched is never taken
+    with naming(path), no_init_weights():  # untouched memory is never allocated
         model = VisionLanguageModel(spec)
-    model.language.tie_weights()  # which is part of what was left out
-    fresh = _fresh_parts(stored, spec)
-    wanted = {k: tuple(v.shape) for k, v in own_tensors(model).items() if not k.startswith(fresh)}
-    pieces = folder.layout.pieces(wanted)
-    check_tensors(folder, pieces, wanted)
-    state = assemble_own(pieces, wanted, folder.tensors.__getitem__, dtype=dtype)
+    model.language.tie_weights()  # initialisation would have done it
+    new = _new_parts(stored, spec)
+    wanted = {k: tuple(v.shape) for k, v in own_tensors(model).items() if not k.startswith(new)}
+    parts = folder.family.parts(wanted)
+    check_tensors(folder, parts, wanted)
+    state = assemble_own(parts, wanted, folder.tensors.__getitem__, dtype=dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.language.tie_weights()  # loading replaced one of the two
-    _make_fresh(model, fresh, dtype or model.head.dtype)
+    _initialise(model, new, dtype or model.head.dtype)
     return model.eval()
 
 
@@ -105,7 +140,7 @@ def save_model(model: VisionLanguageModel, folder: Path, *, processing: Json | N
     state = {name: tensor.detach().cpu() for name, tensor in own_tensors(model).items()}
     write_tensors(state, folder)
     contents = Contents(spec=model.spec, processing=processing, rule=None)
-    write_json(OURS.write(folder, contents, str(model.head.dtype)), folder / CONFIG_NAME)
+    write_json(OURS.write(folder, contents, str(model.head.dtype)), folder / CONFIG_NAME, indent=2)
 
 
 def own_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
@@ -121,20 +156,20 @@ def own_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Name the folder that describes a model which cannot be built."""
+    """Prefix errors with the folder whose model cannot be built."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def check_tensors(folder: ModelFolder, pieces: list[Piece], own: Shapes) -> None:
-    """Hold a folder's tensors against those a model is made of.
+def check_tensors(folder: ModelFolder, parts: list[TensorPart], own: Shapes) -> None:
+    """Compare a folder's tensors with those of a model.
 
     Raises:
         ValueError: some are missing, unknown or of another shape; the message lists them.
     """
-    wanted, found = stored_shapes(pieces, own), folder.tensors.names
+    wanted, found = stored_shapes(parts, own), folder.tensors.names
     problems = [f"missing {name}" for name in wanted.keys() - found]
     problems += [f"unknown {name}" for name in found - wanted.keys() if not _is_tied_head(folder, name)]
     problems += [
@@ -156,15 +191,15 @@ def _is_tied_head(folder: ModelFolder, name: str) -> bool:
     return embeddings in tensors.names and torch.equal(tensors[name], tensors[embeddings])
 
 
-def _fresh_parts(stored: ModelSpec, wanted: ModelSpec) -> tuple[str, ...]:
-    """Return prefixes of the parts that a folder does not claim to have: they begin fresh."""
+def _new_parts(stored: ModelSpec, wanted: ModelSpec) -> tuple[str, ...]:
+    """Return prefixes of the parts that a folder lacks: they are randomly initialised."""
     new_ratios = [ratio for ratio in wanted.ratios if ratio not in stored.ratios]
     connectors = [f"connectors.by_ratio.{ratio}." for ratio in new_ratios]
     return (*connectors, *(["router."] if stored.router_heads is None else []))
 
 
-def _make_fresh(model: VisionLanguageModel, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Build parts anew that were built without initial weights."""
+def _initialise(model: VisionLanguageModel, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Initialise the parts that were built without weights."""
     vision_width, language_width = model.vision.width, model.language.config.hidden_size
     for ratio in model.ratios:
         if f"connectors.by_ratio.{ratio}." in prefixes:
@@ -173,4 +208,6 @@ def _make_fresh(model: VisionLanguageModel, prefixes: tuple[str, ...], dtype: to
     heads = model.spec.router_heads
     if "router." in prefixes and heads is not None:
         # Always float32: it is small, and alone in being trained in stage 2.
-        model.router = ResolutionRouter(vision_width, num_ratios=len(model.ratios), num_heads=heads)
+        model.router = build_router(
+            model.spec.router, vision_width, num_ratios=len(model.ratios), num_heads=heads
+        )

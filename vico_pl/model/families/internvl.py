@@ -6,13 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig
-
-from vico_pl.model.families.layout import Contents, Json
-from vico_pl.model.families.pieces import Piece, Shape
+from vico_pl.model.families.base import Contents, Json, Shape, TensorPart
 from vico_pl.model.vlm import ModelSpec
+from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
 
-PLACEHOLDER = "<IMG_CONTEXT>"
 LANGUAGE_MODELS = {  # architecture -> model_type of transformers
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
@@ -28,18 +25,7 @@ def placeholder_id(folder: Path) -> int:
     Raises:
         ValueError: the folder has no tokenizer, or it lacks the token.
     """
-    try:
-        # An empty config, as that of the folder is of a class that transformers does not know.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
-        )
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: no readable tokenizer ({reason})") from error
-    known = tokenizer.get_added_vocab()
-    if PLACEHOLDER not in known:
-        raise ValueError(f"{folder}: the tokenizer lacks the special token {PLACEHOLDER}")
-    return known[PLACEHOLDER]
+    return token_id(load_tokenizer(folder, required=[PLACEHOLDER]), PLACEHOLDER)
 
 
 def for_both_generations(language: Json, dtype: str) -> Json:
@@ -59,21 +45,21 @@ def for_both_generations(language: Json, dtype: str) -> Json:
     return config
 
 
-def language_pieces(name: str, shape: Shape, prefix: str) -> Iterator[Piece]:
+def language_parts(name: str, shape: Shape, prefix: str) -> Iterator[TensorPart]:
     """Map a tensor of the language model; stored mixtures of experts keep each expert apart."""
     stored = prefix + name.removeprefix("language.")
     match = EXPERTS.match(stored)
     if match is None:
-        yield Piece(name, stored)
+        yield TensorPart(name, stored)
         return
     base, kind = match.groups()
     for expert in range(shape[0]):
         if kind == "down_proj":
-            yield Piece(name, f"{base}.{expert}.down_proj.weight", at=(expert,))
+            yield TensorPart(name, f"{base}.{expert}.down_proj.weight", at=(expert,))
             continue
         half = shape[1] // 2
-        yield Piece(name, f"{base}.{expert}.gate_proj.weight", at=(expert, slice(0, half)))
-        yield Piece(name, f"{base}.{expert}.up_proj.weight", at=(expert, slice(half, None)))
+        yield TensorPart(name, f"{base}.{expert}.gate_proj.weight", at=(expert, slice(0, half)))
+        yield TensorPart(name, f"{base}.{expert}.up_proj.weight", at=(expert, slice(half, None)))
 
 
 def base_model(contents: Contents) -> Contents:

@@ -7,16 +7,15 @@ and the names of its modules alike (`model.language_model.*`, `lm_head.weight`);
 import re
 from pathlib import Path
 
+from vico_pl.files import read_json, write_json
+from vico_pl.model.families.base import CONFIG_NAME, Contents, Family, Json, Shape, Shapes, TensorPart
 from vico_pl.model.families.internvl import (
     LANGUAGE_MODELS,
     base_model,
     for_both_generations,
-    language_pieces,
+    language_parts,
     placeholder_id,
 )
-from vico_pl.model.families.layout import CONFIG_NAME, Contents, Json, Layout
-from vico_pl.model.families.ours import read_json, write_json
-from vico_pl.model.families.pieces import Piece, Shape, Shapes
 from vico_pl.model.vision import IMAGENET_MEAN, IMAGENET_STD
 from vico_pl.model.vlm import ModelSpec
 
@@ -49,12 +48,12 @@ def stored_name(name: str) -> str:
     return name
 
 
-def read(folder: Path, config: Json, names: set[str]) -> Contents:
+def read(folder: Path, config: Json, names: set[str] | None) -> Contents:
     """Read a checkpoint of transformers."""
     problems = list(_problems(config))
     if problems:
         raise ValueError(f"{folder / CONFIG_NAME}: " + "; ".join(problems))
-    has_head = "language_model.lm_head.weight" in names
+    has_head = names is None or "language_model.lm_head.weight" in names
     tied = config["text_config"].get("tie_word_embeddings", config.get("tie_word_embeddings", not has_head))
     vision = {k: v for k, v in config["vision_config"].items() if k not in ("dtype", "torch_dtype")}
     vision["image_size"] = _side(vision.get("image_size", 448))
@@ -65,16 +64,16 @@ def read(folder: Path, config: Json, names: set[str]) -> Contents:
             language={**config["text_config"], "tie_word_embeddings": tied},
             ratios=[4],
             router_heads=None,
-            placeholder_id=placeholder_id(folder),
+            placeholder_id=0 if names is None else placeholder_id(folder),
         ),
         processing={"tiling": _tiling(folder, vision["image_size"]), "chat": {"system": None}},
         rule=None,
     )
 
 
-def pieces(own: Shapes) -> list[Piece]:
+def parts(own: Shapes) -> list[TensorPart]:
     """Map our tensors to those of transformers."""
-    return [piece for name, shape in own.items() for piece in _pieces_of(name, shape)]
+    return [piece for name, shape in own.items() for piece in _parts_of(name, shape)]
 
 
 def write(folder: Path, contents: Contents, dtype: str) -> Json:
@@ -82,7 +81,7 @@ def write(folder: Path, contents: Contents, dtype: str) -> Json:
     spec = contents.spec
     tiling = (contents.processing or {}).get("tiling", {})
     side = spec.vision["image_size"]
-    write_json(_processor(tiling, side), folder / PROCESSOR_NAME)
+    write_json(_processor(tiling, side), folder / PROCESSOR_NAME, indent=2)
     tied = spec.language.get("tie_word_embeddings", False)
     return {
         "architectures": [ARCHITECTURE],
@@ -105,13 +104,13 @@ def write(folder: Path, contents: Contents, dtype: str) -> Json:
     }
 
 
-def _pieces_of(name: str, shape: Shape) -> list[Piece]:
+def _parts_of(name: str, shape: Shape) -> list[TensorPart]:
     if name.startswith("language."):
-        return list(language_pieces(name, shape, "language_model."))
+        return list(language_parts(name, shape, "language_model."))
     match = re.match(r"connectors\.by_ratio\.4\.mlp\.(\d)\.(.*)", name)
     if match is not None:
-        return [Piece(name, f"multi_modal_projector.{CONNECTOR_PARTS[match.group(1)]}.{match.group(2)}")]
-    return [Piece(name, name.replace("vision.tower.", "vision_tower.", 1))]
+        return [TensorPart(name, f"multi_modal_projector.{CONNECTOR_PARTS[match.group(1)]}.{match.group(2)}")]
+    return [TensorPart(name, name.replace("vision.tower.", "vision_tower.", 1))]
 
 
 def _problems(config: Json) -> list[str]:
@@ -179,12 +178,12 @@ def _side(size: int | list[int]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-HF = Layout(
+HF = Family(
     name="hf",
     recognises=recognises,
     stored_name=stored_name,
     read=read,
-    pieces=pieces,
+    parts=parts,
     reduce=base_model,
     write=write,
 )

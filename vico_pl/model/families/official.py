@@ -10,16 +10,15 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from vico_pl.model.families.base import CONFIG_NAME, Contents, Family, Json, Shape, Shapes, TensorPart
 from vico_pl.model.families.internvl import (
     LANGUAGE_MODELS,
     base_model,
     check_parts,
     for_both_generations,
-    language_pieces,
+    language_parts,
     placeholder_id,
 )
-from vico_pl.model.families.layout import CONFIG_NAME, Contents, Json, Layout
-from vico_pl.model.families.pieces import Piece, Shape, Shapes
 from vico_pl.model.router import RELEASED_HEADS, RoutingRule
 from vico_pl.model.vlm import ModelSpec
 
@@ -74,7 +73,7 @@ def is_official(config: Json) -> bool:
     return ARCHITECTURE in (config.get("architectures") or []) or config.get("model_type") == "internvl_chat"
 
 
-def read(folder: Path, config: Json, names: set[str]) -> Contents:
+def read(folder: Path, config: Json, names: set[str] | None) -> Contents:
     """Read a released checkpoint, or one that we exported."""
     problems = list(_problems(config))
     if problems:
@@ -84,38 +83,38 @@ def read(folder: Path, config: Json, names: set[str]) -> Contents:
     }
     architecture = config["llm_config"]["architectures"][0]
     language = {**config["llm_config"], "model_type": LANGUAGE_MODELS[architecture]}
-    if "language_model.lm_head.weight" not in names:
+    if names is not None and "language_model.lm_head.weight" not in names:
         language.setdefault("tie_word_embeddings", True)
-    has_router = any(name.startswith("gating.") for name in names)
+    has_router = any(name.startswith("gating.") for name in names or ())
     return Contents(
         spec=ModelSpec(
             vision={"model_type": "internvl_vision", **vision},
             language=language,
-            ratios=[4, 16] if any(name.startswith("mlp2.") for name in names) else [4],
+            ratios=[4, 16] if any(name.startswith("mlp2.") for name in names or ()) else [4],
             router_heads=RELEASED_HEADS if has_router else None,
-            placeholder_id=placeholder_id(folder),
+            placeholder_id=0 if names is None else placeholder_id(folder),
         ),
         processing={"tiling": _tiling(config), "chat": {"system": SYSTEM_MESSAGES[config["template"]]}},
         rule=_rule(config) if has_router else None,
     )
 
 
-def pieces(own: Shapes) -> list[Piece]:
+def parts(own: Shapes) -> list[TensorPart]:
     """Map our tensors to official ones."""
-    return [piece for name, shape in own.items() for piece in _pieces_of(name, shape)]
+    return [piece for name, shape in own.items() for piece in _parts_of(name, shape)]
 
 
-def _pieces_of(name: str, shape: Shape) -> list[Piece]:
+def _parts_of(name: str, shape: Shape) -> list[TensorPart]:
     if name.startswith("language."):
-        return list(language_pieces(name, shape, "language_model."))
+        return list(language_parts(name, shape, "language_model."))
     stored = name
     for pattern, replacement in RENAMES:
         stored = re.sub(pattern, replacement, stored)
     match = re.search(r"\.attention\.([qkv])_proj\.", name)
     if match is None:
-        return [Piece(name, stored)]
+        return [TensorPart(name, stored)]
     start = "qkv".index(match.group(1)) * shape[0]
-    return [Piece(name, stored, rows=(start, start + shape[0]))]
+    return [TensorPart(name, stored, rows=(start, start + shape[0]))]
 
 
 def _problems(config: Json) -> list[str]:
@@ -243,19 +242,19 @@ def _template(contents: Contents) -> str:
     return template
 
 
-INTERNVL = Layout(
+INTERNVL = Family(
     name="internvl",
     recognises=is_official,
     read=read,
-    pieces=pieces,
+    parts=parts,
     reduce=base_model,
     write=partial(_write, with_routing=False),
 )
-FLASH = Layout(
+FLASH = Family(
     name="flash",
     recognises=is_official,
     read=read,
-    pieces=pieces,
+    parts=parts,
     reduce=_check_flash,
     write=partial(_write, with_routing=True),
 )

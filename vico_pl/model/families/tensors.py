@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vico_pl.files import atomic_path
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -61,21 +63,18 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int
     written = set(plan.filename_to_tensors)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        with atomic_path(folder / INDEX_NAME) as temporary:
+            temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         written.add(INDEX_NAME)
     for old in {path.name for path in folder.glob("model*.safetensors*")} - written:
         (folder / old).unlink()  # of a model that was here before
 
 
 def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
         save_file(whole, temporary, metadata={"format": "pt"})
-        temporary.chmod(_usual_mode())  # safetensors lets its owner alone read it
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.chmod(_usual_mode())  # safetensors makes it readable by its owner only
 
 
 def _usual_mode() -> int:

@@ -1,0 +1,146 @@
+"""What a run needs before it trains: pinned and fetched models, its folder, the tokenizer and the weights."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vico_pl.config import config_differences, load_config, parse_config, read_settings, save_config
+from vico_pl.data.glyphs import question_words
+from vico_pl.model.assemble import assemble_model
+from vico_pl.model.families.folder import load_model, open_folder
+from vico_pl.model.families.hub import is_pin_of, local_folder, pinned
+from vico_pl.model.flops import build_without_weights
+from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.recipe import RunConfig
+from vico_pl.stages import STAGES
+from vico_pl.stages.settings import DTYPES, ModelConfig
+from vico_pl.tokens import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
+
+
+def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """Load a configuration and create its run folder, or find the same configuration already there.
+
+    Tiling and prompt settings that the recipe leaves open come from the model to start from. A name on the
+    Hugging Face Hub is pinned to its present commit; a run that has begun keeps the commit it began with.
+
+    Raises:
+        ValueError: as `load_config`; the model cannot be opened or sees tiles of another size; the folder
+            holds a run with other settings.
+    """
+    settings = read_settings(recipe, overrides)
+    path = Path(parse_config(settings, name=str(recipe)).run_dir) / "config.yaml"
+    stored = load_config(path, []) if path.exists() else None
+    config = parse_config(_completed(settings, stored), name=str(recipe))
+    if stored is not None:
+        differences = config_differences(stored, config)
+        if differences:
+            listed = "; ".join(differences)
+            raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
+    _check_tile_size(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+    return config
+
+
+class FolderModels:
+    """The models of a run, read from folders or assembled from the parts that a recipe names."""
+
+    def __init__(self, run: RunConfig) -> None:
+        """Read the tokenizer only."""
+        self._run, self._config = run, run.model
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether policy and reference start from the same folder."""
+        config = self._config
+        return config.path is not None and local_folder(config.path) == self._reference_folder
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model to start from, or one built for GlyphDocs."""
+        config = self._config
+        if config.path is not None:
+            return load_tokenizer(local_folder(config.path))
+        if "path" in config.language:
+            return extend_tokenizer(config.language["path"], revision=config.language.get("revision"))
+        return build_tokenizer(question_words(), vocab_size=config.vocab_size)
+
+    def policy(self) -> VisionLanguageModel:
+        """Return the model to start from, with the connectors and the router that the recipe adds."""
+        config = self._config
+        if config.path is not None:
+            dtype, heads = DTYPES[config.frozen_dtype], config.router_heads
+            folder = local_folder(config.path)
+            model = load_model(folder, ratios=config.ratios, router_heads=heads, dtype=dtype)
+        else:
+            model = assemble_model(
+                config.vision,
+                config.language,
+                ratios=config.ratios,
+                vocab_size=len(self.tokenizer),
+                placeholder_id=token_id(self.tokenizer, PLACEHOLDER),
+            )
+        model.set_dropout(config.dropout)
+        return model
+
+    def reference(self) -> VisionLanguageModel:
+        """Return the model that the policy is compared with."""
+        return load_model(self._reference_folder, dtype=DTYPES[self._config.frozen_dtype])
+
+    def trained(self, state: dict[str, Tensor]) -> VisionLanguageModel:
+        """Return the trained model in one piece, from weights that were sharded over ranks."""
+        model = STAGES[self._run.stage].prepare(self.policy(), self._run)
+        model.load_state_dict(state, assign=True)  # in the dtypes of training
+        model.language.tie_weights()  # loading replaced one of the two
+        return model
+
+    @property
+    def _reference_folder(self) -> Path:
+        path = self._config.reference or self._config.path
+        assert path is not None  # checked with the recipe
+        return local_folder(path)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Say whether a run has written its model."""
+    return (run_dir / "model" / "config.json").exists()
+
+
+def _completed(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, Any]:
+    """Pin names on the Hub to commits, and take tiling and prompt settings from the model."""
+    model = dict(settings.get("model") or {})
+    if model.get("path") is None:
+        return settings
+    for key in ("path", "reference"):
+        if model.get(key) is not None:
+            begun_with = getattr(stored.model, key) if stored is not None else None
+            model[key] = begun_with if is_pin_of(begun_with, model[key]) else pinned(model[key])
+    processing = open_folder(local_folder(model["path"])).contents.processing or {}
+    data = dict(settings.get("data") or {})
+    for part, values in processing.items():
+        data[part] = {**values, **(data.get(part) or {})}
+    return {**settings, "model": model, "data": data}
+
+
+def _check_tile_size(config: RunConfig) -> None:
+    """Compare the recipe's tiles with those the vision encoder sees, before any weights are read."""
+    given, seen = config.data.tiling.tile_size, _tile_size_of(config.model)
+    if seen not in (None, given):
+        raise ValueError(f"data.tiling.tile_size is {given} but the model sees tiles of {seen} pixels")
+
+
+def _tile_size_of(config: ModelConfig) -> int | None:
+    """Return the tile size of the model to start from, px; None: the recipe describes no known tower."""
+    if config.path is not None:
+        spec = open_folder(local_folder(config.path)).contents.spec
+        return build_without_weights(spec).vision.tile_size
+    described = config.vision
+    if "open_clip" in described:
+        known = open_clip.get_model_config(described["open_clip"]) or {}
+        described = {**known.get("vision_cfg", {}), **described}
+    return described.get("image_size")

@@ -1,0 +1,95 @@
+"""The sections of a recipe that every stage reads."""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from vico_pl.data.module import DataConfig
+from vico_pl.model.adapters import LoraConfig
+from vico_pl.model.language import PACKED_ATTENTION
+from vico_pl.optim import OptimConfig
+
+Section = TypeVar("Section")
+PARTS = ("vision", "connectors", "language")  # of a model; the router has a stage of its own
+TRAINABLE_PARTS = (*PARTS, "lora")
+DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the model comes from: a folder or, in stage `pretrain`, the parts to assemble."""
+
+    # Model folder to start from, in any layout, or its name on the Hugging Face Hub: NAME or NAME@REVISION.
+    path: str | None = None
+    reference: str | None = None  # the same for the frozen reference; default: the model to start from
+    dtype: str = "float32"  # of trained weights: float32, bfloat16, or stored (as in the folder)
+    frozen_dtype: str = "stored"  # of all other weights, including the reference
+    # Patches per vision token. Connectors that the folder lacks are randomly initialised.
+    ratios: list[int] = field(default_factory=lambda: [4, 16])
+    router_heads: int | None = None  # attention heads of the router to add; default: no router is added
+    # In training, for hidden layers of the router and of connectors above ratio 4.
+    dropout: float = 0.1
+    # What pretrain and stage 1 train: some of vision, connectors and language, or lora instead of language.
+    trainable: list[str] = field(default_factory=lambda: list(PARTS))
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    attention: str = "sdpa"  # over packed samples: sdpa, or flash (CUDA, needs the flash-attn package)
+    # Pretrain: an open_clip vision_cfg, or {open_clip: NAME, pretrained: TAG or file, image_size: px}.
+    vision: dict[str, Any] = field(default_factory=dict)
+    # Pretrain: a transformers config with its model_type, or {path: folder or name on the Hub}.
+    language: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = 512  # pretrain without a language path: limit of the tokenizer built for GlyphDocs
+
+    def __post_init__(self) -> None:
+        """Reject unknown dtypes and attention kernels."""
+        for name in ("dtype", "frozen_dtype"):
+            if getattr(self, name) not in DTYPES:
+                given, known = getattr(self, name), ", ".join(DTYPES)
+                raise ValueError(f"model.{name} is '{given}'; expected one of {known}")
+        if self.attention not in PACKED_ATTENTION:
+            known = ", ".join(PACKED_ATTENTION)
+            raise ValueError(f"model.attention is '{self.attention}'; expected one of {known}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; expected 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Length, hardware and logging of a run."""
+
+    max_steps: int = 1000  # optimizer steps
+    accelerator: str = "auto"  # cpu, gpu, ...
+    devices: str = "auto"  # per node
+    num_nodes: int = 1
+    strategy: str = "auto"  # auto, ddp, or fsdp: weights, gradients and optimizer sharded over all ranks
+    precision: str = "32-true"  # or bf16-mixed: compute in bfloat16, weights as model.dtype says
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile for each block: minutes at the start, faster steps
+    checkpoint_every: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
+    watchdog_s: float = 600.0  # a rank whose step takes longer reports where it waits
+    timeout_s: float = 1800.0  # a rank that waits longer for the others fails (strategies ddp and fsdp)
+
+    def __post_init__(self) -> None:
+        """Reject other precisions: float16 needs loss scaling, others change the dtype of weights."""
+        if self.precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(f"trainer.precision is '{self.precision}'; expected 32-true or bf16-mixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The sections that all stages share; `vico_pl.recipe.RunConfig` adds one per stage."""
+
+    stage: str
+    run_dir: str
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def section_of(run: RunSettings, kind: type[Section]) -> Section:
+    """Return a stage's own section of a recipe, by its type."""
+    return next(value for value in vars(run).values() if isinstance(value, kind))
