@@ -1,5 +1,5 @@
-# Every step of the project, each a real file that depends on the files before it: done steps are not repeated,
-# an interrupted one goes on. `make` alone lists the targets.
+# All steps of the project. Each is a file that depends on the files of earlier steps: finished steps are not repeated,
+# interrupted ones resume. `make` without a target lists the targets.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,22 +8,22 @@ SHELL := bash
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules
 
-# --- What a user may set: make TARGET NAME=value ---------------------------------------------------------------
+# --- Variables for users: make TARGET NAME=value ---------------------------------------------------------------
 
 PYTHON ?= python3
 VENV ?= .venv
-# Settings for `vico train`, or further arguments for pytest under `make test`.
+# Settings for `vico train`; under `make test`, further arguments for pytest.
 ARGS ?=
-# A recipe of your own for train-stage1 and train-router; without one they run the embedded default.
+# Your own recipe for train-stage1 and train-router; without one they run the embedded default.
 RECIPE ?=
-# Where the demo works. ARGS become part of the name, so that another seed does not meet the finished run:
-# make demo ARGS="seed=1" works in runs/demo-seed=1.
+# Folder of the demo. ARGS become part of its name, so that another seed gets a run of its own:
+# make demo ARGS="seed=1" uses runs/demo-seed=1.
 quoted = '$(subst ','\'',$(1))'
 slug = $(shell printf %s $(call quoted,$(strip $(1))) | tr / _ | tr -cs 'A-Za-z0-9._=-' '-')
 ifeq ($(origin RUN),undefined)
 RUN := runs/demo$(if $(strip $(ARGS)),-$(call slug,$(ARGS)))
 endif
-# GlyphDocs shards of the demo: how many samples, and from which seeds. All demo runs share them.
+# GlyphDocs shards of the demo: numbers of samples and seeds. All demo runs share them.
 SHARDS ?= data/shards/glyphs
 TRAIN_SAMPLES ?= 5000
 CALIBRATION_SAMPLES ?= 300
@@ -39,7 +39,7 @@ BIN := $(VENV)/bin
 VICO := $(BIN)/vico
 INSTALLED := $(VENV)/.installed
 
-# Each marks a whole step: the command that makes it writes it last.
+# Each file marks a finished step: the command of the step writes it last.
 DEMO_SHARDS := $(foreach part,train calibration val,$(SHARDS)/$(part)/index.json)
 CONSISTENCY := $(RUN)/consistency/model/config.json
 ROUTER := $(RUN)/router/model/config.json
@@ -49,7 +49,7 @@ BASE := data/base/model.safetensors
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# A folder or file of the same name must not stand in for these.
+# Targets that are not files, even if a file or folder of that name exists.
 .PHONY: help env demo base train-stage1 train-router shards data tests test check
 .PHONY: format lint types tensorboard bench clean clean-all
 
@@ -60,21 +60,21 @@ help: ## List the targets
 
 # --- Environment -----------------------------------------------------------------------------------------------
 
-env: $(INSTALLED) ## Make .venv with the tested set of versions (constraints.txt)
+env: $(INSTALLED) ## Create .venv with the tested versions (constraints.txt)
 	@echo "$(VENV) is ready"
 
-# A pip that was killed leaves packages without INSTALLER, the file it writes last but one: they look installed
-# and are not whole. They are forgotten, so that pip installs them again; whole ones are kept.
+# A killed pip leaves incomplete packages that look installed. They lack INSTALLER, the last file but one that pip
+# writes: remove the metadata of such packages, so that pip installs them again.
 $(INSTALLED): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: vico_pl needs Python 3.11 or newer; say make PYTHON=python3.11" >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: vico_pl needs Python 3.11 or newer; run make PYTHON=python3.11" >&2; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do [ -e "$$info/INSTALLER" ] || rm -rf "$$info"; done
 	@echo "Installing into $(VENV): about 6 GB with PyTorch's CUDA packages, 2 to 3 minutes the first time ..."
 	@[ -t 1 ] || quiet=-q; $(BIN)/python -m pip install $${quiet:-} --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# --- The demo: shards -> stage 1 -> stage 2 -> calibration -> report ---------------------------------------------
+# --- The demo: shards -> stage 1 -> stage 2 -> calibration -> report -------------------------------------------
 
 demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded default: about 5 minutes on 2 cores
 	@echo
@@ -83,12 +83,12 @@ demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded def
 	@echo "  figures          $(REPORT)"
 	@echo "  training curves  make tensorboard"
 	@echo "  routed model     $(RUN)/router/model   (try: $(VICO) route $(RUN)/router/model IMAGE --output routed.png)"
-	@echo "To train anew: make clean, or another RUN=FOLDER."
+	@echo "To train again from the start: make clean, or set another RUN=FOLDER."
 
 data: shards
 shards: $(DEMO_SHARDS) ## Draw the demo's GlyphDocs shards into data/shards/glyphs
 
-# What stands after | must exist and is never compared by age: a checkout that touches a file retrains nothing.
+# Prerequisites after | must exist; their age does not count, so a checkout that touches a file retrains nothing.
 $(SHARDS)/train/index.json: | $(INSTALLED)
 	$(VICO) shards glyphs --output $(@D) --num-samples $(TRAIN_SAMPLES) --seed $(TRAIN_SEED)
 
@@ -98,12 +98,12 @@ $(SHARDS)/calibration/index.json: | $(INSTALLED)
 $(SHARDS)/val/index.json: | $(INSTALLED)
 	$(VICO) shards glyphs --output $(@D) --num-samples $(VALIDATION_SAMPLES) --seed $(VALIDATION_SEED)
 
-# $(call train,RECIPE,RUN FOLDER,SETTINGS): goes on where an earlier call stopped, unless the run began from a model that
-# has since been trained again. A run that is told to stop saves and exits with 0, hence the last line.
+# $(call train,RECIPE,RUN FOLDER,SETTINGS): resumes an earlier call, unless the model the run started from has been
+# retrained since. A run stopped by a signal saves and exits with 0, hence the check in the last line.
 define train
-@if [ -n "$<" ] && [ -d $(2) ] && [ $(2)/config.yaml -ot "$<" ]; then echo "$< is newer than $(2), which starts anew"; rm -rf $(2); fi
+@if [ -n "$<" ] && [ -d $(2) ] && [ $(2)/config.yaml -ot "$<" ]; then echo "$< is newer than $(2): $(2) is removed and trained again"; rm -rf $(2); fi
 $(VICO) train $(1) run_dir=$(2) $(3) $(ARGS)
-@[ -e $@ ] || { echo "$(2) is not finished; the same command goes on with it" >&2; exit 1; }
+@[ -e $@ ] || { echo "$(2) is not finished; the same command resumes it" >&2; exit 1; }
 endef
 
 $(CONSISTENCY): | $(INSTALLED) $(SHARDS)/train/index.json $(BASE)
@@ -122,7 +122,7 @@ ifeq ($(strip $(RECIPE)),)
 train-stage1: $(CONSISTENCY)
 train-router: $(ROUTER)
 train-stage1 train-router:
-	@echo "$(<D) holds the trained model; its curves: make tensorboard"
+	@echo "The trained model is in $(<D); training curves: make tensorboard"
 else
 train-stage1 train-router: $(INSTALLED)
 	$(VICO) train $(RECIPE) $(if $(filter file,$(origin RUN)),,run_dir=$(RUN)) $(ARGS)
@@ -133,39 +133,39 @@ train-router: ## Train stage 2, the resolution router: the demo's, or RECIPE=FIL
 # --- On a cluster ----------------------------------------------------------------------------------------------
 
 NODES ?= 1
-# Per node; 0 trains on CPUs.
+# GPUs per node; 0 trains on CPUs.
 GPUS ?= 8
-# For sbatch: partition, account, time.
+# Options for sbatch: partition, account, time.
 OPTIONS ?=
 DRY ?=
 on_gpus = $(if $(filter-out 0,$(GPUS)),--ntasks-per-node=$(GPUS) --gpus-per-node=$(GPUS),--ntasks-per-node=1)
 
 .PHONY: slurm reliability
 slurm: ## Submit RECIPE=FILE.yaml to Slurm: NODES=2 GPUS=8 OPTIONS="--partition=P" ARGS="key=value"; DRY=1 only prints
-	@[ -n "$(RECIPE)" ] || { echo "say which recipe: make slurm RECIPE=FILE.yaml NODES=2 GPUS=8" >&2; exit 2; }
+	@[ -n "$(RECIPE)" ] || { echo "RECIPE is not set; expected make slurm RECIPE=FILE.yaml NODES=2 GPUS=8" >&2; exit 2; }
 	$(if $(DRY),@echo )sbatch --nodes=$(NODES) $(on_gpus) $(OPTIONS) recipes/slurm/train.sbatch $(RECIPE) \
 	  $(if $(filter file,$(origin RUN)),,run_dir=$(RUN)) $(ARGS)
 
-reliability: $(INSTALLED) ## Do every fault to real runs, Slurm jobs too, and renew the table of docs/reliability.md
+reliability: $(INSTALLED) ## Inject every fault into real runs, also under Slurm, and update the table of docs/reliability.md
 	$(BIN)/python benchmarks/reliability.py
 
-# --- The base model: shipped in data/base, rebuilt only on demand -------------------------------------------------
+# --- The base model: included in data/base, rebuilt only on request --------------------------------------------
 
 BASE_RUN := runs/base
 BASE_SHARDS := data/shards/base
 BASE_MODEL := $(BASE_RUN)/model/config.json
 
-base: $(BASE_MODEL) ## Rebuild the shipped base model: half an hour on 2 cores, goes on if interrupted
+base: $(BASE_MODEL) ## Rebuild the base model of the repository: half an hour on 2 cores; resumes if interrupted
 	mkdir -p data/base
 	cp $(BASE_RUN)/model/* $(BASE_RUN)/config.yaml $(BASE_RUN)/metrics.jsonl data/base/
 	(cd $(BASE_RUN)/model && sha256sum *) >data/base/SHA256SUMS
 
-# The repository holds this file, so only its absence counts.
+# The repository contains this file, so this runs only if it is missing.
 $(BASE):
-	@echo "$@ is missing and will be trained; git checkout data/base brings it back at once"
+	@echo "$@ is missing and will be trained; git checkout data/base restores it at once"
 	$(MAKE) base ARGS=
 
-# Each part of the curriculum in recipes/demo/pretrain.yaml: images, seed, largest image in tiles, share of reading pages.
+# Each part of the curriculum in recipes/demo/pretrain.yaml: images, seed, most tiles per image, fraction of reading pages.
 BASE_PARTS := read one few all
 BASE_read := --num-samples 12000 --seed 101 --max-tiles 1 --read-fraction 1
 BASE_one := --num-samples 16000 --seed 102 --max-tiles 1 --read-fraction 0.3
@@ -179,11 +179,11 @@ $(BASE_SHARD_SETS): $(BASE_SHARDS)/%/index.json: | $(INSTALLED)
 $(BASE_MODEL): | $(INSTALLED) $(BASE_SHARD_SETS)
 	$(call train,recipes/demo/pretrain.yaml,$(BASE_RUN))
 
-# --- Looking ---------------------------------------------------------------------------------------------------
+# --- Training curves -------------------------------------------------------------------------------------------
 
-tensorboard: $(INSTALLED) ## Show the curves of all runs in a browser; PORT=6006
+tensorboard: $(INSTALLED) ## Show the training curves of all runs in a browser; PORT=6006
 	@mkdir -p runs
-	@echo "Open http://localhost:$(PORT)/ ; Ctrl-C ends it."
+	@echo "Open http://localhost:$(PORT)/ ; stop with Ctrl-C."
 	$(BIN)/tensorboard --logdir runs --port $(PORT)
 
 # --- Checks ----------------------------------------------------------------------------------------------------
@@ -211,27 +211,27 @@ check: $(INSTALLED) ## Format check, lint, types, tests with coverage: all that 
 	phase tests $(COVERAGE); \
 	printf '\n%s\ncheck %s\n' "$$summary" "$$verdict"; [ $$verdict = passed ]
 
-format: $(INSTALLED) ## Format the code and repair what ruff can repair
+format: $(INSTALLED) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(INSTALLED) ## Find faults of style and likely bugs (ruff)
+lint: $(INSTALLED) ## Find style errors and likely bugs (ruff)
 	$(LINT)
 
 types: $(INSTALLED) ## Check types (mypy strict)
 	$(TYPES)
 
-# --- Benchmarks --------------------------------------------------------------------------------------------------
+# --- Benchmarks ------------------------------------------------------------------------------------------------
 
 bench: $(INSTALLED) ## Measure speed and memory against their goals: about 13 minutes, 10 GiB of memory
 	for name in kl labels step scaling inference data; do $(BIN)/python benchmarks/$$name.py; done
 
-# --- Cleaning: fixed names only, so that no setting can point it at your data -------------------------------------
+# --- Cleaning: fixed names only, so that no variable can make it delete your data ------------------------------
 
-clean: ## Remove the demo's runs and shards, and caches; other runs and data/base stay
+clean: ## Remove runs and shards of the demo, and caches; keeps other runs and data/base
 	rm -rf runs/demo runs/demo-* data/shards/glyphs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find vico_pl tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-clean-all: clean ## Also remove .venv and the base model's shards
+clean-all: clean ## Also remove .venv and the shards of the base model
 	rm -rf .venv data/shards/base *.egg-info

@@ -38,7 +38,7 @@ def test_settings_of_the_run_follow_the_recipe_and_those_of_the_job_precede_the_
 def test_without_a_recipe_nothing_is_submitted():
     done = subprocess.run(["make", "slurm", "RECIPE="], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "say which recipe: make slurm RECIPE=FILE.yaml" in done.stderr
+    assert "expected make slurm RECIPE=FILE.yaml" in done.stderr
 
 
 @pytest.mark.parametrize("setting", ["NODES", "GPUS", "OPTIONS", "ARGS"])
