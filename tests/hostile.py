@@ -14,9 +14,9 @@ def png(width, height, *, bits=8, colour=2, data=b"", interlace=0):
 
     def chunk(name, content):
         checksum = zlib.crc32(name + content)
-        return struct.micro_batch(">I", len(content)) + name + content + struct.micro_batch(">I", checksum)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
-    header = struct.micro_batch(">IIBBBBB", width, height, bits, colour, 0, 0, interlace)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlace)
     parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
