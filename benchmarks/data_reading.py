@@ -107,7 +107,7 @@ def _num_bytes(files: Mapping[str, Any]) -> int:
 
 def _shuffled_ranges(paths: list[str]) -> list[tuple[str, int, int]]:
     """Return (path, first byte, number of bytes) of all records."""
-    bounds = {path: np.load(Path(path).with_suffix(".idx")).tolist() for path in paths}
+    bounds = {path: np.load(Path(path).with_suffix(".idx"))[:, 0].tolist() for path in paths}
     ranges = [(path, a, b - a) for path in paths for a, b in itertools.pairwise(bounds[path])]
     random.Random(0).shuffle(ranges)
     return ranges

@@ -19,9 +19,9 @@ from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
 
 from vico_pl.config import load_config
+from vico_pl.data.shards.cache import DEFAULT_STREAMING, StreamingConfig
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
-from vico_pl.data.shards.remote import DEFAULT_STREAMING, StreamingConfig
 from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
 from vico_pl.model.families.hub import is_hub_id, split_revision

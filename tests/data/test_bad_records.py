@@ -14,11 +14,11 @@ from tests.hostile import GOOD, member, png, whole, with_checksum
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.pipeline import build_stages, run_stages
-from vico_pl.data.shards.index import write_array
+from vico_pl.data.shards.index import Contents, write_sidecar
 from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.opened import scan_boundaries
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
 from vico_pl.data.shards.stats import survey
+from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.errors import RecordError
 
@@ -159,7 +159,7 @@ def test_members_that_are_no_plain_files_make_their_record_a_bad_one(tmp_path, n
     tar = whole("0") + odd + member("1.json", GOOD["json"]) + whole("2") + bytes(1024)
     (tmp_path / "a.tar").write_bytes(tar)
     assert outcome(tmp_path) == (["0", "2"], ["member"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.sizes", "a.tar", "index.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar", "index.json"]
 
 
 def test_folders_and_members_of_other_kinds_are_passed_over(tmp_path):
@@ -254,7 +254,7 @@ def test_a_record_larger_than_memory_is_not_read(tmp_path):
     write_shard(tmp_path / "a.tar", [("0", GOOD)])
     with (tmp_path / "a.tar").open("r+b") as file:
         file.truncate(2**40)  # a hole, which takes no room
-    write_array(np.array([0, 2**40]), tmp_path / "a.idx")
+    write_sidecar(Contents(np.array([0, 2**40]), None), tmp_path / "a.tar")
     index = read_index(tmp_path / "a.tar")
     with pytest.raises(RecordError, match="more than a record may have"):
         RecordReader(index)(0)
@@ -275,13 +275,25 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "positions",
-    [b"", b"garbage", pickle.dumps([0, 1]), [0.0, 1024.0], [[0, 1024]], [1024, 0], [-512, 1024], [0, 2**50]],
+    "bounds",
+    [
+        b"",
+        b"garbage",
+        pickle.dumps([0, 1]),
+        [0.0, 1024.0],
+        [1024, 0],
+        [-512, 1024],
+        [0, 2**50],
+        [0, 512, 1024],
+    ],
 )
-def test_a_damaged_side_index_is_refused(tmp_path, positions):
+def test_a_damaged_sidecar_is_refused(tmp_path, bounds):
     write_shard(tmp_path / "a.tar", [("0", GOOD)])
     write_index(tmp_path)
     with (tmp_path / "a.idx").open("wb") as file:
-        file.write(positions) if isinstance(positions, bytes) else np.save(file, np.array(positions))
+        if isinstance(bounds, bytes):
+            file.write(bounds)
+        else:
+            np.save(file, np.pad(np.array(bounds)[:, None], ((0, 0), (0, 4))))
     with pytest.raises(ValueError, match=r"a\.idx: .*vico shards index"):
         read_index(tmp_path)

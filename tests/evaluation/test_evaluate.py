@@ -7,8 +7,8 @@ import torch
 
 from tests.helpers import encoded_image
 from tests.sessions import write_model_folder, write_set
-from vico_pl.data.shards.opened import scan_boundaries
 from vico_pl.data.shards.reader import RecordReader, read_index
+from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.evaluation import questions
 from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
 from vico_pl.evaluation.questions import silent

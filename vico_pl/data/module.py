@@ -22,8 +22,8 @@ from vico_pl.data.packing import (
     split_into_micro_batches,
 )
 from vico_pl.data.pipeline import build_stages, run_stages
+from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import ShardIndex, read_index
-from vico_pl.data.shards.remote import StreamingConfig
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.types import RankBatch
 

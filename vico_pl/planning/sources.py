@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from vico_pl.data.module import DataConfig
 from vico_pl.data.packing import estimated_tiles
-from vico_pl.data.shards.index import INDEX_NAME, map_sizes, parse_entries, sizes_path
+from vico_pl.data.shards.index import INDEX_NAME, parse_entries, read_sizes
 from vico_pl.data.shards.locations import parse_source
 from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.files import read_json
@@ -256,7 +256,7 @@ def _read_source(text: str) -> tuple[int, np.ndarray]:
         return unknown
     sizes = [unknown[1]]
     for name in names:
-        stored = map_sizes(sizes_path(index.parent / name), count=known[name].num_samples)
+        stored = read_sizes(index.parent / name, known[name].num_samples)
         if stored is not None and sum(map(len, sizes)) < MAX_MEASURED:
             sizes.append(np.asarray(stored))
     return sum(known[name].num_samples for name in names), np.concatenate(sizes)[:MAX_MEASURED]

@@ -4,9 +4,9 @@ import pytest
 
 from tests.helpers import encoded_image, record
 from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.opened import scan_boundaries
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.shards.stats import survey
+from vico_pl.data.shards.tars import scan_boundaries
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -15,13 +16,10 @@ from hypothesis import strategies as st
 
 from tests.helpers import record
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
-from vico_pl.data.shards.index import INDEX_NAME, map_bounds, side_index_path, sizes_path, write_array
+from vico_pl.data.shards.index import INDEX_NAME, Contents, read_sidecar, side_index_path, write_sidecar
 from vico_pl.data.shards.inspect import find_faults
-from vico_pl.data.shards.opened import scan_boundaries
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.shards.sizes import UNKNOWN_SIZE
 from vico_pl.errors import RecordError
-from vico_pl.files import atomic_path
 
 RECORDS = [
     ("000000", {"json": b"{}", "jpg": b"x" * 700}),
@@ -68,18 +66,6 @@ def test_records_read_by_number_equal_what_plain_webdataset_reads(shards):
         assert mine.files == {k: v for k, v in sample.items() if not k.startswith("__")}
 
 
-def test_records_can_be_read_in_any_order(shards):
-    index = read_index(shards)
-    reader, in_order = RecordReader(index), read_all(shards)
-    for number in (17, 0, 7, 6, 13, 14, 0):
-        assert reader(number) == in_order[number]
-
-
-def test_a_reader_travels_to_a_worker_process_before_its_first_read(shards):
-    reader = pickle.loads(pickle.dumps(RecordReader(read_index(shards))))
-    assert reader(3).key == "00000003"
-
-
 @pytest.mark.parametrize("number", [-1, 18, 1000])
 def test_numbers_outside_the_set_are_refused(shards, number):
     with pytest.raises(IndexError, match=f"has 18 samples, no sample {number}"):
@@ -109,7 +95,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         write_shard(tmp_path / name / "x.tar", draw_records(config, seed=1, start=0, count=3))
         write_index(tmp_path / name)
-    for name in ("x.tar", "x.idx", "x.sizes", INDEX_NAME):
+    for name in ("x.tar", "x.idx", INDEX_NAME):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -126,23 +112,7 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError, match="disk full"):
         write_shard(tmp_path / "a.tar", failing())
     assert (tmp_path / "a.tar").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.sizes", "a.tar"]
-
-
-def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path):
-    path = tmp_path / "file"
-    with atomic_path(path) as temporary:
-        temporary.write_text("half")
-        assert not path.exists()
-        temporary.write_text("whole")
-    assert path.read_text() == "whole"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_side_indexes_give_the_byte_ranges_of_the_specification(tmp_path):
-    write_shard(tmp_path / "a.tar", [("0", {"jpg": b"j" * 5320, "json": b"{" * 388}), ("1", {"json": b""})])
-    # 512 header + 5320 padded to 5632, 512 header + 388 padded to 512; an empty member is a header alone
-    assert np.load(side_index_path(tmp_path / "a.tar")).tolist() == [0, 7168, 7680]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar"]
 
 
 def test_foreign_tars_are_indexed_when_first_opened(tmp_path):
@@ -171,12 +141,6 @@ def test_members_that_webdataset_passes_over_are_no_samples(tmp_path):
     assert [r.files for r in ours] == [{"json": b"0", "jpg": b"x"}, {"json": b"1"}]
 
 
-def test_long_names_are_read(tmp_path):
-    name = f"{'folder/' * 30}000000.json"
-    write_tar(tmp_path / "a.tar", [("first.json", b"1"), (name, b"2")])
-    assert [r.files["json"] for r in read_all(tmp_path)] == [b"1", b"2"]
-
-
 def test_a_key_that_comes_back_later_is_another_record(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.json", b"1"), ("1.json", b"2"), ("0.json", b"3")])
     assert [(r.key, r.files["json"]) for r in read_all(tmp_path)] == [("0", b"1"), ("1", b"2"), ("0", b"3")]
@@ -188,20 +152,6 @@ def test_a_member_that_comes_twice_in_a_record_is_a_fault_of_that_record(tmp_pat
     with pytest.raises(RecordError, match=r"bytes 0 to 2048 of a.tar are no record: .*duplicate"):
         reader(0)
     assert reader(1).files == {"json": b"3"}
-
-
-def test_damage_inside_a_shard_is_a_fault_of_its_record_alone(tmp_path):
-    write_shard(tmp_path / "a.tar", RECORDS)
-    write_index(tmp_path)
-    first, second = scan_boundaries(tmp_path / "a.tar")[1:3]
-    content = bytearray((tmp_path / "a.tar").read_bytes())
-    content[first:second] = b"\xff" * (second - first)
-    (tmp_path / "a.tar").write_bytes(content)
-    reader = RecordReader(read_index(tmp_path))
-    with pytest.raises(RecordError, match=r"of a\.tar are no record"):
-        reader(1)
-    assert reader(0).key == "000000"
-    assert reader(2).key == "sub/000002"
 
 
 @pytest.mark.parametrize("content", [b"not a tar at all" * 100, b"\x1f\x8b compressed"])
@@ -221,7 +171,10 @@ def test_a_folder_that_is_absent_or_empty_is_named(tmp_path):
 
 DAMAGES = {
     "absent": (Path.unlink, "named in index.json but absent; restore it or run 'vico shards index"),
-    "of another size": (lambda path: path.write_bytes(b""), "its size differs from index.json; run"),
+    "of another size": (
+        lambda path: path.write_bytes(b""),
+        r"its size differs from index.json \(0 bytes, not 10240\)",
+    ),
     "damaged": (lambda path: ruin(path), "not a readable tar"),
 }
 
@@ -237,7 +190,7 @@ def test_a_shard_that_cannot_be_opened_is_told_at_the_door_and_its_records_are_b
     damage, told = DAMAGES[name]
     for shard in "abc":
         write_shard(tmp_path / f"{shard}.tar", RECORDS[:2])
-    costs = [write_index(tmp_path).size_of(sample) for sample in range(6)]
+    before = costs(write_index(tmp_path))
     damage(tmp_path / "b.tar")
     with pytest.warns(UserWarning, match=rf"b\.tar: {told}") as caught:
         index = read_index(tmp_path)
@@ -249,7 +202,8 @@ def test_a_shard_that_cannot_be_opened_is_told_at_the_door_and_its_records_are_b
         except RecordError as error:
             kinds.append(error.kind)
     assert kinds == ["000000", "000001", "shard", "shard", "000000", "000001"]
-    assert [index.size_of(sample) for sample in range(6)] == costs, "ranks may not see the damage alike"
+    if name != "damaged":  # without its sidecar
+        assert costs(index) == before, "the assignment must not depend on which ranks see the damage"
 
 
 def test_a_shard_that_has_changed_is_right_again_after_the_remedy(tmp_path):
@@ -258,15 +212,6 @@ def test_a_shard_that_has_changed_is_right_again_after_the_remedy(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{i}.json", b"new") for i in range(40)])
     write_index(tmp_path)  # what `vico shards index` does
     assert [r.files["json"] for r in read_all(tmp_path)] == [b"new"] * 40
-
-
-def test_a_side_index_of_another_tar_is_found_out(tmp_path):
-    write_shard(tmp_path / "a.tar", RECORDS)
-    write_index(tmp_path)
-    with side_index_path(tmp_path / "a.tar").open("wb") as file:
-        np.save(file, np.array([0, 1024]))
-    with pytest.raises(ValueError, match=r"a\.idx: does not match index\.json"):
-        read_index(tmp_path)
 
 
 def test_the_index_names_counts_sizes_and_checksums(tmp_path):
@@ -281,13 +226,6 @@ def test_the_index_names_counts_sizes_and_checksums(tmp_path):
     (tmp_path / "a.tar").write_bytes(data.replace(b"x" * 700, b"y" * 700))
     write_index(tmp_path)
     assert json.loads((tmp_path / INDEX_NAME).read_text())["shards"][0]["sha256"] != entry["sha256"]
-
-
-def test_boundaries_end_where_the_last_record_ends(tmp_path):
-    write_shard(tmp_path / "a.tar", [("0", record().files)])
-    bounds = scan_boundaries(tmp_path / "a.tar")
-    assert bounds[-1] % 512 == 0
-    assert bounds[-1] <= (tmp_path / "a.tar").stat().st_size
 
 
 def entry_of(**changes):
@@ -329,16 +267,67 @@ def test_a_hostile_index_is_refused_in_a_sentence(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_an_index_that_counts_more_than_there_is_is_refused(tmp_path, monkeypatch):
+OLD = Path(__file__).parents[2] / "fixtures" / "shards-2026-11"  # with a.idx of positions alone and a.sizes
+
+
+@pytest.mark.parametrize("is_read_only", [False, True])
+def test_a_set_of_an_older_version_is_read_and_its_sidecars_are_rebuilt(tmp_path, monkeypatch, is_read_only):
+    folder = shutil.copytree(OLD, tmp_path / "set")
+    tars = sorted(folder.glob("*.tar"))
+    bounds = [np.load(side_index_path(tar)).tolist() for tar in tars]
+    sizes = [tuple(row) for tar in tars for row in np.load(tar.with_suffix(".sizes")).tolist()]
+    if is_read_only:
+        monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
+    index = read_index(folder)
+    assert [RecordReader(index)(sample).id for sample in range(3)] == [
+        "shards-2026-11-000000.tar/00000000",
+        "shards-2026-11-000000.tar/00000001",
+        "shards-2026-11-000001.tar/00000002",
+    ]
+    assert costs(index) == sizes
+    assert [found.tolist() for found in index.boundaries] == bounds
+    assert [np.load(side_index_path(tar)).ndim for tar in tars] == [1 if is_read_only else 2] * 2
+
+
+def test_a_sidecar_has_the_byte_ranges_and_sizes_of_the_specification(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", record().files), *RECORDS[1:]])
+    table = np.load(side_index_path(tmp_path / "a.tar"))
+    text = 9  # < image > What is it ? a cat
+    assert (table.dtype, table.shape) == (np.int64, (4, 5))
+    assert table[:, 1:].tolist() == [[text, 1, 40, 30], [0, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, 0]]
+    write_shard(tmp_path / "b.tar", [("0", {"jpg": b"j" * 5320, "json": b"{" * 388}), ("1", {"json": b""})])
+    # 512 header + 5320 padded to 5632, 512 header + 388 padded to 512; an empty member is a header alone
+    assert np.load(side_index_path(tmp_path / "b.tar"))[:, 0].tolist() == [0, 7168, 7680]
+
+
+@pytest.mark.parametrize("num_samples", [2, 100_000])  # small ones are read, large ones mapped
+def test_a_sidecar_gives_back_what_was_written(tmp_path, num_samples):
+    sizes = np.arange(4 * num_samples).reshape(-1, 4)
+    write_sidecar(Contents(np.arange(num_samples + 1), sizes), tmp_path / "a.tar")
+    found = read_sidecar(tmp_path / "a.tar")
+    assert np.array_equal(found.bounds, np.arange(num_samples + 1))
+    assert np.array_equal(found.sizes, sizes)
+    assert isinstance(found.bounds, np.memmap) == (num_samples > 2)
+
+
+def test_a_sidecar_with_a_pickle_is_refused(tmp_path):
+    write_shard(tmp_path / "a.tar", RECORDS)
+    with side_index_path(tmp_path / "a.tar").open("wb") as file:
+        np.save(file, np.array([[os.system, 1]] * 3, dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"a\.idx: .*'vico shards index"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("sidecar", ["there", "absent", "in memory"])
+def test_an_index_that_counts_more_than_there_is_is_refused(tmp_path, monkeypatch, sidecar):
     write_shard(tmp_path / "a.tar", RECORDS)
     (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": [{"name": "a.tar", "num_samples": 7}]}))
-    told = r"a\.idx: does not match index\.json or its shard; 'vico shards index"
-    for _ in range(2):  # the side index is there, or is written
-        with pytest.raises(ValueError, match=told):
-            read_index(tmp_path)
+    if sidecar != "there":
         side_index_path(tmp_path / "a.tar").unlink()
-    monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
-    with pytest.raises(ValueError, match=r"a\.tar: holds 3 samples, index\.json says 7; 'vico shards index"):
+    if sidecar == "in memory":
+        monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
+    reason = r"a\.idx: does not match index\.json or its shard: 3 samples .* expected 7 .*'vico shards index"
+    with pytest.raises(ValueError, match=reason):
         read_index(tmp_path)
 
 
@@ -347,48 +336,11 @@ def read_only(*_):
     raise OSError(errno.EROFS, "Read-only file system")
 
 
-COSTS = [(0, 1, 0, 0), (0, 0, 0, 0), (0, 3, 0, 0)]  # of `RECORDS`, whose images are none
+COSTS = [(0, 1, 0, 0), (0, 0, 0, 0), (0, 3, 0, 0)]  # of `RECORDS`, whose images are unreadable
 
 
 def costs(index):
     return [tuple(index.size_of(sample)) for sample in range(index.num_samples)]
-
-
-def test_costs_lie_beside_a_shard_as_the_specification_says(tmp_path):
-    write_shard(tmp_path / "a.tar", [("0", record().files), *RECORDS])
-    sizes = np.load(sizes_path(tmp_path / "a.tar"))
-    assert (sizes.dtype, sizes.shape) == (np.int32, (4, 4))
-    text = 9  # < image > What is it ? a cat
-    assert sizes.tolist() == [[text, 1, 40, 30], *map(list, COSTS)]
-    assert costs(read_index(tmp_path)) == [(text, 1, 40, 30), *COSTS]
-
-
-def test_a_set_from_before_there_were_costs_works_and_its_costs_are_unknown(tmp_path):
-    write_shard(tmp_path / "a.tar", RECORDS)
-    write_index(tmp_path)
-    sizes_path(tmp_path / "a.tar").unlink()
-    index = read_index(tmp_path)
-    assert costs(index) == [UNKNOWN_SIZE] * 3
-    assert [r.key for r in read_all(tmp_path)] == [key for key, _ in RECORDS]
-    assert costs(write_index(tmp_path)) == COSTS
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"garbage", np.zeros((2, 4), np.int32), np.zeros((3, 4)), np.full((3, 4), -1, np.int32), b"pickle"],
-)
-def test_costs_that_are_none_are_unknown(tmp_path, content):
-    write_shard(tmp_path / "a.tar", RECORDS)
-    write_index(tmp_path)
-    path = sizes_path(tmp_path / "a.tar")
-    if isinstance(content, np.ndarray):
-        write_array(content, path)
-    elif content == b"pickle":
-        with path.open("wb") as file:
-            np.save(file, np.array([[os.system, 1]] * 3, dtype=object), allow_pickle=True)
-    else:
-        path.write_bytes(content)
-    assert costs(read_index(tmp_path)) == [UNKNOWN_SIZE] * 3
 
 
 @pytest.mark.parametrize("is_counted", [True, False])
@@ -406,13 +358,6 @@ def test_a_folder_that_is_read_only_is_indexed_in_memory(tmp_path, monkeypatch, 
     reader = pickle.loads(pickle.dumps(RecordReader(index)))
     assert [reader(sample).key for sample in range(6)] == [key for key, _ in RECORDS] * 2
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_large_arrays_are_mapped_and_small_ones_leave_no_file_open(tmp_path):
-    write_array(np.arange(100_000), tmp_path / "large.idx")
-    write_array(np.arange(10), tmp_path / "small.idx")
-    assert isinstance(map_bounds(tmp_path / "large.idx"), np.memmap)
-    assert not isinstance(map_bounds(tmp_path / "small.idx"), np.memmap)
 
 
 def test_a_shard_is_checked_once_and_named_once(tmp_path):

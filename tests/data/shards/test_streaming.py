@@ -7,15 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from vico_pl.keys import SampleNames
 
 from tests.data.test_module import data_module, global_batches
 from tests.servers import serving
-from vico_pl.audit import SampleNames
 from vico_pl.data.module import SourceConfig
-from vico_pl.data.shards import opened, remote
-from vico_pl.data.shards import reader as shards_module
+from vico_pl.data.shards import cache as cache_module
+from vico_pl.data.shards import opened
+from vico_pl.data.shards import reader as reader_module
+from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.shards.remote import StreamingConfig
 from vico_pl.data.shards.sizes import UNKNOWN_SIZE
 from vico_pl.errors import RecordError
 
@@ -52,7 +53,7 @@ def packed(folder, tmp_path):
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(cache_module, "BACKOFF_S", 0.0)
     with serving(folder) as found:
         yield found
 
@@ -83,7 +84,7 @@ def test_a_set_at_a_url_is_that_of_its_folder_and_each_shard_is_fetched_once(fol
     again = read_index(server.url, streaming=streaming)
     assert (keys(again), sizes(again)) == (KEYS, sizes(local))
     assert sorted(server.requests) == sorted(
-        ["index.json"] * 2 + [f"s-{i}.{ending}" for i in range(NUM_SHARDS) for ending in ("tar", "sizes")]
+        ["index.json"] * 2 + [f"s-{i}.{ending}" for i in range(NUM_SHARDS) for ending in ("tar", "idx")]
     )
 
 
@@ -127,7 +128,7 @@ def test_a_url_without_an_index_that_names_no_shard_is_refused(folder, server, s
 def test_packed_shards_of_a_folder_are_unpacked_and_then_as_any(packed, streaming, folder, is_indexed):
     if is_indexed:
         write_index(packed, streaming=streaming)
-        assert {path.suffix for path in packed.iterdir()} == {".gz", ".sizes", ".json"}
+        assert {path.suffix for path in packed.iterdir()} == {".gz", ".idx", ".json"}
     index = read_index(packed, streaming=streaming)
     assert (keys(index), index.is_streamed, index.names[0]) == (KEYS, True, "s-0.tar.gz")
     assert sizes(index) == sizes(read_index(folder))
@@ -150,7 +151,7 @@ def test_the_output_of_a_command_is_read(folder, streaming):
 
 @COUNTS
 def test_a_command_that_fails_is_a_fault(folder, streaming, monkeypatch):
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(cache_module, "BACKOFF_S", 0.0)
     with pytest.raises(ValueError, match=r"s-0\.tar; exit 3: the command ended with exit code 3"):
         read_index(f"pipe:cat {folder}/s-0.tar; exit 3", streaming=streaming)
 
@@ -158,8 +159,8 @@ def test_a_command_that_fails_is_a_fault(folder, streaming, monkeypatch):
 @pytest.mark.parametrize("lost", [b"", None, b"garbage", "other"])
 def test_costs_are_known_of_all_shards_or_of_none(folder, server, streaming, lost):
     """They decide which rank reads what: ranks on machines that saw different things must still agree."""
-    path = folder / "s-2.sizes"
-    content = (folder / "s-1.sizes").read_bytes() if lost == "other" else lost
+    path = folder / "s-2.idx"
+    content = (folder / "s-1.idx").read_bytes() if lost == "other" else lost
     path.unlink() if content is None else path.write_bytes(content)
     index = read_index(server.url, streaming=streaming)
     assert set(sizes(index)) == {UNKNOWN_SIZE}
@@ -168,8 +169,8 @@ def test_costs_are_known_of_all_shards_or_of_none(folder, server, streaming, los
 
 
 def test_costs_that_are_there_but_cannot_be_fetched_stop_the_run(server, streaming):
-    server.answers["s-2.sizes"] = [(500, 0, b"")]
-    with pytest.raises(ValueError, match=r"s-2\.sizes: the server answered 500"):
+    server.answers["s-2.idx"] = [(500, 0, b"")]
+    with pytest.raises(ValueError, match=r"s-2\.idx: the server answered 500"):
         read_index(server.url, streaming=streaming)
 
 
@@ -203,7 +204,7 @@ def test_a_shard_that_cannot_be_fetched_makes_its_records_bad_and_is_not_asked_f
             found.append(error.kind)
     assert found == [*KEYS[:6], *[kind] * 4]
     asked = server.requests.count("s-3.tar")
-    assert asked <= remote.TRIES
+    assert asked <= cache_module.TRIES
     monkeypatch.setattr(opened, "FAILURE_S", 0.0)  # a minute later it is there again
     del server.answers["s-3.tar"]
     assert reader(9).key == KEYS[9]
@@ -221,7 +222,7 @@ def test_shards_that_come_next_are_fetched_ahead(server, streaming, monkeypatch)
         def start(self):
             pass
 
-    monkeypatch.setattr(shards_module, "Thread", AtOnce)
+    monkeypatch.setattr(reader_module, "Thread", AtOnce)
     server.answers["s-0.tar"] = [(404, 0, b"")]  # left to whoever reads it
     reader = RecordReader(read_index(server.url, streaming=streaming))
     for expected in ((), (0, 1, 3), (0, 1, 3)):
@@ -233,7 +234,7 @@ def test_shards_that_come_next_are_fetched_ahead(server, streaming, monkeypatch)
 
 
 def test_expecting_shards_of_a_folder_starts_nothing(folder, monkeypatch):
-    monkeypatch.setattr(shards_module, "Thread", None)
+    monkeypatch.setattr(reader_module, "Thread", None)
     RecordReader(read_index(folder)).expect((0, 1))
 
 

@@ -1,1 +1,1 @@
-"""Where the bytes of shards are: files and their indexes, in a folder of this machine or fetched."""
+"""Shards: WebDataset tars, their sidecar files, and the cache for shards that are not local plain tars."""

@@ -1,22 +1,21 @@
-"""What is written beside shards: `index.json` of the set, and of each shard NAME.idx and NAME.sizes.
+"""`index.json` of a set of shards, and the sidecar file of each shard.
 
-    index.json    names, counts, sizes and checksums of all shards; written last, so it marks a whole set
-    NAME.idx      int64 array (n + 1,) in NumPy's format: sample i is the bytes [idx[i], idx[i + 1])
-    NAME.sizes    int32 array (n, 4): what each sample will cost, see `sizes.py`
+    index.json   names, counts, sizes and checksums of all shards; written last, so it marks a complete set
+    NAME.idx     int64 array (n + 1, 5) in NumPy's format. Row i: where sample i begins in the uncompressed
+                 tar, then its `SampleSize` (-1: unknown). The last row: where the last sample ends, zeros.
 
-Arrays are mapped, so that all processes of a machine share them; small ones are read, as each map holds a
-file open.
+Large arrays are memory-mapped, so that the processes of a machine share them; small ones are read, because
+each map holds a file open.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vico_pl.data.shards.locations import SHARD_ENDINGS
-from vico_pl.data.shards.sizes import are_sizes
 from vico_pl.files import atomic_path, write_json
 
 INDEX_NAME = "index.json"
@@ -27,22 +26,24 @@ _MIN_MAPPED_BYTES = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """A shard as `index.json` has it."""
+    """A shard as listed in `index.json`."""
 
     name: str
     num_samples: int
-    num_bytes: int | None = None  # of the file as it lies there, packed or not; None: not known
+    num_bytes: int | None = None  # of the file as stored, compressed or not; None: unknown
     sha256: str | None = None  # of the same
 
 
+class Contents(NamedTuple):
+    """Where the samples of a tar are, and their sizes."""
+
+    bounds: np.ndarray  # int64 (n + 1,): byte positions between the samples
+    sizes: np.ndarray | None  # (n, 4), see `SampleSize`; None: unknown
+
+
 def side_index_path(path: Path) -> Path:
-    """Return the path of a shard's side index: beside `a.tar` and `a.tar.gz` it is `a.idx`."""
+    """Return the path of a shard's sidecar: `a.idx` next to `a.tar` or `a.tar.gz`."""
     return path.with_name(f"{shard_stem(path.name)}.idx")
-
-
-def sizes_path(path: Path) -> Path:
-    """Return the path of what a shard's samples cost."""
-    return path.with_name(f"{shard_stem(path.name)}.sizes")
 
 
 def shard_stem(name: str) -> str:
@@ -54,23 +55,27 @@ def shard_stem(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
 
 
+def rebuild_hint(folder: object) -> str:
+    """Return the remedy for a damaged index."""
+    return f"'vico shards index {folder}' rebuilds it"
+
+
 def write_entries(entries: list[ShardEntry], path: Path) -> None:
-    """Write `index.json`; what is not known is left out."""
+    """Write `index.json`; unknown values are left out."""
     shards = [{key: value for key, value in vars(entry).items() if value is not None} for entry in entries]
     write_json({"version": INDEX_VERSION, "shards": shards}, path)
 
 
 def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
-    """Read `index.json`.
+    """Parse `index.json`.
 
     Raises:
-        ValueError: it is unreadable, or names a shard outside its folder.
+        ValueError: it is unreadable, or lists a shard outside its folder.
     """
     try:
         entries = [_parse_entry(entry) for entry in json.loads(content)["shards"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        remedy = f"'vico shards index {where.rpartition('/')[0]}' writes it anew"
-        raise ValueError(f"{where}: unreadable; {remedy}") from error
+        raise ValueError(f"{where}: unreadable; {rebuild_hint(where.rpartition('/')[0])}") from error
     names = [entry.name for entry in entries]
     for name in names:
         if "/" in name or "\0" in name or not name.endswith(SHARD_ENDINGS):
@@ -80,56 +85,84 @@ def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
     return entries
 
 
-def write_array(array: np.ndarray, path: Path) -> None:
-    """Write an array in NumPy's format in one step."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+def _parse_entry(entry: dict[str, Any]) -> ShardEntry:
+    parsed = ShardEntry(
+        name=entry["name"],
+        num_samples=entry["num_samples"],
+        num_bytes=entry.get("num_bytes"),
+        sha256=entry.get("sha256"),
+    )
+    numbers: list[Any] = [parsed.num_samples, 0 if parsed.num_bytes is None else parsed.num_bytes]
+    texts: list[Any] = [parsed.name, "unknown" if parsed.sha256 is None else parsed.sha256]
+    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
+        raise TypeError("a count is not a number")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise TypeError("a name or checksum is not a string")
+    return parsed
 
 
-def map_bounds(path: Path, *, count: int | None = None, num_bytes: int | None = None) -> np.ndarray:
-    """Map a side index.
+def write_sidecar(contents: Contents, path: Path) -> None:
+    """Write the sidecar of the shard at `path` in one step."""
+    table = np.zeros((len(contents.bounds), 5), dtype=np.int64)
+    table[:, 0] = contents.bounds
+    table[:-1, 1:] = -1 if contents.sizes is None else contents.sizes
+    with atomic_path(side_index_path(path)) as temporary, temporary.open("wb") as file:
+        np.save(file, table, allow_pickle=False)
+
+
+def read_sidecar(path: Path) -> Contents | None:
+    """Read the sidecar of the shard at `path`; None: there is none, or it is of an older version.
 
     Raises:
-        ValueError: it is no array of byte positions of `count` samples in a tar of `num_bytes`.
+        ValueError: it is damaged.
     """
-    remedy = f"'vico shards index {path.parent}' writes it anew"
+    sidecar = side_index_path(path)
     try:
-        bounds = _load_array(path)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: no array of byte positions; {remedy}") from error
-    if not _are_positions(bounds, num_bytes) or (count is not None and len(bounds) - 1 != count):
-        raise ValueError(f"{path}: does not match {INDEX_NAME} or its shard; {remedy}")
-    return bounds
-
-
-def map_sizes(path: Path, *, count: int) -> np.ndarray | None:
-    """Map what the samples of a shard cost; None: there is no such file, or it is one of something else."""
-    try:
-        sizes = _load_array(path)
-    except (OSError, ValueError, EOFError):
+        is_large = sidecar.stat().st_size >= _MIN_MAPPED_BYTES
+        return parse_sidecar(np.load(sidecar, allow_pickle=False, mmap_mode="r" if is_large else None))
+    except FileNotFoundError:
         return None
-    return sizes if are_sizes(sizes, count) else None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{sidecar}: {error}; {rebuild_hint(path.parent)}") from error
 
 
-def _load_array(path: Path) -> np.ndarray:
-    is_large = path.stat().st_size >= _MIN_MAPPED_BYTES
-    return np.load(path, allow_pickle=False, mmap_mode="r" if is_large else None)
+def parse_sidecar(table: np.ndarray) -> Contents | None:
+    """Return the contents of a sidecar's array; None: it is of an older version, (n + 1,) without sizes.
+
+    Raises:
+        ValueError: it is no sidecar.
+    """
+    if table.dtype != np.int64 or table.ndim not in (1, 2) or table.shape[1:] not in ((), (5,)):
+        raise ValueError("not an int64 array (n + 1, 5)")
+    if table.ndim == 1:
+        return None
+    bounds, sizes = table[:, 0], table[:-1, 1:]
+    if not len(bounds) or bounds[0] < 0 or (np.diff(bounds) <= 0).any():
+        raise ValueError("its byte positions do not rise")
+    return Contents(bounds, None if (sizes < 0).any() else sizes)
 
 
-def _parse_entry(entry: dict[str, Any]) -> ShardEntry:
-    name, num_samples = entry["name"], entry["num_samples"]
-    num_bytes, sha256 = entry.get("num_bytes"), entry.get("sha256")
-    numbers = [num_samples] if num_bytes is None else [num_samples, num_bytes]
-    texts = [name] if sha256 is None else [name, sha256]
-    if any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
-        raise TypeError("a count is no number")
-    if not all(isinstance(text, str) and text for text in texts):
-        raise TypeError("a name or checksum is no text")
-    return ShardEntry(name=name, num_samples=num_samples, num_bytes=num_bytes, sha256=sha256)
+def read_sizes(path: Path, count: int) -> np.ndarray | None:
+    """Return the sizes (count, 4) of the samples of the shard at `path`, see `SampleSize`; None: unknown."""
+    try:
+        contents = read_sidecar(path)
+    except (OSError, ValueError):
+        return None
+    if contents is None or contents.sizes is None or len(contents.sizes) != count:
+        return None
+    return contents.sizes
 
 
-def _are_positions(bounds: np.ndarray, num_bytes: int | None) -> bool:
-    """Say whether these are rising positions in a file."""
-    if bounds.ndim != 1 or bounds.dtype != np.int64 or not len(bounds) or (np.diff(bounds) <= 0).any():
-        return False
-    return bool(bounds[0] >= 0 and (num_bytes is None or bounds[-1] <= num_bytes))
+def check_contents(contents: Contents, path: Path, *, count: int, num_bytes: int) -> Contents:
+    """Return the contents of a shard.
+
+    Raises:
+        ValueError: `index.json` has another number of samples, or the tar is too short.
+    """
+    found, end = len(contents.bounds) - 1, int(contents.bounds[-1])
+    if found != count or end > num_bytes:
+        raise ValueError(
+            f"{side_index_path(path)}: does not match {INDEX_NAME} or its shard: {found} samples in {end} "
+            f"bytes, expected {count} in at most {num_bytes}; {rebuild_hint(path.parent)}"
+        )
+    return contents

@@ -1,22 +1,22 @@
-"""Looking into a set of shards: its samples, and what is wrong with them."""
+"""The samples of a set, and its bad records."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from vico_pl.data.decode import bad_record, decode_record, printable
+from vico_pl.data.shards.cache import DEFAULT_STREAMING, StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
-from vico_pl.data.shards.remote import DEFAULT_STREAMING, StreamingConfig
 from vico_pl.errors import RecordError
 from vico_pl.types import BadRecord, Sample
 
 
 def read_samples(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING) -> Iterator[Sample]:
-    """Yield the usable samples of a set in their order."""
+    """Yield the usable samples of a set in order."""
     return (item for item in read_all(read_index(source, streaming=streaming)) if isinstance(item, Sample))
 
 
 def find_faults(source: Path | str) -> Iterator[BadRecord]:
-    """Decode every record and yield the bad ones; a shard that cannot be opened comes once."""
+    """Decode every record and yield the bad ones; a shard that cannot be opened is yielded once."""
     dead: set[str] = set()
     for item in read_all(read_index(source)):
         if isinstance(item, BadRecord) and item.reason not in dead:
@@ -26,7 +26,7 @@ def find_faults(source: Path | str) -> Iterator[BadRecord]:
 
 
 def read_all(index: ShardIndex) -> Iterator[Sample | BadRecord]:
-    """Yield what becomes of every record of a set, in their order."""
+    """Yield every record of a set in order, decoded or as a bad record."""
     reader = RecordReader(index)
     for position in range(index.num_samples):
         shard = index.names[index.place(position)[0]]

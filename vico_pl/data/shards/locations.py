@@ -1,4 +1,4 @@
-"""How a set of shards is named: a folder, some tars of it, or the same at a URL.
+"""Names of sets of shards: a folder, some tars of it, or the same at a URL.
 
 - `data/shards/mine`: a folder
 - `data/shards/mine/train-{000000..000031}.tar`, `.../train-*.tar`, `.../train-000000.tar`
@@ -16,12 +16,12 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
-MAX_SHARDS = 1_000_000  # of one set: a brace range of more is a slip of the keyboard
+MAX_SHARDS = 1_000_000  # of one set: a larger brace range is a typing error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the shards of a set are; they all lie in one folder."""
+    """Where the shards of a set are: all in one folder."""
 
     base: str  # the folder or its URL; of commands: the text
     names: list[str] | None  # of the shards; None: all of the folder
@@ -36,47 +36,45 @@ class Source:
         return f"{self.base}/{name}{self.query}"
 
     def identity(self, name: str) -> str:
-        """Return what tells a file from all others, however it is reached: no signature, no relative path."""
+        """Return what identifies a file: its absolute path, or its URL without a signature."""
         if self.commands is not None:
             return self.commands[name]
         return str(Path(self.base, name).absolute()) if self.is_local else f"{self.base}/{name}"
 
+    def is_in_place(self, name: str) -> bool:
+        """Say whether a shard is read where it is: a local tar that is not compressed."""
+        return self.is_local and name.endswith(".tar")
+
     @property
     def folder(self) -> Path | str:
-        """Return what the set is called: its folder if it has one."""
+        """Return the name of the set."""
         return Path(self.base) if self.is_local else without_secrets(self.base)
 
 
 def parse_source(text: str, *, allow_pipe: bool = False) -> Source:
-    """Find out which shards are meant.
+    """Parse the name of a set of shards.
 
     Raises:
-        ValueError: they are a shell command and this is not allowed, lie in several folders, or none is
-            there.
+        ValueError: it is a shell command and this is not allowed, several folders, or no shard is there.
     """
     if text.startswith("pipe:"):
         return _parse_pipe(text, allow_pipe=allow_pipe)
     if text.startswith("file:/"):
         return _parse_path("/" + text.removeprefix("file:").lstrip("/"))
     url = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", text, re.DOTALL)
-    if url:  # with one slash if it has been a `Path`
+    if url:  # with one slash after a conversion to `Path`
         return _parse_url(f"{url[1].lower()}://{url[2]}")
     return _parse_path(text)
 
 
 def without_secrets(text: str) -> str:
-    """Return a text for messages: without the passwords and signatures of the URLs in it.
+    """Remove the passwords and signatures of URLs from a message.
 
     >>> without_secrets("https://me:secret@host/a.tar?signature=1: no such file")
     'https://host/a.tar: no such file'
     """
     secrets = r"([A-Za-z][\w+.-]*://)([^\s/'\"]*@)?([^\s?]*)(\?\S*?(?=:?(?:\s|$)))?"
     return re.sub(secrets, r"\1\3", text)
-
-
-def is_packed(name: str) -> bool:
-    """Say whether a shard has to be unpacked before it can be read, by its name."""
-    return name.endswith((".gz", ".tgz"))
 
 
 def list_shards(folder: Path) -> list[str]:
@@ -132,13 +130,13 @@ def _parse_pipe(text: str, *, allow_pipe: bool) -> Source:
     commands = _expand(text)
     found = [re.findall(r"[\w.-]+\.(?:tar\.gz|tgz|tar)\b", command) for command in commands]
     named = [names[-1] if names else "" for names in found]
-    if len(set(named)) < len(named) or "" in named:  # names that tell nothing
+    if len(set(named)) < len(named) or "" in named:  # no usable names
         named = [f"pipe-{number:06d}.tar" for number in range(len(commands))]
     return Source(base=text, names=named, is_local=False, commands=dict(zip(named, commands, strict=True)))
 
 
 def _names_shards(text: str) -> bool:
-    """Say whether a text names tars, and not a folder."""
+    """Say whether a text names tars, not a folder."""
     return _is_shard(text.rpartition("/")[2]) or "{" in text or glob.has_magic(text)
 
 
@@ -159,14 +157,14 @@ def _expand(text: str) -> list[str]:
 
 
 def _glob(text: str) -> list[str]:
-    """Return the shards that a path with `*` and `?` stands for, or that path."""
+    """Return the shards that match a path with `*` and `?`, or the path itself."""
     if glob.has_magic(text) and not Path(text).exists():
         return sorted(filter(_is_shard, glob.glob(text)))
     return [text]
 
 
 def _split(locations: list[str], text: str) -> tuple[str, list[str]]:
-    """Return the one folder and the names of shards."""
+    """Return the folder and the names of shards."""
     folders = sorted({location.rpartition("/")[0] for location in locations})
     if len(folders) > 1:
         both = without_secrets(f"'{folders[0]}' and '{folders[1]}'")

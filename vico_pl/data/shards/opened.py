@@ -1,41 +1,47 @@
-"""A tar that can be read at any place: its open file, and what lies beside it."""
+"""Opens shards: a local plain tar in place, any other one in the cache; both with a sidecar file."""
 
 import errno
+import hashlib
 import os
 import time
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from vico_pl.data.shards.cache import ShardCache, fetch_bytes
 from vico_pl.data.shards.index import (
     INDEX_NAME,
+    Contents,
     ShardEntry,
-    map_bounds,
-    map_sizes,
+    check_contents,
+    parse_sidecar,
+    read_sidecar,
+    read_sizes,
+    shard_stem,
     side_index_path,
-    sizes_path,
-    write_array,
+    write_sidecar,
 )
+from vico_pl.data.shards.locations import Source
 from vico_pl.data.shards.sizes import measure_shard
-from vico_pl.data.shards.tars import scan_tar
+from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.errors import RecordError
 
-MAX_OPEN = 128  # shards of a set: several sets must do with the 1,024 files that a process may usually open
+MAX_OPEN = 128  # shards of a set: several sets share the 1,024 files that a process may usually open
 FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again
-
-
-class Contents(NamedTuple):
-    """What a tar holds."""
-
-    bounds: np.ndarray  # int64 (n + 1,): byte positions between the samples
-    sizes: np.ndarray | None  # int32 (n, 4): what each will cost; None: not known
+_THREADS = 4
 
 
 class OpenShard:
-    """An open tar and where its samples lie; it can be read even when its files are removed meanwhile."""
+    """An open tar and where its samples are; it remains readable when its file is removed."""
 
     def __init__(self, descriptor: int, bounds: np.ndarray) -> None:
         """Take over an open file."""
@@ -51,7 +57,7 @@ class OpenShard:
 
 
 class OpenShards:
-    """Opens shards by their number and keeps those used last open; a failure is remembered for a while."""
+    """Opens shards by number and keeps the most recent ones open; a failure is remembered for a while."""
 
     def __init__(self, open_: Callable[[int], OpenShard]) -> None:
         """Open nothing yet."""
@@ -66,13 +72,13 @@ class OpenShards:
             RecordError: it cannot be opened.
         """
         if number not in self._recent:
-            self._recent[number] = self._open_anew(number)
+            self._recent[number] = self._reopen(number)
             if len(self._recent) > MAX_OPEN:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(number)
         return self._recent[number]
 
-    def _open_anew(self, number: int) -> OpenShard:
+    def _reopen(self, number: int) -> OpenShard:
         failed_at, failure = self._failures.get(number, (0.0, None))
         if failure is not None and time.monotonic() - failed_at < FAILURE_S:
             raise RecordError(str(failure), kind=failure.kind)
@@ -81,55 +87,28 @@ class OpenShards:
         except RecordError as error:
             self._failures[number] = time.monotonic(), error
             raise
-        except ValueError as error:  # what lies beside it is damaged
+        except ValueError as error:  # its sidecar is damaged
             raise RecordError(str(error), kind="shard") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to other processes without what is open."""
+        """Pickle without open files."""
         return OpenShards, (self._open,)
 
 
-def scan_boundaries(path: Path) -> np.ndarray:
-    """Return the byte positions between the samples of a tar, int64 (n + 1,).
+def index_tar(path: Path) -> Contents | None:
+    """Read a tar and write its sidecar; if the folder is read-only, return the contents.
 
     Raises:
         ValueError: it is no readable tar.
     """
-    with path.open("rb") as file:
-        try:
-            return scan_tar(file)
-        except ValueError as error:
-            remedy = "fetch or write it again, then run 'vico shards index'"
-            raise ValueError(f"{path}: {error}; {remedy}") from error
-
-
-def read_contents(path: Path) -> Contents:
-    """Read a tar once to find out what it holds.
-
-    Raises:
-        ValueError: it is no readable tar.
-    """
-    bounds = scan_boundaries(path)
-    with path.open("rb") as file:
-        return Contents(bounds, measure_shard(file.fileno(), bounds))
-
-
-def write_contents(contents: Contents, path: Path) -> None:
-    """Write beside a tar what it holds: the sizes first, so that whoever finds the positions finds both."""
-    if contents.sizes is not None:
-        write_array(contents.sizes, sizes_path(path))
-    write_array(contents.bounds, side_index_path(path))
-
-
-def note_contents(path: Path) -> Contents | None:
-    """Read a tar once and write beside it what it holds; where the folder is read-only, return it.
-
-    Raises:
-        ValueError: it is no readable tar.
-    """
-    contents = read_contents(path)
     try:
-        write_contents(contents, path)
+        bounds = scan_boundaries(path)
+    except ValueError as error:
+        remedy = "fetch or write it again, then run 'vico shards index'"
+        raise ValueError(f"{path}: {error}; {remedy}") from error
+    contents = Contents(bounds, measure_shard(path, bounds))
+    try:
+        write_sidecar(contents, path)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -137,59 +116,194 @@ def note_contents(path: Path) -> Contents | None:
     return None
 
 
-def map_contents(path: Path, *, count: int | None, num_bytes: int) -> Contents:
-    """Map what was written beside a tar.
+def open_in_place(path: Path, entry: ShardEntry, in_memory: dict[str, Contents]) -> OpenShard:
+    """Open a local plain tar; `in_memory` has the contents of shards whose sidecar cannot be written.
 
     Raises:
-        ValueError: it is of another tar.
-        FileNotFoundError: nothing was written.
-    """
-    bounds = map_bounds(side_index_path(path), count=count, num_bytes=num_bytes)
-    return Contents(bounds, map_sizes(sizes_path(path), count=len(bounds) - 1))
-
-
-def open_in_place(path: Path, entry: ShardEntry, *, contents: Contents | None = None) -> OpenShard:
-    """Open a plain tar; `contents` are what it holds, if that is not written beside it.
-
-    Raises:
-        RecordError: it is not there, or not the one that was indexed.
-        ValueError: what lies beside it is damaged.
-        FileNotFoundError: nothing lies beside it.
+        RecordError: it is absent, damaged or not the one that was indexed.
+        ValueError: its sidecar is damaged.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise _not_there(path, error) from error
+        raise _absent(path, error) from error
     try:
         num_bytes = check_size(path, entry)
-        if contents is None:
-            contents = map_contents(path, count=entry.num_samples, num_bytes=num_bytes)
-        elif len(contents.bounds) - 1 != entry.num_samples:
-            told = f"holds {len(contents.bounds) - 1} samples, {INDEX_NAME} says {entry.num_samples}"
-            raise ValueError(f"{path}: {told}; 'vico shards index {path.parent}' writes it anew")
-    except BaseException:
+        contents = in_memory.get(entry.name) or read_sidecar(path) or _index_now(path, in_memory)
+        check_contents(contents, path, count=entry.num_samples, num_bytes=num_bytes)
+        return OpenShard(os.dup(descriptor), contents.bounds)
+    finally:
         os.close(descriptor)
-        raise
-    return OpenShard(descriptor, contents.bounds)
+
+
+def _index_now(path: Path, in_memory: dict[str, Contents]) -> Contents:
+    try:
+        contents = index_tar(path)
+    except ValueError as error:
+        raise RecordError(str(error), kind="shard") from error
+    if contents is not None:
+        in_memory[path.name] = contents
+    contents = contents or read_sidecar(path)
+    assert contents is not None  # because it was just written
+    return contents
 
 
 def check_size(path: Path, entry: ShardEntry) -> int:
-    """Return the bytes of a shard.
+    """Return the bytes of a local shard.
 
     Raises:
-        RecordError: it is not there, or not the one that was indexed.
+        RecordError: it is absent, or not the one that was indexed.
     """
     try:
         num_bytes = path.stat().st_size
     except OSError as error:
-        raise _not_there(path, error) from error
+        raise _absent(path, error) from error
     if entry.num_bytes not in (None, num_bytes):
-        reason = f"{path}: its size differs from {INDEX_NAME}; run 'vico shards index {path.parent}'"
+        sizes = f"{num_bytes} bytes, not {entry.num_bytes}"
+        reason = (
+            f"{path}: its size differs from {INDEX_NAME} ({sizes}); run 'vico shards index {path.parent}'"
+        )
         raise RecordError(reason, kind="shard")
     return num_bytes
 
 
-def _not_there(path: Path, error: OSError) -> RecordError:
-    told = "absent" if isinstance(error, FileNotFoundError) else error.strerror
+def _absent(path: Path, error: OSError) -> RecordError:
+    reason = "absent" if isinstance(error, FileNotFoundError) else error.strerror
     remedy = f"restore it or run 'vico shards index {path.parent}'"
-    return RecordError(f"{path}: named in {INDEX_NAME} but {told}; {remedy}", kind="shard")
+    return RecordError(f"{path}: named in {INDEX_NAME} but {reason}; {remedy}", kind="shard")
+
+
+def open_cached(
+    source: Source, name: str, cache: ShardCache, entry: ShardEntry | None, *, wait_s: float = -1.0
+) -> OpenShard:
+    """Open a shard in the cache, fetched if it is not there; another process is waited for `wait_s` seconds.
+
+    Raises:
+        RecordError: it cannot be fetched, is damaged or not the one that was indexed.
+        TimeoutError: another process fetches it.
+    """
+    path = _cached_path(source, name, cache, entry)
+    index = partial(_index_cached, path=path, entry=entry)
+    descriptor = cache.open(source.location(name), path, entry, check=index, wait_s=wait_s)
+    try:
+        contents = _cached_sidecar(path) or index(Path(f"/dev/fd/{descriptor}"))
+        count = len(contents.bounds) - 1 if entry is None else entry.num_samples
+        check_contents(contents, path, count=count, num_bytes=os.fstat(descriptor).st_size)
+        return OpenShard(os.dup(descriptor), contents.bounds)
+    finally:
+        os.close(descriptor)
+
+
+def measure_cached(source: Source, name: str, cache: ShardCache) -> Contents:
+    """Return the contents of a shard, fetched and measured unless the cache knows them.
+
+    Raises:
+        ValueError: it cannot be fetched or is damaged.
+    """
+    path = _cached_path(source, name, cache)
+    contents = _cached_sidecar(path)
+    if contents is None or contents.sizes is None:
+        shard = open_cached(source, name, cache, None)
+        sizes = measure_shard(Path(f"/dev/fd/{shard.descriptor}"), shard.bounds)
+        contents = Contents(shard.bounds, sizes)
+        write_sidecar(contents, path)
+    return contents
+
+
+def count_cached(source: Source, names: Sequence[str], cache: ShardCache) -> dict[str, ShardEntry]:
+    """Count the samples of shards that `index.json` does not list; the counts remain in the cache.
+
+    Raises:
+        ValueError: one cannot be fetched or is damaged.
+    """
+    new = [name for name in names if not side_index_path(_cached_path(source, name, cache)).exists()]
+    if new:
+        warnings.warn(
+            f"{source.folder}: {len(new)} of its shards are in no {INDEX_NAME}, so each is fetched once to "
+            f"count its samples; an {INDEX_NAME} next to them avoids that ('vico shards index' writes it)",
+            stacklevel=2,
+        )
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        found = pool.map(lambda name: measure_cached(source, name, cache), names)
+        bar = tqdm(found, total=len(names), unit="shard", disable=None if new else True)
+        counts = [len(contents.bounds) - 1 for contents in bar]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {n: ShardEntry(name=n, num_samples=count) for n, count in zip(names, counts, strict=True)}
+
+
+def fetch_sizes(source: Source, entries: Sequence[ShardEntry], cache: ShardCache) -> bool:
+    """Fetch the sidecars of shards, and say whether the sizes of all their samples are known.
+
+    Raises:
+        ValueError: one exists but cannot be fetched: machines that could fetch it would assign otherwise.
+    """
+    fetch = partial(_fetch_sizes_of, source=source, cache=cache)
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        return all(map(fetch, entries[:1])) and all(pool.map(fetch, entries[1:]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cached_sizes(source: Source, entry: ShardEntry, cache: ShardCache) -> np.ndarray | None:
+    """Return the sizes of the samples of a cached or compressed shard; None: unknown."""
+    sizes = read_sizes(_cached_path(source, entry.name, cache, entry), entry.num_samples)
+    if sizes is None and source.is_local:
+        return read_sizes(Path(source.location(entry.name)), entry.num_samples)
+    return sizes
+
+
+def _fetch_sizes_of(entry: ShardEntry, *, source: Source, cache: ShardCache) -> bool:
+    if cached_sizes(source, entry, cache) is not None:
+        return True
+    if source.is_local or source.commands is not None:
+        return False
+    content = fetch_bytes(source.location(f"{shard_stem(entry.name)}.idx"))
+    try:
+        found = None if content is None else parse_sidecar(np.load(BytesIO(content), allow_pickle=False))
+    except (ValueError, EOFError):
+        return False
+    if found is None or found.sizes is None or len(found.sizes) != entry.num_samples:
+        return False
+    path = _cached_path(source, entry.name, cache, entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sidecar(found, path)
+    return True
+
+
+def _index_cached(tar: Path, *, path: Path, entry: ShardEntry | None) -> Contents:
+    """Write the sidecar of the shard cached at `path`, with the sizes that were fetched, if any.
+
+    A counted shard is not measured: sizes must be known on all machines or on none.
+    """
+    bounds = scan_boundaries(tar)
+    count = len(bounds) - 1
+    if entry is not None and count != entry.num_samples:
+        raise ValueError(f"holds {count} samples, {INDEX_NAME} says {entry.num_samples}")
+    contents = Contents(bounds, read_sizes(path, count))
+    write_sidecar(contents, path)
+    return contents
+
+
+def _cached_sidecar(path: Path) -> Contents | None:
+    """Read a sidecar in the cache; a damaged one is written again."""
+    with suppress(ValueError):
+        return read_sidecar(path)
+    return None
+
+
+def _cached_path(source: Source, name: str, cache: ShardCache, entry: ShardEntry | None = None) -> Path:
+    """Return the path of a shard in the cache: it depends on its URL and, as far as known, its content."""
+    content = "" if entry is None else f"{entry.num_bytes or ''}{entry.sha256 or ''}"
+    if source.is_local:
+        with suppress(FileNotFoundError):  # reported when it is opened
+            status = os.stat(source.location(name))
+            content = f"{status.st_size} {status.st_mtime_ns}"
+    identity = _digest(f"{source.identity(name)} {content}")
+    return cache.folder / _digest(source.base) / f"{shard_stem(name)}-{identity}.tar"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]

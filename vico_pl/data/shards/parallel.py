@@ -1,4 +1,4 @@
-"""Work on shards by several processes: one shard per process at a time, with a progress bar."""
+"""Work on shards in several processes, with a progress bar."""
 
 import os
 import signal
@@ -13,16 +13,16 @@ from tqdm import tqdm
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_FEW_BYTES = 2**26  # other processes take longer to start than to read as much
+_FEW_BYTES = 2**26  # reading as much takes less time than starting processes
 
 
 def run_parallel(
     function: Callable[[Job], Result], jobs: Sequence[Job], *, workers: int | None, title: str, done: int = 0
 ) -> Iterator[Result]:
-    """Yield `function(job)` of each job in their order.
+    """Yield `function(job)` of each job in order.
 
     `workers` is the number of processes, by default that of the CPU cores; 1: this process. `done` jobs were
-    done before. The bar is for a terminal alone.
+    finished before. The bar is shown only in a terminal.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     hidden = True if len(jobs) < 2 else None
@@ -33,7 +33,7 @@ def run_parallel(
 
 
 def worth_processes(paths: Sequence[Path]) -> int | None:
-    """Return how many processes shall read files: this one if they are small, else by default."""
+    """Return the number of processes for reading files: 1 if they are small, else the default."""
     return 1 if sum(path.stat().st_size for path in paths) < _FEW_BYTES else None
 
 
@@ -46,7 +46,7 @@ def _by_processes(function: Callable[[Job], Result], jobs: Sequence[Job], worker
 
 
 def _end_with_parent(parent: int) -> None:
-    """Leave Ctrl-C to the parent process, and end when it was killed: nobody else would end its children."""
+    """Leave Ctrl-C to the parent process, and exit when it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

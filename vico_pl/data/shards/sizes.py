@@ -1,11 +1,11 @@
-"""What a record will cost, from its text and the headers of its images; no pixel is decoded."""
+"""The size of a sample, estimated from its text and its image headers; no pixel is decoded."""
 
 import io
 import json
-import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,18 +16,18 @@ from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members
 from vico_pl.errors import RecordError
 from vico_pl.types import Content
 
-_PIECES = re.compile(r"[A-Za-z]{1,6}|[^\sA-Za-z]")  # a word is one for each six letters
-_ORIENTATION = 0x0112  # EXIF: from 5 on the camera lay on its side
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # what is decoded
+_PIECES = re.compile(r"[A-Za-z]{1,6}|[^\sA-Za-z]")  # a word counts once per six letters
+_ORIENTATION = 0x0112  # EXIF: from 5 on, width and height are exchanged
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # those that are decoded
 _MAX_SIZE = np.iinfo(np.int32).max
 
 
 class SampleSize(NamedTuple):
-    """What the cost of a sample follows from; zeros where it cannot be known."""
+    """What the cost of a sample is estimated from; zeros where unknown."""
 
     text_tokens: int  # of all turns, an estimate
     num_images: int
-    width: int  # px, of the first image as it is seen: turned by its EXIF orientation
+    width: int  # px, of the first image, after EXIF rotation
     height: int  # px
 
 
@@ -45,24 +45,14 @@ def measure_record(files: Mapping[str, Content]) -> SampleSize:
     return SampleSize(_text_tokens(files.get("json", b"")), len(names), width, height)
 
 
-def measure_shard(descriptor: int, bounds: np.ndarray) -> np.ndarray:
-    """Measure all records of an open shard: int32 (n, 4)."""
-    sizes = (
-        _measure_bytes(os.pread(descriptor, min(end - start, MAX_RECORD_BYTES), start))
-        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-    )
-    return as_array(sizes)
-
-
-def as_array(sizes: Iterable[SampleSize]) -> np.ndarray:
-    """Return sizes as `NAME.sizes` holds them: int32 (n, 4)."""
-    rows = list(sizes)
-    return np.clip(np.array(rows, dtype=np.int64).reshape(len(rows), 4), 0, _MAX_SIZE).astype(np.int32)
-
-
-def are_sizes(array: np.ndarray, count: int) -> bool:
-    """Say whether an array can be the sizes of `count` samples."""
-    return array.shape == (count, 4) and array.dtype == np.int32 and not (array < 0).any()
+def measure_shard(path: Path, bounds: np.ndarray) -> np.ndarray:
+    """Measure all records of a tar: (n, 4)."""
+    sizes = np.zeros((len(bounds) - 1, 4), dtype=np.int64)
+    with path.open("rb") as file:
+        for place, (start, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+            file.seek(start)
+            sizes[place] = _measure_bytes(file.read(min(end - start, MAX_RECORD_BYTES)))
+    return sizes.clip(0, _MAX_SIZE)
 
 
 def _measure_bytes(content: bytes) -> SampleSize:
@@ -73,7 +63,7 @@ def _measure_bytes(content: bytes) -> SampleSize:
 
 
 def _text_tokens(content: Content) -> int:
-    """Count about what a tokenizer would; it decides which rank reads a sample and nothing else."""
+    """Count roughly what a tokenizer would; used only to assign samples to ranks."""
     try:
         turns = json.loads(bytes(content))["conversations"]
         return sum(len(_PIECES.findall(turn["value"])) for turn in turns)
@@ -82,7 +72,7 @@ def _text_tokens(content: Content) -> int:
 
 
 def _image_size(content: Content) -> tuple[int, int]:
-    """Return (width, height) as seen; zeros if the header is unreadable, for whatever reason."""
+    """Return (width, height) after EXIF rotation; zeros if the header is unreadable."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
             image = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)

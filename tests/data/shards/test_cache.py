@@ -10,9 +10,9 @@ import fsspec
 import pytest
 
 from tests.servers import serving
-from vico_pl.data.shards import remote
+from vico_pl.data.shards import cache as cache_module
+from vico_pl.data.shards.cache import ShardCache, fetch_bytes
 from vico_pl.data.shards.index import ShardEntry
-from vico_pl.data.shards.remote import ShardCache, fetch_bytes
 from vico_pl.errors import RecordError
 
 
@@ -31,7 +31,7 @@ WHOLE = ShardEntry(name="a.tar", num_samples=1, num_bytes=len(TAR))
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(cache_module, "BACKOFF_S", 0.0)
     with serving() as found:
         yield found
 
@@ -70,13 +70,13 @@ def test_a_url_of_memory_is_read(cache):
 FAULTS = {
     "absent": ([(404, 0, b"")], "io", "no such file", 1),
     "forbidden": ([(403, 0, b"")], "io", "answered 403", 1),
-    "broken": ([(500, 0, b"")], "io", "answered 500", remote.TRIES),
-    "cut": ([(200, len(TAR), TAR[:5000])], "io", r"payload|Content|closed|Response", remote.TRIES),
+    "broken": ([(500, 0, b"")], "io", "answered 500", cache_module.TRIES),
+    "cut": ([(200, len(TAR), TAR[:5000])], "io", r"payload|Content|closed|Response", cache_module.TRIES),
     "too large": (ok(bytes(100_001)), "shard", "larger than max_shard_bytes", 1),
     "too large, unsaid": (ok(bytes(100_001), False), "shard", "larger than max_shard_bytes", 1),
     "bomb": (ok(gzip.compress(bytes(10**7))), "shard", "unpacks to more than", 1),
-    "packed, cut": (ok(gzip.compress(os.urandom(5000))[:-50]), "shard", "ended before", remote.TRIES),
-    "packed, damaged": (ok(gzip.compress(TAR)[:-8] + bytes(8)), "shard", "CRC", remote.TRIES),
+    "packed, cut": (ok(gzip.compress(os.urandom(5000))[:-50]), "shard", "ended before", cache_module.TRIES),
+    "packed, damaged": (ok(gzip.compress(TAR)[:-8] + bytes(8)), "shard", "CRC", cache_module.TRIES),
 }
 
 

@@ -1,13 +1,12 @@
-"""Shards that cannot be read in place: fetched whole, unpacked, and kept in a folder of this machine.
+"""Shards that cannot be read in place: fetched whole, uncompressed, checked, and kept in a local folder.
 
-A file comes under a temporary name, is checked, and takes its name in one step; a lock lets several processes
-fetch it once. When the folder is full, the shards that were opened longest ago go; who has one open reads on.
+A file is written under a temporary name, checked and renamed; a lock lets several processes fetch it once.
+When the folder is full, the least recently opened shards are removed; who has one open can still read it.
 """
 
 import glob
 import gzip
 import hashlib
-import io
 import os
 import re
 import time
@@ -16,8 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 import webdataset as wds
@@ -30,8 +30,8 @@ from vico_pl.files import atomic_path
 
 MAX_INDEX_BYTES = 2**28  # of an index.json: a million shards
 TIMEOUT_S = 60.0  # without a byte from a server
-TRIES = 4  # for what may pass: a lost connection, a busy server
-BACKOFF_S = 1.0  # before the second try, then twice as long each time
+TRIES = 4  # for temporary faults: a lost connection, a busy server
+BACKOFF_S = 1.0  # before the second try, then doubled each time
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vico_pl"
 T = TypeVar("T")
 _CHUNK = 2**20
@@ -41,16 +41,16 @@ _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingConfig:
-    """How shards are read that must be fetched or unpacked whole: those at URLs, and compressed ones."""
+    """How shards are read that must be fetched first: those at URLs, and compressed ones."""
 
     window: int = 8  # shards that are shuffled together
-    cache_dir: str | None = None  # where they lie meanwhile, best on a disk of the node; none: in ~/.cache
-    cache_gib: float = 100.0  # shards used longest ago go when there are more
+    cache_dir: str | None = None  # of fetched shards, best on a disk of the node; none: in ~/.cache
+    cache_gib: float = 100.0  # above this, the least recently used shards are removed
     max_shard_gib: float = 16.0  # a larger one is refused while it is fetched
     allow_pipe: bool = False  # whether a path may be pipe:COMMAND, which runs in a shell
 
     def __post_init__(self) -> None:
-        """Refuse windows and limits of nothing."""
+        """Check windows and limits."""
         if self.window < 1:
             raise ValueError(f"data.streaming.window is {self.window}; expected at least 1")
         if min(self.cache_gib, self.max_shard_gib) <= 0:
@@ -67,7 +67,7 @@ class ShardCache:
 
     folder: Path
     max_gib: float  # of all shards in it
-    max_shard_bytes: int  # of one, as it comes and unpacked
+    max_shard_bytes: int  # of one, as fetched and uncompressed
 
     def open(
         self,
@@ -78,13 +78,13 @@ class ShardCache:
         check: Callable[[Path], object],
         wait_s: float = -1.0,
     ) -> int:
-        """Return a descriptor of the shard that is kept at `path`, fetched if it is not there.
+        """Return a descriptor of the shard kept at `path`, fetched if it is not there.
 
-        `check` looks at a fetched file before it takes its name, and raises `ValueError`. Another process
-        that fetches it is waited for `wait_s` seconds; -1: as long as it takes.
+        `check` is called with a fetched file before it is renamed, and raises `ValueError`. Another process
+        that fetches it is waited for `wait_s` seconds; -1: forever.
 
         Raises:
-            RecordError: it cannot be fetched (kind `io`) or is not what it should be (kind `shard`).
+            RecordError: it cannot be fetched (kind `io`) or is not the right one (kind `shard`).
             TimeoutError: another process fetches it.
         """
         with suppress(FileNotFoundError):
@@ -95,28 +95,38 @@ class ShardCache:
                 return _open_used(path)
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
                 leftover.unlink()  # of a process that was killed, or it would hold the lock
-            descriptor = _persist(location, partial(self._fetch, location, path, entry, check))
+            descriptor = _retry(location, partial(self._fetch, location, path, entry, check))
         self._make_room(path)
         return descriptor
 
     def _fetch(
         self, location: str, path: Path, entry: ShardEntry | None, check: Callable[[Path], object]
     ) -> int:
-        """Fetch a shard once; the descriptor is opened before others see the file, and might remove it."""
+        """Fetch a shard; the descriptor is opened before other processes see the file and may remove it."""
+        shown, limit = without_secrets(location), self.max_shard_bytes
         with atomic_path(path) as temporary:
             with open_location(location) as stream, temporary.open("wb") as file:
-                received = _Received(stream, limit=self.max_shard_bytes, name=location)
-                for chunk in _unpacked(received, self.max_shard_bytes, location):
-                    file.write(chunk)
-            received.compare(entry)
+                received = _copy(stream, file, limit, f"{shown}: larger than max_shard_bytes")
+            _compare(received, entry)
+            with temporary.open("rb") as file:
+                if file.read(2) == _GZIP:
+                    file.seek(0)
+                    temporary.unlink()  # the open file remains readable
+                    with gzip.open(file) as packed, temporary.open("wb") as tar:
+                        _copy(
+                            cast(IO[bytes], packed),
+                            tar,
+                            limit,
+                            f"{shown}: unpacks to more than max_shard_bytes",
+                        )
             try:
                 check(temporary)
             except ValueError as error:
-                raise RecordError(f"{without_secrets(location)}: {error}", kind="shard") from error
+                raise RecordError(f"{shown}: {error}", kind="shard") from error
             return os.open(temporary, os.O_RDONLY)
 
     def _make_room(self, newest: Path) -> None:
-        """Remove the shards that were opened longest ago, all sets taken together."""
+        """Remove the least recently opened shards of all sets together."""
         files = []
         for path in self.folder.glob("*/*.tar"):
             with suppress(FileNotFoundError):
@@ -131,38 +141,28 @@ class ShardCache:
                 excess -= size
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """What of a file is used; those of fsspec and of commands are no `IO`."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return at most `size` bytes, none at the end."""
-
-    def close(self) -> None:
-        """Give back what was opened."""
-
-
 def build_cache(config: StreamingConfig) -> ShardCache:
-    """Return the cache that the settings ask for."""
+    """Return the configured cache."""
     folder = Path(config.cache_dir) if config.cache_dir else CACHE / "shards"
     max_shard_bytes = int(config.max_shard_gib * 2**30)
     return ShardCache(folder=folder.expanduser(), max_gib=config.cache_gib, max_shard_bytes=max_shard_bytes)
 
 
 def fetch_bytes(location: str) -> bytes | None:
-    """Fetch a small file; None: there is none, or none for us: some stores say no more of one that is absent.
+    """Fetch a small file; None: it is absent, or refused: some stores refuse what is absent.
 
     Raises:
         ValueError: it cannot be fetched or is too large.
     """
 
     def fetch() -> bytes:
+        content = BytesIO()
         with open_location(location) as stream:
-            received = _Received(stream, limit=MAX_INDEX_BYTES, name=location)
-            return b"".join(iter(partial(received.read, _CHUNK), b""))
+            _copy(stream, content, MAX_INDEX_BYTES, f"{without_secrets(location)}: larger than allowed")
+        return content.getvalue()
 
     try:
-        return _persist(location, fetch)
+        return _retry(location, fetch)
     except RecordError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", None) == 403:
@@ -171,15 +171,15 @@ def fetch_bytes(location: str) -> bytes | None:
 
 
 @contextmanager
-def open_location(location: str) -> Iterator[Stream]:
-    """Open what a URL names as a stream; a command if it begins with `pipe:`, which callers have allowed."""
+def open_location(location: str) -> Iterator[IO[bytes]]:
+    """Open a URL, a path, or a command that begins with `pipe:` (callers check that it is allowed)."""
     if location.startswith("pipe:"):
         stream = wds.gopen(location)
     elif "://" not in location:
         stream = Path(location).open("rb")  # noqa: SIM115 - closed below
     else:
         filesystem, path = _filesystem(location)
-        # Of http: one plain request; its default would ask for pieces. `size` spares it a request for that.
+        # HTTP: one plain request instead of range requests; `size` saves the request that asks for it.
         plain = {"block_size": 0, "size": 1} if location.startswith(("http:", "https:")) else {}
         stream = filesystem.open(path, "rb", **plain)
     try:
@@ -194,27 +194,47 @@ def _filesystem(location: str) -> tuple[Any, str]:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
-        # As stored: a server may not unpack or pack on the way, or no checksum would fit.
+        # As stored: if the server compressed or uncompressed it on the way, no checksum would match.
         options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
     try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(location, **options)
         return found
-    except (ImportError, ValueError) as error:  # a protocol whose package is not there, or none at all
+    except (ImportError, ValueError) as error:  # a protocol that is unknown or whose package is missing
         reason = without_secrets(f"{location}: cannot be opened: {error}")
         raise RecordError(reason, kind="io") from error
 
 
-def _persist(location: str, fetch: Callable[[], T]) -> T:
-    """Try again what may pass."""
+def _copy(stream: IO[bytes], file: IO[bytes], limit: int, too_large: str) -> tuple[int, str]:
+    """Copy a stream; return its size and SHA-256."""
+    num_bytes, digest = 0, hashlib.sha256()
+    for chunk in iter(partial(stream.read, _CHUNK), b""):
+        num_bytes += len(chunk)
+        if num_bytes > limit:
+            raise RecordError(f"{too_large} ({limit})", kind="shard")
+        digest.update(chunk)
+        file.write(chunk)
+    return num_bytes, digest.hexdigest()
+
+
+def _compare(received: tuple[int, str], entry: ShardEntry | None) -> None:
+    """Raise `EOFError`, after which it is fetched again, if this is not the shard that was indexed."""
+    num_bytes, sha256 = received
+    if entry is not None and entry.num_bytes not in (None, num_bytes):
+        raise EOFError(f"{num_bytes} bytes came, index.json has {entry.num_bytes}")
+    if entry is not None and entry.sha256 not in (None, sha256):
+        raise EOFError("its checksum differs from index.json")
+
+
+def _retry(location: str, fetch: Callable[[], T]) -> T:
+    """Fetch, again after faults that may be temporary."""
     for attempt in range(TRIES):
         try:
             return fetch()
         except (RecordError, TypeError):
             raise
-        except Exception as error:  # of fsspec's many backends, each with errors of its own
-            damaged = isinstance(error, _DAMAGED)
+        except Exception as error:  # each fsspec backend has its own exceptions
             reason = without_secrets(f"{location}: {_reason(error)}")
-            last = RecordError(reason, kind="shard" if damaged else "io")
+            last = RecordError(reason, kind="shard" if isinstance(error, _DAMAGED) else "io")
             last.__cause__ = error
             if not _may_pass(error):
                 break
@@ -237,66 +257,12 @@ def _reason(error: Exception) -> str:
     if isinstance(status, int):
         return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
     text = (str(error).splitlines() or [""])[0] or type(error).__name__
-    command = re.search(r": exit (-?\d+) \(read\)", text)  # as webdataset words it, after the whole command
+    command = re.search(r": exit (-?\d+) \(read\)", text)  # webdataset's message contains the whole command
     return text if command is None else f"the command ended with exit code {command[1]}"
 
 
 def _open_used(path: Path) -> int:
-    """Open a shard that is there, and note that it was used."""
+    """Open a cached shard and record that it was used."""
     descriptor = os.open(path, os.O_RDONLY)
     os.utime(descriptor)
     return descriptor
-
-
-def _unpacked(received: "_Received", limit: int, name: str) -> Iterator[bytes]:
-    """Yield the tar in a stream, unpacked if it is a gzip; told by its content."""
-    start = received.read(1)
-    start += received.read(1)  # a stream may give less than is asked for
-    if start != _GZIP:
-        yield start
-        yield from iter(partial(received.read, _CHUNK), b"")
-        return
-    received.put_back(start)
-    num_bytes = 0
-    with gzip.GzipFile(fileobj=cast(IO[bytes], received), mode="rb") as packed:
-        for chunk in iter(partial(packed.read, _CHUNK), b""):
-            num_bytes += len(chunk)
-            if num_bytes > limit:
-                reason = f"{without_secrets(name)}: unpacks to more than max_shard_bytes ({limit})"
-                raise RecordError(reason, kind="shard")
-            yield chunk
-
-
-class _Received(io.RawIOBase):
-    """A stream of which is known how many bytes came and what their checksum is; too many are refused."""
-
-    def __init__(self, stream: Stream, *, limit: int, name: str) -> None:
-        self._stream, self._limit, self._name = stream, limit, name
-        self._pending = b""
-        self._num_bytes = 0
-        self._digest = hashlib.sha256()
-
-    def read(self, size: int = -1, /) -> bytes:
-        if self._pending:
-            start, self._pending = self._pending[:size], self._pending[size:]
-            return start
-        chunk: bytes = self._stream.read(size)
-        self._num_bytes += len(chunk)
-        self._digest.update(chunk)
-        if self._num_bytes > self._limit:
-            reason = f"{without_secrets(self._name)}: larger than max_shard_bytes ({self._limit})"
-            raise RecordError(reason, kind="shard")
-        return chunk
-
-    def put_back(self, start: bytes) -> None:
-        """Give these bytes once more: gzip reads its mark itself."""
-        self._pending = start
-
-    def compare(self, entry: ShardEntry | None) -> None:
-        """Raise `EOFError` if this is not what the index has."""
-        if entry is None:
-            return
-        if entry.num_bytes not in (None, self._num_bytes):
-            raise EOFError(f"{self._num_bytes} bytes came, index.json has {entry.num_bytes}")
-        if entry.sha256 not in (None, self._digest.hexdigest()):
-            raise EOFError("its checksum differs from index.json")
