@@ -9,7 +9,7 @@ from tests.helpers import tiny_spec
 from tests.released import official_config, write_native, write_official
 from vico_pl.data.packing import MicroBatchLimits
 from vico_pl.data.shards.index import INDEX_NAME, Contents, ShardEntry, write_entries, write_sidecar
-from vico_pl.data.shards.sizes import SampleSize, as_array
+from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.model.families.folder import open_folder, read_shape, save_model
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.vlm import VisionLanguageModel
@@ -146,7 +146,7 @@ def test_shards_have_their_sizes(config, tmp_path):
     """Two samples of 1000 x 500 px, of three tiles each, and 20 and 40 tokens of text."""
     write_entries([ShardEntry(name="a.tar", num_samples=2)], tmp_path / INDEX_NAME)
     sizes = [SampleSize(text_tokens=n, num_images=1, width=1000, height=500) for n in (20, 40)]
-    write_sidecar(Contents(np.array([0, 5, 9]), as_array(sizes)), tmp_path / "a.tar")
+    write_sidecar(Contents(np.array([0, 5, 9]), np.array(sizes)), tmp_path / "a.tar")
     found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
     assert (found.num_samples, found.tiles, found.text_tokens, found.response_tokens) == (2, 3, 30, 15)
     assert found.origin.startswith("mean of 2 samples")
