@@ -312,6 +312,7 @@ def test_a_sidecar_gives_back_what_was_written(tmp_path, num_samples):
 
 def test_a_sidecar_with_a_pickle_is_refused(tmp_path):
     write_shard(tmp_path / "a.tar", RECORDS)
+    write_index(tmp_path)
     with side_index_path(tmp_path / "a.tar").open("wb") as file:
         np.save(file, np.array([[os.system, 1]] * 3, dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"a\.idx: .*'vico shards index"):

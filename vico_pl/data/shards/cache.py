@@ -171,7 +171,7 @@ def fetch_bytes(location: str) -> bytes | None:
 
 
 @contextmanager
-def open_location(location: str) -> Iterator[IO[bytes]]:
+def open_location(location: str) -> Iterator[Any]:
     """Open a URL, a path, or a command that begins with `pipe:` (callers check that it is allowed)."""
     if location.startswith("pipe:"):
         stream = wds.gopen(location)
@@ -204,8 +204,8 @@ def _filesystem(location: str) -> tuple[Any, str]:
         raise RecordError(reason, kind="io") from error
 
 
-def _copy(stream: IO[bytes], file: IO[bytes], limit: int, too_large: str) -> tuple[int, str]:
-    """Copy a stream; return its size and SHA-256."""
+def _copy(stream: Any, file: Any, limit: int, too_large: str) -> tuple[int, str]:
+    """Copy a stream, of any kind that fsspec has, to a file; return its size and SHA-256."""
     num_bytes, digest = 0, hashlib.sha256()
     for chunk in iter(partial(stream.read, _CHUNK), b""):
         num_bytes += len(chunk)
