@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import batch_of, mixed_samples, record
-from vico_pl.audit import audit_run, format_table, format_verdict
+from vico_pl.audit import SampleNames, audit_run, format_table, format_verdict
 from vico_pl.callbacks.records import SampleLog
 from vico_pl.data.module import DataConfig, SourceConfig, build_order, open_sources
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.keys import SampleNames
 from vico_pl.types import BadRecord, RankBatch
 
 BATCH, SEED = 4, 5
@@ -203,7 +202,7 @@ def test_a_lost_step_is_named_sample_by_sample(config, tmp_path):
     edit(tmp_path, lambda lines: lines.pop(3), rank=1)
     found = audit(tmp_path, config)
     assert [fault.id for fault in found.faults] == [expected_ids(config)(position) for position in (10, 11)]
-    assert all(fault.reason.startswith("step 2: was to be used and was not") for fault in found.faults)
+    assert all(fault.reason.startswith("step 2: due but not used") for fault in found.faults)
     assert totals(found) == {"used": 22, "missing": 2, "twice": 0}
     assert format_verdict(found) == "6 steps in 1 attempt: 2 faults"
 
@@ -214,7 +213,7 @@ def test_a_sample_in_the_place_of_another_is_twice_and_the_other_missing(config,
     edit(tmp_path, lambda lines: lines[2]["ids"].__setitem__(1, name(0)))
     found = audit(tmp_path, config)
     assert [fault.id for fault in found.faults] == [name(5), name(0)]
-    assert "step 1: used where the order does not have it" in found.faults[1].reason
+    assert "step 1: used but not due" in found.faults[1].reason
     assert totals(found) == {"used": 11, "missing": 1, "twice": 1}
 
 
@@ -230,7 +229,7 @@ def test_a_foreign_sample_is_a_fault_of_its_own(config, tmp_path):
     edit(tmp_path, lambda lines: lines[3]["ids"].append("train-000000.tar/none"))
     found = audit(tmp_path, config)
     assert [fault.id for fault in found.faults] == ["elsewhere.tar/1", "train-000000.tar/none"]
-    assert {fault.reason for fault in found.faults} == {"step 2: used, but no source of the run holds it"}
+    assert {fault.reason for fault in found.faults} == {"step 2: used but in no source of the run"}
     assert totals(found) == {"used": 12, "missing": 0, "twice": 0}
 
 
@@ -303,7 +302,10 @@ def test_a_line_of_no_attempt_is_a_fault(config, tmp_path):
     edit(tmp_path, lambda lines: lines.insert(0, {"step": 9, "ids": []}))
     edit(tmp_path, lambda lines: lines.append({"step": 7, "ids": 3}))
     (fault,) = audit(tmp_path, config).faults
-    assert (fault.id, fault.reason) == ("samples-rank-0.jsonl, line 1", "step 9 is of no attempt of rank 0")
+    assert (fault.id, fault.reason) == (
+        "samples-rank-0.jsonl, line 1",
+        "step 9 belongs to no attempt of rank 0",
+    )
 
 
 def test_a_run_without_a_log_is_refused(config, tmp_path):
@@ -322,5 +324,5 @@ def test_long_names_are_read_too(tmp_path):
     write_shard(tmp_path / "a.tar", [("0", record().files), (key, record().files)])
     names = SampleNames(write_index(tmp_path))
     assert (names(0), names(1)) == ("a.tar/0", f"a.tar/{key}")
-    assert names.holds(f"a.tar/{key}")
-    assert not names.holds("a.tar/1")
+    assert f"a.tar/{key}" in names
+    assert "a.tar/1" not in names

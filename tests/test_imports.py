@@ -12,7 +12,7 @@ GROUND = {"types", "errors", "files", "tokens", "optim"}
 MAKES = GROUND | {"data", "model", "losses", "callbacks"}
 CONDUCTS = MAKES | {"stages", "inference"}
 RUNS = CONDUCTS | {"evaluation", "recipe", "config", "prepare"}
-TOOLS = RUNS | {"trainer", "planning", "audit", "keys"}
+TOOLS = RUNS | {"trainer", "planning", "audit"}
 STANDS_ON = {
     **dict.fromkeys(GROUND, GROUND),
     **dict.fromkeys(("data", "model", "losses", "callbacks"), GROUND),
@@ -24,7 +24,6 @@ STANDS_ON = {
     "trainer": RUNS,
     "planning": RUNS,
     "audit": TOOLS,
-    "keys": GROUND | {"data"},
     "doctor": TOOLS,
     "shards_cli": MAKES,
     "cli": TOOLS | {"doctor", "shards_cli"},

@@ -1,272 +1,252 @@
-"""Proof, from what a run left behind, that it used each sample once per epoch and nothing else.
+"""Check that a run used each sample once per epoch, from the logs it left behind.
 
-Two accounts meet here. The order says which sample stands at each position (`order.py`), and so which ones a
-step has to use. The sample logs say which ones each rank did use. A sample is named `shard/key`, as in
-batches; two sources may share names, and are told apart by the position.
-
-An attempt (a process that trained) counts up to the step at which a later one took up again.
+`SampleOrder` gives the samples that each step has to use, `samples-rank-R.jsonl` those that rank R used; a
+sample is named `shard/key`. A restarted run has several attempts: each counts up to the step at which a later
+one resumed.
 """
 
+import io
 import json
+import os
+import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from vico_pl.data.module import DataConfig, build_order, open_sources
-from vico_pl.data.order import Place, SampleOrder
+from vico_pl.data.order import SampleOrder
 from vico_pl.data.shards.locations import without_secrets
-from vico_pl.keys import SampleNames
+from vico_pl.data.shards.reader import ShardIndex
+from vico_pl.data.shards.tars import TAR_ERRORS, member_key
 
 COLUMNS = ("used", "bad", "missing", "twice")
+_NAME_BYTES = 16_384  # of a tar that hold any member's name and headers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What a run did otherwise than its order says, and the sample or line concerned."""
+    """A deviation from the order: the sample or log line, and what is wrong with it."""
 
     id: str
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """A process group that trained: its lines count from `first_step` to before `end_step`."""
-
-    number: int
-    first_step: int
-    end_step: int | None  # at which a later attempt took up again; None: no later one
-    world: int  # ranks
-
-
-@dataclass(kw_only=True)
-class Step:
-    """What a rank says it used in a step; several lines of one step are taken together."""
-
-    ids: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-
-
-Steps = dict[int, Step]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleLogs:
-    """The sample logs of all ranks of a run."""
-
-    attempts: list[Attempt]  # in their order, as rank 0 took part in all
-    steps: dict[tuple[int, int], Steps]  # by (attempt, rank)
-    faults: list[Fault]  # lines that nothing explains
-
-
-@dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What came out: counts by (source, epoch), keys as in `COLUMNS`, and faults."""
+    """The result: counts by (source, epoch) with the keys `COLUMNS`, and the faults."""
 
-    sources: list[tuple[str, int]]  # path and samples
+    sources: list[tuple[str, int]]  # path, number of samples
     num_steps: int
     num_attempts: int
     counts: dict[tuple[int, int], Counter[str]]
     faults: list[Fault]
 
 
-def audit_run(run_dir: Path, config: DataConfig, *, seed: int, completed_steps: int) -> Audit:
-    """Hold the sample logs of a run against its order.
+class _Attempt(NamedTuple):
+    number: int
+    first_step: int
+    world: int
 
-    The run is audited as far as every rank logged, and at least for `completed_steps`: a killed run may leave
-    a step that only some ranks had written down.
+
+class _Step(NamedTuple):
+    step: int
+    ids: Counter[str]
+    bad: Counter[str]
+
+
+_Lines = list[tuple[str, _Attempt | _Step]]  # (file and line number, content)
+
+
+def audit_run(run_dir: Path, config: DataConfig, *, seed: int, completed_steps: int) -> Audit:
+    """Compare a run's sample logs with its sample order.
+
+    The audit covers the steps that all ranks logged, and at least `completed_steps`.
 
     Raises:
-        ValueError: there is no sample log, or a source is absent or damaged.
+        ValueError: there is no sample log, or a source is missing or damaged.
     """
-    logs = read_logs(run_dir)
+    faults: list[Fault] = []
+    lines = _read_logs(run_dir, faults)
+    attempts = [line for _, line in lines[0] if isinstance(line, _Attempt)]
+    steps, num_logged = _merge_ranks(lines, attempts, faults)
+    num_steps = max(completed_steps, num_logged)
     indexes = open_sources(config)
-    names = [SampleNames(index) for index in indexes]
-    ledger = _Ledger(build_order(config, indexes, seed=seed), names, config.batch_size)
-    num_steps = max(completed_steps, _steps_logged(logs))
-    for attempt in [_before(logs.attempts), *logs.attempts]:
-        end = num_steps if attempt.end_step is None else attempt.end_step
+    ledger = _Ledger(build_order(config, indexes, seed=seed), indexes, config.batch_size, faults)
+    before = _Attempt(-1, 0, 1)  # stands for the steps before the first logged one
+    for position, attempt in enumerate([before, *attempts]):
+        end = min((later.first_step for later in attempts[position:]), default=num_steps)
         for step in range(attempt.first_step, end):
-            of_ranks = (logs.steps.get((attempt.number, rank), {}) for rank in range(attempt.world))
-            ledger.enter(step, [steps[step] for steps in of_ranks if step in steps])
+            ledger.check(steps.get((attempt.number, step)) or _Step(step, Counter(), Counter()))
+    sizes = [index.num_samples for index in indexes]
     return Audit(
-        sources=[
-            (without_secrets(source.path), index.num_samples)
-            for source, index in zip(config.sources, indexes, strict=True)
-        ],
+        sources=[(without_secrets(s.path), size) for s, size in zip(config.sources, sizes, strict=True)],
         num_steps=num_steps,
-        num_attempts=len(logs.attempts),
+        num_attempts=len(attempts),
         counts=dict(ledger.counts),
-        faults=[*logs.faults, *ledger.faults],
+        faults=faults,
     )
 
 
 def format_table(audit: Audit) -> str:
-    """Return a row per source and epoch; neighbouring epochs with the same counts share one."""
+    """Return a row per source and epoch; consecutive epochs with equal counts share a row."""
     rows: list[tuple[str, ...]] = [("source", "epoch", "samples", *COLUMNS)]
-    for (source, values), group in groupby(sorted(audit.counts.items()), key=_source_and_values):
+    cells = [(place, [str(count[c]) for c in COLUMNS]) for place, count in sorted(audit.counts.items())]
+    for (source, values), group in groupby(cells, key=lambda cell: (cell[0][0], cell[1])):
         epochs = [epoch for (_, epoch), _ in group]
         span = str(epochs[0]) if len(epochs) == 1 else f"{epochs[0]}-{epochs[-1]}"
         path, size = audit.sources[source]
-        rows.append((path, span, str(size), *map(str, values)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]) for row in rows
-    )
+        rows.append((path, span, str(size), *values))
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)
 
 
 def format_verdict(audit: Audit) -> str:
-    """Return the outcome in a sentence."""
-    steps, attempts = _count(audit.num_steps, "step"), _count(audit.num_attempts, "attempt")
+    """Return the result as a sentence."""
+    covered = f"{_count(audit.num_steps, 'step')} in {_count(audit.num_attempts, 'attempt')}"
     if audit.faults:
-        return f"{steps} in {attempts}: {_count(len(audit.faults), 'fault')}"
-    return f"{steps} in {attempts}: every sample of each source and epoch was used once, as the order says"
+        return f"{covered}: {_count(len(audit.faults), 'fault')}"
+    return f"{covered}: every sample of each source and epoch was used once, as the order says"
 
 
-def read_logs(run_dir: Path) -> SampleLogs:
-    """Read the sample logs of a run.
+class SampleNames:
+    """Names the samples of a source `shard/key`, reading one tar header per sample."""
 
-    Raises:
-        ValueError: rank 0 left none.
-    """
-    paths = {int(path.stem.split("-")[-1]): path for path in run_dir.glob("samples-rank-*.jsonl")}
-    if 0 not in paths:
-        raise ValueError(f"{run_dir}: no samples-rank-0.jsonl; training writes it from its first step on")
-    faults: list[Fault] = []
-    lines = {rank: list(_whole_lines(path, faults)) for rank, path in sorted(paths.items())}
-    attempts = _attempts(line for _, line in lines[0])
-    known = {attempt.number: attempt for attempt in attempts}
-    steps: dict[tuple[int, int], Steps] = {}
-    for rank, of_rank in lines.items():
-        current = None
-        for where, line in of_rank:
-            if "attempt" in line:
-                current = known.get(line["attempt"])
-            elif current is None or rank >= current.world or line["step"] < current.first_step:
-                faults.append(Fault(id=where, reason=f"step {line['step']} is of no attempt of rank 0"))
-            else:
-                step = steps.setdefault((current.number, rank), {}).setdefault(line["step"], Step())
-                step.ids.extend(line["ids"])
-                step.bad.extend(line.get("bad", []))
-    return SampleLogs(attempts=attempts, steps=steps, faults=faults)
+    def __init__(self, index: ShardIndex) -> None:
+        """Open nothing yet."""
+        self._index = index
+        self._known: dict[str, set[str | None]] = {}  # by shard
+
+    def __call__(self, sample: int) -> str | None:
+        """Return a sample's name, or None if its header is unreadable."""
+        number, place = self._index.place(sample)
+        shard = self._index.open(number)
+        start, end = shard.span(place)
+        try:
+            content = os.pread(shard.descriptor, min(end - start, _NAME_BYTES), start)
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+                member = tar.next()
+            key = None if member is None else member_key(member.name)
+        except (*TAR_ERRORS, OSError):
+            return None
+        return None if key is None else f"{self._index.names[number]}/{key}"
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a sample has this name."""
+        shard = name.partition("/")[0]
+        if shard not in self._known and shard in self._index.names:
+            number = self._index.names.index(shard)
+            self._known[shard] = {self(i) for i in range(*self._index.starts[number : number + 2])}
+        return name in self._known.get(shard, ())
 
 
 class _Ledger:
-    """Crosses off what was used against what the order says."""
+    """Compares the samples that steps used with those of the order; counts, and adds to `faults`."""
 
-    def __init__(self, order: SampleOrder, names: list[SampleNames], batch_size: int) -> None:
-        self._order, self._names, self._batch_size = order, names, batch_size
-        self._epochs = [0] * len(names)  # in which each source is
+    def __init__(
+        self, order: SampleOrder, indexes: list[ShardIndex], batch_size: int, faults: list[Fault]
+    ) -> None:
+        self._order, self._batch_size, self._faults = order, batch_size, faults
+        self._names = [SampleNames(index) for index in indexes]
+        self._epochs = [0] * len(indexes)  # the current one of each source
         self.counts: defaultdict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-        self.faults: list[Fault] = []
 
-    def enter(self, step: int, ranks: list[Step]) -> None:
-        """Enter what the ranks that left word of a step used in it; which of them did makes no difference."""
-        where = f"step {step}"
-        ids = Counter(name for used in ranks for name in used.ids)
-        bad = Counter(name for used in ranks for name in used.bad)
-        for position in range(step * self._batch_size, (step + 1) * self._batch_size):
-            self._cross_off(self._order(position), ids, bad, where)
-        for name in (ids + bad).elements():
-            self._enter_extra(name, where)
-
-    def _cross_off(self, place: Place, ids: Counter[str], bad: Counter[str], where: str) -> None:
-        """Find what stands at a place among what was used."""
-        count = self.counts[place.source, place.epoch]
-        self._epochs[place.source] = place.epoch
-        name = self._names[place.source](place.sample)
-        unnamed = (
-            f"source {place.source}, sample {place.sample}"  # as of a record whose key could not be read
-        )
-        if name is not None and ids[name]:
-            ids[name] -= 1
-            count["used"] += 1
-            return
-        for bad_name in (name, unnamed):
-            if bad_name is not None and bad[bad_name]:
-                bad[bad_name] -= 1
+    def check(self, used: _Step) -> None:
+        """Compare what all ranks used in a step; it does not matter which rank used what."""
+        for position in range(used.step * self._batch_size, (used.step + 1) * self._batch_size):
+            place = self._order(position)
+            self._epochs[place.source] = place.epoch
+            name = self._names[place.source](place.sample)
+            number = f"source {place.source}, sample {place.sample}"  # logged where the key is unreadable
+            count = self.counts[place.source, place.epoch]
+            if _take(used.ids, name):
+                count["used"] += 1
+            elif _take(used.bad, name) or _take(used.bad, number):
                 count["bad"] += 1
-                return
-        count["missing"] += 1
-        self.faults.append(
-            Fault(id=name or unnamed, reason=f"{where}: was to be used and was not ({unnamed})")
-        )
-
-    def _enter_extra(self, name: str, where: str) -> None:
-        """Enter a sample that the order does not have in this step."""
-        for source, names in enumerate(self._names):
-            if names.holds(name):
-                self.counts[source, self._epochs[source]]["twice"] += 1
-                self.faults.append(
-                    Fault(id=name, reason=f"{where}: used where the order does not have it (source {source})")
+            else:
+                count["missing"] += 1
+                self._faults.append(
+                    Fault(id=name or number, reason=f"step {used.step}: due but not used ({number})")
                 )
-                return
-        self.faults.append(Fault(id=name, reason=f"{where}: used, but no source of the run holds it"))
+        for name in (used.ids + used.bad).elements():
+            self._faults.append(
+                Fault(id=name, reason=f"step {used.step}: used but {self._count_extra(name)}")
+            )
+
+    def _count_extra(self, name: str) -> str:
+        """Count a sample that a step used against the order; return what is wrong."""
+        for source, names in enumerate(self._names):
+            if name in names:
+                self.counts[source, self._epochs[source]]["twice"] += 1
+                return f"not due (source {source})"
+        return "in no source of the run"
 
 
-def _whole_lines(path: Path, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, content) of a log's lines; the last line of an attempt may be torn, others are faults."""
-    torn: list[Fault] = []
+def _take(names: Counter[str], name: str | None) -> bool:
+    """Remove one occurrence of a name; return whether there was one."""
+    if name is None or not names[name]:
+        return False
+    names[name] -= 1
+    return True
+
+
+def _read_logs(run_dir: Path, faults: list[Fault]) -> dict[int, _Lines]:
+    paths = {int(path.stem.split("-")[-1]): path for path in run_dir.glob("samples-rank-*.jsonl")}
+    if 0 not in paths:
+        raise ValueError(f"{run_dir}: no samples-rank-0.jsonl; training writes it from its first step on")
+    return {rank: list(_whole_lines(path, faults)) for rank, path in sorted(paths.items())}
+
+
+def _whole_lines(path: Path, faults: list[Fault]) -> Iterator[tuple[str, _Attempt | _Step]]:
+    """Yield the lines of a log; only the last line of an attempt may be truncated."""
+    truncated: list[Fault] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path.name}, line {number}"
         line = _parse(raw)
         if line is None:
-            torn.append(Fault(id=where, reason="unreadable"))
+            truncated.append(Fault(id=where, reason="unreadable"))
             continue
-        if "attempt" not in line:
-            faults.extend(torn)
-        torn.clear()
+        if isinstance(line, _Step):
+            faults.extend(truncated)
+        truncated.clear()
         yield where, line
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    """Return a line that says when an attempt began or what a step used; None: it is neither."""
+def _parse(raw: bytes) -> _Attempt | _Step | None:
     try:
         line = json.loads(raw)
-    except ValueError:
+        if "attempt" in line:
+            return _Attempt(int(line["attempt"]), int(line["from_step"]), max(int(line["world"]), 1))
+        return _Step(int(line["step"]), Counter(line["ids"]), Counter(line.get("bad", [])))
+    except (ValueError, TypeError, KeyError):
         return None
-    if not isinstance(line, dict):
-        return None
-    numbers = ("attempt", "from_step", "world") if "attempt" in line else ("step",)
-    names = [] if "attempt" in line else [line.get("ids"), line.get("bad", [])]
-    fits = all(isinstance(line.get(key), int) for key in numbers) and all(
-        isinstance(part, list) and all(isinstance(name, str) for name in part) for part in names
-    )
-    return line if fits else None
 
 
-def _attempts(lines: Iterable[dict[str, Any]]) -> list[Attempt]:
-    """Return the attempts of rank 0's log, each with the step at which the first later one takes over."""
-    found: list[Attempt] = []
-    end = None
-    for line in reversed([line for line in lines if "attempt" in line]):
-        first = line["from_step"]
-        world = max(line["world"], 1)
-        found.append(Attempt(number=line["attempt"], first_step=first, end_step=end, world=world))
-        end = first if end is None else min(first, end)
-    return found[::-1]
-
-
-def _before(attempts: list[Attempt]) -> Attempt:
-    """Return the attempt that took the steps of which no log tells, if there are such."""
-    first = min((attempt.first_step for attempt in attempts), default=None)
-    return Attempt(number=-1, first_step=0, end_step=first, world=1)
-
-
-def _steps_logged(logs: SampleLogs) -> int:
-    """Return how many steps every rank of the last attempt wrote down."""
-    if not logs.attempts:
-        return 0
-    last = logs.attempts[-1]
-    of_ranks = (logs.steps.get((last.number, rank), {}) for rank in range(last.world))
-    return min(max(steps, default=last.first_step - 1) + 1 for steps in of_ranks)
-
-
-def _source_and_values(item: tuple[tuple[int, int], Counter[str]]) -> tuple[int, tuple[int, ...]]:
-    (source, _), count = item
-    return source, tuple(count[column] for column in COLUMNS)
+def _merge_ranks(
+    lines: dict[int, _Lines], attempts: list[_Attempt], faults: list[Fault]
+) -> tuple[dict[tuple[int, int], _Step], int]:
+    """Return steps by (attempt, step), and the number of steps logged by all ranks of the last attempt."""
+    known = {attempt.number: attempt for attempt in attempts}
+    steps: dict[tuple[int, int], _Step] = {}
+    ends: Counter[tuple[int, int]] = Counter()  # by (attempt, rank): after its last step
+    for rank, of_rank in lines.items():
+        current = None
+        for where, line in of_rank:
+            if isinstance(line, _Attempt):
+                current = known.get(line.number)
+            elif current is None or rank >= current.world or line.step < current.first_step:
+                faults.append(Fault(id=where, reason=f"step {line.step} belongs to no attempt of rank 0"))
+            else:
+                step = steps.setdefault((current.number, line.step), _Step(line.step, Counter(), Counter()))
+                step.ids.update(line.ids)
+                step.bad.update(line.bad)
+                ends[current.number, rank] = max(ends[current.number, rank], line.step + 1)
+    if not attempts:
+        return steps, 0
+    last = attempts[-1]
+    return steps, min(max(ends[last.number, rank], last.first_step) for rank in range(last.world))
 
 
 def _count(number: int, noun: str) -> str:

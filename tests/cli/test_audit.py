@@ -67,7 +67,7 @@ def test_a_loader_that_passes_over_a_step_is_found_out(vico, trained, tmp_path, 
         run(path, sources, f"run_dir={tmp_path}")
     code, _, err = vico("audit", tmp_path)
     assert code == 1
-    assert "step 0: was to be used and was not" in err
+    assert "step 0: due but not used" in err
 
 
 def test_what_is_no_run_is_refused(refused, trained, tmp_path):

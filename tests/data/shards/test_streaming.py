@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.test_module import data_module, global_batches
 from tests.servers import serving
+from vico_pl.audit import SampleNames
 from vico_pl.data.module import SourceConfig
 from vico_pl.data.shards import opened, remote
 from vico_pl.data.shards import reader as shards_module
@@ -17,7 +18,6 @@ from vico_pl.data.shards.reader import RecordReader, read_index, write_index, wr
 from vico_pl.data.shards.remote import StreamingConfig
 from vico_pl.data.shards.sizes import UNKNOWN_SIZE
 from vico_pl.errors import RecordError
-from vico_pl.keys import SampleNames
 
 NUM_SHARDS = 4
 
