@@ -101,7 +101,7 @@ def test_a_model_without_its_tokenizer_is_refused_by_its_name(refused, model, ph
 def test_a_damaged_index_is_refused_with_the_remedy(refused, shards, tmp_path, content):
     folder = shutil.copytree(shards, tmp_path / "shards")
     (folder / "index.json").write_text(content)
-    remedy = f"'vico shards index {folder}' writes it anew"
+    remedy = f"'vico shards index {folder}' rebuilds it"
     assert refused("shards", "check", folder) == f"{folder}/index.json: unreadable; {remedy}"
 
 
