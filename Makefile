@@ -226,6 +226,10 @@ types: $(INSTALLED) ## Check types (mypy strict)
 bench: $(INSTALLED) ## Measure speed and memory against their goals: about 13 minutes, 10 GiB of memory
 	for name in kl labels step scaling inference data; do $(BIN)/python benchmarks/$$name.py; done
 
+.PHONY: structure
+structure: $(INSTALLED) ## Print how large the code is, as CONTRIBUTING.md shows it
+	@$(BIN)/python benchmarks/structure.py
+
 # --- Cleaning: fixed names only, so that no variable can make it delete your data ------------------------------
 
 clean: ## Remove runs and shards of the demo, and caches; keeps other runs and data/base

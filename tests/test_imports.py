@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import vico_pl
+from tests.scripts import load_benchmark
 
 PACKAGE = Path(vico_pl.__file__).parent
 GROUND = {"types", "errors", "files", "tokens", "optim"}
@@ -80,3 +81,10 @@ def test_stages_open_no_file():
         )
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert "open" not in names, path
+
+
+def test_files_and_functions_stay_within_their_limits():
+    structure = load_benchmark("structure")
+    found = structure.measure()
+    for unit in ("longest file", "longest function", "median function"):
+        assert 0 < found[f"lines of the {unit}"] <= structure.LIMITS[f"lines of the {unit}"]

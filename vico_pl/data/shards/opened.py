@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vico_pl.data.shards.cache import ShardCache, fetch_bytes
+from vico_pl.data.shards.cache import ShardCache, StreamingConfig, build_cache, fetch_bytes
 from vico_pl.data.shards.index import (
     INDEX_NAME,
     Contents,
@@ -28,9 +28,11 @@ from vico_pl.data.shards.index import (
     read_sizes,
     shard_stem,
     side_index_path,
+    write_entries,
     write_sidecar,
 )
-from vico_pl.data.shards.locations import Source
+from vico_pl.data.shards.locations import Source, list_shards, parse_source
+from vico_pl.data.shards.parallel import run_parallel, worth_processes
 from vico_pl.data.shards.sizes import measure_shard
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.errors import RecordError
@@ -114,6 +116,34 @@ def index_tar(path: Path) -> Contents | None:
             raise
         return contents
     return None
+
+
+def index_folder(folder: Path, streaming: StreamingConfig, workers: int | None = None) -> None:
+    """Write the sidecar of each shard of a folder, and `index.json` last.
+
+    Raises:
+        ValueError: the folder has no shard, or one is no readable tar.
+    """
+    paths = [folder / name for name in list_shards(folder)]
+    index = partial(_index_shard, streaming=streaming)
+    workers = workers or worth_processes(paths)
+    entries = list(run_parallel(index, paths, workers=workers, title=f"index of {folder}"))
+    write_entries(entries, folder / INDEX_NAME)
+
+
+def _index_shard(path: Path, *, streaming: StreamingConfig) -> ShardEntry:
+    source = parse_source(str(path))
+    if source.is_in_place(path.name):
+        contents = index_tar(path)
+    else:
+        contents = measure_cached(source, path.name, build_cache(streaming))
+        write_sidecar(contents, path)
+    contents = contents or read_sidecar(path)
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    assert contents is not None  # because it was just written
+    count = len(contents.bounds) - 1
+    return ShardEntry(name=path.name, num_samples=count, num_bytes=path.stat().st_size, sha256=checksum)
 
 
 def open_in_place(path: Path, entry: ShardEntry, in_memory: dict[str, Contents]) -> OpenShard:

@@ -5,14 +5,13 @@ given by the shard's sidecar file (`index.py`). A local plain tar is read in pla
 fetched into the cache and then read as a local tar (`opened.py`, `cache.py`).
 """
 
-import hashlib
 import os
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from threading import Thread
@@ -30,7 +29,6 @@ from vico_pl.data.shards.index import (
     parse_entries,
     read_sidecar,
     read_sizes,
-    write_entries,
     write_sidecar,
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
@@ -42,8 +40,8 @@ from vico_pl.data.shards.opened import (
     check_size,
     count_cached,
     fetch_sizes,
+    index_folder,
     index_tar,
-    measure_cached,
     open_cached,
     open_in_place,
 )
@@ -267,7 +265,7 @@ def write_index(
     source = parse_source(str(folder))
     if not source.is_local or source.names is not None:
         raise ValueError(f"{folder}: an index is written next to the shards; expected their folder")
-    _index_folder(Path(source.base), streaming, workers)
+    index_folder(Path(source.base), streaming, workers)
     return read_index(folder, streaming=streaming)
 
 
@@ -301,31 +299,8 @@ def _read_entries(source: Source, streaming: StreamingConfig) -> list[ShardEntry
             started = "holds a part of a set that 'vico shards build' began; the same command completes it"
             raise ValueError(f"{source.folder}: {started}")
         if os.access(source.base, os.W_OK):
-            _index_folder(Path(source.base), streaming)
+            index_folder(Path(source.base), streaming)
     return parse_entries(path.read_bytes(), where=where) if path.exists() else []
-
-
-def _index_folder(folder: Path, streaming: StreamingConfig, workers: int | None = None) -> None:
-    paths = [folder / name for name in list_shards(folder)]
-    index = partial(_index_shard, streaming=streaming)
-    workers = workers or worth_processes(paths)
-    entries = list(run_parallel(index, paths, workers=workers, title=f"index of {folder}"))
-    write_entries(entries, folder / INDEX_NAME)
-
-
-def _index_shard(path: Path, *, streaming: StreamingConfig) -> ShardEntry:
-    source = parse_source(str(path))
-    if source.is_in_place(path.name):
-        contents = index_tar(path)
-    else:
-        contents = measure_cached(source, path.name, build_cache(streaming))
-        write_sidecar(contents, path)
-    contents = contents or read_sidecar(path)
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    assert contents is not None  # because it was just written
-    count = len(contents.bounds) - 1
-    return ShardEntry(name=path.name, num_samples=count, num_bytes=path.stat().st_size, sha256=checksum)
 
 
 def _index_in_place(
