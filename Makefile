@@ -116,7 +116,7 @@ $(CALIBRATION): $(ROUTER) | $(SHARDS)/calibration/index.json
 	$(VICO) calibrate $(RUN)/router/model --data $(SHARDS)/calibration
 
 $(REPORT): $(CALIBRATION) | $(SHARDS)/val/index.json
-	$(VICO) eval $(RUN)/router/model --data $(SHARDS)/val --output $(RUN)/report --compare $(RUN)/consistency $(RUN)/router
+	$(VICO) eval $(RUN)/router/model --data $(SHARDS)/val --output $(RUN)/report
 
 ifeq ($(strip $(RECIPE)),)
 train-stage1: $(CONSISTENCY)

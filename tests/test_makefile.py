@@ -18,7 +18,7 @@ STEPS = [
     "train recipes/demo/consistency.yaml run_dir=RUN/consistency",
     "train recipes/demo/router.yaml run_dir=RUN/router model.path=RUN/consistency/model",
     "calibrate RUN/router/model --data SHARDS/calibration",
-    "eval RUN/router/model --data SHARDS/val --output RUN/report --compare RUN/consistency RUN/router",
+    "eval RUN/router/model --data SHARDS/val --output RUN/report",
 ]
 
 

@@ -4,7 +4,7 @@ Each command imports what it needs, so that `vico --help` and a finished run ans
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,29 +125,22 @@ def calibrate(
 def eval_(
     model: Model,
     data: Data,
-    more_runs: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,  # the B of --compare A B
     output: Annotated[Path | None, typer.Option(help="Folder of the report; default: MODEL/report.")] = None,
-    compare: Annotated[
-        list[Path] | None, typer.Option(help="Runs whose training curves the report shows.")
-    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with other ways to spend the same tokens; writes report.json and report.html."""
     from vico_pl.evaluation.evaluate import evaluate
-    from vico_pl.evaluation.gallery import build_gallery
+    from vico_pl.evaluation.pictures import build_gallery
     from vico_pl.evaluation.report import format_table, write_html
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
 
     opened = _local(model)
     folder = output or opened / "report"
-    if more_runs and not compare:
-        raise ValueError(f"unexpected argument {more_runs[0]}; runs to compare follow --compare")
-    runs = _named_runs([*(compare or []), *(more_runs or [])])
     session = Predictor.load(opened)
     report, examples = evaluate(session, data, seed=seed, track=_progress)
     folder.mkdir(parents=True, exist_ok=True)
-    write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples), runs=runs)
+    write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples))
     write_json(report, folder / "report.json")
     typer.echo(format_table(report))
     typer.echo(f"{folder}/report.html and {folder}/report.json are written")
@@ -161,7 +154,7 @@ def route(
 ) -> None:
     """Draw how the model spends its vision tokens on an image."""
     from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.gallery import route_image, routing_picture
+    from vico_pl.evaluation.pictures import route_image, routing_picture
     from vico_pl.inference.predictor import Predictor
 
     pixels, session = read_image(image), Predictor.load(_local(model))
@@ -236,15 +229,6 @@ def _progress(groups: Iterable[Any], title: str, total: int) -> Iterator[Any]:
     from tqdm import tqdm
 
     yield from tqdm(groups, desc=title, total=total, unit="group")
-
-
-def _named_runs(runs: Sequence[Path]) -> dict[str, Path]:
-    """Name runs by their folder, or by the whole path where two folders have the same name."""
-    for run in runs:
-        if not run.is_dir():
-            raise ValueError(f"{run}: no such run folder; --compare shows the curves of runs")
-    names = [run.name for run in runs]
-    return {run.name if names.count(run.name) == 1 else str(run): run for run in runs}
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:

@@ -1,1 +1,1 @@
-"""What is claimed: arms, metrics and the report."""
+"""Calibration, baselines, metrics and the report."""

@@ -1,16 +1,16 @@
-"""Other ways to choose the tiles to compress, as scores per tile: the highest are compressed first."""
+"""The router and its baselines as scores per tile: tiles with the highest scores are compressed first."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vico_pl.data.collate import collate
-from vico_pl.data.tiling import TilingConfig, choose_grid
+from vico_pl.data.shards.stats import Size, count_tiles
+from vico_pl.data.tiling import TilingConfig
 from vico_pl.evaluation.questions import Group
 from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER, routing_scores
@@ -19,32 +19,31 @@ from vico_pl.model.router import RoutingRule
 from vico_pl.stages.labels import tile_loss_ratios
 
 TileScores = list[Float[Tensor, " _"]]  # one entry per sample
-Size = tuple[int, int]  # width and height of an image in pixels
 
 
 @torch.no_grad()
 def router_scores(predictor: Predictor, group: Group) -> TileScores:
-    """P(compress) by the router, with what the calibrated rule makes of it."""
+    """Return the scores that the calibrated rule compares with its threshold."""
     rule = predictor.rule or RoutingRule(threshold=NEVER)
     return [routing_scores(predictor.router_logits(features), rule) for features in group.features]
 
 
 def random_scores(group: Group, *, seed: int) -> TileScores:
-    """Uniform noise: a router that has learned nothing."""
+    """Draw uniform noise: a router without knowledge."""
     generator = torch.Generator().manual_seed(seed + group.first)
     return [torch.rand(len(sample.tiles), generator=generator) for sample in group.samples]
 
 
 def pixel_detail_scores(group: Group) -> TileScores:
-    """Compress what has few edges: minus the mean absolute difference between neighbouring pixels."""
+    """Return minus the mean absolute difference of neighbouring pixels: tiles with few edges come first."""
     return [-_edge_energy(sample.tiles.float()) for sample in group.samples]
 
 
 @torch.no_grad()
 def oracle_scores(predictor: Predictor, group: Group) -> TileScores:
-    """Compress what changes the model's answers least; knows the questions and the answers.
+    """Return minus the loss ratio of each tile, which uses the expected answers.
 
-    The score is minus the loss ratio of the tile, with the model at full tokens as its own reference.
+    The model at full tokens is its own reference.
     """
     chat = replace(predictor.chat, config=replace(predictor.chat.config, max_tokens=sys.maxsize))
     batch = collate([chat.encode(sample) for sample in group.samples]).to(predictor.device)
@@ -58,7 +57,7 @@ def oracle_scores(predictor: Predictor, group: Group) -> TileScores:
 def ranked(scores: TileScores) -> TileScores:
     """Replace scores by their ranks over all tiles, 1 / n to 1: without ties any number can be chosen.
 
-    Of equal scores the one of the earlier tile counts as higher.
+    Of equal scores the one of the earlier tile ranks higher.
     """
     flat = torch.cat(scores)
     ranks = torch.empty(len(flat), dtype=torch.float64)
@@ -71,12 +70,11 @@ def shrunken_tilings(
 ) -> list[TilingConfig]:
     """Give samples fewer tiles, so that full tokens for all cost at most `budget` of the original.
 
-    Every sample gets the same fraction of its tiles, rounded down to grids its images can have, but at least
-    one tile per image. What the budget has left goes to the first samples that can use it.
+    Every sample gets the same fraction of its tiles, rounded down to possible grids, but at least one tile
+    per image. The first samples that can use the rest of the budget get it.
     """
-    unchanged = [tiling for _ in samples]
-    allowed = budget * sum(_costs(samples, unchanged))
-    looser = unchanged
+    looser = [tiling for _ in samples]
+    allowed = budget * sum(_costs(samples, looser))
     for percent in range(100, -1, -2):
         tilings = [_shrink(sizes, tiling, fraction=percent / 100) for sizes in samples]
         spare = allowed - sum(_costs(samples, tilings))
@@ -87,10 +85,10 @@ def shrunken_tilings(
 
 
 def _shrink(sizes: Sequence[Size], tiling: TilingConfig, *, fraction: float) -> TilingConfig:
-    allowed = fraction * _num_tiles(sizes, tiling)
+    allowed = fraction * count_tiles(sizes, tiling)
     for max_tiles in range(tiling.max_tiles, 1, -1):
         smaller = replace(tiling, min_tiles=min(tiling.min_tiles, max_tiles), max_tiles=max_tiles)
-        if _num_tiles(sizes, smaller) <= allowed:
+        if count_tiles(sizes, smaller) <= allowed:
             return smaller
     return replace(tiling, min_tiles=1, max_tiles=1)
 
@@ -101,7 +99,7 @@ def _spend(
     tilings: Sequence[TilingConfig],
     looser: Sequence[TilingConfig],
 ) -> list[TilingConfig]:
-    """Give samples their looser tiling for as long as there are tiles to spare."""
+    """Give samples their looser tiling while there are tiles to spare."""
     chosen = list(tilings)
     extra = [b - a for a, b in zip(_costs(samples, tilings), _costs(samples, looser), strict=True)]
     for place, more in enumerate(extra):
@@ -111,19 +109,8 @@ def _spend(
     return chosen
 
 
-def _costs(samples: Sequence[Sequence[Size]], tilings: Iterable[TilingConfig]) -> list[int]:
-    return [_num_tiles(sizes, tiling) for sizes, tiling in zip(samples, tilings, strict=True)]
-
-
-def _num_tiles(sizes: Sequence[Size], tiling: TilingConfig) -> int:
-    per_image = tiling.per_image(len(sizes))
-    return sum(_tiles_of_image(size, per_image) for size in sizes)
-
-
-@lru_cache(maxsize=65536)
-def _tiles_of_image(size: Size, tiling: TilingConfig) -> int:
-    columns, rows = choose_grid(*size, tiling)
-    return columns * rows + (tiling.use_thumbnail and columns * rows > 1)
+def _costs(samples: Sequence[Sequence[Size]], tilings: Sequence[TilingConfig]) -> list[int]:
+    return [count_tiles(sizes, tiling) for sizes, tiling in zip(samples, tilings, strict=True)]
 
 
 def _edge_energy(tiles: Float[Tensor, "t 3 H W"]) -> Float[Tensor, " t"]:

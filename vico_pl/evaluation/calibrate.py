@@ -1,6 +1,6 @@
-"""Find the router's threshold: as few vision tokens as the wanted accuracy allows."""
+"""Choose the router's threshold: as few vision tokens as the required accuracy allows."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,30 +8,18 @@ from typing import Any
 import torch
 
 from vico_pl.data.shards.inspect import read_samples
-from vico_pl.evaluation.questions import (
-    Answerer,
-    Group,
-    Track,
-    accuracy_by_skill,
-    at_threshold,
-    count_groups,
-    has_questions,
-    read_groups,
-    silent,
-    vision_tokens,
-)
+from vico_pl.evaluation.metrics import accuracy_by_skill
+from vico_pl.evaluation.questions import Answerer, Track, folder_groups, has_questions, silent
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.routing import NEVER, compress_probability
+from vico_pl.inference.routing import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
 
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
-SKILL_SLACK = (
-    0.01  # a single skill may fall this far below the wanted retention, as few questions make it noisy
-)
+SKILL_SLACK = 0.01  # a single skill may be this far below the required retention: few questions, noisy
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPoint:
-    """What one threshold gives."""
+    """The cost and accuracy of one threshold."""
 
     threshold: float  # compress iff P(compress) is at least this
     token_fraction: float  # vision tokens over those of full tokens
@@ -39,37 +27,44 @@ class CalibrationPoint:
     retention: dict[str, float | None]  # accuracy over that of full tokens
 
 
+@torch.no_grad()
 def measure_curve(predictor: Predictor, folder: Path, *, track: Track = silent) -> list[CalibrationPoint]:
     """Answer the questions of a folder at thresholds that compress from no tile to all.
 
-    Without questions that have a skill the curve has token fractions alone, which do for a budget.
+    Without questions that have a skill the curve has only token fractions, which suffice for a budget.
 
     Raises:
         ValueError: the folder has no image.
     """
-
-    def groups(title: str) -> Iterable[Group]:
-        return track(read_groups(predictor, predictor.samples(folder)), title, count_groups(folder))
-
-    scores = [p for group in groups("scoring tiles") for p in _probabilities(predictor, group)]
+    scores = [
+        compress_probability(predictor.router_logits(features))
+        for group in folder_groups(predictor, folder, title="scoring tiles", track=track)
+        for features in group.features
+    ]
     if not sum(map(len, scores)):
         raise ValueError(f"{folder}: no image to calibrate on")
-    thresholds = list(dict.fromkeys(_between(scores, fraction) for fraction in COMPRESSED_FRACTIONS))
+    candidates = (threshold_for(scores, compressed_fraction=f, halfway=True) for f in COMPRESSED_FRACTIONS)
+    thresholds = list(dict.fromkeys(min(NEVER, threshold) for threshold in candidates))
     skills: list[str] = []
     correct: list[list[bool]] = [[] for _ in thresholds]
-    for group in groups("answering") if has_questions(read_samples(folder)) else ():
-        own = scores[group.first : group.first + len(group.samples)]
-        choices = [at_threshold(own, threshold, ratios=predictor.model.ratios) for threshold in thresholds]
-        answerer = Answerer(predictor, group)
-        answerer.prepare(choices)
-        skills += [q.skill for q in group.questions]
-        for column, ratios in zip(correct, choices, strict=True):
-            column += answerer.correct(ratios)
-    return list(_points(predictor, scores, thresholds, skills, correct))
+    if has_questions(read_samples(folder)):
+        for group in folder_groups(predictor, folder, title="answering", track=track):
+            own, ratios = scores[group.positions], predictor.model.ratios
+            choices = [at_threshold(own, threshold, ratios=ratios) for threshold in thresholds]
+            answerer = Answerer(predictor, group)
+            answerer.prepare(choices)
+            skills += [q.skill for q in group.questions]
+            for column, choice in zip(correct, choices, strict=True):
+                column += answerer.correct(choice)
+    accuracies = [accuracy_by_skill(skills, column) for column in correct]
+    return [
+        _point(predictor, scores, threshold, accuracy, full=accuracies[0])
+        for threshold, accuracy in zip(thresholds, accuracies, strict=True)
+    ]
 
 
 def check_goal(predictor: Predictor, folder: Path, budget: float | None) -> None:
-    """Refuse, before any measuring, a budget below that of all tiles compressed, or data without questions.
+    """Check before measuring that the budget can be met, or without a budget that there are questions.
 
     Raises:
         ValueError: the goal cannot be met.
@@ -91,27 +86,26 @@ def choose_point(
 ) -> CalibrationPoint:
     """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
 
-    Of a curve without accuracies, a budget takes the point that uses it best.
+    For a curve without accuracies, return the most expensive point within the budget.
 
     Raises:
         ValueError: no point is that cheap.
     """
-    if budget is not None:
-        within = [point for point in curve if point.token_fraction <= budget]
-        if not within:
-            cheapest = min(point.token_fraction for point in curve)
-            raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest:.3f}")
-        if within[0].accuracy["mean"] is None:
-            return max(within, key=lambda point: point.token_fraction)
-        return max(within, key=lambda point: (point.accuracy["mean"] or 0.0, -point.token_fraction))
-    keeping = [point for point in curve if _keeps(point, retention)]
-    return min(keeping, key=lambda point: point.token_fraction)
+    if budget is None:
+        return min((p for p in curve if _keeps(p, retention)), key=lambda point: point.token_fraction)
+    within = [point for point in curve if point.token_fraction <= budget]
+    if not within:
+        cheapest = min(point.token_fraction for point in curve)
+        raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest:.3f}")
+    if within[0].accuracy["mean"] is None:
+        return max(within, key=lambda point: point.token_fraction)
+    return max(within, key=lambda point: (point.accuracy["mean"] or 0.0, -point.token_fraction))
 
 
 def calibration_record(
     curve: Sequence[CalibrationPoint], chosen: CalibrationPoint, **made_with: Any
 ) -> dict[str, Any]:
-    """Return what is written beside the weights."""
+    """Return the content of calibration.json."""
     return {
         "threshold": chosen.threshold,
         **made_with,
@@ -120,44 +114,26 @@ def calibration_record(
     }
 
 
-@torch.no_grad()
-def _probabilities(predictor: Predictor, group: Group) -> list[torch.Tensor]:
-    return [compress_probability(predictor.router_logits(features)) for features in group.features]
-
-
-def _between(scores: Sequence[torch.Tensor], compressed_fraction: float) -> float:
-    """Place a threshold halfway between the last tile to compress and the first to keep."""
-    ranked = torch.cat(list(scores)).sort(descending=True).values
-    count = round(compressed_fraction * len(ranked))
-    if count == 0:
-        return NEVER
-    if count == len(ranked):
-        return 0.0
-    return float(ranked[count - 1] + ranked[count]) / 2
-
-
-def _points(
+def _point(
     predictor: Predictor,
     scores: Sequence[torch.Tensor],
-    thresholds: Sequence[float],
-    skills: Sequence[str],
-    correct: Sequence[Sequence[bool]],
-) -> Iterator[CalibrationPoint]:
-    full = accuracy_by_skill(skills, correct[0])
+    threshold: float,
+    accuracy: dict[str, float | None],
+    *,
+    full: dict[str, float | None],
+) -> CalibrationPoint:
     model = predictor.model
-    for threshold, right in zip(thresholds, correct, strict=True):
-        chosen = at_threshold(scores, threshold, ratios=model.ratios)
-        spent = sum(vision_tokens(chosen, num_patches=model.vision.num_patches))
-        accuracy = accuracy_by_skill(skills, right)
-        yield CalibrationPoint(
-            threshold=threshold,
-            token_fraction=spent / (sum(map(len, scores)) * model.tokens_per_full_tile),
-            accuracy=accuracy,
-            retention={skill: _share(value, full[skill]) for skill, value in accuracy.items()},
-        )
+    chosen = at_threshold(scores, threshold, ratios=model.ratios)
+    spent = sum(vision_tokens(chosen, num_patches=model.vision.num_patches))
+    return CalibrationPoint(
+        threshold=threshold,
+        token_fraction=spent / (sum(map(len, scores)) * model.tokens_per_full_tile),
+        accuracy=accuracy,
+        retention={skill: _retention(value, full[skill]) for skill, value in accuracy.items()},
+    )
 
 
-def _share(value: float | None, full: float | None) -> float | None:
+def _retention(value: float | None, full: float | None) -> float | None:
     return value / full if value is not None and full else None
 
 

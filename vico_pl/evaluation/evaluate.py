@@ -1,4 +1,4 @@
-"""Hold the router against other ways to spend the same vision tokens: the arms of `report.json`."""
+"""Compare the router with other ways to spend the same vision tokens: the arms of `report.json`."""
 
 import math
 import time
@@ -14,36 +14,29 @@ from torch import Tensor
 
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import tile_sample
-from vico_pl.evaluation.baselines import (
-    TileScores,
-    oracle_scores,
-    pixel_detail_scores,
-    random_scores,
-    ranked,
-    router_scores,
-    shrunken_tilings,
-)
-from vico_pl.evaluation.metrics import Scores, accuracy_tables
+from vico_pl.evaluation import baselines
+from vico_pl.evaluation.baselines import TileScores
+from vico_pl.evaluation.metrics import Scores, accuracy_by_skill, accuracy_tables
 from vico_pl.evaluation.questions import (
     Answerer,
     EvalQuestion,
     Group,
     Track,
-    accuracy_by_skill,
-    at_threshold,
     count_groups,
+    folder_groups,
     has_questions,
     read_groups,
     silent,
-    threshold_for,
-    vision_tokens,
 )
 from vico_pl.inference.predictor import Predictor
+from vico_pl.inference.routing import at_threshold, threshold_for, vision_tokens
 
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed
 TIMED_SAMPLES = 12
 EXAMPLES_PER_GROUP = 2
-EXAMPLE_TILES = 4  # at least, thumbnail counted: fewer show little of a choice
+EXAMPLE_TILES = 4  # at least, thumbnail included: fewer show little of a choice
+
+Ratios = Sequence[Int64[Tensor, " _"]]  # one entry per sample
 
 
 class Setting(NamedTuple):
@@ -55,7 +48,7 @@ class Setting(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What one setting spent and got right."""
+    """The cost and the correct answers of one setting."""
 
     tokens: list[int] = field(default_factory=list)  # vision tokens of each sample
     correct: list[bool] = field(default_factory=list)  # of each question
@@ -64,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedExample:
-    """One question for the gallery: how its image was routed and what was answered."""
+    """One question of the gallery: how its image was routed and what was answered."""
 
     sample: int  # position of its sample in the set
     ratios: list[int]
@@ -76,7 +69,7 @@ class RoutedExample:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """Everything measured on an evaluation set, filled group by group."""
+    """All measurements on an evaluation set, filled group by group."""
 
     arms: dict[str, Setting]
     pareto: list[Setting]
@@ -84,15 +77,11 @@ class Results:
     questions: list[EvalQuestion] = field(default_factory=list)
     examples: list[RoutedExample] = field(default_factory=list)
 
-    def of_arms(self) -> dict[str, Outcome]:
-        """Return the outcome of each arm."""
-        return {arm: self.outcomes[setting] for arm, setting in self.arms.items()}
-
 
 def evaluate(
     predictor: Predictor, folder: Path, *, seed: int, track: Track = silent, num_examples: int = 8
 ) -> tuple[dict[str, Any], list[RoutedExample]]:
-    """Evaluate all arms at the router's budget; returns the report (contract C7) and examples to show.
+    """Evaluate all arms at the router's budget; return the content of report.json and examples to show.
 
     Raises:
         ValueError: no calibrated router, or nothing to evaluate on.
@@ -101,21 +90,16 @@ def evaluate(
         raise ValueError(f"{predictor.folder}: the model is not calibrated; run 'vico calibrate' on it first")
     if not has_questions(read_samples(folder)):
         raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
-    num_groups = count_groups(folder)
-    groups = track(read_groups(predictor, predictor.samples(folder)), "scoring tiles", num_groups)
+    groups = folder_groups(predictor, folder, title="scoring tiles", track=track)
     scores = _score_tiles(predictor, groups, seed=seed)
     if not sum(map(len, scores["router"])):
         raise ValueError(f"{folder}: no image to evaluate on")
-    results = _no_results(scores, predictor.rule.threshold)
-    for group in track(read_groups(predictor, predictor.samples(folder)), "answering", num_groups):
+    results = _empty_results(scores, predictor.rule.threshold)
+    for group in folder_groups(predictor, folder, title="answering", track=track):
         _answer_group(results, predictor, group, scores)
-    arms = results.of_arms()
+    arms = {arm: results.outcomes[setting] for arm, setting in results.arms.items()}
     budget = sum(arms["router"].tokens) / sum(arms["full"].tokens)
-    tilings = shrunken_tilings(_image_sizes(folder), predictor.tiling, budget=budget)
-    shrunk = (tile_sample(s, t) for s, t in zip(read_samples(folder), tilings, strict=True))
-    arms["downsample"] = _answer_at_full_tokens(
-        predictor, track(read_groups(predictor, shrunk), "downsampled", num_groups)
-    )
+    arms["downsample"] = _downsample(predictor, folder, budget=budget, track=track)
     return _report(predictor, folder, results, arms, seed=seed), results.examples[:num_examples]
 
 
@@ -123,16 +107,17 @@ def _score_tiles(predictor: Predictor, groups: Iterable[Group], *, seed: int) ->
     """Score the tiles of the whole set; all but the router's scores become ranks."""
     scores: dict[str, TileScores] = {"router": [], "random": [], "pixel_detail": [], "oracle": []}
     for group in groups:
-        scores["router"] += router_scores(predictor, group)
-        scores["random"] += random_scores(group, seed=seed)
-        scores["pixel_detail"] += pixel_detail_scores(group)
-        scores["oracle"] += oracle_scores(predictor, group)
+        scores["router"] += baselines.router_scores(predictor, group)
+        scores["random"] += baselines.random_scores(group, seed=seed)
+        scores["pixel_detail"] += baselines.pixel_detail_scores(group)
+        scores["oracle"] += baselines.oracle_scores(predictor, group)
     return {
-        arm: of_set if arm == "router" or not of_set else ranked(of_set) for arm, of_set in scores.items()
+        arm: of_set if arm == "router" or not of_set else baselines.ranked(of_set)
+        for arm, of_set in scores.items()
     }
 
 
-def _no_results(scores: Mapping[str, TileScores], threshold: float) -> Results:
+def _empty_results(scores: Mapping[str, TileScores], threshold: float) -> Results:
     """Give every arm the threshold at which it compresses as many tiles as the router does."""
     fraction = float((torch.cat(scores["router"]) >= threshold).double().mean())
     arms = {
@@ -142,46 +127,47 @@ def _no_results(scores: Mapping[str, TileScores], threshold: float) -> Results:
         "router": Setting("router", threshold),
     }
     swept = [
-        Setting(arm, threshold_for(of_set, compressed_fraction=share))
+        Setting(arm, threshold_for(of_set, compressed_fraction=swept_fraction))
         for arm, of_set in scores.items()
-        for share in PARETO_FRACTIONS
+        for swept_fraction in PARETO_FRACTIONS
     ]
-    pareto = list(dict.fromkeys(swept))  # in a small set two shares may be the same number of tiles
+    pareto = list(dict.fromkeys(swept))  # in a small set two fractions may be the same number of tiles
     return Results(arms=arms, pareto=pareto, outcomes={s: Outcome() for s in [*arms.values(), *pareto]})
 
 
 def _answer_group(
     results: Results, predictor: Predictor, group: Group, scores: Mapping[str, TileScores]
 ) -> None:
-    members = slice(group.first, group.first + len(group.samples))
+    ratios, positions = predictor.model.ratios, group.positions
     choices = {
-        setting: at_threshold(
-            scores[setting.scores][members], setting.threshold, ratios=predictor.model.ratios
-        )
+        setting: at_threshold(scores[setting.scores][positions], setting.threshold, ratios=ratios)
         for setting in results.outcomes
     }
     answerer = Answerer(predictor, group)
     answerer.prepare(choices.values())
-    for setting, ratios in choices.items():
-        _record(results.outcomes[setting], predictor, answerer, ratios)
+    for setting, choice in choices.items():
+        _record(results.outcomes[setting], predictor, answerer, choice)
     if group.first == 0:
         for arm, setting in results.arms.items():
             times = _time_first_tokens(predictor, group, choices[setting], routes=arm == "router")
             results.outcomes[setting].first_token_ms[:] = times
     results.questions.extend(group.questions)
-    results.examples.extend(_examples(results, group, answerer, choices))
+    full, routed = choices[results.arms["full"]], choices[results.arms["router"]]
+    results.examples.extend(_examples(group, answerer, full=full, routed=routed))
 
 
-def _record(
-    outcome: Outcome, predictor: Predictor, answerer: Answerer, ratios: Sequence[Int64[Tensor, " _"]]
-) -> None:
+def _record(outcome: Outcome, predictor: Predictor, answerer: Answerer, ratios: Ratios) -> None:
     outcome.tokens += vision_tokens(ratios, num_patches=predictor.model.vision.num_patches)
     outcome.correct += answerer.correct(ratios)
 
 
-def _answer_at_full_tokens(predictor: Predictor, groups: Iterable[Group]) -> Outcome:
+def _downsample(predictor: Predictor, folder: Path, *, budget: float, track: Track) -> Outcome:
+    """Answer at full tokens with images of fewer tiles."""
+    sizes = [[(image.shape[2], image.shape[1]) for image in s.images] for s in read_samples(folder)]
+    tilings = baselines.shrunken_tilings(sizes, predictor.tiling, budget=budget)
+    shrunk = (tile_sample(s, t) for s, t in zip(read_samples(folder), tilings, strict=True))
     outcome = Outcome()
-    for group in groups:
+    for group in track(read_groups(predictor, shrunk), "downsampled", count_groups(folder)):
         ratios = [torch.full((len(f),), predictor.model.ratios[0]) for f in group.features]
         _record(outcome, predictor, Answerer(predictor, group), ratios)
         if group.first == 0:
@@ -189,29 +175,21 @@ def _answer_at_full_tokens(predictor: Predictor, groups: Iterable[Group]) -> Out
     return outcome
 
 
-def _image_sizes(folder: Path) -> list[list[tuple[int, int]]]:
-    return [[(image.shape[2], image.shape[1]) for image in s.images] for s in read_samples(folder)]
-
-
-def _examples(
-    results: Results, group: Group, answerer: Answerer, choices: Mapping[Setting, Sequence[Tensor]]
-) -> Iterator[RoutedExample]:
+def _examples(group: Group, answerer: Answerer, *, full: Ratios, routed: Ratios) -> Iterator[RoutedExample]:
     """Pick questions about single images of several tiles, one per image."""
-    routed = choices[results.arms["router"]]
-    full_answers, router_answers = answerer(choices[results.arms["full"]]), answerer(routed)
     seen: set[int] = set()
     for question, full_answer, router_answer in zip(
-        group.questions, full_answers, router_answers, strict=True
+        group.questions, answerer(full), answerer(routed), strict=True
     ):
-        place = question.sample - group.first
-        sample = group.samples[place]
+        index = question.sample - group.first
+        sample = group.samples[index]
         is_shown = len(sample.tiles) >= EXAMPLE_TILES and len(sample.tiles_per_image) == 1
-        if len(seen) == EXAMPLES_PER_GROUP or place in seen or not is_shown:
+        if len(seen) == EXAMPLES_PER_GROUP or index in seen or not is_shown:
             continue
-        seen.add(place)
+        seen.add(index)
         yield RoutedExample(
             sample=question.sample,
-            ratios=routed[place].tolist(),
+            ratios=routed[index].tolist(),
             question=question.text,
             expected=question.expected,
             full_answer=full_answer,
@@ -219,11 +197,8 @@ def _examples(
         )
 
 
-@torch.no_grad()
-def _time_first_tokens(
-    predictor: Predictor, group: Group, ratios: Sequence[Int64[Tensor, " _"]], *, routes: bool
-) -> list[float]:
-    """Time tiles -> first answer token for single samples, in milliseconds; one more run warms up."""
+def _time_first_tokens(predictor: Predictor, group: Group, ratios: Ratios, *, routes: bool) -> list[float]:
+    """Time tiles -> first answer token for single samples, in milliseconds, after one warm-up run."""
     times = []
     samples = list(zip(group.samples, ratios, strict=True))[:TIMED_SAMPLES]
     for sample, choice in [samples[0], *samples]:

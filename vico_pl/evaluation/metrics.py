@@ -1,38 +1,60 @@
-"""Accuracy, retention and their intervals by paired bootstrap over images."""
+"""Correctness of an answer; accuracy and retention with paired bootstrap intervals over images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vico_pl.evaluation.questions import SKILLS
-
+SKILLS = ("perception", "reasoning", "ocr")
 NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What each arm got right; arms share questions, so that differences are paired."""
+    """Which questions each arm answered correctly; all arms answer the same ones."""
 
     sample: np.ndarray  # int (Q,): the image of each question
     skill: np.ndarray  # str (Q,)
     correct: Mapping[str, np.ndarray]  # arm -> bool (Q,); one arm is `full`
 
 
+def is_correct(given: str, expected: str) -> bool:
+    """Compare by exact match, ignoring case and surrounding spaces.
+
+    >>> is_correct("Red ", "red"), is_correct("F3 K7 K", "F3 K7 F")
+    (True, False)
+    """
+    return given.strip().lower() == expected.strip().lower()
+
+
+def accuracy_by_skill(skills: Sequence[str], correct: Sequence[bool]) -> dict[str, float | None]:
+    """Return the accuracy per skill (None without questions) and the mean over skills.
+
+    >>> accuracy_by_skill(["ocr", "ocr", "perception"], [True, False, True])
+    {'perception': 1.0, 'reasoning': None, 'ocr': 0.5, 'mean': 0.75}
+    """
+    once = np.ones((1, len(skills)), dtype=int)
+    table = _resampled_accuracy(
+        np.arange(len(skills)), np.array(skills, dtype=str), np.array(correct, dtype=bool), once
+    )
+    return {name: None if np.isnan(values[0]) else float(values[0]) for name, values in table.items()}
+
+
 def accuracy_tables(scores: Scores, *, seed: int) -> dict[str, dict[str, Any]]:
     """Return for every arm accuracy and retention per skill and on average, each with its 95 % interval.
 
-    Images are resampled with replacement, the same ones for all arms; the mean is over skills, so that a
-    skill with more questions weighs no more. A skill without questions is None.
+    The bootstrap draws images with replacement, the same ones for all arms. The mean is over skills, so a
+    skill with more questions has no more weight. A skill without questions is None.
     """
-    images, owner = np.unique(scores.sample, return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(images), np.full(len(images), 1 / len(images)), NUM_RESAMPLES
-    )
+    images, image = np.unique(scores.sample, return_inverse=True)
+    uniform = np.full(len(images), 1 / len(images))
+    draws = np.random.default_rng(seed).multinomial(len(images), uniform, NUM_RESAMPLES)
     once = np.ones((1, len(images)), dtype=int)
-    point = {arm: _by_skill(owner, scores.skill, correct, once) for arm, correct in scores.correct.items()}
-    drawn = {arm: _by_skill(owner, scores.skill, correct, draws) for arm, correct in scores.correct.items()}
+    point, drawn = (
+        {arm: _resampled_accuracy(image, scores.skill, c, times) for arm, c in scores.correct.items()}
+        for times in (once, draws)
+    )
     return {
         arm: {
             "accuracy": {k: _number(v[0]) for k, v in point[arm].items()},
@@ -44,26 +66,25 @@ def accuracy_tables(scores: Scores, *, seed: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def _by_skill(
-    owner: np.ndarray, skill: np.ndarray, correct: np.ndarray, draws: np.ndarray
+def _resampled_accuracy(
+    image: np.ndarray, skill: np.ndarray, correct: np.ndarray, draws: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return accuracy per skill and their mean for every resample.
 
     Args:
-        owner: place of each question's image, (Q,).
-        skill: name of each question's skill, (Q,).
-        correct: what was answered as expected, (Q,).
+        image: index of each question's image, (Q,).
+        skill: skill of each question, (Q,).
+        correct: whether each question was answered correctly, (Q,).
         draws: how often each image is in each resample, (resamples, images).
     """
-    num_images = draws.shape[1]
     table = {}
     for name in SKILLS:
         mine = skill == name
-        asked = draws @ np.bincount(owner[mine], minlength=num_images)
-        right = draws @ np.bincount(owner[mine & correct], minlength=num_images)
+        asked = draws @ np.bincount(image[mine], minlength=draws.shape[1])
+        right = draws @ np.bincount(image[mine & correct], minlength=draws.shape[1])
         table[name] = _ratio(right, asked)
     present = [table[name] for name in SKILLS if (skill == name).any()]
-    return {**table, "mean": np.nanmean(present, axis=0)}
+    return {**table, "mean": np.nanmean(present, axis=0) if present else np.full(len(draws), np.nan)}
 
 
 def _ratio(values: np.ndarray, full: np.ndarray) -> np.ndarray:

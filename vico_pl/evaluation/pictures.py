@@ -1,103 +1,96 @@
-"""A routed image as a picture: which tiles kept their vision tokens, and what that cost."""
+"""Pictures of how a model spends its vision tokens, for the report and for any single image."""
 
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import PIL.Image
-from PIL import ImageDraw, ImageFont
+import torch
+from matplotlib.figure import Figure
 
-from vico_pl.data.shards.preview import MUTED, below, beside, text_block, to_pillow
-from vico_pl.model.connector import FULL_RATIO
+from vico_pl.data.decode import IMAGE_TOKEN
+from vico_pl.data.shards.inspect import read_samples
+from vico_pl.data.shards.preview import render
+from vico_pl.data.tiling import choose_grid, tile_image
+from vico_pl.evaluation.evaluate import RoutedExample
+from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Image
 
-MAX_WIDTH, MAX_HEIGHT = 900, 640  # px, but tiles stay readable in a very wide or tall grid too
-MIN_SIDE, MAX_SIDE = 150, 300  # px, of a tile
-THUMBNAIL = 150  # px
-FRAME, MARK_HEIGHT = 3, 26  # px, around and above a tile
-GAP = 6  # px between tiles
-MIN_CAPTION = 420  # px
-KEPT, COMPRESSED = "#0072b2", "#4b5563"  # frame and mark
-DIM_TO = (74, 78, 88)  # light and dark pixels both fade towards it: it shows on paper and in photographs
+KEPT, COMPRESSED = "#0072b2", "#4b5563"  # frame and title of a tile
+DIM_TO = (74, 78, 88)  # compressed tiles fade towards it, light and dark pixels alike
+CHARACTERS_PER_INCH = 11  # of a caption
 
 
-def draw_routing(
-    image: Image, *, grid: tuple[int, int], ratios: Sequence[int], tokens: Sequence[int], caption: str = ""
+@dataclass(frozen=True, kw_only=True)
+class GalleryItem:
+    """A routed image and what was answered about it."""
+
+    picture: PIL.Image.Image
+    question: str
+    expected: str
+    full_answer: str
+    router_answer: str
+    token_fraction: float
+
+
+@torch.no_grad()
+def route_image(predictor: Predictor, image: Image) -> list[int]:
+    """Return the ratio the router chooses for each tile of an image, the thumbnail last."""
+    return predictor.route(predictor.encode(tile_image(image, predictor.tiling))).tolist()
+
+
+def routing_picture(
+    predictor: Predictor, image: Image, ratios: Sequence[int], *, caption: str = ""
 ) -> PIL.Image.Image:
-    """Draw an image as the model saw it: square tiles with their vision tokens, compressed ones dimmed.
-
-    Args:
-        image: the whole image, before tiling.
-        grid: (columns, rows) of tiles.
-        ratios: patches per vision token of every tile, row by row, the thumbnail last if there is one.
-        tokens: vision tokens of every tile, in the same order.
-        caption: lines below the picture; the tokens spent are added to them.
-
-    Raises:
-        ValueError: the lists do not fit the grid.
-    """
-    columns, rows = grid
-    if len(ratios) not in (columns * rows, columns * rows + 1) or len(tokens) != len(ratios):
-        raise ValueError(
-            f"{len(ratios)} ratios and {len(tokens)} token counts for {columns} x {rows} tiles; "
-            "expected one each, and one more with a thumbnail"
-        )
-    picture = to_pillow(image)
-    states = list(zip(ratios, tokens, strict=True))
-    body = [_draw_grid(picture, grid=grid, states=states)]
-    if len(states) > columns * rows:
-        body.append(_draw_thumbnail(picture, state=states[-1]))
-    page = beside(body, gap=2 * GAP)
-    width = max(page.width, MIN_CAPTION)
-    lines = [text_block(_spent(states), width=width, size=16, colour=MUTED)]
-    if caption:
-        lines.append(text_block(caption, width=width))
-    return below([page, *lines], gap=8)
-
-
-def _draw_grid(
-    picture: PIL.Image.Image, *, grid: tuple[int, int], states: Sequence[tuple[int, int]]
-) -> PIL.Image.Image:
-    columns, rows = grid
-    side = _tile_side(grid)
-    resized = _resize(picture, width=columns * side, height=rows * side)
-    lines = []
-    for y in range(rows):
-        boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for x in range(columns)]
-        row = zip(boxes, states[y * columns : (y + 1) * columns], strict=True)
-        lines.append(beside([_draw_tile(resized.crop(box), state=state) for box, state in row], gap=GAP))
-    return below(lines, gap=GAP)
+    """Draw the tiles of an image, thumbnail last, compressed ones dimmed: the more, the coarser."""
+    columns, rows = choose_grid(image.shape[2], image.shape[1], predictor.tiling)
+    tiles = tile_image(image, predictor.tiling).permute(0, 2, 3, 1).cpu().numpy()
+    full_ratio, num_patches = predictor.model.ratios[0], predictor.model.vision.num_patches
+    has_thumbnail = len(tiles) > columns * rows
+    side = 3 if columns <= 3 else 9 / columns  # inches
+    size = (max((columns + has_thumbnail) * side, 4.5), rows * (side + 0.3) + 0.6)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    grid = figure.subplots(rows, columns + has_thumbnail, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    cells = [*grid[:, :columns].flat, *grid[:1, columns:].flat]
+    for axes, tile, ratio in zip(cells, tiles, ratios, strict=True):
+        colour = KEPT if ratio <= full_ratio else COMPRESSED
+        weight = min(1.0, full_ratio / ratio) ** 0.6
+        axes.imshow((weight * tile + (1 - weight) * np.array(DIM_TO)).astype(np.uint8))
+        axes.set_axis_on()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color=colour, linewidth=4)
+        axes.set_title(f"{num_patches // ratio} tokens", color=colour, fontweight="bold")
+    if has_thumbnail:
+        cells[-1].set_xlabel("thumbnail")
+    spent, full = sum(num_patches // ratio for ratio in ratios), len(ratios) * (num_patches // full_ratio)
+    lines = [f"{spent} of {full} vision tokens ({100 * spent / full:.0f} %); dimmed: compressed"]
+    for line in caption.splitlines():
+        lines += textwrap.wrap(line, int(CHARACTERS_PER_INCH * size[0]))
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize="medium", parse_math=False)
+    return render(figure)
 
 
-def _draw_thumbnail(picture: PIL.Image.Image, *, state: tuple[int, int]) -> PIL.Image.Image:
-    tile = _draw_tile(_resize(picture, width=THUMBNAIL, height=THUMBNAIL), state=state)
-    return below([tile, text_block("thumbnail", width=THUMBNAIL, size=15, colour=MUTED)], gap=4)
+def build_gallery(predictor: Predictor, folder: Path, examples: Sequence[RoutedExample]) -> list[GalleryItem]:
+    """Draw the examples of an evaluation in the order of the set."""
+    wanted = {example.sample: example for example in examples}
+    return [
+        _item(predictor, sample.images[0], wanted[position])
+        for position, sample in enumerate(read_samples(folder))
+        if position in wanted
+    ]
 
 
-def _tile_side(grid: tuple[int, int]) -> int:
-    columns, rows = grid
-    fitting = min((MAX_WIDTH - THUMBNAIL) // columns - GAP, MAX_HEIGHT // rows - MARK_HEIGHT - GAP)
-    return min(max(fitting, MIN_SIDE), MAX_SIDE)
-
-
-def _resize(picture: PIL.Image.Image, *, width: int, height: int) -> PIL.Image.Image:
-    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
-
-
-def _draw_tile(tile: PIL.Image.Image, *, state: tuple[int, int]) -> PIL.Image.Image:
-    """Dim a compressed tile (the more, the coarser) and frame it, its vision tokens written above."""
-    ratio, tokens = state
-    colour = KEPT if ratio <= FULL_RATIO else COMPRESSED
-    if ratio > FULL_RATIO:
-        ground = PIL.Image.new("RGB", tile.size, DIM_TO)
-        tile = PIL.Image.blend(ground, tile, (FULL_RATIO / ratio) ** 0.6)
-    card = PIL.Image.new("RGB", (tile.width + 2 * FRAME, tile.height + MARK_HEIGHT + FRAME), colour)
-    card.paste(tile, (FRAME, MARK_HEIGHT))
-    font = ImageFont.load_default(17)
-    place = (3 * FRAME, MARK_HEIGHT / 2)
-    ImageDraw.Draw(card).text(place, f"{tokens} tokens", font=font, fill="#ffffff", anchor="lm")
-    return card
-
-
-def _spent(states: Sequence[tuple[int, int]]) -> str:
-    spent = sum(tokens for _, tokens in states)
-    full = sum(tokens * ratio // FULL_RATIO for ratio, tokens in states)
-    return f"{spent} of {full} vision tokens ({100 * spent / full:.0f} %); dimmed: compressed"
+def _item(predictor: Predictor, image: Image, example: RoutedExample) -> GalleryItem:
+    full_ratio = predictor.model.ratios[0]
+    return GalleryItem(
+        picture=routing_picture(predictor, image, example.ratios),
+        question=example.question.replace(IMAGE_TOKEN, "").strip(),
+        expected=example.expected,
+        full_answer=example.full_answer,
+        router_answer=example.router_answer,
+        token_fraction=sum(full_ratio / ratio for ratio in example.ratios) / len(example.ratios),
+    )

@@ -1,1 +1,1 @@
-"""Routed generation and the budget it keeps."""
+"""The Python API: open a model folder, route its vision tokens, generate answers."""

@@ -1,7 +1,6 @@
 """Routed, batched, greedy generation with a key-value cache.
 
-Prompts run packed, end to end and without padding, as samples do in training; only the cache that they fill
-has rows of one length.
+Prompts run packed, as samples do in training; only the cache is padded.
 """
 
 from collections.abc import Sequence
@@ -31,10 +30,9 @@ def answer(
     ratios: Sequence[Int64[Tensor, " _"]],
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Answer question i about sample i, whose tiles have `features[i]` and are seen at `ratios[i]`.
+    """Answer question i about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`.
 
-    Samples of any number of tiles, none included, share a batch; each answer is what the sample alone
-    would get.
+    Samples may have any number of tiles, or none. An answer does not depend on the rest of the batch.
     """
     ids = generate_ids(
         predictor, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
@@ -44,7 +42,7 @@ def answer(
 
 @torch.no_grad()
 def answer_image(predictor: Predictor, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
-    """Answer a question about one image, with its tiles at the ratios the router chooses."""
+    """Answer a question about one image, routed."""
     sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), predictor.tiling)
     features = predictor.encode(sample.tiles)
     ratios = predictor.route(features)
@@ -64,7 +62,7 @@ def generate_ids(
     ratios: Sequence[Int64[Tensor, " _"]],
     max_new_tokens: int,
 ) -> Int64[Tensor, "B n"]:
-    """Return the token ids of the answers, each up to the end of its turn and padded behind it."""
+    """Return the token ids of the answers, padded on the right after the end of the turn."""
     prompts = [
         predictor.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
         for sample, question in zip(samples, questions, strict=True)
@@ -75,7 +73,7 @@ def generate_ids(
     predictor.model.language.set_attn_implementation("sdpa")
     generate: Any = predictor.model.language.generate  # typed by its mixin alone
     last = torch.stack([prompt.input_ids[-1] for prompt in prompts]).to(predictor.device)
-    # Of what the cache holds, generate() wants the number and looks at no token.
+    # generate() needs only the number of cached tokens, not their ids.
     seen = last[:, None].expand(-1, cache.get_seq_length() + 1)
     ids = generate(
         inputs=seen,
@@ -83,7 +81,7 @@ def generate_ids(
         attention_mask=left_mask(spliced.segment_lengths).to(predictor.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        # Not the tokenizer's own end of text, which in some families is another token.
+        # In some families the tokenizer's end of text is another token.
         eos_token_id=token_id(predictor.tokenizer, TURN_END),
         pad_token_id=predictor.tokenizer.pad_token_id,
     )
@@ -91,7 +89,7 @@ def generate_ids(
 
 
 def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
-    """Run prompts; return the keys and values of all tokens but each one's last, where decoding begins."""
+    """Run prompts; return the keys and values of all but their last tokens, where decoding starts."""
     kept: KeyValues = {}
     run_packed(language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths, keep=kept)
     cache = DynamicCache()
@@ -104,17 +102,17 @@ def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
 def pad_left(
     packed: Float[Tensor, "1 heads S width"], lengths: Sequence[int]
 ) -> Float[Tensor, "B heads longest width"]:
-    """Turn samples that lie end to end into rows that end together."""
+    """Turn packed samples into left-padded rows."""
     rows = packed[0].transpose(0, 1).split(list(lengths))  # each: tokens, heads, width
     return pad_sequence(list(rows), batch_first=True, padding_side="left").transpose(1, 2)
 
 
 def left_mask(lengths: Sequence[int]) -> Int64[Tensor, "B longest"]:
-    """Return 1 for the tokens of such rows and 0 for their padding.
+    """Return the attention mask of left-padded rows.
 
     >>> left_mask([3, 1])
     tensor([[1, 1, 1],
             [0, 0, 1]])
     """
-    behind = torch.arange(max(lengths), 0, -1)  # tokens from here to the end
-    return (behind <= torch.tensor(lengths)[:, None]).long()
+    to_end = torch.arange(max(lengths), 0, -1)  # number of tokens from here to the end
+    return (to_end <= torch.tensor(lengths)[:, None]).long()

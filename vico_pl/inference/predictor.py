@@ -1,4 +1,4 @@
-"""A model folder opened for use: model, tokenizer, tiling, chat format and calibrated threshold together."""
+"""A model folder opened for inference: model, tokenizer, tiling, chat format and calibrated threshold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from vico_pl.types import TiledSample
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """What is needed to answer questions about images.
+    """Routes images and answers questions about them.
 
-    Patch features stay on the model's device; scores and ratios, which choose among tiles, are on the CPU.
+    Patch features stay on the model's device; router logits and ratios are on the CPU.
     """
 
-    folder: Path  # what was opened
+    folder: Path  # of the model
     model: VisionLanguageModel
     tokenizer: PreTrainedTokenizerBase
     tiling: TilingConfig
@@ -45,20 +45,16 @@ class Predictor:
         On a GPU weights keep their stored type; on a CPU they are float32, which is faster there.
 
         Raises:
-            ValueError: a part of the folder is missing or does not fit.
+            ValueError: a part of the folder is missing or invalid.
         """
         contents = open_folder(folder).contents
         tiling, chat = _processing(folder, contents)
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if place.type == "cpu" else None
         model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
+        encoder = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile)
         return cls(
-            folder=folder,
-            model=model,
-            tokenizer=tokenizer,
-            tiling=tiling,
-            chat=ChatEncoder(tokenizer, chat, model.tokens_per_full_tile),
-            rule=contents.rule,
+            folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=contents.rule
         )
 
     @property
@@ -83,14 +79,14 @@ class Predictor:
         return self.model.router(features).float().cpu()
 
     def route(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
-        """Choose a ratio for each tile of a sample; without router or calibration all keep full tokens."""
+        """Choose a ratio for each tile of a sample; full tokens if there is no router or no calibration."""
         if self.model.router is None or self.rule is None:
             return torch.full((len(features),), self.model.ratios[0])
         return choose_ratios(self.router_logits(features), ratios=self.model.ratios, rule=self.rule)
 
     @torch.no_grad()
     def first_token(self, sample: TiledSample, ratios: Int64[Tensor, " t"], *, routes: bool) -> int:
-        """Go from tiles to the first token of an answer, the work that first-token time is made of."""
+        """Run everything from tiles to the first answer token, for timing; `routes` runs the router too."""
         features = self.encode(sample.tiles)
         if routes:
             self.router_logits(features)
@@ -103,12 +99,12 @@ class Predictor:
         return int((states[-1] @ self.model.head.T).argmax())
 
     def samples(self, folder: Path) -> Iterator[TiledSample]:
-        """Read the usable samples of a folder of shards, cut as the model was trained."""
+        """Read the usable samples of a folder of shards, tiled as in training."""
         return (tile_sample(sample, self.tiling) for sample in read_samples(folder))
 
 
 def question_text(prompt: str, *, num_images: int) -> str:
-    r"""Put all images before a question that does not say where each of them belongs.
+    r"""Put all image marks first unless the prompt has exactly one per image.
 
     >>> question_text("How many?", num_images=1)
     '<image>\nHow many?'
@@ -123,10 +119,10 @@ def question_text(prompt: str, *, num_images: int) -> str:
 def _processing(folder: Path, contents: Contents) -> tuple[TilingConfig, ChatConfig]:
     settings = contents.processing
     if settings is None:
-        raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it beside the weights")
+        raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it next to the weights")
     try:
         return TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
     except KeyError as error:
         raise ValueError(f"{folder / PROCESSING_NAME}: {error} is missing") from error
-    except (TypeError, ValueError) as error:  # unknown settings, or values that do not fit
+    except (TypeError, ValueError) as error:  # unknown settings or invalid values
         raise ValueError(f"{folder / PROCESSING_NAME}: {error}") from error

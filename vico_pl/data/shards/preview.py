@@ -1,18 +1,22 @@
-"""A contact sheet: samples as a person can read them, each image above its questions and answers."""
+"""A contact sheet: each image of a sample above its questions and answers."""
 
-from collections.abc import Iterator, Sequence
+import textwrap
+import warnings
+from collections.abc import Sequence
 
 import PIL.Image
-from PIL import ImageDraw, ImageFont
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from vico_pl.data.decode import IMAGE_TOKEN
-from vico_pl.types import Image, Sample
+from vico_pl.types import Sample
 
-MIN_CELL, MAX_CELL = 480, 1000  # px: a cell is as wide as the widest image, within these
-MAX_SCALE = 3.0  # larger, small images are only blurred
+MIN_CELL, MAX_CELL = 480, 1000  # px: a cell is as wide as the widest image, within these limits
+MAX_SCALE = 3  # small images only get blurred beyond it
 GAP = 20  # px between cells
-TEXT_SIZE = 17  # px
-GROUND, INK, MUTED, EDGE = "#ffffff", "#1b1f24", "#6b7280", "#c4c9d1"
+DPI = 100
+CHARACTER, LINE = 7.8, 18  # px, of the font below
+FONT = {"family": "monospace", "size": 9, "linespacing": 1.0, "va": "top", "parse_math": False}
 
 
 def contact_sheet(samples: Sequence[Sample], *, columns: int = 4) -> PIL.Image.Image:
@@ -23,101 +27,64 @@ def contact_sheet(samples: Sequence[Sample], *, columns: int = 4) -> PIL.Image.I
     """
     if not samples or columns < 1:
         raise ValueError(f"{len(samples)} samples in {columns} columns: expected at least one of each")
-    width = _cell_width(samples)
-    cells = [_draw_sample(sample, width=width) for sample in samples]
-    rows = [beside(cells[i : i + columns], gap=GAP) for i in range(0, len(cells), columns)]
-    return _with_margin(below(rows, gap=2 * GAP))
-
-
-def text_block(text: str, *, width: int, size: int = TEXT_SIZE, colour: str = INK) -> PIL.Image.Image:
-    """Set a text on white ground, wrapped to `width` pixels."""
-    font = ImageFont.load_default(size)
-    lines = [line for paragraph in text.splitlines() for line in _wrap(paragraph, font=font, width=width)]
-    pitch = round(1.35 * size)
-    block = PIL.Image.new("RGB", (width, max(1, pitch * len(lines))), GROUND)
-    draw = ImageDraw.Draw(block)
-    for index, line in enumerate(lines):
-        draw.text((0, index * pitch), line, font=font, fill=colour)
-    return block
-
-
-def beside(pictures: Sequence[PIL.Image.Image], *, gap: int) -> PIL.Image.Image:
-    """Put pictures side by side on white ground, tops aligned."""
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    page = PIL.Image.new("RGB", (width, max(picture.height for picture in pictures)), GROUND)
-    x = 0
-    for picture in pictures:
-        page.paste(picture, (x, 0))
-        x += picture.width + gap
-    return page
-
-
-def below(pictures: Sequence[PIL.Image.Image], *, gap: int) -> PIL.Image.Image:
-    """Put pictures below one another on white ground, left sides aligned."""
-    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
-    page = PIL.Image.new("RGB", (max(picture.width for picture in pictures), height), GROUND)
-    y = 0
-    for picture in pictures:
-        page.paste(picture, (0, y))
-        y += picture.height + gap
-    return page
-
-
-def to_pillow(image: Image) -> PIL.Image.Image:
-    """Turn a decoded image into a Pillow one."""
-    return PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def _cell_width(samples: Sequence[Sample]) -> int:
     widest = max((image.shape[2] for sample in samples for image in sample.images), default=0)
-    return min(max(widest, MIN_CELL), MAX_CELL)
+    width = min(max(widest, MIN_CELL), MAX_CELL)
+    rows = [samples[i : i + columns] for i in range(0, len(samples), columns)]
+    heights = [max(_height(sample, width) for sample in row) for row in rows]
+    page_width = GAP + (width + GAP) * len(rows[0])
+    page_height = GAP + sum(heights) + 2 * GAP * len(rows)
+    figure = Figure(figsize=(page_width / DPI, page_height / DPI), dpi=DPI)
+    top = GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, sample in enumerate(row):
+            _draw(figure, sample, left=GAP + column * (width + GAP), top=top, width=width)
+        top += height + 2 * GAP
+    return render(figure)
 
 
-def _draw_sample(sample: Sample, *, width: int) -> PIL.Image.Image:
-    parts = [text_block(sample.id, width=width, size=TEXT_SIZE - 3, colour=MUTED)]
-    parts += [_enlarge(to_pillow(image), width=width) for image in sample.images]
-    parts += [text_block(line, width=width) for line in _exchanges(sample)]
-    return below(parts, gap=6)
+def render(figure: Figure) -> PIL.Image.Image:
+    """Turn a figure into an RGB image; characters that the font lacks become boxes."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        canvas.draw()
+    return PIL.Image.fromarray(canvas.buffer_rgba()).convert("RGB")
 
 
-def _exchanges(sample: Sample) -> Iterator[str]:
-    for question, answer in zip(sample.turns[::2], sample.turns[1::2], strict=True):
-        yield f"{question.text.replace(IMAGE_TOKEN, '').strip()}  ->  {answer.text.strip()}"
+def _image_sizes(sample: Sample, width: int) -> list[tuple[float, float]]:
+    sizes = [(image.shape[2], image.shape[1]) for image in sample.images]
+    scales = [min(MAX_SCALE, width / image_width) for image_width, _ in sizes]
+    return [(scale * w, scale * h) for scale, (w, h) in zip(scales, sizes, strict=True)]
 
 
-def _enlarge(picture: PIL.Image.Image, *, width: int) -> PIL.Image.Image:
-    scale = min(MAX_SCALE, width / picture.width)
-    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
-    resized = picture.resize(size, PIL.Image.Resampling.LANCZOS)
-    ImageDraw.Draw(resized).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=EDGE)
-    return resized
+def _lines(sample: Sample, width: int) -> list[str]:
+    """Return the wrapped questions and answers."""
+    pairs = zip(sample.turns[::2], sample.turns[1::2], strict=True)
+    texts = [f"{q.text.replace(IMAGE_TOKEN, '').strip()}  ->  {a.text.strip()}" for q, a in pairs]
+    return [line for text in texts for part in text.splitlines() for line in _wrap(part, width)]
 
 
-def _wrap(text: str, *, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
-    """Break between words, and inside a word that is wider than a whole line."""
-    line = ""
-    for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        if line:
-            yield line
-        *full, line = _split_word(word, font=font, width=width)
-        yield from full
-    yield line
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, int(width / CHARACTER), break_on_hyphens=False) or [""]
 
 
-def _split_word(word: str, *, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    pieces = [""]
-    for character in word:
-        if pieces[-1] and font.getlength(pieces[-1] + character) > width:
-            pieces.append("")
-        pieces[-1] += character
-    return pieces
+def _height(sample: Sample, width: int) -> float:
+    num_lines = len(_wrap(sample.id, width)) + len(_lines(sample, width))
+    return num_lines * LINE + sum(height + LINE for _, height in _image_sizes(sample, width))
 
 
-def _with_margin(picture: PIL.Image.Image) -> PIL.Image.Image:
-    page = PIL.Image.new("RGB", (picture.width + 2 * GAP, picture.height + 2 * GAP), GROUND)
-    page.paste(picture, (GAP, GAP))
-    return page
+def _draw(figure: Figure, sample: Sample, *, left: float, top: float, width: int) -> None:
+    """Draw a sample into a cell whose upper left corner is given in pixels."""
+    page_width, page_height = figure.get_size_inches() * DPI
+
+    def write(lines: Sequence[str], colour: str) -> float:
+        figure.text(left / page_width, 1 - top / page_height, "\n".join(lines), color=colour, **FONT)
+        return top + LINE * len(lines)
+
+    top = write(_wrap(sample.id, width), "gray")
+    for image, (w, h) in zip(sample.images, _image_sizes(sample, width), strict=True):
+        box = (left / page_width, 1 - (top + h) / page_height, w / page_width, h / page_height)
+        axes = figure.add_axes(box, xticks=[], yticks=[])
+        axes.imshow(image.permute(1, 2, 0).numpy(), aspect="auto")
+        top += h + LINE / 2
+    write(_lines(sample, width), "black")
