@@ -180,17 +180,6 @@ def test_settings_that_no_image_can_meet_are_refused(refused, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stray_argument_is_not_taken_for_a_run_to_compare(refused, model, answered, tmp_path):
-    told = refused("eval", model, tmp_path, "--data", answered)
-    assert told == f"unexpected argument {tmp_path}; runs to compare follow --compare"
-
-
-def test_comparing_with_a_run_that_is_absent_is_refused_before_evaluating(refused, model, answered, tmp_path):
-    told = refused("eval", model, "--data", answered, "--compare", tmp_path / "absent")
-    assert told == f"{tmp_path}/absent: no such run folder; --compare shows the curves of runs"
-    assert not (model / "report").exists()
-
-
 def test_a_process_of_its_own_ends_with_the_code_and_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "vico_pl", "shards", "check", str(tmp_path / "absent")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -62,7 +62,7 @@ def test_the_report_is_plain_json_without_nan(report):
 
 
 def test_the_report_can_be_shown(report, tmp_path):
-    write_html(report, path=tmp_path / "report.html", gallery=[], runs={})
+    write_html(report, path=tmp_path / "report.html", gallery=[])
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2
     assert report["dataset"] in page

@@ -1,96 +1,106 @@
+import json
+
 import numpy as np
+import PIL.Image
+import PIL.ImageColor
 import pytest
 import torch
-from PIL import ImageColor
 
-from vico_pl.evaluation import pictures
-from vico_pl.evaluation.pictures import COMPRESSED, FRAME, GAP, KEPT, MARK_HEIGHT, THUMBNAIL, draw_routing
+from tests.sessions import write_set
+from vico_pl.data.decode import read_image
+from vico_pl.data.tiling import tile_image
+from vico_pl.evaluation.evaluate import RoutedExample
+from vico_pl.evaluation.pictures import COMPRESSED, KEPT, build_gallery, route_image, routing_picture
 
-NOISE = torch.randint(0, 256, (3, 64, 128), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-WHITE = torch.full((3, 64, 128), 255, dtype=torch.uint8)
-
-
-def draw(image, ratios, *, grid=(2, 1), caption=""):
-    return draw_routing(image, grid=grid, ratios=ratios, tokens=[64 // r for r in ratios], caption=caption)
+COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
 
 
-def card(drawn, column, *, grid=(2, 1), row=0):
-    """Cut out a tile with its frame."""
-    side = pictures._tile_side(grid)
-    width, height = side + 2 * FRAME, side + MARK_HEIGHT + FRAME
-    x, y = column * (width + GAP), row * (height + GAP)
-    return np.asarray(drawn.crop((x, y, x + width, y + height)), dtype=float)
+def png(folder, colour, size=(64, 64)):
+    path = folder / f"{colour[1:]}.png"
+    PIL.Image.new("RGB", size, colour).save(path)
+    return path
 
 
-def inside(tile):
-    return tile[MARK_HEIGHT:-FRAME, FRAME:-FRAME]
+@pytest.fixture
+def coloured(tmp_path):
+    """A set of a red, a broken, a green and a blue image."""
+    turns = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": "?"}]
+    annotation = json.dumps({"conversations": turns}).encode()
+    images = [png(tmp_path, colour).read_bytes() for colour in COLOURS]
+    images.insert(1, b"broken")
+    records = [(str(i), {"png": image, "json": annotation}) for i, image in enumerate(images)]
+    return write_set(tmp_path / "coloured", records)
 
 
-def frame_is(tile, colour):
-    return (tile[-1, :] == ImageColor.getrgb(colour)).all()
+def example(sample, ratios):
+    return RoutedExample(
+        sample=sample,
+        ratios=ratios,
+        question="<image>\nWhich colour?",
+        expected="green",
+        full_answer="green",
+        router_answer="grey",
+    )
 
 
-def test_compressed_tile_is_darker_and_flatter_than_a_kept_one():
-    white, noise = draw(WHITE, [4, 16]), draw(NOISE, [4, 16])
-    assert (inside(card(white, 0)) == 255).all()
-    assert inside(card(white, 1)).max() < 170
-    assert inside(card(noise, 1)).std() < 0.6 * inside(card(noise, 0)).std()
+def share_of(picture, colour):
+    return (np.asarray(picture.convert("RGB")) == PIL.ImageColor.getrgb(colour)).all(-1).mean()
 
 
-def test_a_coarser_ratio_dims_more():
-    drawn = draw(WHITE, [64, 16])
-    assert inside(card(drawn, 0)).mean() < inside(card(drawn, 1)).mean() - 20
+def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(predictor, coloured):
+    items = build_gallery(predictor, coloured, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
+    green, blue = items  # in the order of the set
+    assert share_of(green.picture, COLOURS[1]) > 0.1
+    assert share_of(blue.picture, COLOURS[2]) > 0.1
+    for item, others in ((green, (COLOURS[0], COLOURS[2])), (blue, COLOURS[:2])):
+        assert [share_of(item.picture, colour) for colour in others] == [0, 0]
 
 
-def test_frames_tell_kept_from_compressed_in_row_order():
-    grid = (2, 2)
-    drawn = draw(WHITE, [16, 4, 4, 16], grid=grid)
-    kept = [frame_is(card(drawn, i % 2, grid=grid, row=i // 2), KEPT) for i in range(4)]
-    assert kept == [False, True, True, False]
-    assert frame_is(card(drawn, 0, grid=grid), COMPRESSED)
+def test_an_item_tells_question_answers_and_cost(predictor, coloured):
+    (item,) = build_gallery(predictor, coloured, [example(1, [4, 16, 4, 16, 16])])
+    assert item.question == "Which colour?"
+    assert (item.expected, item.full_answer, item.router_answer) == ("green", "green", "grey")
+    assert item.token_fraction == pytest.approx((2 + 3 / 4) / 5)
 
 
-def test_tiles_show_their_part_of_the_image():
-    image = torch.zeros(3, 64, 128, dtype=torch.uint8)
-    image[0, :, 64:] = 255  # the right half is red
-    drawn = draw(image, [4, 4])
-    assert inside(card(drawn, 0))[:, :-20].max() == 0
-    assert (inside(card(drawn, 1))[:, 20:].mean((0, 1)) == (255, 0, 0)).all()
+def test_compressed_tiles_are_dimmed_in_their_place(predictor, tmp_path):
+    image = read_image(png(tmp_path, COLOURS[1]))
+    none, one, all_but_thumbnail = (
+        share_of(routing_picture(predictor, image, ratios), COLOURS[1])
+        for ratios in ([4] * 5, [16, 4, 4, 4, 4], [16, 16, 16, 16, 4])
+    )
+    assert none > one > all_but_thumbnail > 0
 
 
-@pytest.mark.parametrize(("ratio", "colour"), [(4, KEPT), (16, COMPRESSED)])
-def test_thumbnail_stands_beside_with_its_own_state(ratio, colour):
-    without, drawn = draw(WHITE, [4, 16]), draw(WHITE, [4, 16, ratio])
-    x = without.width + 2 * GAP
-    assert drawn.width == x + THUMBNAIL + 2 * FRAME
-    assert drawn.getpixel((x, 40)) == ImageColor.getrgb(colour)
-    middle = drawn.getpixel((x + THUMBNAIL // 2, THUMBNAIL // 2))
-    assert (middle == (255, 255, 255)) == (ratio == 4)
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "tiles"), [((32, 32), 1), ((64, 32), 3), ((64, 64), 5)])
+def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(predictor, tmp_path, size, tiles):
+    image = read_image(png(tmp_path, COLOURS[0], size))
+    features = predictor.model.encode_tiles(tile_image(image, predictor.tiling))
+    ratios = route_image(predictor, image)
+    assert ratios == predictor.route(features).tolist()
+    assert len(ratios) == tiles
+    assert routing_picture(predictor, image, ratios).width > 100
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 3), (3, 2), (4, 3), (2, 5)])
-def test_tiles_are_readable_and_the_page_is_not_wide(grid):
-    ratios = [4] * (grid[0] * grid[1] + 1)
-    assert pictures._tile_side(grid) >= 150
-    assert draw(WHITE, ratios, grid=grid).width <= 950
+def test_frames_and_titles_have_the_colour_of_their_state(predictor, tmp_path):
+    image = read_image(png(tmp_path, COLOURS[0]))
+    kept, compressed = (routing_picture(predictor, image, [ratio] * 5) for ratio in (4, 16))
+    assert share_of(kept, KEPT) > 0.01 > share_of(kept, COMPRESSED)
+    assert share_of(compressed, COMPRESSED) > 0.01 > share_of(compressed, KEPT)
 
 
-def test_tokens_are_written_above_each_tile(monkeypatch):
-    written = []
-    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda self, xy, text, **_: written.append(text))
-    draw_routing(WHITE, grid=(2, 1), ratios=[4, 16, 16], tokens=[256, 64, 64], caption="What colour?\nred")
-    assert written[:2] == ["256 tokens", "64 tokens"]
-    assert "384 of 768 vision tokens (50 %); dimmed: compressed" in written
-    assert written[-2:] == ["What colour?", "red"]
+def test_tiles_show_their_part_of_the_image(predictor):
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[0, :, 32:] = 255  # the right half is red
+    picture = np.asarray(routing_picture(predictor, image, [4] * 5)).astype(int)
+    red = (picture[:, :, 0] > 200) & (picture[:, :, 1:] < 60).all(-1)
+    columns = np.flatnonzero(red.mean(0) > 0.3)
+    assert columns.min() > picture.shape[1] / 4, "the left column of tiles has none"
 
 
-def test_long_captions_are_wrapped():
-    short, long = (draw(WHITE, [4, 16], caption=text) for text in ("word", "word " * 200))
-    assert long.width == short.width
-    assert long.height > short.height + 100
-
-
-@pytest.mark.parametrize(("ratios", "tokens"), [([4], [16]), ([4] * 4, [16] * 4), ([4, 4], [16])])
-def test_lists_that_do_not_fit_the_grid_are_refused(ratios, tokens):
-    with pytest.raises(ValueError, match="2 x 1 tiles"):
-        draw_routing(WHITE, grid=(2, 1), ratios=ratios, tokens=tokens)
+def test_a_long_caption_is_wrapped_and_makes_the_picture_no_wider(predictor, tmp_path):
+    image = read_image(png(tmp_path, COLOURS[0]))
+    short, long = (routing_picture(predictor, image, [4] * 5, caption=text) for text in ("a", "word " * 60))
+    assert long.size == short.size or long.width == short.width
+    assert (np.asarray(long) != 255).any(-1).sum() > (np.asarray(short) != 255).any(-1).sum()

@@ -6,20 +6,18 @@ import torch
 
 import vico_pl.evaluation.questions as questions_module
 from tests.sessions import full_ratios, tiled
+from vico_pl.evaluation.metrics import accuracy_by_skill
 from vico_pl.evaluation.questions import (
     EXTRA_TOKENS,
     SAMPLES_PER_GROUP,
     Answerer,
     EvalQuestion,
     Group,
-    accuracy_by_skill,
-    at_threshold,
     count_groups,
     read_groups,
-    threshold_for,
-    vision_tokens,
 )
 from vico_pl.inference.generate import generate_ids
+from vico_pl.inference.routing import at_threshold, threshold_for, vision_tokens
 from vico_pl.types import Turn
 
 

@@ -1,4 +1,3 @@
-import json
 import re
 from xml.etree import ElementTree
 
@@ -11,7 +10,6 @@ from vico_pl.evaluation.report import (
     GalleryItem,
     format_table,
     headline,
-    read_metrics,
     write_html,
 )
 
@@ -59,18 +57,10 @@ def item(**changes):
     return GalleryItem(picture=picture, token_fraction=0.4375, **{**texts, **changes})
 
 
-def write(report, tmp_path, *, gallery=(), runs=None):
+def write(report, tmp_path, *, gallery=()):
     path = tmp_path / "report" / "report.html"
-    write_html(report, path=path, gallery=list(gallery), runs=runs or {})
+    write_html(report, path=path, gallery=list(gallery))
     return path.read_text(encoding="utf-8")
-
-
-def write_metrics(run, lines):
-    run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text(
-        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    )
-    return run
 
 
 def plots(page):
@@ -91,7 +81,7 @@ def test_page_opens_with_the_headline_and_names_everything(report, tmp_path):
     assert (
         "<h1>The router keeps 99.4\u00a0% of the accuracy with 44\u00a0% of the vision tokens.</h1>" in page
     )
-    assert "Tiles drawn by lot keep 71.2\u00a0% with 44\u00a0%." in page
+    assert "Random tiles keep 71.2\u00a0% with 44\u00a0%." in page
     for text in (
         "full tokens",
         "all compressed",
@@ -99,7 +89,7 @@ def test_page_opens_with_the_headline_and_names_everything(report, tmp_path):
         "runs/demo/model",
         "500 images",
         "seed 3",
-        "2000 times",
+        "2000 resamples",
     ):
         assert text in page
     assert "vico eval runs/demo/model --data data/shards/val" in page
@@ -108,8 +98,7 @@ def test_page_opens_with_the_headline_and_names_everything(report, tmp_path):
 
 
 def test_page_is_self_contained(report, tmp_path):
-    run = write_metrics(tmp_path / "run", [{"step": 1, "router/loss": 0.5}, {"step": 2, "router/loss": 0.4}])
-    page = write(report, tmp_path, gallery=[item()], runs={"router": run})
+    page = write(report, tmp_path, gallery=[item()])
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert sources
     assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
@@ -120,8 +109,7 @@ def test_text_from_data_is_escaped(report, tmp_path):
     report.update(model=NASTY, dataset=NASTY)
     report["arms"][NASTY] = arm(0.5, 0.6, retention=0.6)
     nasty = {"question": NASTY, "expected": NASTY, "full_answer": NASTY + "1", "router_answer": NASTY + "2"}
-    run = write_metrics(tmp_path / "run", [{"step": 1, "loss/" + NASTY: 0.5}])
-    page = write(report, tmp_path, gallery=[item(**nasty)], runs={NASTY: run})
+    page = write(report, tmp_path, gallery=[item(**nasty)])
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;co&#34;") >= 6
     for svg in plots(page):
@@ -207,37 +195,6 @@ def test_table_has_aligned_columns_in_the_order_of_arms(report):
         *("44.1 %", "31.9", "97.4 %", "97.4 %", "97.4 %", "97.4 %", "96.4 to 98.4", "99.4 %"),
     ]
     assert len({len(line) for line in lines}) == 1
-
-
-def test_metrics_of_an_interrupted_run(tmp_path):
-    run = write_metrics(
-        tmp_path / "run",
-        [
-            {"step": 9, "router/loss": 0.9, "optim/lr": 1e-3, "epoch": 0},
-            {"step": 19, "router/loss": 0.8, "epoch": 0},
-            {"step": 29, "router/loss": 0.7, "epoch": 0},
-            '{"step": 39, "router/lo{"step": 19, "router/loss": 0.1}\n',  # killed while writing
-            {"step": 19, "router/loss": 0.5, "router/auroc": None, "epoch": 0},  # resumed from step 9
-            "[1, 2]\n",
-            '{"step": 29, "router',
-        ],
-    )
-    assert read_metrics(run) == {"router/loss": [(9, 0.9), (19, 0.5), (29, 0.7)], "optim/lr": [(9, 1e-3)]}
-
-
-def test_training_curves_of_every_metric(report, tmp_path):
-    steps = range(2000)
-    lines = [
-        {"step": s, "consistency/loss": 2 * 0.997**s, "vision_tokens/fraction": 0.6, "a/b$c$": 1.0}
-        for s in steps
-    ]
-    run = write_metrics(tmp_path / "run", lines)
-    page = write(report, tmp_path, runs={"stage 1": run, "lost": tmp_path / "nowhere"})
-    curves = plots(page)[2]
-    for text in ("consistency/loss", "vision_tokens/fraction", ">a/b$c$</text>", "optimizer step", "nats"):
-        assert text in curves
-    assert len(curves) < 120_000  # 2,000 points are thinned out
-    assert "This run has no metrics." in page
 
 
 def test_same_report_same_page(report, tmp_path):

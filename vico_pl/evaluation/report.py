@@ -202,7 +202,12 @@ def _draw_pareto(axes: Axes, report: dict[str, Any]) -> None:
         if x is not None and y is not None:
             xerr = [[side] for side in _whiskers(x, entry.get("token_fraction_ci"))]
             yerr = [[side] for side in _whiskers(y, _interval(entry, "accuracy", "mean"))]
-            settings = {"fmt": style.marker, "markersize": 8, "markeredgecolor": INK, "label": style.label}
+            settings: dict[str, Any] = {
+                "fmt": style.marker,
+                "markersize": 8,
+                "markeredgecolor": INK,
+                "label": style.label,
+            }
             axes.errorbar(x, y, xerr=xerr, yerr=yerr, color=style.colour, **settings)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, symbol=""))

@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from matplotlib.figure import Figure
 
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards import preview
-from vico_pl.data.shards.preview import contact_sheet, text_block, to_pillow
+from vico_pl.data.shards.preview import contact_sheet
 from vico_pl.types import Sample, Turn
 
 RED = (200, 20, 30)
@@ -27,14 +27,13 @@ def count(picture, colour):
 def lines(monkeypatch):
     """Collect every line of text that is drawn."""
     drawn = []
-    wrap = preview._wrap
+    write = Figure.text
 
-    def recording(text, **settings):
-        found = list(wrap(text, **settings))
-        drawn.extend(found)
-        return found
+    def recording(figure, x, y, text, **style):
+        drawn.extend(text.splitlines())
+        return write(figure, x, y, text, **style)
 
-    monkeypatch.setattr(preview, "_wrap", recording)
+    monkeypatch.setattr(Figure, "text", recording)
     return drawn
 
 
@@ -90,22 +89,9 @@ def test_text_only_sample_is_drawn(lines):
     "text", ["a few words that do not fit on a line", "x" * 80, "so " + "y" * 70 + " it is", ""]
 )
 def test_wrapped_lines_fit_and_keep_every_character(text):
-    font = ImageFont.load_default(17)
-    wrapped = list(preview._wrap(text, font=font, width=120))
-    assert all(font.getlength(line) <= 120 for line in wrapped)
+    wrapped = preview._wrap(text, 120)
+    assert all(len(line) * preview.CHARACTER <= 120 for line in wrapped)
     assert "".join(wrapped).replace(" ", "") == text.replace(" ", "")
-
-
-def test_text_block_has_a_line_per_paragraph():
-    assert text_block("a\nb\nc", width=100).height == 3 * text_block("a", width=100).height
-
-
-def test_to_pillow_keeps_channels_and_orientation():
-    image = torch.zeros(3, 2, 5, dtype=torch.uint8)
-    image[0, 1, 4] = 255
-    picture = to_pillow(image)
-    assert picture.size == (5, 2)
-    assert picture.getpixel((4, 1)) == (255, 0, 0)
 
 
 def test_nothing_to_draw_is_refused():

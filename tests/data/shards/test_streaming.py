@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from vico_pl.keys import SampleNames
 
 from tests.data.test_module import data_module, global_batches
 from tests.servers import serving
+from vico_pl.audit import SampleNames
 from vico_pl.data.module import SourceConfig
 from vico_pl.data.shards import cache as cache_module
 from vico_pl.data.shards import opened

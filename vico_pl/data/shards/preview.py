@@ -3,7 +3,9 @@
 import textwrap
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import PIL.Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,10 +15,10 @@ from vico_pl.types import Sample
 
 MIN_CELL, MAX_CELL = 480, 1000  # px: a cell is as wide as the widest image, within these limits
 MAX_SCALE = 3  # small images only get blurred beyond it
-GAP = 20  # px between cells
+GAP = 20.0  # px between cells
 DPI = 100
 CHARACTER, LINE = 7.8, 18  # px, of the font below
-FONT = {"family": "monospace", "size": 9, "linespacing": 1.0, "va": "top", "parse_math": False}
+FONT: dict[str, Any] = {"family": "monospace", "size": 9, "linespacing": 1.0}
 
 
 def contact_sheet(samples: Sequence[Sample], *, columns: int = 4) -> PIL.Image.Image:
@@ -48,13 +50,13 @@ def render(figure: Figure) -> PIL.Image.Image:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         canvas.draw()
-    return PIL.Image.fromarray(canvas.buffer_rgba()).convert("RGB")
+    return PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _image_sizes(sample: Sample, width: int) -> list[tuple[float, float]]:
     sizes = [(image.shape[2], image.shape[1]) for image in sample.images]
     scales = [min(MAX_SCALE, width / image_width) for image_width, _ in sizes]
-    return [(scale * w, scale * h) for scale, (w, h) in zip(scales, sizes, strict=True)]
+    return [(float(scale * w), float(scale * h)) for scale, (w, h) in zip(scales, sizes, strict=True)]
 
 
 def _lines(sample: Sample, width: int) -> list[str]:
@@ -70,7 +72,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 def _height(sample: Sample, width: int) -> float:
     num_lines = len(_wrap(sample.id, width)) + len(_lines(sample, width))
-    return num_lines * LINE + sum(height + LINE for _, height in _image_sizes(sample, width))
+    return float(num_lines * LINE) + sum(height + LINE for _, height in _image_sizes(sample, width))
 
 
 def _draw(figure: Figure, sample: Sample, *, left: float, top: float, width: int) -> None:
@@ -78,7 +80,8 @@ def _draw(figure: Figure, sample: Sample, *, left: float, top: float, width: int
     page_width, page_height = figure.get_size_inches() * DPI
 
     def write(lines: Sequence[str], colour: str) -> float:
-        figure.text(left / page_width, 1 - top / page_height, "\n".join(lines), color=colour, **FONT)
+        place = left / page_width, 1 - top / page_height
+        figure.text(*place, "\n".join(lines), color=colour, va="top", parse_math=False, **FONT)
         return top + LINE * len(lines)
 
     top = write(_wrap(sample.id, width), "gray")

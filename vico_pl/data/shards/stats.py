@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vico_pl.data.shards.inspect import read_all
 from vico_pl.data.shards.reader import read_index
@@ -119,8 +119,10 @@ def _histogram(axes: Axes, values: Sequence[int], *, title: str, unit: str) -> N
     if not values:
         return
     if max(values) - min(values) <= NUM_BINS:
-        axes.hist(values, bins=np.arange(min(values), max(values) + 2) - 0.5, rwidth=0.85, color=COLOUR)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.hist(
+            values, bins=[n - 0.5 for n in range(min(values), max(values) + 2)], rwidth=0.85, color=COLOUR
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return
     end, median = max(float(np.percentile(values, 99)), 1.0), float(np.median(values))
     axes.hist(np.minimum(values, end), bins=NUM_BINS, range=(0, end), color=COLOUR)
@@ -135,7 +137,7 @@ def _draw_sizes(axes: Axes, sizes: Sequence[Size]) -> None:
         return
     sides = np.array(sizes).T
     ends = [max(float(np.percentile(side, 99)), 2.0) for side in sides]
-    clipped = [np.minimum(side, end) for side, end in zip(sides, ends, strict=True)]
-    settings: dict[str, Any] = {"range": [(0, end * 1.001) for end in ends], "cmin": 1, "norm": LogNorm()}
-    *_, drawn = axes.hist2d(*clipped, bins=NUM_BINS, **settings)
+    widths, heights = (np.minimum(side, end) for side, end in zip(sides, ends, strict=True))
+    limits = [(0, end * 1.001) for end in ends]
+    *_, drawn = axes.hist2d(widths, heights, bins=NUM_BINS, range=limits, cmin=1, norm=LogNorm())
     axes.figure.colorbar(drawn, ax=axes, label="images")
