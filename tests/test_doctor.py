@@ -88,7 +88,7 @@ def test_a_recipe_that_does_not_load_is_reported_once(problems, tmp_path):
     [
         ("lightning", "2.6.2", "lightning is 2.6.2; pip install"),
         ("lightning", "2.6.3", "lightning is 2.6.3; pip install"),
-        ("torch", "2.1.0", "pip install 'torch>=2.8'"),
+        ("torch", "2.1.0", "torch is 2.1.0; pip install 'torch"),
         ("webdataset", None, "webdataset is not installed"),
     ],
 )
