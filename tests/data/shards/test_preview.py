@@ -30,7 +30,7 @@ def lines(monkeypatch):
     write = Figure.text
 
     def recording(figure, x, y, text, **style):
-        drawn.extend(text.splitlines())
+        drawn.append(text)
         return write(figure, x, y, text, **style)
 
     monkeypatch.setattr(Figure, "text", recording)

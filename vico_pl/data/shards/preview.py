@@ -18,7 +18,7 @@ MAX_SCALE = 3  # small images only get blurred beyond it
 GAP = 20.0  # px between cells
 DPI = 100
 CHARACTER, LINE = 7.8, 18  # px, of the font below
-FONT: dict[str, Any] = {"family": "monospace", "size": 9, "linespacing": 1.0}
+FONT: dict[str, Any] = {"family": "monospace", "size": 9}
 
 
 def contact_sheet(samples: Sequence[Sample], *, columns: int = 4) -> PIL.Image.Image:
@@ -80,8 +80,9 @@ def _draw(figure: Figure, sample: Sample, *, left: float, top: float, width: int
     page_width, page_height = figure.get_size_inches() * DPI
 
     def write(lines: Sequence[str], colour: str) -> float:
-        place = left / page_width, 1 - top / page_height
-        figure.text(*place, "\n".join(lines), color=colour, va="top", parse_math=False, **FONT)
+        for number, line in enumerate(lines):  # a text of several lines would be spaced unevenly
+            place = left / page_width, 1 - (top + number * LINE) / page_height
+            figure.text(*place, line, color=colour, va="top", parse_math=False, **FONT)
         return top + LINE * len(lines)
 
     top = write(_wrap(sample.id, width), "gray")

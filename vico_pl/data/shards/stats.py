@@ -90,6 +90,8 @@ def draw(found: Survey) -> Figure:
     bad.set(title="Bad records by kind", xlabel="records")
     bars = bad.barh([*found.bad], [*found.bad.values()], color=FAULT_COLOUR)
     bad.bar_label(bars, padding=3)
+    if not found.bad:
+        bad.set(xticks=[], yticks=[], xlabel="none")
     counts = found.counts()
     totals = ", ".join(f"{counts[name]:,} {name}" for name in ("samples", "images", "tiles", "shards"))
     figure.suptitle(f"{found.name}: {totals}", parse_math=False)
@@ -122,7 +124,7 @@ def _histogram(axes: Axes, values: Sequence[int], *, title: str, unit: str) -> N
         axes.hist(
             values, bins=[n - 0.5 for n in range(min(values), max(values) + 2)], rwidth=0.85, color=COLOUR
         )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return
     end, median = max(float(np.percentile(values, 99)), 1.0), float(np.median(values))
     axes.hist(np.minimum(values, end), bins=NUM_BINS, range=(0, end), color=COLOUR)
