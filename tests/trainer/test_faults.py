@@ -318,4 +318,4 @@ def test_shards_that_vanish_are_counted_and_asked_for(runs, tmp_path, told):
     for path in shards.glob("*.gone"):  # the audit reads the names of samples from their shards
         path.rename(path.with_suffix(""))
     assert audit(run_dir).faults == []
-    told("shards are removed during the run", "their samples count as bad and are logged; the run goes on", 0)
+    told("shards are removed during the run", "their samples count as bad and are logged; the run continues", 0)
