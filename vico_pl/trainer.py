@@ -17,10 +17,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
-from vico_pl.callbacks.guards import GradientGuard, SyncGuard, Watchdog
-from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog
+from vico_pl.callbacks.guards import GradientGuard, StepSeed, SyncGuard, Watchdog
+from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog, StepProgressBar
 from vico_pl.callbacks.signals import REQUEUE_SIGNAL, StopSignals, requeue
-from vico_pl.callbacks.steps import StepProgressBar, StepSeed
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
 from vico_pl.model.families.folder import save_model
@@ -37,7 +36,7 @@ from vico_pl.stages.settings import TrainerConfig
 def train(config: RunConfig) -> Path | None:
     """Train to the last step, from the newest checkpoint if there is one.
 
-    Returns the model folder that was written; None: the run was asked to stop and saved its state.
+    Returns the model folder, or None if the run was asked to stop and has saved its state.
     """
     with StopSignals() as stop:
         trainer, folder = _train(config, stop)
@@ -133,7 +132,7 @@ def _slurm() -> list[SLURMEnvironment]:
 
 
 def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path | None) -> None:
-    # Our loader needs no state: its position follows from the global step.
+    # Our loader needs no state: its position is a function of the global step.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # resuming
     # Nothing changes what a sharded model returns in place.

@@ -21,7 +21,7 @@ def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(ValueError, match=r"could not be written .No space left.*; the one before is whole"):
+    with pytest.raises(ValueError, match=r"No space left.*; the previous checkpoint is intact"):
         io.save_checkpoint({"step": 2}, path)
     assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["step.ckpt"]
@@ -80,7 +80,7 @@ def damages(path):
 def test_damaged_checkpoints_are_passed_over_and_named(tmp_path, number):
     whole, newest = save(tmp_path, 10), save(tmp_path, 20)
     newest.write_bytes(list(damages(newest))[number])
-    with pytest.warns(UserWarning, match=f"{newest} is passed over, as it cannot be read"):
+    with pytest.warns(UserWarning, match=f"{newest} is skipped: it cannot be read"):
         assert newest_checkpoint(tmp_path) == whole
 
 
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_training_state_is_passed_over(tmp_path):
     path = tmp_path / "checkpoints" / "step-00000009.ckpt"
     path.parent.mkdir()
     torch.save([1, 2], path)
-    with pytest.warns(UserWarning, match="it holds no training state"):
+    with pytest.warns(UserWarning, match="it has no training state"):
         assert newest_checkpoint(tmp_path) is None
 
 

@@ -12,7 +12,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from tests.helpers import encoded_sample
-from vico_pl.callbacks.guards import HISTORY, GradientGuard, SyncGuard, Watchdog, checksum, describe_frame
+from vico_pl.callbacks.guards import (
+    HISTORY,
+    GradientGuard,
+    StepSeed,
+    SyncGuard,
+    Watchdog,
+    checksum,
+    describe_frame,
+)
 from vico_pl.data.collate import collate
 from vico_pl.types import RankBatch
 
@@ -51,7 +59,7 @@ def test_a_spike_is_told_once_there_is_something_usual(tmp_path):
     for _ in range(HISTORY):
         step(guard, 1.0)
     step(guard, 9.0)
-    with pytest.warns(UserWarning, match="step 4: the gradient.s norm is 11, usual are 1"):
+    with pytest.warns(UserWarning, match="step 4: the gradient norm is 11, usually 1"):
         step(guard, 11.0)
     assert not (tmp_path / "skipped.jsonl").exists()
 
@@ -90,8 +98,8 @@ def test_a_checksum_changes_with_any_bit_of_what_is_trained(dtype):
 def test_a_step_that_takes_too_long_is_told_once_with_rank_place_and_stack(tmp_path, capsys):
     dog = Watchdog(tmp_path, limit_s=0.02)
     told = threading.Event()
-    tell = dog._tell
-    dog._tell = lambda *given: (tell(*given), told.set())
+    tell = dog._report
+    dog._report = lambda *given: (tell(*given), told.set())
     dog.on_train_start(mock.Mock(spec=L.Trainer, global_rank=3, global_step=7))
     assert told.wait(60)
     dog.teardown()
@@ -103,3 +111,16 @@ def test_a_step_that_takes_too_long_is_told_once_with_rank_place_and_stack(tmp_p
 def test_a_stack_is_described_by_our_innermost_function_and_what_it_waits_in():
     assert describe_frame(sys._getframe()) == "outside vico_pl, within " + sys._getframe().f_code.co_name
     assert describe_frame(None).startswith("in describe_frame (guards.py:")
+
+
+def drawn(*, seed=1, step=2, rank=0):
+    trainer = mock.Mock(spec=L.Trainer, global_step=step, global_rank=rank)
+    StepSeed(seed).on_train_batch_start(trainer, mock.Mock(spec=L.LightningModule), None, 0)
+    return torch.rand(4).tolist()
+
+
+def test_random_numbers_of_a_step_depend_on_seed_step_and_rank_alone():
+    first = drawn()
+    torch.rand(100)
+    assert drawn() == first
+    assert len({tuple(x) for x in (first, drawn(seed=2), drawn(step=3), drawn(rank=1))}) == 4

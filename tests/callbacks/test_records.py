@@ -83,8 +83,8 @@ def test_a_run_stops_when_more_than_the_allowed_share_of_a_window_is_bad(tmp_pat
     feed(log, num_bad=4, num_good=1)  # the start may be bad: five of twenty are allowed
     feed(log, num_bad=1, num_good=4)
     expected = (
-        r"6 of the last 15 samples are bad, and data\.max_bad_fraction 0\.25 lets 5 of 20 be so; "
-        r"most often json \(6, such as 'a-1\.tar/0': JSON: broken\); all are in .*/bad\.jsonl"
+        r"6 of the last 15 samples are bad; data\.max_bad_fraction 0\.25 allows 5 of 20; "
+        r"most frequent: json \(6, such as 'a-1\.tar/0': JSON: broken\); all are in .*/bad\.jsonl"
     )
     with pytest.raises(ValueError, match=expected):
         feed(log, num_bad=1, num_good=4)

@@ -62,5 +62,5 @@ def test_a_job_is_queued_again_by_its_number(monkeypatch):
 def test_a_job_that_cannot_be_queued_again_says_so(monkeypatch, fault):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
-    with pytest.warns(UserWarning, match="job 7 could not be queued again .*; submit it again, it goes on"):
+    with pytest.warns(UserWarning, match="job 7 could not be requeued .*; submit it again, it resumes"):
         requeue(mock.Mock(side_effect=fault))

@@ -6,7 +6,7 @@ A run of tiny steps can then be met in the middle without keeping the machine bu
 import os
 import time
 
-from vico_pl.callbacks.steps import StepSeed
+from vico_pl.callbacks.guards import StepSeed
 from vico_pl.cli import main
 
 _seed = StepSeed.on_train_batch_start

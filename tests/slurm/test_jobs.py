@@ -43,7 +43,7 @@ def test_a_preempted_job_goes_on_by_itself_and_the_router_follows(
     assert is_finished(second.run_dir)
 
     record_property("fault", "Slurm, two nodes: preempted by a job of a higher partition")
-    record_property("outcome", "queued again by Slurm, finished with the weights of an unbroken run")
+    record_property("outcome", "requeued by Slurm, finished with the weights of an uninterrupted run")
     record_property("lost_steps", taken - saved)
     assert taken == saved, "the step was finished and saved"
 
@@ -56,10 +56,10 @@ def test_a_job_out_of_time_saves_and_queues_itself_again(submit, consistency, tm
     saved, taken = newest_step(job.run_dir), steps_taken(job.run_dir)
     assert taken == saved > 0
     assert job.wait() == "COMPLETED", job.said()
-    assert "is queued again" in job.said()
+    assert "is requeued" in job.said()
     assert_as_unbroken(job, consistency, tmp_path, *settings)
     record_property("fault", "Slurm, two nodes: SIGUSR1 before the time limit")
-    record_property("outcome", "saved, queued itself again, finished with the weights of an unbroken run")
+    record_property("outcome", "saved, requeued itself, finished with the weights of an uninterrupted run")
     record_property("lost_steps", taken - saved)
 
 
@@ -97,5 +97,5 @@ def test_a_cancelled_job_is_saved_and_stays_cancelled(
     assert job.restarts == 0
     assert taken == saved, job.said()
     record_property("fault", "Slurm, two nodes: scancel")
-    record_property("outcome", "saved at the end of the step, not queued again")
+    record_property("outcome", "saved at the end of the step, not requeued")
     record_property("lost_steps", taken - saved)

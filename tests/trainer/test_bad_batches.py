@@ -53,8 +53,8 @@ def test_too_many_bad_records_stop_a_run_in_a_sentence_with_the_last_checkpoint_
         vico_pl.cli.main()
     assert stop.value.code == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vico:")]
-    assert "4 of the last 16 samples are bad, and data.max_bad_fraction 0.001 lets 2 of 2000 be so" in said
-    assert "most often json (4, such as 'a-0.tar/bad-" in said
+    assert "4 of the last 16 samples are bad; data.max_bad_fraction 0.001 allows 2 of 2000" in said
+    assert "most frequent: json (4, such as 'a-0.tar/bad-" in said
     assert said.endswith(f"all are in {run_dir}/bad_records.jsonl")
     checkpoint = newest_checkpoint(run_dir)
     assert checkpoint.name == "step-00000002.ckpt"

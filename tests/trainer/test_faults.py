@@ -21,7 +21,7 @@ from tests.helpers import record
 from tests.processes import audit, finish, newest_step, start, steps_taken
 from tests.runs import differing, metrics, recipe
 from vico_pl.callbacks.checkpoints import newest_checkpoint
-from vico_pl.callbacks.steps import StepSeed
+from vico_pl.callbacks.guards import StepSeed
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.prepare import is_finished
 
@@ -75,7 +75,7 @@ def slow_steps(_):
     StepSeed.on_train_batch_start = wait_then_seed
 
 
-# --- Told to stop -------------------------------------------------------------------------------------------
+# --- Asked to stop -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(
     running.signal(number, ranks=told_ranks)
     assert set(running.wait()) == {0}, running.said()
     assert not is_finished(run_dir)
-    assert f"Told to stop: step {newest_step(run_dir)} is saved" in running.said()
+    assert f"Stopping on request: step {newest_step(run_dir)} is saved" in running.said()
     assert lost(run_dir) == 0
     assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir, ranks=ranks)
     who = (
@@ -105,7 +105,7 @@ def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(
         if len(told_ranks) == 1
         else "all ranks"
     )
-    told(f"{number.name} to {who}, within a step", "all end after the step with exit code 0", 0)
+    told(f"{number.name} to {who}, within a step", "all end after the step, exit code 0", 0)
 
 
 # --- Killed -------------------------------------------------------------------------------------------------
@@ -170,12 +170,14 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(runs, un
     running = start(runs / "consistency.yaml", run_dir, *SETTINGS, before=small_files)
     assert running.wait() == [2], running.said()
     assert "could not be written" in running.said()
-    assert "the one before is whole" in running.said()
+    assert "the previous checkpoint is intact" in running.said()
     assert newest_step(run_dir) == before
     assert not list(run_dir.rglob("*.partial"))
     again = lost(run_dir)
     assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
-    told("a write fails while a checkpoint is saved", "one sentence; the checkpoint before is whole", again)
+    told(
+        "a write fails while a checkpoint is saved", "one sentence; the previous checkpoint is intact", again
+    )
 
 
 @contextlib.contextmanager
@@ -206,7 +208,7 @@ def test_a_full_disk_is_told_before_saving_begins(runs, unbroken, tmp_path, told
         assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
     told(
         "the disk has no room for a checkpoint",
-        "one sentence before it is begun; the one before is whole",
+        "one sentence before writing starts; the previous one is intact",
         again,
     )
 
@@ -217,14 +219,14 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(runs, 
     path = newest_checkpoint(run_dir)
     newest = newest_step(run_dir)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.warns(UserWarning, match="is passed over"):
+    with pytest.warns(UserWarning, match="is skipped"):
         again = lost(run_dir)
     running = start(runs / "consistency.yaml", run_dir, *SETTINGS)
     assert running.wait() == [0], running.said()
-    assert f"step-{newest:08d}.ckpt is passed over, as it cannot be read" in running.said()
+    assert f"step-{newest:08d}.ckpt is skipped: it cannot be read" in running.said()
     assert differing(run_dir, unbroken(1)) == set()
     assert audit(run_dir).faults == []
-    told("the newest checkpoint is cut short", "named and passed over; the one before is taken", again)
+    told("the newest checkpoint is truncated", "named and skipped; the previous one is used", again)
 
 
 # --- Ranks that wait ----------------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def test_a_slow_rank_is_told_apart_from_those_that_wait_for_it(runs, unbroken, t
     assert differing(run_dir, unbroken(2)) == set()
     told(
         "a rank hangs for longer than trainer.watchdog_s",
-        "each says where it is; the stack tells which hangs",
+        "each logs where it is; the stacks show which one hangs",
         0,
     )
 
@@ -291,7 +293,7 @@ def test_gradients_that_are_no_numbers_change_no_weight_and_stop_the_run(runs, t
     assert newest_step(run_dir) == 8
     assert all(torch.equal(before[name], after[name]) for name in before)
     told(
-        "gradients are no numbers, three steps in a row",
+        "non-finite gradients, three steps in a row",
         "no weight changed; samples in skipped_steps.jsonl; the run stops",
         "0 of those with finite gradients",
     )
@@ -318,4 +320,6 @@ def test_shards_that_vanish_are_counted_and_asked_for(runs, tmp_path, told):
     for path in shards.glob("*.gone"):  # the audit reads the names of samples from their shards
         path.rename(path.with_suffix(""))
     assert audit(run_dir).faults == []
-    told("shards are removed during the run", "their samples count as bad and are logged; the run continues", 0)
+    told(
+        "shards are removed during the run", "their samples count as bad and are logged; the run continues", 0
+    )

@@ -50,7 +50,7 @@ def test_kills_at_any_moment_change_no_weight_and_no_sample(runs, tmp_path, reco
     record_property("fault", f"{ROUNDS[ranks]} times kill -9 at a random moment, {who(ranks)}")
     record_property(
         "outcome",
-        f"{number + 1} runs ended with the weights of an unbroken one bit for bit, their audits clean; "
+        f"{number + 1} runs ended with the weights of an uninterrupted one bit for bit, their audits clean; "
         f"killed {', '.join(f'{count} times {name}' for name, count in sorted(moments.items()))}",
     )
     record_property("lost_steps", f"at most {max(lost)}, a checkpoint at each step")

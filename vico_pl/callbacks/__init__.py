@@ -1,1 +1,1 @@
-"""What goes along with a run: it records, guards, saves and stops, and changes no weight."""
+"""Callbacks of a run: they record, guard, save and stop; none changes a weight."""

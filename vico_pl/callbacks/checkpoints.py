@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, at chosen steps and when the run is told to stop."""
+"""Atomic checkpoints, every n steps and at the last step before a run stops."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-# What torch and zipfile raise on files that are cut short, empty or of other content.
+# What torch and zipfile raise on truncated, empty or foreign files.
 _UNREADABLE = (
     RuntimeError,
     OSError,
@@ -26,10 +26,10 @@ _UNREADABLE = (
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoints, `last.ckpt` a link to the newest of all."""
+    """Keeps the newest checkpoints; `last.ckpt` links to the newest."""
 
     def __init__(self, folder: Path, *, every: int, keep: int) -> None:
-        """Save into `folder` every so many steps."""
+        """Save into `folder` every `every` steps, and keep the last `keep`."""
         super().__init__(
             dirpath=folder,
             filename="step-{step:08d}",
@@ -39,16 +39,16 @@ class StepCheckpoint(ModelCheckpoint):
             monitor="step",
             mode="max",
             save_last="link",
-            enable_version_counter=False,  # a step that is taken again replaces its checkpoint
+            enable_version_counter=False,  # a repeated step replaces its checkpoint
         )
 
     @property
     def state_key(self) -> str:
-        """Name its state in checkpoints; the usual name changes with the settings, and the state is lost."""
+        """Key of its state; Lightning's own changes with the settings, which would lose the state."""
         return type(self).__name__
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove what a killed attempt wrote and no longer could remove: it would add up with each one."""
+        """Remove what earlier, killed attempts left behind."""
         super().on_train_start(trainer, pl_module)
         folder = Path(str(self.dirpath))
         for path in (*folder.glob("*.partial"), *folder.glob("step-*.ckpt")):
@@ -59,7 +59,7 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at every n-th step, and at the one after which the run stops."""
+        """Save every n-th step, and the step after which the run stops."""
         if outputs["stop"]:
             self._every_n_train_steps = 1
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -69,13 +69,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, syncs it to disk and renames it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save; at every moment `path` is either the old checkpoint or the new one.
+        """Save; at any moment `path` is either the old checkpoint or the new one.
 
-        Not by Lightning's own way, which puts the whole file together in memory and then writes it to the
-        folder for temporary files first, where nobody looked for room.
+        Lightning's own way builds the whole file in memory and writes it to the temporary folder first, whose
+        free space nobody has checked.
 
         Raises:
-            ValueError: the disk has no room; what was saved before is as it was.
+            ValueError: the disk is too full; earlier checkpoints are unchanged.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,19 +87,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            raise ValueError(f"{path} could not be written ({error}); the one before is whole") from error
+            raise ValueError(
+                f"{path} could not be written ({error}); the previous checkpoint is intact"
+            ) from error
         temporary.replace(path)
         _sync_folder(path.parent)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint of a run with the most steps; a warning names those that cannot be read."""
+    """Return the newest readable checkpoint of a run; warn about unreadable ones."""
     paths = sorted((run_dir / "checkpoints").glob("step-*.ckpt"), key=lambda path: path.name, reverse=True)
     for path in paths:
         fault = _fault(path)
         if fault is None:
             return path
-        rank_zero_warn(f"{path} is passed over, as it cannot be read ({fault})")
+        rank_zero_warn(f"{path} is skipped: it cannot be read ({fault})")
     return None
 
 
@@ -108,12 +110,12 @@ def _step(path: Path) -> int:
 
 
 def _fault(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, by its table of contents and its numbers; tensors stay on disk."""
+    """Return what is wrong with a checkpoint, or None; tensors stay on disk."""
     try:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except _UNREADABLE as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
-    return None if isinstance(state, dict) and "global_step" in state else "it holds no training state"
+    return None if isinstance(state, dict) and "global_step" in state else "it has no training state"
 
 
 def _check_room(checkpoint: dict[str, Any], folder: Path) -> None:
@@ -122,7 +124,7 @@ def _check_room(checkpoint: dict[str, Any], folder: Path) -> None:
     if free < needed:
         raise ValueError(
             f"{folder}: {free / 2**30:.1f} GiB are free and a checkpoint needs {needed / 2**30:.1f}; "
-            "make room, or lower trainer.keep_checkpoints; the same command goes on from the one before"
+            "make room, or lower trainer.keep_checkpoints; the same command resumes from the previous one"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics, bad records, and which samples each step used."""
+"""What a run reports: progress, metrics, bad records, and the samples of each step."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -26,12 +27,12 @@ class JsonlLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the logger."""
+        """Lightning's name of this logger."""
         return "jsonl"
 
     @property
     def version(self) -> str:
-        """Runs have no versions: a run folder is one run."""
+        """No version: a run folder is one run."""
         return ""
 
     @rank_zero_only
@@ -44,17 +45,37 @@ class JsonlLogger(Logger):
         """Settings are in the run's config.yaml."""
 
 
+class StepProgressBar(TQDMProgressBar):
+    """A bar over all steps of the run, also after a resume."""
+
+    def __init__(self, title: str) -> None:
+        """Show `title` before the bar."""
+        super().__init__(refresh_rate=5)
+        self._title = title
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start at the step that the run resumes from, so that speed and time left are right."""
+        super().on_train_start(trainer, pl_module)
+        bar = self.train_progress_bar
+        bar.reset(total=trainer.max_steps)
+        bar.initial = bar.n = bar.last_print_n = trainer.global_step
+        bar.set_description(self._title)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Show no epochs: a run is one count of steps."""
+
+
 class BadRecordLog(L.Callback):
     """Appends each bad record of a step to `bad_records.jsonl`, counts them and stops if too many.
 
-    `data/bad_records` counts all of this rank, `data/bad_records/SOURCE/json` those of one source and kind.
+    `data/bad_records` counts all of this rank, `data/bad_records/SOURCE/KIND` those of one source and kind.
     """
 
     def __init__(self, path: Path, *, max_bad_fraction: float = 0.05, window: int = 2000) -> None:
-        """Write to `path`; let `max_bad_fraction * window` of the last `window` samples of all ranks be bad.
+        """Write to `path`; allow `max_bad_fraction` of the last `window` samples of all ranks to be bad.
 
-        The window begins empty, also when a run goes on. Until it is full that number is allowed too, so that
-        few records at the start stop nothing and shards that are all bad stop the run at once.
+        The window starts empty, also after a resume. Before it is full the same number is allowed: a few bad
+        records at the start stop nothing, and shards that are entirely bad stop the run at once.
         """
         self._path, self._window, self._max_bad_fraction = path, window, max_bad_fraction
         self._counts: Counter[str] = Counter()
@@ -65,7 +86,7 @@ class BadRecordLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RankBatch, batch_idx: int
     ) -> None:
-        """Write the bad records of the step just taken.
+        """Write the bad records of the step.
 
         Raises:
             ValueError: too many of the last samples are bad; all ranks raise it at the same step.
@@ -92,8 +113,8 @@ class BadRecordLog(L.Callback):
         if time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + 60
             total, last = self._counts["data/bad_records"], bad_records[-1]
-            told = f"{total} bad records so far, the last {last.id!r}: {last.reason}"
-            rank_zero_info(f"{told}; see {self._path}")
+            message = f"{total} bad records so far, the last {last.id!r}: {last.reason}"
+            rank_zero_info(f"{message}; see {self._path}")
 
     def _watch(self, num_bad: int, num_samples: int) -> None:
         self._recent.append((num_bad, num_samples))
@@ -103,13 +124,13 @@ class BadRecordLog(L.Callback):
         if num_bad > self._max_bad_fraction * self._window:
             samples = sum(samples for _, samples in self._recent)
             raise ValueError(
-                f"{num_bad} of the last {samples} samples are bad, and data.max_bad_fraction "
-                f"{self._max_bad_fraction} lets {self._max_bad_fraction * self._window:.0f} of "
-                f"{self._window} be so; most often {self._reasons(num_bad)}; all are in {self._path}"
+                f"{num_bad} of the last {samples} samples are bad; data.max_bad_fraction "
+                f"{self._max_bad_fraction} allows {self._max_bad_fraction * self._window:.0f} of "
+                f"{self._window}; most frequent: {self._reasons(num_bad)}; all are in {self._path}"
             )
 
     def _reasons(self, num_bad: int) -> str:
-        """Name the most frequent kinds of this rank with an example each."""
+        """List the most frequent kinds on this rank with an example each."""
         recent = list(self._recent_bad)[-num_bad:]
         examples = {bad.kind: f"{bad.id!r}: {bad.reason}" for bad in recent}
         frequent = Counter(bad.kind for bad in recent).most_common(3)
@@ -117,12 +138,12 @@ class BadRecordLog(L.Callback):
 
 
 class SampleLog(L.Callback):
-    """Appends which samples each step of a rank used to `samples-rank-R.jsonl`: what `vico audit` reads.
+    """Logs the samples of each step of a rank in `samples-rank-R.jsonl`, for `vico audit`.
 
-        {"attempt": 1, "from_step": 4, "world": 2}                 a run began, or went on, at step 4
-        {"step": 4, "ids": ["a.tar/7", "a.tar/3"], "bad": [...]}   the step's samples, and bad records if any
+        {"attempt": 1, "from_step": 4, "world": 2}                 the run started or resumed at step 4
+        {"step": 4, "ids": ["a.tar/7", "a.tar/3"], "bad": [...]}   samples of a step, and bad records if any
 
-    A line is one write, so a killed run leaves all lines but perhaps the last whole; ranks wait for nobody.
+    Each line is one write, so a killed run can only truncate the last one; ranks do not wait for each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,22 +152,22 @@ class SampleLog(L.Callback):
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Say where this attempt begins: lines of earlier ones from that step on no longer count."""
+        """Log where this attempt starts: lines of earlier attempts from that step on no longer count."""
         self._step = trainer.global_step
         attempt = trainer.strategy.broadcast(self._num_attempts())  # rank 0 took part in all of them
         line = {"attempt": attempt, "from_step": self._step, "world": trainer.world_size}
-        self._append(trainer, line, before=b"\n" if _is_torn(self._path(trainer)) else b"")
+        self._append(trainer, line, before=b"\n" if _is_truncated(self._path(trainer)) else b"")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RankBatch, batch_idx: int
     ) -> None:
-        """Write the samples of the step just taken."""
+        """Write the samples of the step."""
         bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}
         self._append(trainer, {"step": self._step, "ids": batch.ids, **bad})
         self._step += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
-        """Sync the log to disk, so that it reaches as far as the checkpoint also after a power cut."""
+        """Sync the log to disk: it must cover the checkpoint even after a power cut."""
         with self._path(trainer).open("ab") as file:
             os.fsync(file.fileno())
 
@@ -165,8 +186,8 @@ class SampleLog(L.Callback):
             file.write(before + json.dumps(line).encode() + b"\n")
 
 
-def _is_torn(path: Path) -> bool:
-    """Say whether a file ends within a line."""
+def _is_truncated(path: Path) -> bool:
+    """Return whether a file ends within a line."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Being told to stop: by Slurm before a job's time is over, by whoever preempts it, by a user's Ctrl-C.
+"""Stopping on a signal, from Slurm before the time limit or at a preemption, without losing a step.
 
-A handler may come at any instruction, on each rank at another one, so it only sets a flag. With the next step
-all ranks agree on it (`Stage.training_step`); the step is finished, saved, and the run ends with exit code 0.
+A signal can arrive at any instruction, and at a different one on each rank, so the handler only sets a flag.
+In the next step all ranks agree to stop (`Stage.training_step`); they finish it, save, and exit with code 0.
 """
 
 import os
@@ -15,42 +15,44 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REQUEUE_SIGNAL = signal.SIGUSR1  # comes before the time limit; SIGTERM also when a user cancels the job
+REQUEUE_SIGNAL = signal.SIGUSR1  # sent before the time limit; SIGTERM also comes when a user cancels the job
 
 
 class StopSignals(L.Callback):
-    """Turns signals into a request to stop after the step; as a context it catches them from the start."""
+    """Turns signals into a request to stop after the step; as a context manager, from the start."""
 
     def __init__(self) -> None:
-        """Catch nothing yet."""
+        """Catch no signal yet."""
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        """Begin to catch signals: loading a large model takes minutes, in which one must not kill the run."""
+        """Catch signals: one must not kill the run while a large model loads."""
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals back from Lightning, which would save in the middle of a step."""
+        """Replace Lightning's handlers, which would save in the middle of a step."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Let the stage tell the other ranks."""
+        """Pass the request to the stage, which informs the other ranks."""
         pl_module.stop_requested = self.received is not None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop once all ranks know."""
+        """Stop once all ranks have agreed."""
         if outputs["stop"]:
-            rank_zero_info(f"Told to stop: step {trainer.global_step} is saved. The same command goes on.")
+            rank_zero_info(
+                f"Stopping on request: step {trainer.global_step} is saved. The same command resumes."
+            )
             trainer.should_stop = True
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -58,7 +60,7 @@ class StopSignals(L.Callback):
 
 
 def requeue(run: Callable[..., Any] = subprocess.run) -> None:
-    """Have Slurm queue this job again, if there is one."""
+    """Requeue this job, if it is a Slurm job."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
@@ -67,7 +69,7 @@ def requeue(run: Callable[..., Any] = subprocess.run) -> None:
     try:
         run(["scontrol", "requeue", name], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or error
-        rank_zero_warn(f"job {name} could not be queued again ({said}); submit it again, it goes on")
+        reason = getattr(error, "stderr", None) or error
+        rank_zero_warn(f"job {name} could not be requeued ({reason}); submit it again, it resumes")
     else:
-        rank_zero_info(f"Job {name} is queued again.")
+        rank_zero_info(f"Job {name} is requeued.")
