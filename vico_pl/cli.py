@@ -1,7 +1,9 @@
-"""The `vico` command. Exit 0: done; 1: a check found faults; 2: the user's input is wrong.
+"""Train, calibrate and inspect multimodal models that route vision tokens.
 
-Each command imports what it needs, so that `vico --help` and a finished run answer at once.
+Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
+
+# Each command imports what it needs: `vico --help` must not wait for torch.
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -10,26 +12,28 @@ from typing import Annotated, Any
 
 import typer
 
-from vico_pl.shards_cli import shards, tell_faults
+from vico_pl.shards_cli import report_faults, shards
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(shards, name="shards")
 
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
-Model = Annotated[
-    str, typer.Argument(help="A model folder in any layout, or its name on the Hugging Face Hub.")
+Recipe = Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/demo/router.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that override the recipe: key=value ...")
 ]
-Output = Annotated[Path, typer.Option(help="Where to write.")]
-Data = Annotated[Path, typer.Option(help="A folder of shards with questions and answers.")]
+Model = Annotated[str, typer.Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
+Output = Annotated[Path, typer.Option(help="File to write.")]
+Data = Annotated[Path, typer.Option(help="Folder of shards with questions and answers.")]
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file of recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
 ) -> None:
-    """Run a stage of training; an interrupted run goes on where it was."""
+    """Train a stage; the same command resumes an interrupted run."""
     from lightning.pytorch.utilities import rank_zero_only
 
     from vico_pl.prepare import is_finished, prepare_run
@@ -49,8 +53,8 @@ def train(
 
 
 @app.command()
-def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
-    """Prove that a run used every sample once per epoch, in its order; faults are named (exit code 1)."""
+def audit(run: Annotated[Path, typer.Argument(help="Run folder, finished or not.")]) -> None:
+    """Check that a run used each sample once per epoch, in order (exit code 1 if not)."""
     from vico_pl.audit import audit_run, format_table, format_verdict
     from vico_pl.config import load_config
 
@@ -61,18 +65,25 @@ def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finishe
     found = audit_run(run, config.data, seed=config.seed, completed_steps=done)
     typer.echo(format_table(found))
     typer.echo(format_verdict(found))
-    tell_faults(found.faults)
+    report_faults(found.faults)
 
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file of recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Size of InternVL3.5 in the model's place: 8b.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of a GPU's peak that is reached.")] = 0.4,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the plan there, too.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Plan for this size of InternVL3.5 instead of the recipe's model, for example 8b."),
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Model FLOPs utilisation: achieved fraction of peak FLOPs.")
+    ] = 0.4,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write the plan to this JSON file.")
+    ] = None,
 ) -> None:
-    """Tell what a recipe will take before it runs: memory per GPU, operations, hours, what fits."""
+    """Predict what a recipe needs: memory per GPU, FLOPs, hours, and which GPUs fit."""
     from vico_pl.planning.report import print_plan
 
     print_plan(recipe, overrides or [], shape=shape, mfu=mfu, json_path=json_, write=typer.echo)
@@ -80,10 +91,10 @@ def plan(
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="A YAML file of recipes/, to check it too.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over it.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe to check as well.")] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Check this machine, and a recipe, for what would stop a run; problems are named (exit code 1)."""
+    """Check this machine, and a recipe, for problems that would stop a run (exit code 1 if any)."""
     from vico_pl.doctor import examine
 
     raise SystemExit(examine(recipe, overrides or [], write=typer.echo))
@@ -94,13 +105,14 @@ def calibrate(
     model: Model,
     data: Data,
     retention: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the full accuracy to keep.")
+        float, typer.Option(min=0, max=1, help="Fraction of the full-token accuracy to keep.")
     ] = 0.995,
     budget: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Instead: largest share of the vision tokens.")
+        float | None,
+        typer.Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention."),
     ] = None,
 ) -> None:
-    """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
+    """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
     from vico_pl.evaluation.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
@@ -125,10 +137,10 @@ def calibrate(
 def eval_(
     model: Model,
     data: Data,
-    output: Annotated[Path | None, typer.Option(help="Folder of the report; default: MODEL/report.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random arm and the bootstrap.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: MODEL/report.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random arm and the bootstrap.")] = 0,
 ) -> None:
-    """Compare the router with other ways to spend the same tokens; writes report.json and report.html."""
+    """Compare the router with baselines of the same token budget; write report.json and report.html."""
     from vico_pl.evaluation.evaluate import evaluate
     from vico_pl.evaluation.pictures import build_gallery
     from vico_pl.evaluation.report import format_table, write_html
@@ -149,10 +161,10 @@ def eval_(
 @app.command()
 def route(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")],
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP file.")],
     output: Output,
 ) -> None:
-    """Draw how the model spends its vision tokens on an image."""
+    """Draw which tiles of an image keep full vision tokens."""
     from vico_pl.data.decode import read_image
     from vico_pl.evaluation.pictures import route_image, routing_picture
     from vico_pl.inference.predictor import Predictor
@@ -170,11 +182,11 @@ def route(
 @app.command()
 def generate(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP file.")],
+    prompt: Annotated[str, typer.Option(help="Question about the image.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")] = 128,
 ) -> None:
-    """Answer a question about an image, routed if the model is calibrated."""
+    """Answer a question about an image, with routing if the model is calibrated."""
     from vico_pl.data.decode import read_image
     from vico_pl.inference.generate import answer_image
     from vico_pl.inference.predictor import Predictor
@@ -186,16 +198,18 @@ def generate(
 @app.command()
 def export(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
     layout: Annotated[
-        str, typer.Option(help="flash or internvl (released code, LMDeploy), hf (transformers), ours.")
+        str, typer.Option(help="flash or internvl (released code, LMDeploy), hf (transformers) or ours.")
     ] = "flash",
     template: Annotated[
-        Path | None, typer.Option(help="A released folder whose remote code and tokenizer to copy along.")
+        Path | None, typer.Option(help="Released model folder whose code and tokenizer files are copied.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="stored, bfloat16 or float32.")] = "stored",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: stored (unchanged), bfloat16 or float32.")
+    ] = "stored",
 ) -> None:
-    """Write a model in another layout; weights keep their values unless --dtype says otherwise."""
+    """Convert a model to another layout; weights change only with --dtype."""
     from vico_pl.model.families.export import export as write
     from vico_pl.stages.settings import DTYPES
 
@@ -206,7 +220,7 @@ def export(
 
 
 def main() -> None:
-    """Run the command; what the user got wrong is one sentence and exit code 2."""
+    """Run the command; invalid input ends with one sentence and exit code 2."""
     try:
         app()
     except (ValueError, OSError) as error:
@@ -214,12 +228,12 @@ def main() -> None:
         raise SystemExit(2) from error
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("vico: interrupted; the same command takes it up again", err=True)
+            typer.echo("vico: interrupted; the same command resumes", err=True)
         raise
 
 
 def _local(model: str) -> Path:
-    """Return the folder of a model, fetched if it lives on the Hub."""
+    """Return the folder of a model, downloaded if it is on the Hub."""
     from vico_pl.model.families.hub import local_folder
 
     return local_folder(model)
@@ -232,7 +246,7 @@ def _progress(groups: Iterable[Any], title: str, total: int) -> Iterator[Any]:
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:
-    """Return how many steps a run took for certain: all if it is finished, else those of a checkpoint."""
+    """Return the steps that a run has saved: all if it is finished, else those of its newest checkpoint."""
     from vico_pl.callbacks.checkpoints import newest_checkpoint
     from vico_pl.prepare import is_finished
 
@@ -243,6 +257,6 @@ def _completed_steps(run: Path, *, max_steps: int) -> int:
 
 
 def _discard_unused(run_dir: Path) -> None:
-    """Remove a run folder in which nothing has begun, so that the corrected command may use its name."""
+    """Remove the folder of a run that never started, so that the corrected command can use its name."""
     if [path.name for path in run_dir.iterdir()] == ["config.yaml"]:
         shutil.rmtree(run_dir)

@@ -1,7 +1,4 @@
-"""The commands `vico shards ...`: make, index, check and look into sets of shards.
-
-A SOURCE is a folder, a glob, a brace range, a tar, or one of these at a URL (see data/README.md).
-"""
+"""The `vico shards` commands: build, index, check and inspect sets of shards."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,27 +6,29 @@ from typing import Annotated, Any
 
 import typer
 
-shards = typer.Typer(no_args_is_help=True, help="Make and inspect sets of WebDataset shards.")
+shards = typer.Typer(no_args_is_help=True, help="Build and inspect sets of WebDataset shards.")
 
 Source = Annotated[
-    str, typer.Argument(help="A folder, a glob, a brace range or a tar, here or at a URL (data/README.md).")
+    str, typer.Argument(help="Folder, glob, brace range or tar, local or at a URL (see data/README.md).")
 ]
-Output = Annotated[Path, typer.Option(help="Where to write.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per CPU core.")]
+Output = Annotated[Path, typer.Option(help="File or folder to write.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU core.")]
 
 
 @shards.command()
 def glyphs(
     output: Output,
-    num_samples: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
-    max_tiles: Annotated[int, typer.Option(help="Tiles of the largest image, 1 to 6.")] = 6,
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
+    max_tiles: Annotated[int, typer.Option(help="Most tiles per image, 1 to 6.")] = 6,
     questions: Annotated[int, typer.Option(help="Questions per image.")] = 4,
-    comparisons: Annotated[int, typer.Option(help="Of these, comparisons of two values at most.")] = 1,
-    read_fraction: Annotated[float, typer.Option(help="Share of pages of text to be read aloud.")] = 0.0,
+    comparisons: Annotated[int, typer.Option(help="Most comparison questions per image.")] = 1,
+    read_fraction: Annotated[
+        float, typer.Option(help="Fraction of images that are text pages to transcribe.")
+    ] = 0.0,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
-    """Draw GlyphDocs, the embedded default's data."""
+    """Generate GlyphDocs, the data set of the demo."""
     from vico_pl.data.glyphs import GlyphsConfig
     from vico_pl.data.shards.build import build_glyphs
 
@@ -42,62 +41,62 @@ def glyphs(
     index = build_glyphs(
         output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard
     )
-    _tell_totals(output, index)
+    _print_totals(output, index)
 
 
 @shards.command()
 def build(
     annotations: Annotated[
         list[Path],
-        typer.Option(help="JSONL or a JSON list in LLaVA's or InternVL's form; may be given several times."),
+        typer.Option(help="JSONL or JSON list in the format of LLaVA or InternVL; repeatable."),
     ],
-    images: Annotated[Path, typer.Option(help="Folder that the records' image paths start from.")],
+    images: Annotated[Path, typer.Option(help="Folder to which image paths are relative.")],
     output: Output,
     samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Records per tar; 1000 if no size is given either.")
+        int | None, typer.Option(min=1, help="Most records per tar. Default: 1000, without --shard-size.")
     ] = None,
     shard_size: Annotated[
-        float | None, typer.Option(min=0, help="Megabytes (10^6 bytes) per tar, at most.")
+        float | None, typer.Option(min=0, help="Most megabytes (10^6 bytes) per tar.")
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Pack annotations and their images into shards; bad records are named and left out (exit code 1)."""
+    """Write annotations and their images as shards; bad records are reported and left out (exit code 1)."""
     from vico_pl.data.shards.annotations import ShardLimits, build_from_annotations
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
     limits = ShardLimits(max_samples=samples_per_shard, max_bytes=max_bytes)
     index, faults = build_from_annotations(annotations, images, output, limits=limits, workers=workers)
-    _tell_totals(output, index)
-    tell_faults(faults)
+    _print_totals(output, index)
+    report_faults(faults)
 
 
 @shards.command("index")
 def index_(source: Source, workers: Workers = None) -> None:
-    """Write the index of a folder of tars, also of tars made by others; of other sources only count."""
+    """Index a folder of tars, whoever wrote them; for other sources, count the samples."""
     from vico_pl.data.shards.reader import read_index, write_index
 
     is_folder = Path(source).is_dir()
-    _tell_totals(source, write_index(source, workers=workers) if is_folder else read_index(source))
+    _print_totals(source, write_index(source, workers=workers) if is_folder else read_index(source))
 
 
 @shards.command()
 def check(source: Source) -> None:
-    """Decode every record and name the bad ones (exit code 1)."""
+    """Decode every record and report the bad ones (exit code 1 if any)."""
     from vico_pl.data.shards.inspect import find_faults
 
-    tell_faults(find_faults(source))
+    report_faults(find_faults(source))
     typer.echo(f"{_shown(source)}: every record is usable")
 
 
 @shards.command()
 def stats(
     source: Source,
-    output: Annotated[Path | None, typer.Option(help="Draw histograms into this PNG, too.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also draw histograms to this PNG.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A model folder: count its tokens instead of bytes.")
+        str | None, typer.Option(help="Model folder whose tokenizer counts text in tokens instead of bytes.")
     ] = None,
 ) -> None:
-    """Count samples, images, tiles, texts, answers and bad records, and draw how samples differ."""
+    """Count samples, images, tiles, text, answers and bad records; optionally draw histograms."""
     from vico_pl.data.shards.stats import draw, survey
 
     found = survey(source, count_tokens=None if tokenizer is None else _token_counter(tokenizer))
@@ -113,9 +112,9 @@ def stats(
 def preview(
     source: Source,
     output: Output = Path("preview.png"),
-    count: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 12,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 12,
 ) -> None:
-    """Draw the first samples with their questions and answers as one picture."""
+    """Draw the first samples with their questions and answers."""
     from itertools import islice
 
     from vico_pl.data.shards.inspect import read_samples
@@ -130,8 +129,8 @@ def preview(
     typer.echo(f"{output} is written")
 
 
-def tell_faults(faults: Iterable[Any]) -> None:
-    """Name faults as they are found, and end with exit code 1 if there was one."""
+def report_faults(faults: Iterable[Any]) -> None:
+    """Print faults as they are found; exit with code 1 if there was one."""
     found = False
     for fault in faults:
         typer.echo(f"{fault.id}: {fault.reason}", err=True)
@@ -147,7 +146,7 @@ def _token_counter(model: str) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _tell_totals(source: Path | str, index: Any) -> None:
+def _print_totals(source: Path | str, index: Any) -> None:
     sizes = [entry.num_bytes for entry in index.entries]
     size = "" if None in sizes else f", {sum(sizes):,} bytes"
     typer.echo(f"{_shown(source)}: {index.num_samples} samples in {len(index.names)} shards{size}")
