@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
-# Each command imports what it needs: `vico --help` must not wait for torch.
-
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import typer
 
 from vico_pl.shards_cli import report_faults, shards
 
+# Each command imports what it needs: `vico --help` must not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(shards, name="shards")
 
