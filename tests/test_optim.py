@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from vico_pl.optim import OptimConfig, build_optimizer, numbered_by_module
+from vico_pl.optim import SCHEDULES, OptimConfig, build_optimizer, numbered_by_module
 
 
 def build(module, *, num_steps=10, **settings):
@@ -22,6 +22,34 @@ def test_matrices_decay_and_vectors_do_not():
         "2.weight": 0.3,
         "2.bias": 0.0,
     }
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": -1.0},
+        {"max_grad_norm": float("nan")},
+        {"lr": -1e-5},
+        {"lr": float("inf")},
+        {"beta2": 1.0},
+        {"warmup_steps": -1},
+        {"schedule": "warmup_stable_decay"},  # needs further settings
+        {"schedule": "cosin"},
+    ],
+)
+def test_values_that_would_train_nothing_or_backwards_are_refused(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=rf"optim\.{name} is {value}; expected "):
+        OptimConfig(**setting)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_needs_no_further_settings(schedule):
+    optimizer, built = build(nn.Linear(3, 2), schedule=schedule, warmup_steps=2)
+    optimizer.step()
+    built["scheduler"].step()
+    assert 0 < optimizer.param_groups[0]["lr"] <= OptimConfig().lr
 
 
 def test_frozen_parameters_are_left_out():

@@ -152,6 +152,9 @@ def check_shared_memory() -> str:
 def check_recipe(recipe: Path, overrides: Sequence[str]) -> str:
     """Load the recipe."""
     config = load_config(recipe, overrides)
+    doubtful = list(STAGES[config.stage].doubtful_settings(config))
+    if doubtful:
+        raise ValueError("; ".join(doubtful))
     steps, samples = config.trainer.max_steps, config.data.batch_size
     return f"stage {STAGES[config.stage].name}, {steps} steps of {samples} samples"
 

@@ -1,5 +1,6 @@
 """The optimizer and its schedule."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,17 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
+
+# Those of transformers.get_scheduler that need no further settings.
+SCHEDULES = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "polynomial",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +31,22 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     warmup_steps: int = 0
-    schedule: str = "cosine"  # any name that transformers.get_scheduler knows
-    max_grad_norm: float = 1.0  # of all gradients together; larger ones are scaled down
+    schedule: str = "cosine"  # one of SCHEDULES
+    max_grad_norm: float = 1.0  # of all gradients together; larger ones are scaled down; inf: never
+
+    def __post_init__(self) -> None:
+        """Reject values that would train nothing, or in the wrong direction."""
+        for name, valid, expected in (
+            ("lr", 0 <= self.lr < math.inf, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("beta1", 0 <= self.beta1 < 1, "0 to below 1"),
+            ("beta2", 0 <= self.beta2 < 1, "0 to below 1"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("max_grad_norm", self.max_grad_norm > 0, "more than 0 (inf does not clip)"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        ):
+            if not valid:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; expected {expected}")
 
 
 def build_optimizer(

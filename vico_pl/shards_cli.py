@@ -83,9 +83,13 @@ def index_(source: Source, workers: Workers = None) -> None:
 def check(source: Source) -> None:
     """Decode every record and report the bad ones (exit code 1 if any)."""
     from vico_pl.data.shards.inspect import find_faults
+    from vico_pl.data.shards.reader import read_index
 
+    num_samples = read_index(source).num_samples
+    if num_samples == 0:
+        raise ValueError(f"{_shown(source)}: no records; expected members KEY.json, KEY.jpg (data/README.md)")
     report_faults(find_faults(source))
-    typer.echo(f"{_shown(source)}: every record is usable")
+    typer.echo(f"{_shown(source)}: all {num_samples} records are usable")
 
 
 @shards.command()

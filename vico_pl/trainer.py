@@ -1,6 +1,7 @@
 """One training run: a run folder, a stage, its data, and Lightning's loop around them."""
 
 import fcntl
+import multiprocessing
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -49,9 +51,12 @@ def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None
     run_dir = Path(config.run_dir)
     L.seed_everything(config.seed, verbose=False)
     stage_class = STAGES[config.stage]
-    for problem in stage_class.unused_settings(config):
+    for problem in stage_class.doubtful_settings(config):
         rank_zero_warn(problem)
-    trainer = _build_trainer(config, run_dir, stop)
+    try:
+        trainer = _build_trainer(config, run_dir, stop)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error} 'vico doctor' lists what this machine has") from error
     stage_class.check_device(config, trainer.strategy.root_device)
     models = FolderModels(config)
     tokenizer = models.tokenizer
@@ -144,9 +149,12 @@ def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
     try:
         trainer.fit(stage, data, ckpt_path=checkpoint)
-    except SystemExit as error:  # how Lightning ends after Ctrl-C
+    except SystemExit as error:  # how Lightning ends after a second Ctrl-C
         rank_zero_info("Interrupted. The same command resumes from the newest checkpoint.")
         raise KeyboardInterrupt from error
+    finally:
+        for worker in multiprocessing.active_children():  # one that waits for a slow source ignores SIGTERM
+            worker.kill()
 
 
 def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:

@@ -37,7 +37,7 @@ def test_glyphs_are_drawn_counted_checked_and_shown(vico, tmp_path):
     num_answers = sum(len(sample.turns) // 2 for sample in read_samples(folder))
     assert (code, counts["shards"], counts["samples"]) == (0, "2", "5")
     assert int(counts["answers"]) == num_answers >= 5
-    assert vico("shards", "check", folder)[:2] == (0, f"{folder}: every record is usable\n")
+    assert vico("shards", "check", folder)[:2] == (0, f"{folder}: all 5 records are usable\n")
     picture = tmp_path / "new" / "sheet.png"
     assert vico("shards", "preview", folder, "--output", picture, "--count", "3")[0] == 0
     shown, everything = pixels(picture), tmp_path / "all.png"

@@ -17,6 +17,7 @@ NAME = "vico-test-llava"
 FIXED = [
     "data.batch_size=2",
     "trainer.max_steps=2",
+    "optim.warmup_steps=0",
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "data.num_workers=0",

@@ -63,6 +63,7 @@ def shards(vico, tmp_path):
 def train(vico, recipe, *settings):
     fixed = [
         "trainer.max_steps=2",
+        "optim.warmup_steps=0",
         "trainer.accelerator=cpu",
         "trainer.precision=32-true",
         "data.num_workers=0",

@@ -99,6 +99,14 @@ def test_segments_go_on_from_tokens_of_an_earlier_pass(language):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_code_that_a_config_names_never_runs(tmp_path, monkeypatch):
+    (tmp_path / "modeling_other.py").write_text("raise SystemExit('executed')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    auto_map = {"AutoModelForCausalLM": f"{tmp_path}--modeling_other.Other"}
+    with pytest.raises(ValueError, match="model_type is 'vit', no causal language model"):
+        build_language_model({"model_type": "vit", "hidden_size": 128, "auto_map": auto_map})
+
+
 def test_the_configuration_is_left_as_it_was():
     config = tiny_spec().language
     build_language_model(config)

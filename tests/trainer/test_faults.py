@@ -75,6 +75,16 @@ def slow_steps(_):
     StepSeed.on_train_batch_start = wait_then_seed
 
 
+def slow_steps_of_a_group(rank):
+    os.setpgid(0, 0)
+    slow_steps(rank)
+
+
+def very_slow_steps_of_a_group(_):
+    os.setpgid(0, 0)
+    StepSeed.on_train_batch_start = lambda *_: time.sleep(30)
+
+
 # --- Asked to stop -----------------------------------------------------------------------------------------
 
 
@@ -106,6 +116,36 @@ def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(
         else "all ranks"
     )
     told(f"{number.name} to {who}, within a step", "all end after the step, exit code 0", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_process_group_ends_the_run_after_the_step(runs, unbroken, tmp_path, told, number):
+    """Data workers get it, too: from `timeout`, systemd, Slurm and Ctrl-C."""
+    run_dir = tmp_path / "run"
+    running = start(
+        runs / "consistency.yaml", run_dir, *SETTINGS, "data.num_workers=1", before=slow_steps_of_a_group
+    )
+    running.wait_for_checkpoint(step=2)
+    os.killpg(running.ranks[0].pid, number)
+    assert running.wait() == [0], running.said()
+    assert f"Stopping on request: step {newest_step(run_dir)} is saved" in running.said()
+    assert lost(run_dir) == 0
+    assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
+    told(f"{number.name} to a process and its data worker", "all end after the step, exit code 0", 0)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(runs, unbroken, tmp_path):
+    run_dir = tmp_path / "run"
+    running = start(
+        runs / "consistency.yaml", run_dir, *SETTINGS, "data.num_workers=1", before=very_slow_steps_of_a_group
+    )
+    running.wait_for(lambda: (run_dir / "samples-rank-0.jsonl").is_file())
+    for _ in range(2):
+        time.sleep(0.2)
+        os.killpg(running.ranks[0].pid, signal.SIGINT)
+    assert running.wait() == [130], running.said()
+    assert "Stopping after this step. Press Ctrl-C again" in running.said()
+    assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
 
 
 # --- Killed -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Stopping on a signal, from Slurm before the time limit or at a preemption, without losing a step.
+"""Stopping on a signal (of Slurm, `timeout`, systemd or Ctrl-C) without losing a step.
 
 A signal can arrive at any instruction, and at a different one on each rank, so the handler only sets a flag.
 In the next step all ranks agree to stop (`Stage.training_step`); they finish it, save, and exit with code 0.
@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUEUE_SIGNAL = signal.SIGUSR1  # sent before the time limit; SIGTERM also comes when a user cancels the job
 
 
@@ -56,6 +56,11 @@ class StopSignals(L.Callback):
             trainer.should_stop = True
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not print(): the signal may have interrupted one.
+            os.write(2, b"\nStopping after this step. Press Ctrl-C again to stop at once, without saving.\n")
         self.received = signal.Signals(number)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,6 +103,7 @@ class DataModule(L.LightningDataModule):
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_stop_signals,
         )
 
 
@@ -160,6 +162,12 @@ class RankBatches(IterableDataset[RankBatch]):
         text, num_tiles = size.text_tokens, sum(tiles_per_image)
         cost = self.cost(position, tiles_per_image, text)
         return cost, num_tiles, text + num_tiles * self.chat.full_tokens_per_tile
+
+
+def ignore_stop_signals(_: int) -> None:
+    """Let a worker outlive signals to the whole process group: the run still needs its batches to stop."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def open_sources(config: DataConfig) -> list[ShardIndex]:

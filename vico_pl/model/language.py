@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
@@ -30,8 +31,10 @@ from transformers import (
 # What `model.attention` chooses from, and the names under which transformers knows our functions;
 # one with "flash" in it transformers would take for its own.
 PACKED_ATTENTION = {"sdpa": "vico_segments", "flash": "vico_varlen"}
-# Keys of stored configs that describe how a model was run or saved, not its shape.
+# Keys of stored configs that describe how a model was run or saved, not its shape. `auto_map` names code in
+# the model folder, which must never run: transformers offers to run it even if it knows the model type.
 _NOT_OF_THE_SHAPE = {
+    "auto_map",
     "model_type",
     "torch_dtype",
     "dtype",
@@ -55,6 +58,9 @@ def build_language_model(config: dict[str, Any]) -> PreTrainedModel:
         language_config = AutoConfig.for_model(config["model_type"], **settings)
     except (KeyError, StrictDataclassError) as error:
         raise ValueError(f"language model: {' '.join(str(error).split())}") from error
+    if type(language_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = config["model_type"]
+        raise ValueError(f"language model: model_type is '{kind}', no causal language model of transformers")
     _check_attention(language_config)
     return AutoModelForCausalLM.from_config(language_config, attn_implementation="sdpa", dtype=torch.float32)
 

@@ -114,6 +114,7 @@ def build_tower(config: dict[str, Any]) -> Tower:
 def _intern_vit(config: dict[str, Any]) -> Tower:
     config = dict(config)
     mean, std = config.pop("image_mean", IMAGENET_MEAN), config.pop("image_std", IMAGENET_STD)
+    config.pop("auto_map", None)  # names code in the model folder, which must never run
     settings = AutoConfig.for_model(config.pop("model_type"), **config)
     # Tiles all have the same length, so the tower needs none of the language model's packed attention.
     module = AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)

@@ -112,10 +112,13 @@ class Stage(L.LightningModule):
             yield f"model.ratios is {run.model.ratios}; stage {cls.name} needs at least two"
 
     @classmethod
-    def unused_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings of a recipe that have no effect, a sentence each."""
+    def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
+        """Yield settings of a recipe that have no effect or hardly what was meant, a sentence each."""
         if run.model.lora != LoraConfig() and not (cls.trains_parts and "lora" in run.model.trainable):
             yield "model.lora has no effect: only a stage whose model.trainable names lora has adapters"
+        warmup, steps = run.optim.warmup_steps, run.trainer.max_steps
+        if warmup >= steps:
+            yield f"optim.warmup_steps is {warmup}: a run of {steps} steps never reaches optim.lr"
 
     @classmethod
     def check_device(cls, run: RunSettings, device: torch.device) -> None:

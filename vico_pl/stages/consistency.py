@@ -117,9 +117,9 @@ class ConsistencyStage(Stage):
         yield from cls.check_ratios(run)
 
     @classmethod
-    def unused_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings without effect."""
-        yield from super().unused_settings(run)
+    def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
+        """Yield settings that the user should know about."""
+        yield from super().doubtful_settings(run)
         settings = section_of(run, ConsistencyConfig)
         if settings.kernel == "liger" and settings.chunk_size != ConsistencyConfig().chunk_size:
             yield "consistency.chunk_size has no effect: kernel liger chooses how many logits exist at a time"

@@ -122,9 +122,9 @@ class RouterStage(Stage):
         yield from cls.check_ratios(run)
 
     @classmethod
-    def unused_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings without effect."""
-        yield from super().unused_settings(run)
+    def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
+        """Yield settings that the user should know about."""
+        yield from super().doubtful_settings(run)
         if run.trainer.activation_checkpointing:
             yield "trainer.activation_checkpointing has no effect: stage router trains no transformer blocks"
 

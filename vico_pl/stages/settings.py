@@ -75,6 +75,14 @@ class TrainerConfig:
         """Reject other precisions: float16 needs loss scaling, others change the dtype of weights."""
         if self.precision not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision is '{self.precision}'; expected 32-true or bf16-mixed")
+        if self.strategy not in ("auto", "ddp", "fsdp"):
+            raise ValueError(f"trainer.strategy is '{self.strategy}'; expected auto, ddp or fsdp")
+        for name in ("max_steps", "num_nodes", "checkpoint_every", "keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("watchdog_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"trainer.{name} is {getattr(self, name)}; expected more than 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
