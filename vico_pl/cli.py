@@ -17,6 +17,8 @@ app.add_typer(shards, name="shards")
 
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
+Recipe = Annotated[Path, typer.Argument(help="A YAML file of recipes/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value settings that override the recipe.")]
 Model = Annotated[
     str, typer.Argument(help="A model folder in any layout, or its name on the Hugging Face Hub.")
 ]
@@ -25,11 +27,8 @@ Data = Annotated[Path, typer.Option(help="A folder of shards with questions and 
 
 
 @app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file of recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe.")] = None,
-) -> None:
-    """Run a stage of training; an interrupted run goes on where it was."""
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Run a training stage; an interrupted run resumes from its newest checkpoint."""
     from lightning.pytorch.utilities import rank_zero_only
 
     from vico_pl.prepare import is_finished, prepare_run
@@ -50,7 +49,7 @@ def train(
 
 @app.command()
 def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
-    """Prove that a run used every sample once per epoch, in its order; faults are named (exit code 1)."""
+    """Check that a run used each sample once per epoch, in order; exit code 1 if not."""
     from vico_pl.audit import audit_run, format_table, format_verdict
     from vico_pl.config import load_config
 
@@ -66,24 +65,34 @@ def audit(run: Annotated[Path, typer.Argument(help="The folder of a run, finishe
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file of recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Size of InternVL3.5 in the model's place: 8b.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of a GPU's peak that is reached.")] = 0.4,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the plan there, too.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    shape: Annotated[str | None, typer.Option(help="Released InternVL3.5 to plan for, such as 8b.")] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Fraction of a GPU's peak that is reached.")
+    ] = 0.4,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the plan to this file.")] = None,
 ) -> None:
-    """Tell what a recipe will take before it runs: memory per GPU, operations, hours, what fits."""
-    from vico_pl.planning.report import print_plan
+    """Predict memory per GPU, operations and hours of a run, and on which GPUs it fits."""
+    from vico_pl.config import load_config
+    from vico_pl.files import write_json
+    from vico_pl.planning.plan import build_plan
+    from vico_pl.planning.report import format_plan, plan_as_json
 
-    print_plan(recipe, overrides or [], shape=shape, mfu=mfu, json_path=json_, write=typer.echo)
+    made = build_plan(load_config(recipe, overrides or []), shape=shape, mfu=mfu)
+    typer.echo(format_plan(made))
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        write_json(plan_as_json(made), json_)
+        typer.echo(f"\n{json_} is written")
 
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="A YAML file of recipes/, to check it too.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over it.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML file of recipes/ to check, too.")] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Check this machine, and a recipe, for what would stop a run; problems are named (exit code 1)."""
+    """Check this machine and a recipe for what would stop a run; exit code 1 if there is a problem."""
     from vico_pl.doctor import examine
 
     raise SystemExit(examine(recipe, overrides or [], write=typer.echo))
@@ -94,13 +103,14 @@ def calibrate(
     model: Model,
     data: Data,
     retention: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the full accuracy to keep.")
+        float, typer.Option(min=0, max=1, help="Fraction of the full accuracy to keep.")
     ] = 0.995,
     budget: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Instead: largest share of the vision tokens.")
+        float | None,
+        typer.Option(min=0, max=1, help="Instead: largest fraction of the vision tokens."),
     ] = None,
 ) -> None:
-    """Choose the router's threshold; MODEL/calibration.json keeps it and the curve it was chosen from."""
+    """Choose the router's threshold; writes it with its curve to MODEL/calibration.json."""
     from vico_pl.evaluation.calibrate import calibration_record, check_goal, choose_point, measure_curve
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
@@ -126,9 +136,9 @@ def eval_(
     model: Model,
     data: Data,
     output: Annotated[Path | None, typer.Option(help="Folder of the report; default: MODEL/report.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random arm and the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random arm and the bootstrap.")] = 0,
 ) -> None:
-    """Compare the router with other ways to spend the same tokens; writes report.json and report.html."""
+    """Compare the router with other ways to spend its tokens; writes report.json and report.html."""
     from vico_pl.evaluation.evaluate import evaluate
     from vico_pl.evaluation.pictures import build_gallery
     from vico_pl.evaluation.report import format_table, write_html
@@ -152,7 +162,7 @@ def route(
     image: Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")],
     output: Output,
 ) -> None:
-    """Draw how the model spends its vision tokens on an image."""
+    """Draw which tiles of an image the router compresses."""
     from vico_pl.data.decode import read_image
     from vico_pl.evaluation.pictures import route_image, routing_picture
     from vico_pl.inference.predictor import Predictor
@@ -174,7 +184,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The question.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
 ) -> None:
-    """Answer a question about an image, routed if the model is calibrated."""
+    """Answer a question about an image; a calibrated router compresses its tiles."""
     from vico_pl.data.decode import read_image
     from vico_pl.inference.generate import answer_image
     from vico_pl.inference.predictor import Predictor
@@ -191,7 +201,7 @@ def export(
         str, typer.Option(help="flash or internvl (released code, LMDeploy), hf (transformers), ours.")
     ] = "flash",
     template: Annotated[
-        Path | None, typer.Option(help="A released folder whose remote code and tokenizer to copy along.")
+        Path | None, typer.Option(help="A released folder whose remote code and tokenizer to copy.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="stored, bfloat16 or float32.")] = "stored",
 ) -> None:
@@ -206,7 +216,7 @@ def export(
 
 
 def main() -> None:
-    """Run the command; what the user got wrong is one sentence and exit code 2."""
+    """Run the command; wrong input gives one sentence and exit code 2."""
     try:
         app()
     except (ValueError, OSError) as error:
@@ -214,12 +224,12 @@ def main() -> None:
         raise SystemExit(2) from error
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("vico: interrupted; the same command takes it up again", err=True)
+            typer.echo("vico: interrupted; the same command resumes the run", err=True)
         raise
 
 
 def _local(model: str) -> Path:
-    """Return the folder of a model, fetched if it lives on the Hub."""
+    """Return the folder of a model, downloaded if it is a name on the Hub."""
     from vico_pl.model.families.hub import local_folder
 
     return local_folder(model)
@@ -232,7 +242,7 @@ def _progress(groups: Iterable[Any], title: str, total: int) -> Iterator[Any]:
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:
-    """Return how many steps a run took for certain: all if it is finished, else those of a checkpoint."""
+    """Return the steps that a run surely took: all if it is finished, else those of its checkpoint."""
     from vico_pl.callbacks.checkpoints import newest_checkpoint
     from vico_pl.prepare import is_finished
 
@@ -243,6 +253,6 @@ def _completed_steps(run: Path, *, max_steps: int) -> int:
 
 
 def _discard_unused(run_dir: Path) -> None:
-    """Remove a run folder in which nothing has begun, so that the corrected command may use its name."""
+    """Remove a run folder without any result, so that the corrected command can use its name."""
     if [path.name for path in run_dir.iterdir()] == ["config.yaml"]:
         shutil.rmtree(run_dir)

@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
 
 from vico_pl.config import load_config
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
-from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
-from vico_pl.model.families.hub import is_hub_id, split_revision
+from vico_pl.model.families.hub import is_hub_id
 from vico_pl.model.flops import build_without_weights
 from vico_pl.planning.memory import GIB
 from vico_pl.planning.plan import Layout, Plan, build_plan
+from vico_pl.planning.sources import find_config
 from vico_pl.recipe import RunConfig
 from vico_pl.stages import STAGES
 from vico_pl.tokens import load_tokenizer
@@ -190,13 +189,10 @@ def check_shards(path: str, streaming: StreamingConfig) -> str:
 
 def check_model(path: str) -> str:
     """Open a model folder: its tokenizer, and the name and shape of every tensor."""
-    folder = Path(path)
-    if is_hub_id(path):
-        name, revision = split_revision(path)
-        cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
-        if not isinstance(cached, str):
-            return f"{path}: will be fetched from the Hugging Face Hub"
-        folder = Path(cached).parent
+    file = find_config(path)
+    if file is None and is_hub_id(path):
+        return f"{path}: will be fetched from the Hugging Face Hub"
+    folder = Path(path) if file is None else file.parent
     opened = open_folder(folder)
     load_tokenizer(folder)
     model = build_without_weights(opened.contents.spec)

@@ -195,4 +195,4 @@ def test_an_interrupted_command_says_so(vico, monkeypatch, tmp_path):
     monkeypatch.setattr(vico_pl.prepare, "prepare_run", interrupt)
     code, out, err = vico("train", tmp_path / "recipe.yaml")
     assert (code, out) == (130, "")
-    assert err.endswith("vico: interrupted; the same command takes it up again\n")
+    assert err.endswith("vico: interrupted; the same command resumes the run\n")
