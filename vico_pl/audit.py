@@ -1,8 +1,7 @@
-"""Check that a run used each sample once per epoch, from the logs it left behind.
+"""Check from its logs that a run used each sample once per epoch.
 
-`SampleOrder` gives the samples that each step has to use, `samples-rank-R.jsonl` those that rank R used; a
-sample is named `shard/key`. A restarted run has several attempts: each counts up to the step at which a later
-one resumed.
+`SampleOrder` gives the samples that each step has to use, `samples-rank-R.jsonl` those that rank R used. A
+restarted run has several attempts: each counts up to the step at which a later one resumed.
 """
 
 import io
@@ -21,28 +20,21 @@ from vico_pl.data.order import SampleOrder
 from vico_pl.data.shards.locations import without_secrets
 from vico_pl.data.shards.reader import ShardIndex
 from vico_pl.data.shards.tars import TAR_ERRORS, member_key
+from vico_pl.types import BadRecord
 
 COLUMNS = ("used", "bad", "missing", "twice")
 _NAME_BYTES = 16_384  # of a tar that hold any member's name and headers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
-    """A deviation from the order: the sample or log line, and what is wrong with it."""
-
-    id: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Audit:
-    """The result: counts by (source, epoch) with the keys `COLUMNS`, and the faults."""
+    """The result of an audit."""
 
     sources: list[tuple[str, int]]  # path, number of samples
     num_steps: int
     num_attempts: int
-    counts: dict[tuple[int, int], Counter[str]]
-    faults: list[Fault]
+    counts: dict[tuple[int, int], Counter[str]]  # by (source, epoch); keys: `COLUMNS`
+    faults: list[BadRecord]  # sample or log line, and how it deviates from the order
 
 
 class _Attempt(NamedTuple):
@@ -68,18 +60,16 @@ def audit_run(run_dir: Path, config: DataConfig, *, seed: int, completed_steps: 
     Raises:
         ValueError: there is no sample log, or a source is missing or damaged.
     """
-    faults: list[Fault] = []
+    faults: list[BadRecord] = []
     lines = _read_logs(run_dir, faults)
     attempts = [line for _, line in lines[0] if isinstance(line, _Attempt)]
     steps, num_logged = _merge_ranks(lines, attempts, faults)
     num_steps = max(completed_steps, num_logged)
     indexes = open_sources(config)
     ledger = _Ledger(build_order(config, indexes, seed=seed), indexes, config.batch_size, faults)
-    before = _Attempt(-1, 0, 1)  # stands for the steps before the first logged one
-    for position, attempt in enumerate([before, *attempts]):
-        end = min((later.first_step for later in attempts[position:]), default=num_steps)
-        for step in range(attempt.first_step, end):
-            ledger.check(steps.get((attempt.number, step)) or _Step(step, Counter(), Counter()))
+    for step in range(num_steps):
+        attempt = next((a.number for a in reversed(attempts) if a.first_step <= step), None)
+        ledger.check(steps.get((attempt, step)) or _Step(step, Counter(), Counter()))
     sizes = [index.num_samples for index in indexes]
     return Audit(
         sources=[(without_secrets(s.path), size) for s, size in zip(config.sources, sizes, strict=True)],
@@ -143,10 +133,10 @@ class SampleNames:
 
 
 class _Ledger:
-    """Compares the samples that steps used with those of the order; counts, and adds to `faults`."""
+    """Counts the samples that steps used, and adds deviations from the order to `faults`."""
 
     def __init__(
-        self, order: SampleOrder, indexes: list[ShardIndex], batch_size: int, faults: list[Fault]
+        self, order: SampleOrder, indexes: list[ShardIndex], batch_size: int, faults: list[BadRecord]
     ) -> None:
         self._order, self._batch_size, self._faults = order, batch_size, faults
         self._names = [SampleNames(index) for index in indexes]
@@ -167,21 +157,17 @@ class _Ledger:
                 count["bad"] += 1
             else:
                 count["missing"] += 1
-                self._faults.append(
-                    Fault(id=name or number, reason=f"step {used.step}: due but not used ({number})")
-                )
+                self._add(used, name or number, f"due but not used ({number})")
         for name in (used.ids + used.bad).elements():
-            self._faults.append(
-                Fault(id=name, reason=f"step {used.step}: used but {self._count_extra(name)}")
-            )
-
-    def _count_extra(self, name: str) -> str:
-        """Count a sample that a step used against the order; return what is wrong."""
-        for source, names in enumerate(self._names):
-            if name in names:
+            source = next((i for i, names in enumerate(self._names) if name in names), None)
+            if source is None:
+                self._add(used, name, "used but in no source of the run")
+            else:
                 self.counts[source, self._epochs[source]]["twice"] += 1
-                return f"not due (source {source})"
-        return "in no source of the run"
+                self._add(used, name, f"used but not due (source {source})")
+
+    def _add(self, used: _Step, name: str, reason: str) -> None:
+        self._faults.append(BadRecord(id=name, reason=f"step {used.step}: {reason}"))
 
 
 def _take(names: Counter[str], name: str | None) -> bool:
@@ -192,21 +178,21 @@ def _take(names: Counter[str], name: str | None) -> bool:
     return True
 
 
-def _read_logs(run_dir: Path, faults: list[Fault]) -> dict[int, _Lines]:
+def _read_logs(run_dir: Path, faults: list[BadRecord]) -> dict[int, _Lines]:
     paths = {int(path.stem.split("-")[-1]): path for path in run_dir.glob("samples-rank-*.jsonl")}
     if 0 not in paths:
         raise ValueError(f"{run_dir}: no samples-rank-0.jsonl; training writes it from its first step on")
     return {rank: list(_whole_lines(path, faults)) for rank, path in sorted(paths.items())}
 
 
-def _whole_lines(path: Path, faults: list[Fault]) -> Iterator[tuple[str, _Attempt | _Step]]:
+def _whole_lines(path: Path, faults: list[BadRecord]) -> Iterator[tuple[str, _Attempt | _Step]]:
     """Yield the lines of a log; only the last line of an attempt may be truncated."""
-    truncated: list[Fault] = []
+    truncated: list[BadRecord] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path.name}, line {number}"
         line = _parse(raw)
         if line is None:
-            truncated.append(Fault(id=where, reason="unreadable"))
+            truncated.append(BadRecord(id=where, reason="unreadable"))
             continue
         if isinstance(line, _Step):
             faults.extend(truncated)
@@ -225,11 +211,11 @@ def _parse(raw: bytes) -> _Attempt | _Step | None:
 
 
 def _merge_ranks(
-    lines: dict[int, _Lines], attempts: list[_Attempt], faults: list[Fault]
-) -> tuple[dict[tuple[int, int], _Step], int]:
+    lines: dict[int, _Lines], attempts: list[_Attempt], faults: list[BadRecord]
+) -> tuple[dict[tuple[int | None, int], _Step], int]:
     """Return steps by (attempt, step), and the number of steps logged by all ranks of the last attempt."""
     known = {attempt.number: attempt for attempt in attempts}
-    steps: dict[tuple[int, int], _Step] = {}
+    steps: dict[tuple[int | None, int], _Step] = {}
     ends: Counter[tuple[int, int]] = Counter()  # by (attempt, rank): after its last step
     for rank, of_rank in lines.items():
         current = None
@@ -237,7 +223,8 @@ def _merge_ranks(
             if isinstance(line, _Attempt):
                 current = known.get(line.number)
             elif current is None or rank >= current.world or line.step < current.first_step:
-                faults.append(Fault(id=where, reason=f"step {line.step} belongs to no attempt of rank 0"))
+                reason = f"step {line.step} belongs to no attempt of rank 0"
+                faults.append(BadRecord(id=where, reason=reason))
             else:
                 step = steps.setdefault((current.number, line.step), _Step(line.step, Counter(), Counter()))
                 step.ids.update(line.ids)

@@ -1,33 +1,31 @@
-"""Checks of the environment and of a recipe before a run; one that fails stops no other.
+"""Checks of the machine and of a recipe before a run.
 
-A check returns what it found in a few words, or raises ValueError with the problem and its remedy.
+A check returns what it found, or raises ValueError with the problem and its remedy.
 """
 
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
 
 from vico_pl.config import load_config
-from vico_pl.data.shards.cache import DEFAULT_STREAMING, StreamingConfig
+from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
-from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
-from vico_pl.model.families.hub import is_hub_id, split_revision
+from vico_pl.model.families.hub import is_hub_id
 from vico_pl.model.flops import build_without_weights
 from vico_pl.planning.memory import GIB
 from vico_pl.planning.plan import Layout, Plan, build_plan
+from vico_pl.planning.sources import find_config
 from vico_pl.recipe import RunConfig
 from vico_pl.stages import STAGES
 from vico_pl.tokens import load_tokenizer
@@ -39,52 +37,51 @@ Check = Callable[[], str]
 
 
 class Finding(NamedTuple):
-    """What a check found."""
+    """The result of a check."""
 
     name: str
     detail: str
     problem: bool
 
-    def __str__(self) -> str:
-        return f"{'problem' if self.problem else 'ok'}: {self.name}: {self.detail}"
-
 
 def examine(recipe: Path | None, overrides: Sequence[str], *, write: Callable[[str], None]) -> bool:
     """Run all checks and write a line for each; returns whether there is a problem."""
-    findings = []
+    failed = False
     for name, check in checks(recipe, overrides):
-        findings.append(find(name, check))
-        write(str(findings[-1]))
-    return any(finding.problem for finding in findings)
+        found = find(name, check)
+        write(f"{'problem' if found.problem else 'ok'}: {name}: {found.detail}")
+        failed |= found.problem
+    return failed
 
 
 def find(name: str, check: Check) -> Finding:
     """Run one check, whatever it raises."""
     try:
         return Finding(name, check(), problem=False)
-    except (ValueError, OSError) as error:
-        return Finding(name, _one_line(error), problem=True)
     except Exception as error:  # a bug in one check must not hide the others
-        failure = f"the check itself failed with {type(error).__name__}: {_one_line(error)}; please report it"
-        return Finding(name, failure, problem=True)
+        detail = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, ValueError | OSError):
+            detail = f"the check itself failed with {type(error).__name__}: {detail}; please report it"
+        return Finding(name, detail, problem=True)
 
 
 def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str, Check]]:
-    """Yield the checks of the environment, and those of a recipe that can be loaded."""
+    """Yield the checks of the machine and, if the recipe can be loaded, of the recipe."""
     yield "python", check_python
     yield "packages", check_packages
     yield "devices", check_devices
     yield "memory", lambda: f"{num_cores()} cores, {_available_gib():.0f} GiB of memory available"
     yield "/dev/shm", check_shared_memory
     if recipe is None:
-        yield "slurm", partial(check_slurm, os.environ)
+        yield "slurm", check_slurm
         return
-    yield "recipe", partial(check_recipe, recipe, overrides)
+    load = cache(partial(load_config, recipe, overrides))
+    yield "recipe", lambda: _describe(load())
     try:
-        config = load_config(recipe, overrides)
+        config = load()
     except (ValueError, OSError):  # reported by the check above
         return
-    yield "slurm", partial(check_slurm, os.environ, config)
+    yield "slurm", partial(check_slurm, config)
     yield "workers", partial(check_workers, config)
     for source in config.data.sources:
         yield "shards", partial(check_shards, source.path, config.data.streaming)
@@ -98,7 +95,7 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
 
 
 def check_python() -> str:
-    """Compare Python with what the project needs."""
+    """Compare Python with what the package needs."""
     found, needed = platform.python_version(), Requirement(f"python{metadata(PACKAGE)['Requires-Python']}")
     if not needed.specifier.contains(found, prereleases=True):
         raise ValueError(f"Python is {found}, needed is {needed.specifier}; make PYTHON=/path/to/python3 env")
@@ -106,7 +103,7 @@ def check_python() -> str:
 
 
 def check_packages() -> str:
-    """Compare installed packages with what the project needs; bad releases are excluded there by `!=`."""
+    """Compare the installed packages with what the package needs; `!=` excludes faulty releases."""
     needed = [Requirement(line) for line in requires(PACKAGE) or []]
     needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
     problems = []
@@ -121,21 +118,20 @@ def check_packages() -> str:
 
 
 def check_devices() -> str:
-    """List the GPUs, and check that PyTorch can use those that the machine has."""
+    """List the GPUs, and check that PyTorch can use those of the machine."""
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use trainer.precision=32-true"
         return f"{len(names)} GPUs ({', '.join(dict.fromkeys(names))}), {half}"
     if not Path("/proc/driver/nvidia/version").exists():
         return "no GPU; runs use the CPU"
-    if torch.version.cuda is None:
-        raise ValueError(
-            "the machine has NVIDIA GPUs, but this torch is built for the CPU; install torch with CUDA"
-        )
-    raise ValueError(
-        f"the machine has NVIDIA GPUs, but torch (CUDA {torch.version.cuda}) sees none; update the driver, "
-        "install a torch for an older CUDA, or check CUDA_VISIBLE_DEVICES"
+    reason = (
+        "is built for the CPU; install torch with CUDA"
+        if torch.version.cuda is None
+        else f"(CUDA {torch.version.cuda}) sees none; update the driver, install a torch for an older CUDA, "
+        "or check CUDA_VISIBLE_DEVICES"
     )
+    raise ValueError(f"the machine has NVIDIA GPUs, but this torch {reason}")
 
 
 def check_shared_memory() -> str:
@@ -149,24 +145,14 @@ def check_shared_memory() -> str:
     return f"{gib:.0f} GiB"
 
 
-def check_recipe(recipe: Path, overrides: Sequence[str]) -> str:
-    """Load the recipe."""
-    config = load_config(recipe, overrides)
-    doubtful = list(STAGES[config.stage].doubtful_settings(config))
-    if doubtful:
-        raise ValueError("; ".join(doubtful))
-    steps, samples = config.trainer.max_steps, config.data.batch_size
-    return f"stage {STAGES[config.stage].name}, {steps} steps of {samples} samples"
-
-
-def check_slurm(environment: Mapping[str, str], config: RunConfig | None = None) -> str:
-    """Compare the Slurm job with the recipe: one task per device, on as many nodes."""
-    if "SLURM_JOB_ID" not in environment:
+def check_slurm(config: RunConfig | None = None) -> str:
+    """Compare the Slurm job with the recipe: as many nodes, and one task per device."""
+    if "SLURM_JOB_ID" not in os.environ:
         return "not under Slurm"
     absent = [command for command in ("srun", "scontrol") if shutil.which(command) is None]
     if absent:
         raise ValueError(f"{', '.join(absent)} not found: preempted runs are not requeued; fix PATH")
-    nodes, tasks = environment.get("SLURM_JOB_NUM_NODES", "1"), environment.get("SLURM_NTASKS", "1")
+    nodes, tasks = os.environ.get("SLURM_JOB_NUM_NODES", "1"), os.environ.get("SLURM_NTASKS", "1")
     if config is not None:
         wanted, ranks = config.trainer.num_nodes, config.trainer.num_nodes * _ranks_per_node(config)
         if nodes != str(wanted):
@@ -176,10 +162,9 @@ def check_slurm(environment: Mapping[str, str], config: RunConfig | None = None)
         if tasks != str(ranks):
             raise ValueError(
                 f"the job has {tasks} tasks, but the recipe takes {ranks} processes "
-                f"({config.trainer.devices} devices on {wanted} nodes); set --ntasks-per-node to the devices "
-                "of a node"
+                f"({config.trainer.devices} devices on {wanted} nodes); fix --ntasks-per-node"
             )
-    return f"job {environment['SLURM_JOB_ID']}, {tasks} tasks"
+    return f"job {os.environ['SLURM_JOB_ID']}, {tasks} tasks"
 
 
 def check_workers(config: RunConfig) -> str:
@@ -194,23 +179,20 @@ def check_workers(config: RunConfig) -> str:
     return f"{workers} on {cores} cores"
 
 
-def check_shards(path: str, streaming: StreamingConfig = DEFAULT_STREAMING) -> str:
+def check_shards(path: str, streaming: StreamingConfig) -> str:
     """Open the index and decode the first sample."""
     count = read_index(path, streaming=streaming).num_samples
-    if not list(islice(read_samples(path, streaming=streaming), 1)):
+    if next(read_samples(path, streaming=streaming), None) is None:
         raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' lists the faults")
     return f"{path}: {count} samples, the first decodes"
 
 
 def check_model(path: str) -> str:
     """Open a model folder: its tokenizer, and the name and shape of every tensor."""
-    folder = Path(path)
-    if is_hub_id(path):
-        name, revision = split_revision(path)
-        cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
-        if not isinstance(cached, str):
-            return f"{path}: will be fetched from the Hugging Face Hub"
-        folder = Path(cached).parent
+    file = find_config(path)
+    if file is None and is_hub_id(path):
+        return f"{path}: will be fetched from the Hugging Face Hub"
+    folder = Path(path) if file is None else file.parent
     opened = open_folder(folder)
     load_tokenizer(folder)
     model = build_without_weights(opened.contents.spec)
@@ -221,7 +203,7 @@ def check_model(path: str) -> str:
 
 
 def check_kernels(config: RunConfig) -> str:
-    """Check that the device has what the stage asks of it."""
+    """Check that the device can run the kernels of the stage."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     STAGES[config.stage].check_device(config, device)
     return f"run on {device.type}"
@@ -247,13 +229,13 @@ def check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     checkpointing = config.trainer.activation_checkpointing
     needed = make_plan().gib(Layout(world=1, sharded=False), checkpointing=checkpointing)
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-    has = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else _available_gib()
-    if needed > has:
+    available = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else _available_gib()
+    if needed > available:
         raise ValueError(
-            f"a micro-batch takes {needed:.1f} GiB without FSDP, there are {has:.1f}; "
-            "'vico plan' says what fits"
+            f"a micro-batch takes {needed:.1f} GiB without FSDP, there are {available:.1f}; "
+            "'vico plan' shows what fits"
         )
-    return f"{needed:.1f} GiB of {has:.0f}"
+    return f"{needed:.1f} GiB of {available:.0f}"
 
 
 def num_cores() -> int:
@@ -272,6 +254,14 @@ def _available_gib() -> float:
     return int(found[1]) / 2**20 if found else 0.0
 
 
+def _describe(config: RunConfig) -> str:
+    doubtful = list(STAGES[config.stage].doubtful_settings(config))
+    if doubtful:
+        raise ValueError("; ".join(doubtful))
+    steps, samples = config.trainer.max_steps, config.data.batch_size
+    return f"stage {STAGES[config.stage].name}, {steps} steps of {samples} samples"
+
+
 def _ranks_per_node(config: RunConfig) -> int:
     devices = config.trainer.devices
     return max(int(devices) if devices.isdigit() else torch.cuda.device_count(), 1)
@@ -282,7 +272,3 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -77,7 +77,7 @@ def test_what_is_no_run_is_refused(refused, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sources", "told"),
+    ("sources", "expected"),
     [
         ("[{path: a, weight: 1}, {path: b}]", "data.sources: b needs a 'weight', as other sources have one"),
         ("[{path: a, weight: 1, steps: 5}]", "data.sources: a has 'steps' where sources have a 'weight'"),
@@ -85,5 +85,5 @@ def test_what_is_no_run_is_refused(refused, trained, tmp_path):
         ("[{path: a, weight: .inf}]", "data.sources: a has weight inf; expected a number above 0"),
     ],
 )
-def test_sources_that_are_neither_a_curriculum_nor_a_mixture_are_refused(refused, trained, sources, told):
-    assert told in refused("train", trained[0], f"data.sources={sources}", "run_dir=absent")
+def test_sources_that_are_neither_a_curriculum_nor_a_mixture_are_refused(refused, trained, sources, expected):
+    assert expected in refused("train", trained[0], f"data.sources={sources}", "run_dir=absent")

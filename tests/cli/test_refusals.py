@@ -14,9 +14,9 @@ from vico_pl.prepare import prepare_run
 
 
 def test_an_unknown_recipe_key_is_refused_with_what_was_probably_meant(refused, recipe, tmp_path):
-    told = refused("train", recipe(), "router.windw=8", "optim.lrr=1")
-    assert "unknown key router.windw (did you mean router.window?)" in told
-    assert "unknown key optim.lrr (did you mean optim.lr?)" in told
+    sentence = refused("train", recipe(), "router.windw=8", "optim.lrr=1")
+    assert "unknown key router.windw (did you mean router.window?)" in sentence
+    assert "unknown key optim.lrr (did you mean optim.lr?)" in sentence
     assert not (tmp_path / "run").exists()
 
 
@@ -26,12 +26,12 @@ def test_a_missing_recipe_is_refused(refused, tmp_path):
 
 def test_training_on_a_missing_or_empty_shard_folder_leaves_no_run_behind(refused, recipe, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name, told in (
+    for name, expected in (
         ("absent", "no such folder of shards"),
         ("empty", "no shard found; expected names such as"),
     ):
         sources = f"data.sources=[{{path: {tmp_path / name}}}]"
-        assert told in refused("train", recipe(), sources)
+        assert expected in refused("train", recipe(), sources)
         assert not (tmp_path / "run").exists(), "the corrected command meets no run with other settings"
 
 
@@ -75,7 +75,7 @@ def test_a_model_folder_without_weights_is_refused_by_every_command(
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         (WEIGHTS_NAME, "no readable weights"),
         ("tokenizer.json", "its tokenizer files are incomplete or unreadable"),
@@ -84,11 +84,11 @@ def test_a_model_folder_without_weights_is_refused_by_every_command(
     ],
 )
 @pytest.mark.parametrize("content", [b"{", b""])
-def test_a_damaged_model_folder_is_refused_by_its_name(refused, model, photo, name, told, content):
+def test_a_damaged_model_folder_is_refused_by_its_name(refused, model, photo, name, expected, content):
     (model / name).write_bytes(content)
     sentence = refused("generate", model, photo, "--prompt", "What?")
     assert sentence.startswith(str(model))
-    assert told in sentence
+    assert expected in sentence
 
 
 def test_a_model_without_its_tokenizer_is_refused_by_its_name(refused, model, photo):
@@ -112,25 +112,25 @@ def test_an_override_that_does_not_fit_the_recipe_is_refused(refused, recipe):
 def test_an_image_that_is_none_is_refused(refused, model, tmp_path):
     note = tmp_path / "note.png"
     note.write_text("not an image")
-    for path, told in (
+    for path, expected in (
         (note, "expected a jpg, jpeg, png, webp file"),
         (tmp_path / "absent.png", "no such file"),
     ):
-        assert told in refused("generate", model, path, "--prompt", "What?")
+        assert expected in refused("generate", model, path, "--prompt", "What?")
         assert str(path) in refused("route", model, path, "--output", tmp_path / "routed.png")
     assert not (tmp_path / "routed.png").exists()
 
 
 def test_a_picture_of_an_unknown_format_is_refused(refused, model, photo, tmp_path):
-    told = refused("route", model, photo, "--output", tmp_path / "routed.xyz")
-    assert told == "unknown file extension: .xyz"
+    sentence = refused("route", model, photo, "--output", tmp_path / "routed.xyz")
+    assert sentence == "unknown file extension: .xyz"
     assert not (tmp_path / "routed.xyz").exists()
 
 
 def test_routing_without_calibration_is_refused(refused, model, photo, answered, tmp_path):
     (model / CALIBRATION_NAME).unlink()
-    told = refused("route", model, photo, "--output", tmp_path / "routed.png")
-    assert told.endswith("run 'vico calibrate' on a model of stage router")
+    sentence = refused("route", model, photo, "--output", tmp_path / "routed.png")
+    assert sentence.endswith("run 'vico calibrate' on a model of stage router")
     assert "run 'vico calibrate' on it first" in refused("eval", model, "--data", answered)
     assert not (model / "report").exists()
 
@@ -155,8 +155,8 @@ def test_an_unreadable_budget_is_refused(vico, model, answered, value):
 
 @pytest.mark.parametrize("value", ["0.2", "0"])
 def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_measured(refused, model, answered, value):
-    told = refused("calibrate", model, "--data", answered, "--budget", value)
-    assert told == f"budget {float(value)} cannot be met: all tiles compressed cost 0.25"
+    sentence = refused("calibrate", model, "--data", answered, "--budget", value)
+    assert sentence == f"budget {float(value)} cannot be met: all tiles compressed cost 0.25"
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_sets_of_no_samples_are_refused(vico, tmp_path, arguments):
 
 
 def test_settings_that_no_image_can_meet_are_refused(refused, tmp_path):
-    told = refused("shards", "glyphs", "--output", tmp_path / "out", "--max-tiles", "7")
-    assert told == "max_tiles is 7; expected 1 to 6"
+    sentence = refused("shards", "glyphs", "--output", tmp_path / "out", "--max-tiles", "7")
+    assert sentence == "max_tiles is 7; expected 1 to 6"
     assert not (tmp_path / "out").exists()
 
 

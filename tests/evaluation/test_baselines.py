@@ -101,7 +101,7 @@ def test_oracle_ranks_tiles_by_the_harm_of_compressing_them(predictor, group):
         ranks = scores[place].argsort(descending=True).tolist()
         assert ranks == sorted(range(len(harm)), key=harm.__getitem__)
         assert scores[place].tolist() == pytest.approx([-(h + 1e-6) / 1e-6 for h in harm], rel=1e-2)
-        assert max(harm) > 1.2 * min(harm), "the example tells tiles apart"
+        assert max(harm) > 1.2 * min(harm), "the tiles differ"
 
 
 @torch.no_grad()

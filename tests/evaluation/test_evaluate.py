@@ -162,7 +162,7 @@ def test_groups_do_not_change_the_figures(predictor, answered, report, monkeypat
         assert found["arms"][arm]["token_fraction"] == report["arms"][arm]["token_fraction"], arm
 
 
-def test_examples_tell_what_was_asked_answered_and_compressed(predictor, answered, evaluated):
+def test_examples_show_what_was_asked_answered_and_compressed(predictor, answered, evaluated):
     _, examples = evaluated
     assert examples
     samples = list(predictor.samples(answered))
@@ -174,6 +174,8 @@ def test_examples_tell_what_was_asked_answered_and_compressed(predictor, answere
         asked = dict(
             zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True)
         )
+        spent = [4 / ratio for ratio in example.ratios]
+        assert example.token_fraction == pytest.approx(sum(spent) / len(spent))
         assert asked[example.question] == example.expected == example.full_answer
     assert len({example.sample for example in examples}) == len(examples)
 
@@ -188,7 +190,7 @@ def first_records(answered, count):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_set_of_very_few_samples_is_evaluated_too(predictor, answered, tmp_path, count):
-    """Several shares of so few tiles are the same number of tiles, and there is one sample to time."""
+    """Several fractions of so few tiles are the same number of tiles, and there is one sample to time."""
     report, _ = evaluate(predictor, write_set(tmp_path / "few", first_records(answered, count)), seed=0)
     json.dumps(report, allow_nan=False)
     assert report["num_samples"] == count
@@ -251,8 +253,8 @@ def refusal(predictor, folder):
 
 def test_what_cannot_be_evaluated_is_refused(predictor, answered, tmp_path):
     uncalibrated = write_model_folder(tmp_path / "model")
-    told = refusal(Predictor.load(uncalibrated), answered)
-    assert told == f"{uncalibrated}: the model is not calibrated; run 'vico calibrate' on it first"
+    sentence = refusal(Predictor.load(uncalibrated), answered)
+    assert sentence == f"{uncalibrated}: the model is not calibrated; run 'vico calibrate' on it first"
     assert "no such folder of shards" in refusal(predictor, tmp_path / "absent")
     text = write_set(tmp_path / "text", [("0", {"json": annotation(["Who?", "me"], ["ocr"])})])
     assert "no image to evaluate on" in refusal(predictor, text)

@@ -132,12 +132,6 @@ def test_nothing_right_at_full_tokens_gives_no_retention_and_no_warning():
     assert table["accuracy"]["mean"] == 1
 
 
-def test_the_same_seed_gives_the_same_intervals_and_another_seed_others():
-    scores = random_scores()
-    assert accuracy_tables(scores, seed=1) == accuracy_tables(scores, seed=1)
-    assert accuracy_tables(scores, seed=1)["router"] != accuracy_tables(scores, seed=2)["router"]
-
-
 def test_questions_of_an_image_are_drawn_together():
     """Ten images of one hundred equal questions each vary like ten questions, not like a thousand."""
     right = np.arange(10) < 5
@@ -156,5 +150,6 @@ def test_questions_of_an_image_are_drawn_together():
 
 def test_which_numbers_name_the_images_makes_no_difference():
     scores = random_scores()
+    assert accuracy_tables(scores, seed=1) != accuracy_tables(scores, seed=2)
     renamed = Scores(sample=1000 + 7 * scores.sample, skill=scores.skill, correct=scores.correct)
     assert accuracy_tables(renamed, seed=0) == accuracy_tables(scores, seed=0)

@@ -45,7 +45,7 @@ def group(predictor, samples):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """Replace the model by one that tells what it was asked; collects the batches it got."""
+    """Replace the model by one that repeats its questions; collects its batches."""
     seen = []
 
     def fake(predictor, samples, questions, *, features, ratios, max_new_tokens):
@@ -119,7 +119,7 @@ def test_answers_may_be_longer_than_the_longest_expected_one_by_a_margin(predict
 @torch.no_grad()
 def test_a_long_expected_answer_can_be_right(predictor, samples):
     """With a fixed limit of tokens it never was."""
-    predictor.model.head[predictor.tokenizer.eos_token_id] = 0  # goes on for ever
+    predictor.model.head[predictor.tokenizer.eos_token_id] = 0  # never ends
     sample = samples[1]
     features = [predictor.model.encode_tiles(sample.tiles)]
     settings = {"features": features, "ratios": full_ratios(sample)}

@@ -4,10 +4,10 @@ from xml.etree import ElementTree
 import PIL.Image
 import pytest
 
+from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.report import (
     ARMS,
     NOTHING,
-    GalleryItem,
     format_table,
     headline,
     write_html,
@@ -54,7 +54,7 @@ def report():
 def item(**changes):
     texts = {"question": "What colour?", "expected": "red", "full_answer": "red", "router_answer": "red"}
     picture = PIL.Image.new("RGB", (40, 30), "red")
-    return GalleryItem(picture=picture, token_fraction=0.4375, **{**texts, **changes})
+    return RoutedExample(sample=0, ratios=[4, 16], token_fraction=0.4375, **{**texts, **changes}), picture
 
 
 def write(report, tmp_path, *, gallery=()):
@@ -82,16 +82,8 @@ def test_page_opens_with_the_headline_and_names_everything(report, tmp_path):
         "<h1>The router keeps 99.4\u00a0% of the accuracy with 44\u00a0% of the vision tokens.</h1>" in page
     )
     assert "Random tiles keep 71.2\u00a0% with 44\u00a0%." in page
-    for text in (
-        "full tokens",
-        "all compressed",
-        "random",
-        "runs/demo/model",
-        "500 images",
-        "seed 3",
-        "2000 resamples",
-    ):
-        assert text in page
+    arms, run = ["full tokens", "all compressed", "random"], ["runs/demo/model", "500 images", "seed 3"]
+    assert all(text in page for text in [*arms, *run, "2000 resamples"])
     assert "vico eval runs/demo/model --data data/shards/val" in page
     assert "96.4 to 98.4" in page  # interval of the router's accuracy
     assert "6.2 ms" in page
@@ -117,13 +109,11 @@ def test_text_from_data_is_escaped(report, tmp_path):
 
 
 def test_gallery_shows_answers_and_marks_wrong_ones(report, tmp_path):
-    page = write(
-        report, tmp_path, gallery=[item(full_answer=" Red", router_answer="green"), item(router_answer="")]
-    )
+    items = [item(full_answer=" Red", router_answer="green"), item(router_answer="")]
+    page = write(report, tmp_path, gallery=items)
     facts = re.sub(r"<[^>]*>|\s+", " ", page[page.index("What the router does") :])
-    assert re.search(
-        r"expected +red +full tokens +Red +✓ +router +green +✗ wrong +vision tokens +44 %", facts
-    )
+    first = r"expected +red +full tokens +Red +✓ +router +green +✗ wrong +vision tokens +44 %"
+    assert re.search(first, facts)
     assert re.search(r"router +\(no answer\) +✗ wrong", facts)
     assert page.count("data:image/jpeg;base64,") == 2
 
@@ -164,33 +154,17 @@ def test_nulls_and_missing_arms_are_dashes(report, tmp_path):
 
 def test_a_report_without_any_arm_is_still_a_page(report, tmp_path):
     page = write({**report, "arms": {}, "pareto": []}, tmp_path)
-    assert f"No router was evaluated; with full tokens the accuracy is {NOTHING}." in page.replace(
-        "\u00a0", " "
-    )
+    sentence = f"No router was evaluated; with full tokens the accuracy is {NOTHING}."
+    assert sentence in page.replace("\u00a0", " ")
     assert format_table({**report, "arms": {}}).count("\n") == 0
 
 
 def test_table_has_aligned_columns_in_the_order_of_arms(report):
     lines = format_table(report).splitlines()
-    assert re.split(r" {2,}", lines[0]) == [
-        *(
-            "arm",
-            "tokens",
-            "per image",
-            "perception",
-            "reasoning",
-            "ocr",
-            "mean",
-            "95 % interval",
-            "retention",
-        ),
-    ]
-    assert [re.split(r" {2,}", line)[0] for line in lines[1:]] == [
-        "full tokens",
-        "router",
-        "random",
-        "all compressed",
-    ]
+    header = "arm,tokens,per image,perception,reasoning,ocr,mean,95 % interval,retention"
+    assert re.split(r" {2,}", lines[0]) == header.split(",")
+    arms = [re.split(r" {2,}", line)[0] for line in lines[1:]]
+    assert arms == ["full tokens", "router", "random", "all compressed"]
     assert re.split(r" {2,}", lines[2])[1:] == [
         *("44.1 %", "31.9", "97.4 %", "97.4 %", "97.4 %", "97.4 %", "96.4 to 98.4", "99.4 %"),
     ]

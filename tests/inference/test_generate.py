@@ -13,7 +13,7 @@ MAX_NEW = 9
 
 
 def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
-    """Greedy tokens of one sample alone, the whole sequence anew for each token."""
+    """Greedy tokens of one sample alone, recomputing the whole sequence for each token."""
     text = question_text(question, num_images=len(sample.tiles_per_image))
     batch = collate([predictor.chat.encode_prompt(sample, text)])
     features = predictor.model.encode_tiles(sample.tiles)
@@ -74,7 +74,7 @@ def test_a_batch_with_cache_gives_every_sample_the_tokens_it_gets_alone_without(
     together = batched_ids(never_ends(predictor), samples, questions, ratios)
     alone = [naive_ids(predictor, *one) for one in zip(samples, questions, ratios, strict=True)]
     assert together.tolist() == alone
-    assert len({tuple(ids) for ids in alone}) > len(samples) // 2, "the example tells samples apart"
+    assert len({tuple(ids) for ids in alone}) > len(samples) // 2, "the samples differ"
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("{", "no JSON"),
         ("[]", "expected a JSON object"),
@@ -48,11 +48,11 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
         ('{"tiling": {"min_tiles": 3, "max_tiles": 2}, "chat": {}}', "min_tiles 3 and max_tiles 2"),
     ],
 )
-def test_unreadable_processing_settings_are_refused_by_name(folder, content, told):
+def test_unreadable_processing_settings_are_refused_by_name(folder, content, expected):
     (folder / PROCESSING_NAME).write_text(content)
     message = refusal(folder)
     assert PROCESSING_NAME in message
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("content", ["{}", '{"threshold": null}', '{"threshold": "low"}', "no"])

@@ -33,18 +33,9 @@ def test_column_zero_speaks_for_the_coarsest_ratio_and_the_last_for_full_tokens(
 def test_of_three_ratios_the_coarsest_wins_whose_probability_with_coarser_ones_reaches_the_threshold():
     rows = from_probabilities([0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.2, 0.1, 0.7], [0.0, 0.6, 0.4])
     assert compress_probability(rows).tolist() == pytest.approx([0.9, 0.7, 0.3, 0.6])
-    assert choose_ratios(rows, ratios=[4, 16, 64], rule=RoutingRule(threshold=0.5)).tolist() == [
-        64,
-        16,
-        4,
-        16,
-    ]
-    assert choose_ratios(rows, ratios=[4, 16, 64], rule=RoutingRule(threshold=0.25)).tolist() == [
-        64,
-        64,
-        16,
-        16,
-    ]
+    for threshold, expected in ((0.5, [64, 16, 4, 16]), (0.25, [64, 64, 16, 16])):
+        chosen = choose_ratios(rows, ratios=[4, 16, 64], rule=RoutingRule(threshold=threshold))
+        assert chosen.tolist() == expected
 
 
 @pytest.mark.parametrize("num_ratios", [2, 3])
@@ -119,17 +110,11 @@ def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(predictor):
     features = predictor.model.encode_tiles(torch.cat([s.tiles for s in samples]))
     probabilities = compress_probability(predictor.router_logits(features)).sort().values
     gap = probabilities.diff().argmax()
-    threshold = probabilities[gap : gap + 2].mean().item()
-    object.__setattr__(
-        predictor, "rule", RoutingRule(threshold=threshold)
-    )  # in the widest gap: no rounding decides
+    threshold = probabilities[gap : gap + 2].mean().item()  # in the widest gap: no rounding decides
+    object.__setattr__(predictor, "rule", RoutingRule(threshold=threshold))
     together = predictor.route(features).tolist()
-    alone = [
-        ratio
-        for f in features.split([len(s.tiles) for s in samples])
-        for ratio in predictor.route(f).tolist()
-    ]
-    assert together == alone
+    alone = map(predictor.route, features.split([len(s.tiles) for s in samples]))
+    assert together == torch.cat(list(alone)).tolist()
     assert set(together) == {4, 16}
 
 

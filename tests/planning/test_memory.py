@@ -128,12 +128,9 @@ def test_frozen_parts_serve_the_reference_too(config, shape):
 def test_adapters_take_less_than_the_language_model(config, shape):
     adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), shape)
     whole = measured(config(model={"trainable": ["language"]}), shape)
+    connectors = measured(config(model={"trainable": ["connectors"]}), shape)
     assert 0 < adapters.gradients < whole.gradients / 4
-
-
-def test_the_reference_shares_what_adapters_are_added_to_and_not_the_adapters(config, shape):
-    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), shape)
-    assert adapters.shared == measured(config(model={"trainable": ["connectors"]}), shape).shared
+    assert adapters.shared == connectors.shared  # the reference shares the language model, not its adapters
 
 
 def test_stage_router_trains_the_router_alone(config, shape):
@@ -166,33 +163,26 @@ def test_half_precision_saves_activations(config, shape):
     assert "weights as autocast has them" not in whole
 
 
-def test_one_gpu_holds_everything():
-    assert per_gpu(MEMORY, sharded=False, world=1) == {
-        "policy weights": 800,
-        "reference weights": 400,
-        "gradients": 160,
-        "optimizer": 320,
-        "activations": 1000,
-    }
-
-
 def test_ddp_adds_its_buckets_whatever_the_number_of_gpus():
-    two, many = (per_gpu(MEMORY, sharded=False, world=world) for world in (2, 64))
-    assert two == many == {**per_gpu(MEMORY, sharded=False, world=1), "buckets of DDP": 160}
+    one, two, many = (per_gpu(MEMORY, sharded=False, world=world) for world in (1, 2, 64))
+    weights = {"policy weights": 800, "reference weights": 400}
+    assert one == {**weights, "gradients": 160, "optimizer": 320, "activations": 1000}
+    assert two == many == {**one, "buckets of DDP": 160}
 
 
 def test_fsdp_divides_all_but_the_micro_batch_and_what_computes():
-    terms = per_gpu(MEMORY, sharded=True, world=4)
+    terms = per_gpu(replace(MEMORY, shared=200.0), sharded=True, world=4)
     assert [terms[name] for name in ("policy weights", "gradients", "optimizer")] == [200, 40, 80]
     assert terms["activations"] == 1000
     assert terms["gathered by FSDP"] == (2 * 80 + 40) * 3 / 4 + 80
+    assert terms["reference weights"] == (400 + 200) / 4, "each model has a shard of what they share"
 
 
 def test_the_optimizer_counts_where_it_takes_more_than_a_micro_batch():
     small = replace(MEMORY, micro_batch={"activations": 100.0})
     assert per_gpu(small, sharded=False, world=1)["optimizer's temporaries"] == 160
-    assert per_gpu(small, sharded=False, world=1, foreach=False)["activations"] == 100
     assert "activations" not in per_gpu(small, sharded=False, world=1)
+    assert per_gpu(small, sharded=False, world=1, foreach=False)["activations"] == 100
 
 
 @pytest.mark.parametrize("placeholder_id", [0, 5])
@@ -204,9 +194,3 @@ def test_drawn_samples_have_the_sizes_they_should(placeholder_id):
     assert batch.sample_lengths.tolist() == [23, 23]
     assert batch.response_mask.sum() == 16
     assert not batch.response_mask[batch.input_ids == placeholder_id].any()
-
-
-def test_what_both_models_share_is_there_twice_when_weights_are_split():
-    memory = replace(MEMORY, shared=200.0)
-    assert per_gpu(memory, sharded=False, world=2)["reference weights"] == 400
-    assert per_gpu(memory, sharded=True, world=2)["reference weights"] == (400 + 200) / 2

@@ -68,10 +68,7 @@ def tiny_plan(recipe):
     return build_plan(load_config(recipe, []))
 
 
-@pytest.mark.parametrize(
-    ("gib", "world"),
-    [(40, 1), (100, 2), (200, 4), (800, 16)],
-)
+@pytest.mark.parametrize(("gib", "world"), [(40, 1), (100, 2), (200, 4), (800, 16)])
 def test_the_fewest_gpus_that_fit_are_found(gib, world):
     assert smallest_layout(memory_of(gib), 80 / USABLE) == Layout(world=world, sharded=world > 1)
 
@@ -101,13 +98,8 @@ def test_what_does_not_fit_comes_with_what_would(tiny_plan, monkeypatch):
     assert "does not fit, not even sharded by FSDP" in lines
     assert "needs FSDP over 2 GPUs or more" in lines
     assert "fits on each GPU" in lines
-    for setting in (
-        "activation_checkpointing=true",
-        "[connectors,language]",
-        "[connectors,lora]",
-        "max_tiles=",
-    ):
-        assert setting in lines
+    settings = ("activation_checkpointing=true", "[connectors,language]", "[connectors,lora]", "max_tiles=")
+    assert all(setting in lines for setting in settings)
 
 
 def test_a_router_of_no_heads_is_an_error(recipe):

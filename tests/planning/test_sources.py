@@ -55,11 +55,8 @@ def test_a_released_name_needs_no_folder():
     source = find_model(ModelConfig(path="OpenGVLab/InternVL3_5-8B"))
     assert (source.spec.vision, source.spec.language) == RELEASED["8b"]
     assert "as released" in source.name
-
-
-def test_a_folder_that_is_not_there_yet_has_the_shape_of_its_reference():
-    config = ModelConfig(path="runs/none/model", reference="OpenGVLab/InternVL3_5-2B")
-    assert find_model(config).spec.language == RELEASED["2b"][1]
+    absent = ModelConfig(path="runs/none/model", reference="OpenGVLab/InternVL3_5-2B")
+    assert find_model(absent).spec.language == RELEASED["2b"][1]
 
 
 @pytest.mark.parametrize("path", ["runs/none/model", "someone/something", "OpenGVLab/InternVL3_5-9000B"])
@@ -86,13 +83,10 @@ def test_a_config_alone_gives_the_shape_of_the_whole_folder(tmp_path, write):
     assert shapes[0] == shapes[1]
 
 
-def test_the_dtype_of_the_weights_is_read(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_weights_is_read(tmp_path, dtype):
     (tmp_path / "config.json").write_text(json.dumps(official_config()))
     assert read_shape(tmp_path / "config.json")[1] == torch.bfloat16
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_folders_have_the_dtype_of_their_weights(tmp_path, dtype):
     save_model(VisionLanguageModel(tiny_spec()).to(dtype), tmp_path)
     spec, found = read_shape(tmp_path / "config.json")
     assert found == dtype
@@ -152,17 +146,15 @@ def test_shards_have_their_sizes(config, tmp_path):
     assert found.origin.startswith("mean of 2 samples")
 
 
-def test_an_index_without_sizes_still_counts(config, tmp_path):
+def test_without_sizes_typical_figures_are_assumed(config, tmp_path):
     write_entries([ShardEntry(name="a.tar", num_samples=9)], tmp_path / INDEX_NAME)
-    found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
-    assert (found.num_samples, found.tiles) == (9, 5)
-    assert "assumed" in found.origin
-
-
-def test_without_shards_typical_figures_are_assumed(config):
-    found = read_samples(config().data)
-    assert (found.tiles, found.text_tokens, found.num_samples) == (5, 200, None)
-    assert "assumed" in found.origin
+    counted = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
+    unknown = read_samples(config().data)
+    assert [(s.num_samples, s.tiles, s.text_tokens) for s in (counted, unknown)] == [
+        (9, 5, 200),
+        (None, 5, 200),
+    ]
+    assert all("assumed" in sample.origin for sample in (counted, unknown))
 
 
 def test_a_range_of_shards_counts_what_it_names(config, tmp_path):

@@ -1,4 +1,4 @@
-"""Compare the router with other ways to spend the same vision tokens: the arms of `report.json`."""
+"""Compare the router with other ways to spend its vision tokens: the arms of `report.json`."""
 
 import math
 import time
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
 
 @dataclass
 class Outcome:
-    """The cost and the correct answers of one setting."""
+    """Cost and correctness of one setting."""
 
     tokens: list[int] = field(default_factory=list)  # vision tokens of each sample
     correct: list[bool] = field(default_factory=list)  # of each question
@@ -57,10 +57,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedExample:
-    """One question of the gallery: how its image was routed and what was answered."""
+    """A question of the gallery: how its image was routed, and the answers."""
 
     sample: int  # position of its sample in the set
     ratios: list[int]
+    token_fraction: float
     question: str
     expected: str
     full_answer: str
@@ -187,9 +188,13 @@ def _examples(group: Group, answerer: Answerer, *, full: Ratios, routed: Ratios)
         if len(seen) == EXAMPLES_PER_GROUP or index in seen or not is_shown:
             continue
         seen.add(index)
+        spent = [
+            kept / ratio for kept, ratio in zip(full[index].tolist(), routed[index].tolist(), strict=True)
+        ]
         yield RoutedExample(
             sample=question.sample,
             ratios=routed[index].tolist(),
+            token_fraction=sum(spent) / len(spent),
             question=question.text,
             expected=question.expected,
             full_answer=full_answer,

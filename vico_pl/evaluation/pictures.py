@@ -1,8 +1,7 @@
-"""Pictures of how a model spends its vision tokens, for the report and for any single image."""
+"""Pictures of the tiles that a router compresses, for the report and for single images."""
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import PIL.Image
 import torch
 from matplotlib.figure import Figure
 
-from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.preview import render
 from vico_pl.data.tiling import choose_grid, tile_image
@@ -21,18 +19,6 @@ from vico_pl.types import Image
 KEPT, COMPRESSED = "#0072b2", "#4b5563"  # frame and title of a tile
 DIM_TO = (74, 78, 88)  # compressed tiles fade towards it, light and dark pixels alike
 CHARACTERS_PER_INCH = 11  # of a caption
-
-
-@dataclass(frozen=True, kw_only=True)
-class GalleryItem:
-    """A routed image and what was answered about it."""
-
-    picture: PIL.Image.Image
-    question: str
-    expected: str
-    full_answer: str
-    router_answer: str
-    token_fraction: float
 
 
 @torch.no_grad()
@@ -74,23 +60,13 @@ def routing_picture(
     return render(figure)
 
 
-def build_gallery(predictor: Predictor, folder: Path, examples: Sequence[RoutedExample]) -> list[GalleryItem]:
+def build_gallery(
+    predictor: Predictor, folder: Path, examples: Sequence[RoutedExample]
+) -> list[tuple[RoutedExample, PIL.Image.Image]]:
     """Draw the examples of an evaluation in the order of the set."""
     wanted = {example.sample: example for example in examples}
     return [
-        _item(predictor, sample.images[0], wanted[position])
+        (wanted[position], routing_picture(predictor, sample.images[0], wanted[position].ratios))
         for position, sample in enumerate(read_samples(folder))
         if position in wanted
     ]
-
-
-def _item(predictor: Predictor, image: Image, example: RoutedExample) -> GalleryItem:
-    full_ratio = predictor.model.ratios[0]
-    return GalleryItem(
-        picture=routing_picture(predictor, image, example.ratios),
-        question=example.question.replace(IMAGE_TOKEN, "").strip(),
-        expected=example.expected,
-        full_answer=example.full_answer,
-        router_answer=example.router_answer,
-        token_fraction=sum(full_ratio / ratio for ratio in example.ratios) / len(example.ratios),
-    )

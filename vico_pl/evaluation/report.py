@@ -1,4 +1,4 @@
-"""Show report.json as a self-contained page and as a table for the terminal."""
+"""report.json as a self-contained page and as a table for the terminal."""
 
 import base64
 import io
@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import PIL.Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from vico_pl.data.decode import IMAGE_TOKEN
+from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.metrics import NUM_RESAMPLES, SKILLS, is_correct
-from vico_pl.evaluation.pictures import GalleryItem
 from vico_pl.files import atomic_path
 
 NOTHING = "\N{EN DASH}"
@@ -36,7 +38,7 @@ PLOT_STYLE: dict[Any, Any] = {
 
 
 class ArmStyle(NamedTuple):
-    """How an arm is named and drawn, the same everywhere."""
+    """Name and style of an arm in table, page and plots."""
 
     label: str
     colour: str  # from the palette of Okabe and Ito, safe for colour-blind readers
@@ -55,7 +57,9 @@ ARMS = {
 }
 
 
-def write_html(report: dict[str, Any], *, path: Path, gallery: Sequence[GalleryItem]) -> None:
+def write_html(
+    report: dict[str, Any], *, path: Path, gallery: Sequence[tuple[RoutedExample, PIL.Image.Image]]
+) -> None:
     """Write the content of report.json and a gallery of routed images as one page without external files."""
     loader = PackageLoader("vico_pl", "evaluation")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -67,7 +71,7 @@ def write_html(report: dict[str, Any], *, path: Path, gallery: Sequence[GalleryI
         arms=[_arm_row(arm, entry) for arm, entry in _in_order(report["arms"])],
         pareto=_plot(_draw_pareto, report, title="Accuracy against vision tokens"),
         retention=_plot(_draw_retention, report, title="Retention per skill"),
-        gallery=[_gallery_card(item) for item in gallery],
+        gallery=[_gallery_card(example, picture) for example, picture in gallery],
         num_resamples=NUM_RESAMPLES,
         command=shlex.join(["vico", "eval", str(report["model"]), "--data", str(report["dataset"])]),
     )
@@ -161,16 +165,16 @@ def _cell(entry: Mapping[str, Any], key: str, column: str) -> dict[str, str]:
     return {"value": _percent(_number(entry, key, column)), "interval": text}
 
 
-def _gallery_card(item: GalleryItem) -> dict[str, Any]:
+def _gallery_card(example: RoutedExample, picture: PIL.Image.Image) -> dict[str, Any]:
     buffer = io.BytesIO()
-    item.picture.save(buffer, "JPEG", quality=90)
-    answers = {"full tokens": item.full_answer, "router": item.router_answer}
+    picture.save(buffer, "JPEG", quality=90)
+    answers = {"full tokens": example.full_answer, "router": example.router_answer}
     return {
         "source": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-        "question": item.question,
-        "expected": item.expected,
-        "answers": [(who, text, is_correct(text, item.expected)) for who, text in answers.items()],
-        "fraction": _round(item.token_fraction),
+        "question": example.question.replace(IMAGE_TOKEN, "").strip(),
+        "expected": example.expected,
+        "answers": [(who, text, is_correct(text, example.expected)) for who, text in answers.items()],
+        "fraction": _round(example.token_fraction),
     }
 
 
@@ -202,13 +206,8 @@ def _draw_pareto(axes: Axes, report: dict[str, Any]) -> None:
         if x is not None and y is not None:
             xerr = [[side] for side in _whiskers(x, entry.get("token_fraction_ci"))]
             yerr = [[side] for side in _whiskers(y, _interval(entry, "accuracy", "mean"))]
-            settings: dict[str, Any] = {
-                "fmt": style.marker,
-                "markersize": 8,
-                "markeredgecolor": INK,
-                "label": style.label,
-            }
-            axes.errorbar(x, y, xerr=xerr, yerr=yerr, color=style.colour, **settings)
+            settings: dict[str, Any] = {"fmt": style.marker, "markersize": 8, "markeredgecolor": INK}
+            axes.errorbar(x, y, xerr=xerr, yerr=yerr, color=style.colour, label=style.label, **settings)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, symbol=""))
 

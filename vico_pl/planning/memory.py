@@ -1,14 +1,11 @@
-"""How much memory a run takes on each GPU, term by term.
+"""The memory that a run takes on each GPU, term by term.
 
-    weights, gradients, optimizer    counted from the parameters of the stage's models
-    tensors of a micro-batch         counted while the stage's own step runs without memory (`meter`)
-    overhead of a strategy           see `per_gpu`
-
-The tensors of a micro-batch are freed before the optimizer steps, which needs temporaries of its own: the
-larger of the two counts.
+Weights, gradients and optimizer state are counted from parameters, the tensors of a micro-batch while the
+stage's own step runs on `meta`. Those tensors are freed before the optimizer steps, which needs temporaries:
+the larger of the two counts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +29,7 @@ Terms = dict[str, float]  # bytes by what takes them
 
 @dataclass(frozen=True, kw_only=True)
 class RunMemory:
-    """What takes memory in a run, in bytes, before a strategy divides it among GPUs."""
+    """The memory of a run in bytes, before a strategy divides it among GPUs."""
 
     weights: Terms  # policy and reference
     shared: float  # weights of the policy that the reference uses too, unless they are sharded
@@ -83,10 +80,9 @@ def with_routing(spec: ModelSpec, config: ModelConfig) -> ModelSpec:
 
 
 def stage_on_meta(config: RunConfig, shape: ModelShape, *, checkpointing: bool) -> Stage:
-    """Build the stage of a recipe as the trainer does, without weights.
+    """Build the stage of a recipe as the trainer does, without weights and with all tiles at full tokens.
 
-    Every tile is at full tokens, the worst case. PyTorch's kernels take the place of those that need a GPU,
-    and models are not sharded: `per_gpu` does that.
+    PyTorch's kernels replace those that need a GPU, and models are not sharded: `per_gpu` does that.
 
     Raises:
         ValueError: the model lacks what the stage needs.
@@ -110,7 +106,7 @@ def ready(stage: Stage) -> Stage:
 def measure_memory(
     config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, *, checkpointing: bool
 ) -> RunMemory:
-    """Find out what a run takes by running the step of one micro-batch without memory."""
+    """Measure the memory of a run by running the step of one micro-batch on `meta`."""
     stage = stage_on_meta(config, shape, checkpointing=checkpointing)
     policy, networks = stage.trained_model(), stage.sharded_models()
     whole = num_bytes({id(p): p for network in networks for p in network.parameters()}.values())
@@ -153,22 +149,21 @@ def per_gpu(memory: RunMemory, *, sharded: bool, world: int, foreach: bool = Tru
 
 
 def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Terms:
-    """Run the step of a micro-batch without memory; returns what was alive at its peak.
+    """Run the step of a micro-batch on `meta`; returns the bytes alive at its peak.
 
     Gradients exist already: those of earlier micro-batches of the same step.
     """
-    trained = trained_parameters(stage)
+    trained, policy, networks = trained_parameters(stage), stage.trained_model(), stage.sharded_models()
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
-    batch, networks = draw_batch(stage.trained_model(), micro_batch), stage.sharded_models()
+    batch = draw_batch(policy, micro_batch)
     known = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    meter = MemoryMeter(
-        [*known, *stage.buffers(), *(p.grad for p in trained if p.grad is not None), batch.tiles]
-    )
-    _name_parts(stage, meter)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    meter = MemoryMeter([*known, *stage.buffers(), *gradients, batch.tiles])
+    _name_parts(networks, meter)
     lowered = torch.bfloat16 if precision == "bf16-mixed" else None
     rules = DeviceRules(lowered, meter)
-    for part in (stage.trained_model().vision, stage.trained_model().language):
+    for part in (policy.vision, policy.language):
         rules.hold_in_recomputed(part)
     with autocast_on_meta(lowered), meter, rules:
         loss = stage.step(batch).loss_sum
@@ -177,9 +172,9 @@ def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Term
     return {name: float(size) for name, size in meter.at_peak.items() if size}
 
 
-def _name_parts(stage: Stage, meter: MemoryMeter) -> None:
-    """Let the meter know what runs; all else belongs to the loss."""
-    policy, *others = stage.sharded_models()
+def _name_parts(networks: Sequence[VisionLanguageModel], meter: MemoryMeter) -> None:
+    """Name what the policy and the reference run; all else belongs to the loss."""
+    policy, *others = networks
     meter.watch(policy, "encode_tiles", part="vision activations")
     for owner, method in (
         (policy, "response_states"),
@@ -213,7 +208,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> float:
 
 
 def draw_batch(model: VisionLanguageModel, micro_batch: MicroBatch) -> Batch:
-    """Return a batch of identical samples whose tiles have no memory."""
+    """Return a batch of identical samples with tiles on `meta`."""
     size = model.vision.tile_size
     text = torch.zeros(micro_batch.text_tokens, dtype=torch.int64) + (model.spec.placeholder_id == 0)
     tiles = torch.full((micro_batch.tiles,), model.spec.placeholder_id)

@@ -1,9 +1,7 @@
-"""Counting the memory that real code would take, by running it on tensors that have none.
+"""Measure the memory of a training step by running it on the `meta` device, whose tensors have only a shape.
 
-PyTorch's `meta` device gives every tensor its shape and nothing else, so that a step of a model of any size
-runs in seconds. `MemoryMeter` sees each tensor come and go and remembers how much was alive at the peak, by
-the part of the step that made it. `DeviceRules` supplies what `meta` lacks: fused attention, which keeps no
-(S, S) tensor, autocast, and values, where the code asks for any.
+`MemoryMeter` tracks live tensors and records the peak by the part of the step that made them. `DeviceRules`
+supplies what `meta` lacks: fused attention, which keeps no (S, S) tensor, autocast, and values.
 """
 
 import weakref
@@ -30,13 +28,7 @@ REST = "loss"  # what no watched part of a step made
 
 # Of the functions that models use: what CUDA's autocast runs in the lower precision, and what in float32.
 _LOWERED = {
-    functional.linear,
-    functional.conv2d,
-    torch.matmul,
-    torch.bmm,
-    torch.mm,
-    torch.addmm,
-    torch.baddbmm,
+    *(functional.linear, functional.conv2d, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm),
     torch.einsum,  # of the products that it becomes
 }
 _RAISED = {functional.layer_norm, functional.softmax, torch.softmax, torch.pow, torch.rsqrt, Tensor.pow}
@@ -55,10 +47,7 @@ _ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 @contextmanager
 def autocast_on_meta(lowered: torch.dtype | None = None) -> Iterator[None]:
-    """Allow code on `meta` to turn off autocast, or to ask for its dtype, here `lowered`.
-
-    PyTorch has no autocast there and refuses.
-    """
+    """Let code on `meta`, where PyTorch has no autocast, turn it off or ask for its dtype, here `lowered`."""
     real = torch.autocast
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
@@ -134,7 +123,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 class DeviceRules(TorchFunctionMode):
-    """Runs attention as fused kernels do, each function in autocast's dtype, and makes up values."""
+    """Runs attention as fused kernels do and each function in autocast's dtype, and invents values."""
 
     def __init__(self, lowered: torch.dtype | None, meter: MemoryMeter) -> None:
         """Take the lower dtype of autocast; None: no autocast."""
@@ -191,7 +180,7 @@ class DeviceRules(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what fused kernels keep for the backward pass: operands, output and a number per query."""
+    """Keeps what fused kernels keep for the backward pass: operands, output and one value per query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -205,19 +194,10 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _multi_head_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    width: int,
-    num_heads: int,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    *rest: Any,
-    **_: Any,
-) -> Tensor:
+def _multi_head_attention(query: Tensor, *args: Any, **_: Any) -> Tensor:
     """Take the memory of `nn.MultiheadAttention` over one (L, B, C): query, key and value are the same."""
-    out_weight, out_bias = rest[4:6]
+    width, num_heads, in_weight, in_bias = args[2:6]
+    out_weight, out_bias = args[10:12]
     packed = functional.linear(query, in_weight, in_bias).unflatten(-1, (3, width))
     projected = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
     heads = [x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected]  # B heads L width

@@ -1,4 +1,4 @@
-"""The plan of a recipe: what it will take, from configurations alone."""
+"""The plan of a recipe: memory, operations and hours, from configurations alone."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -58,7 +58,7 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A way to spread a run over GPUs."""
+    """The number of GPUs of a run, and whether FSDP shards the models."""
 
     world: int
     sharded: bool  # FSDP; otherwise DDP, or one GPU
@@ -71,7 +71,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that is known of a run before it starts."""
+    """What a run will take."""
 
     config: RunConfig
     stage: type[Stage]
@@ -166,42 +166,37 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     )
 
 
+def fits(memory: RunMemory, layout: Layout, memory_gib: float) -> bool:
+    """Return whether a run fits on GPUs of this size."""
+    held = per_gpu(memory, sharded=layout.sharded, world=layout.world)
+    return sum(held.values()) / GIB <= memory_gib * USABLE
+
+
 def smallest_layout(memory: RunMemory, memory_gib: float) -> Layout | None:
     """Return the layout with the fewest GPUs that fits; None: none up to `MAX_WORLD` does."""
-    worlds = [2**n for n in range(MAX_WORLD.bit_length())]
-    layouts = [Layout(world=world, sharded=world > 1) for world in worlds]
-    return next((layout for layout in layouts if _fits(memory, layout, memory_gib)), None)
+    layouts = [Layout(world=2**n, sharded=n > 0) for n in range(MAX_WORLD.bit_length())]
+    return next((layout for layout in layouts if fits(memory, layout, memory_gib)), None)
 
 
 def cheaper_settings(plan: Plan) -> Iterator[tuple[str, RunMemory]]:
     """Yield changes of the recipe that take less memory, and the memory they take."""
-    config, trainable = plan.config, plan.config.model.trainable
-    if plan.stage.trains_parts:
-        if not config.trainer.activation_checkpointing:
-            yield "trainer.activation_checkpointing=true", plan.memory[True]
-        if "vision" in trainable:
-            yield _with_trainable(plan, [part for part in trainable if part != "vision"])
-        if "language" in trainable:
-            yield _with_trainable(plan, ["connectors", "lora"])
-    if plan.micro_batch.num_samples > 1:
-        half = replace(plan.micro_batch, num_samples=plan.micro_batch.num_samples // 2)
-        limit = half.num_samples * half.tiles
-        yield f"data.micro_batch.max_tiles={limit}", _measure(plan, config, half)
-
-
-def _with_trainable(plan: Plan, trainable: list[str]) -> tuple[str, RunMemory]:
-    config = replace(plan.config, model=replace(plan.config.model, trainable=trainable))
-    return f"model.trainable=[{','.join(trainable)}]", _measure(plan, config, plan.micro_batch)
-
-
-def _measure(plan: Plan, config: RunConfig, micro_batch: MicroBatch) -> RunMemory:
+    config, micro_batch, trainable = plan.config, plan.micro_batch, plan.config.model.trainable
     on = config.trainer.activation_checkpointing
-    return measure_memory(config, plan.shape, micro_batch, checkpointing=on)
-
-
-def _fits(memory: RunMemory, layout: Layout, memory_gib: float) -> bool:
-    held = per_gpu(memory, sharded=layout.sharded, world=layout.world)
-    return sum(held.values()) / GIB <= memory_gib * USABLE
+    if plan.stage.trains_parts:
+        if not on:
+            yield "trainer.activation_checkpointing=true", plan.memory[True]
+        smaller = {
+            "vision": [part for part in trainable if part != "vision"],
+            "language": ["connectors", "lora"],
+        }
+        for parts in (smaller[name] for name in smaller if name in trainable):
+            changed = replace(config, model=replace(config.model, trainable=parts))
+            memory = measure_memory(changed, plan.shape, micro_batch, checkpointing=on)
+            yield f"model.trainable=[{','.join(parts)}]", memory
+    if micro_batch.num_samples > 1:
+        half = replace(micro_batch, num_samples=micro_batch.num_samples // 2)
+        memory = measure_memory(config, plan.shape, half, checkpointing=on)
+        yield f"data.micro_batch.max_tiles={half.num_samples * half.tiles}", memory
 
 
 def _world(config: RunConfig) -> int | None:

@@ -1,11 +1,8 @@
-"""A plan as text for people and as JSON for programs."""
+"""A plan as text and as JSON."""
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vico_pl.config import load_config
-from vico_pl.files import write_json
 from vico_pl.planning.memory import GIB, per_gpu
 from vico_pl.planning.plan import (
     GPUS,
@@ -13,34 +10,12 @@ from vico_pl.planning.plan import (
     USABLE,
     Layout,
     Plan,
-    build_plan,
     cheaper_settings,
+    fits,
     smallest_layout,
 )
 
 _SMALL_GIB = 0.01  # terms that are smaller in every layout are left out of tables, not of sums
-
-
-def print_plan(
-    recipe: Path,
-    overrides: Sequence[str],
-    *,
-    shape: str | None,
-    mfu: float,
-    json_path: Path | None,
-    write: Callable[[str], None],
-) -> None:
-    """Plan a recipe and print the plan.
-
-    Raises:
-        ValueError: the recipe is wrong, or the shape of its model is not known.
-    """
-    plan = build_plan(load_config(recipe, overrides), shape=shape, mfu=mfu)
-    write(format_plan(plan))
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(plan_as_json(plan), json_path)
-        write(f"\n{json_path} is written")
 
 
 def format_plan(plan: Plan) -> str:
@@ -101,13 +76,16 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 def advice(plan: Plan) -> Iterator[str]:
     """Say what fits where, and what would make it fit."""
     too_small = False
+    single, ddp = Layout(world=1, sharded=False), Layout(world=2, sharded=False)
     for name, gpu in GPUS.items():
         layout = smallest_layout(plan.own_memory, gpu.memory_gib)
         usable = f"{gpu.memory_gib * USABLE:.0f} GiB usable"
         if layout is None:
             yield f"{name} ({usable}): does not fit, not even sharded by FSDP over {MAX_WORLD} GPUs."
         elif layout.world == 1:
-            yield f"{name} ({usable}): fits on each GPU; {_ddp(plan, name)}."
+            several = fits(plan.own_memory, ddp, gpu.memory_gib)
+            under_ddp = "several can run under DDP" if several else "not under DDP, whose buckets do not fit"
+            yield f"{name} ({usable}): fits on each GPU; {under_ddp}."
         else:
             yield f"{name} ({usable}): needs FSDP over {layout.world} GPUs or more."
         too_small |= layout is None or layout.world > 1
@@ -115,15 +93,8 @@ def advice(plan: Plan) -> Iterator[str]:
         yield "Settings that take less on each GPU without FSDP:"
         for setting, changed in cheaper_settings(plan):
             held = sum(per_gpu(changed, sharded=False, world=1).values()) / GIB
-            fitting = [name for name, gpu in GPUS.items() if held <= gpu.memory_gib * USABLE]
+            fitting = [name for name, gpu in GPUS.items() if fits(changed, single, gpu.memory_gib)]
             yield f"  {setting}: {held:.1f} GiB, fits {', '.join(fitting) or 'none of these GPUs'}"
-
-
-def _ddp(plan: Plan, name: str) -> str:
-    on = plan.config.trainer.activation_checkpointing
-    held = plan.gib(Layout(world=2, sharded=False), checkpointing=on)
-    fits = held <= GPUS[name].memory_gib * USABLE
-    return "several can run under DDP" if fits else "not under DDP, whose buckets do not fit"
 
 
 def _parameter_rows(plan: Plan) -> list[list[str]]:

@@ -1,8 +1,4 @@
-"""What is known of a recipe's model and samples without fetching anything or reading weights.
-
-The shape of the model comes from a folder, the Hub's cache, the parts that the recipe names, or the released
-sizes. The size of a sample comes from the index next to local shards.
-"""
+"""The shape of a recipe's model and the mean size of its samples, without downloads or weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,16 +47,14 @@ INTERN_VIT_6B = {
 }
 
 
-def _qwen3(
-    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int = 8
-) -> dict[str, Any]:
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
+        "num_key_value_heads": 8,
         "head_dim": 128,
         "vocab_size": 151936,
         "tie_word_embeddings": False,
@@ -69,6 +63,7 @@ def _qwen3(
 
 _EXPERTS = {
     "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
     "moe_intermediate_size": 768,
     "num_experts": 128,
     "num_experts_per_tok": 8,
@@ -81,7 +76,7 @@ RELEASED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8b": (INTERN_VIT_300M, _qwen3(4096, 12288, 36, 32)),
     "14b": (INTERN_VIT_300M, _qwen3(5120, 17408, 40, 40)),
     "38b": (INTERN_VIT_6B, _qwen3(5120, 25600, 64, 64)),
-    "30b-a3b": (INTERN_VIT_300M, {**_qwen3(2048, 6144, 48, 32, 4), **_EXPERTS}),
+    "30b-a3b": (INTERN_VIT_300M, {**_qwen3(2048, 6144, 48, 32), **_EXPERTS}),
 }
 # Language models that recipes start from, as released: their embeddings are tied.
 LANGUAGE = {"Qwen/Qwen3-0.6B": {**RELEASED["1b"][1], "tie_word_embeddings": True}}
@@ -117,9 +112,6 @@ class MicroBatch:
     response_tokens: int  # of a sample
 
 
-# --- Models -------------------------------------------------------------------------------------------------
-
-
 def find_model(config: ModelConfig, shape: str | None = None) -> ModelShape:
     """Find the shape of the model that a recipe starts from, or that of a released size.
 
@@ -140,23 +132,25 @@ def find_model(config: ModelConfig, shape: str | None = None) -> ModelShape:
     )
 
 
-def _named(path: str) -> ModelShape | None:
+def find_config(path: str) -> Path | None:
+    """Return the config.json of a model folder or of a cached name on the Hub; None: neither is here."""
     file = Path(path) / CONFIG_NAME
     if file.is_file():
-        return _read(file, name=path)
+        return file
     if not is_hub_id(path):
         return None
     name, revision = split_revision(path)
     cached = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
-    if isinstance(cached, str):
-        return _read(Path(cached), name=f"{path} (cached)")
-    size = name.removeprefix("OpenGVLab/InternVL3_5-").lower()
-    return _released(size, f"{path} (as released)") if size in RELEASED else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
-def _read(file: Path, *, name: str) -> ModelShape:
-    spec, dtype = read_shape(file)
-    return ModelShape(name=name, spec=spec, dtype=dtype)
+def _named(path: str) -> ModelShape | None:
+    file = find_config(path)
+    if file is not None:
+        spec, dtype = read_shape(file)
+        return ModelShape(name=f"{path} (cached)" if is_hub_id(path) else path, spec=spec, dtype=dtype)
+    size = split_revision(path)[0].removeprefix("OpenGVLab/InternVL3_5-").lower()
+    return _released(size, f"{path} (as released)") if is_hub_id(path) and size in RELEASED else None
 
 
 def _released(shape: str, name: str) -> ModelShape:
@@ -171,7 +165,13 @@ def _from_parts(config: ModelConfig) -> ModelShape:
     """Describe an assembled model, whose weights are float32."""
     vision, language = dict(config.vision), dict(config.language)
     if "open_clip" in vision:
-        vision = _open_clip_shape(vision["open_clip"], vision.get("image_size"))
+        known = open_clip.get_model_config(vision["open_clip"])
+        if known is None:
+            raise ValueError(
+                f"model.vision.open_clip is '{vision['open_clip']}', which open_clip does not know"
+            )
+        shape = known["vision_cfg"]
+        vision = {**shape, "image_size": vision.get("image_size") or shape["image_size"]}
     if "path" in language:
         language = _language_shape(language["path"])
     else:
@@ -180,28 +180,15 @@ def _from_parts(config: ModelConfig) -> ModelShape:
     return ModelShape(name="the parts that the recipe names", spec=spec, dtype=torch.float32)
 
 
-def _open_clip_shape(name: str, image_size: int | None) -> dict[str, Any]:
-    known = open_clip.get_model_config(name)
-    if known is None:
-        raise ValueError(f"model.vision.open_clip is '{name}', which open_clip does not know")
-    shape = dict(known["vision_cfg"])
-    return {**shape, "image_size": image_size or shape["image_size"]}
-
-
 def _language_shape(path: str) -> dict[str, Any]:
-    if (Path(path) / CONFIG_NAME).is_file():
-        return read_json(Path(path) / CONFIG_NAME)
-    cached = try_to_load_from_cache(path, CONFIG_NAME) if is_hub_id(path) else None
-    if isinstance(cached, str):
-        return read_json(Path(cached))
+    file = find_config(path)
+    if file is not None:
+        return read_json(file)
     if path not in LANGUAGE:
         raise ValueError(
             f"model.language.path {path}: its shape is not known here; fetch its {CONFIG_NAME} first"
         )
     return LANGUAGE[path]
-
-
-# --- Samples ------------------------------------------------------------------------------------------------
 
 
 def read_samples(config: DataConfig) -> SampleShape:
@@ -241,7 +228,7 @@ def largest_micro_batch(
 
 
 def _read_source(text: str) -> tuple[int, np.ndarray]:
-    """Return the number of samples of local shards and the sizes of the first; 0 and none if unknown."""
+    """Return the number of samples of local shards and the sizes of the first; 0 and none: unknown."""
     unknown = 0, np.empty((0, 4), dtype=np.int32)
     try:
         source = parse_source(text, allow_pipe=True)
