@@ -34,7 +34,8 @@ FOLDER = Path(__file__).parent
 ALL = "make bench"  # the command behind figures at the usual settings
 SUMMARY = "summary.json"
 
-Figures = dict[str, dict[str, float]]  # name -> {"measured", "goal"}
+Figures = dict[str, dict[str, float | None]]  # name -> {"measured", "goal"}; no goal: only reported
+Goals = Mapping[str, "Goal | None"]
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,10 @@ def _memory_mib(field: str) -> float:
 # --- What is written ----------------------------------------------------------------------------------------
 
 
-def figures_of(measured: Mapping[str, float], goals: Mapping[str, Goal]) -> Figures:
-    """Put each measured figure beside its goal."""
-    return {
-        name: {"measured": _rounded(value), "goal": goals[name].value} for name, value in measured.items()
-    }
+def figures_of(measured: Mapping[str, float], goals: Goals) -> Figures:
+    """Return each measured figure with its goal."""
+    values = {name: None if goal is None else goal.value for name, goal in goals.items()}
+    return {name: {"measured": _rounded(value), "goal": values[name]} for name, value in measured.items()}
 
 
 def write(
@@ -183,9 +183,12 @@ def heading(content: Mapping[str, Any]) -> list[str]:
     return [f"`{content['command']}`, {content['date']}; {content['machine']}; {versions}.", ""]
 
 
-def figure_table(figures: Figures, goals: Mapping[str, Goal]) -> list[str]:
-    """Return the lines of the table of figures, goals beside them."""
-    rows = [f"| `{name}` | {figure['measured']} | {goals[name]} |" for name, figure in figures.items()]
+def figure_table(figures: Figures, goals: Goals) -> list[str]:
+    """Return the lines of a table of figures and goals."""
+    rows = [
+        f"| `{name}` | {figure['measured']} | {goals[name] or 'reported'} |"
+        for name, figure in figures.items()
+    ]
     return ["| figure | measured | goal |", "|---|---|---|", *rows, ""]
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run and write what their page promises; nothing here depends on how fast they are."""
+"""Each benchmark runs at a tiny size, compares equal work, and the page shows its recorded figures."""
 
 import json
 import re
@@ -6,57 +6,65 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from tests.scripts import BENCHMARKS, load_benchmark
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-harness, kl = load_benchmark("harness"), load_benchmark("kl")
+harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling = (
+    load_benchmark(name)
+    for name in (
+        *("harness", "kl", "data", "data_pipeline", "data_images", "data_shuffle"),
+        *("models", "labels", "step", "inference", "scaling"),
+    )
+)
 RESULTS, PAGE = BENCHMARKS / "results", BENCHMARKS / "README.md"
 RECORDED = sorted(path.stem for path in RESULTS.glob("*.json") if path.name != harness.SUMMARY)
-TINY = {"tokens": 7, "vocab": 512, "width": 32, "chunk": 3}
+TINY_LOSS = {"tokens": 7, "vocab": 512, "width": 32, "chunk": 3}
+TINY_MODEL = {
+    "tile_size": 56,  # 4 vision tokens or 1
+    "vision": {"width": 64, "layers": 1},
+    "language": {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "heads": (2, 1)},
+    "vocab_size": 512,
+}
+TINY_DATA = {
+    "rounds": 1,
+    "images": 1,
+    "loaders": 1,
+    "steps": 2,
+    "epochs": 3,
+    "raw_shards": 2,
+    "raw_samples": 3,
+    "many_shards": 3,
+    "many_samples": 200,
+    "photos": 70,
+    "watched": 64,
+}
 
 
 def results_of(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def write_one(folder, name, **figures):
-    """Write figures as a benchmark of that name would, onto a page with its marks."""
-    page = folder / "README.md"
-    if not page.exists():
-        page.write_text("# Benchmarks\n")
-    if f"{name}: begin" not in page.read_text():
-        page.write_text(
-            f"{page.read_text()}<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nafter {name}\n"
-        )
-    goals = {key: harness.Goal(1.0, at_least=True) for key in figures}
-    return harness.write(
-        name,
-        figures=harness.figures_of(figures, goals),
-        details={"runs": [1, 2]},
-        tables=lambda content: "\n".join(harness.figure_table(content["figures"], goals)),
-        output=folder / "results",
-        page=page,
-    )
+def run_benchmark(benchmark, name, folder, **settings):
+    """Run a benchmark at tiny size with a page and results of its own; returns its results and the page."""
+    page, results = folder / "README.md", folder / "results"
+    shutil.copy(PAGE, page)
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    benchmark.main([*arguments, f"--output={results}", f"--page={page}"])
+    return results_of(results, name), page.read_text()
 
 
-def test_benchmarks_share_a_summary_and_a_page(tmp_path):
-    write_one(tmp_path, "one", speed=2.0, old=1.0)
-    write_one(tmp_path, "two", size=0.5)
-    write_one(tmp_path, "one", speed=3.0)  # measured anew; a figure that it no longer has goes
-    summary = results_of(tmp_path / "results", "summary")
-    assert summary["figures"] == {
-        "speed": {"measured": 3.0, "goal": 1.0},
-        "size": {"measured": 0.5, "goal": 1.0},
-    }
-    assert results_of(tmp_path / "results", "one")["runs"] == [1, 2]
-    page = (tmp_path / "README.md").read_text()
-    assert "| `speed` | 3.0 | >= 1.0 |" in page
-    assert "| `size` | 0.5 | >= 1.0 |" in page
-    assert "old" not in page
-    assert page.startswith("# Benchmarks\n")
-    assert page.endswith("<!-- two: end -->\nafter two\n")
+# --- Harness and recorded figures ---------------------------------------------------------------------------
+
+
+def test_figures_without_a_goal_are_reported():
+    goals = {"speed": harness.Goal(1.0, at_least=True), "size": None}
+    figures = harness.figures_of({"speed": 3.0, "size": 0.5}, goals)
+    assert figures == {"speed": {"measured": 3.0, "goal": 1.0}, "size": {"measured": 0.5, "goal": None}}
+    rows = harness.figure_table(figures, goals)
+    assert {"| `speed` | 3.0 | >= 1.0 |", "| `size` | 0.5 | reported |"} <= set(rows)
 
 
 def test_a_page_without_marks_is_refused(tmp_path):
@@ -65,71 +73,118 @@ def test_a_page_without_marks_is_refused(tmp_path):
         harness.write_table(tmp_path / "README.md", "kl", "table")
 
 
-def test_a_measurement_that_fails_says_which_and_why():
+def test_a_failed_measurement_names_itself_and_the_reason():
     with pytest.raises(RuntimeError, match=r"measuring ours failed:\n.*nowhere"):
         harness.measure_apart("/nowhere/kl.py", "ours")
 
 
-def test_two_functions_take_turns():
-    calls = []
-    times = harness.paired(lambda: calls.append("ours"), lambda: calls.append("other"), rounds=2)
-    assert calls == ["ours", "other", "ours", "other", "other", "ours"]
-    assert len(times) == 2
-    assert harness.median_ratio([(1.0, 2.0), (3.0, 2.0), (1.0, 1.0)]) == 1.0
-
-
-def test_memory_is_that_above_what_was_held_before():
-    held = bytearray(64 * 2**20)
-    measured = harness.measure(lambda: bytearray(b"x") * (128 * 2**20))
-    assert len(held) == 64 * 2**20
-    assert 120 < measured["peak_mib"] < 160
-
-
 def test_the_summary_holds_the_recorded_figures():
     summary = results_of(RESULTS, "summary")
-    assert set(summary) == {"machine", "date", "command", "versions", "figures"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
     assert {"python", "torch", "vico-pl"} <= set(summary["versions"])
     assert summary == harness.summarise(RESULTS)
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_the_page_shows_recorded_figures_beside_their_goals(name):
+def test_the_page_shows_recorded_figures_with_their_goals(name):
     benchmark, details = load_benchmark(name), results_of(RESULTS, name)
     assert benchmark.tables(details) in PAGE.read_text()
-    assert set(details["figures"]) <= set(benchmark.GOALS)
     for figure, values in details["figures"].items():
-        assert set(values) == {"measured", "goal"}
-        assert values["goal"] == benchmark.GOALS[figure].value
+        goal = benchmark.GOALS[figure]
+        assert values == {"measured": values["measured"], "goal": goal and goal.value}
 
 
-def test_a_tiny_run_of_the_loss_writes_figures_measurements_and_tables(tmp_path, monkeypatch):
+def test_recorded_figures_follow_from_the_recorded_measurements():
+    found = {name: results_of(RESULTS, name) for name in ("kl", "data", "labels", "step", "inference")}
+    shape = kl.Shape(**found["kl"]["shape"])
+    assert shape == kl.Shape(), "recorded at full size"
+    assert found["data"]["size"] == vars(data.Size()), "recorded at full size"
+    predicted, share = (found["inference"][key] for key in ("predicted_speedup", "router_share"))
+    recomputed = {
+        "kl": kl.figures(found["kl"]["rounds"], found["kl"]["errors"], shape),
+        "data": data.figures(found["data"]),
+        "labels": labels.figures(found["labels"]["operations"], found["labels"]["timing"]),
+        "step": step.figures(found["step"]),
+        "inference": inference.figures(found["inference"]["cpu_s"], predicted=predicted, share=share),
+    }
+    assert recomputed == {name: details["figures"] for name, details in found.items()}
+
+
+# --- One tiny run of each -----------------------------------------------------------------------------------
+
+
+def test_the_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(kl, "available", lambda: ["floor", "ours", "naive"])
-    page = tmp_path / "README.md"
-    shutil.copy(PAGE, page)
-    settings = [f"--{key}={value}" for key, value in TINY.items()]
-    kl.main([*settings, "--rounds=1", f"--output={tmp_path / 'results'}", f"--page={page}"])
-    summary, details = (results_of(tmp_path / "results", name) for name in ("summary", "kl"))
-    expected = {"kl_time_over_floor", "kl_memory_over_naive", "kl_memory_over_bound", "kl_error_bf16"}
-    assert set(summary["figures"]) == expected
-    assert all(f"--{key}={value}" in summary["command"] for key, value in TINY.items())
-    assert details["shape"] == TINY
+    details, page = run_benchmark(kl, "kl", tmp_path, **TINY_LOSS, rounds=1)
+    assert details["shape"] == TINY_LOSS
     assert [set(round_) for round_ in details["rounds"]] == [{"floor", "ours", "naive"}]
     assert details["errors"]["ours_value"] < 0.01
-    assert kl.tables(details) in page.read_text()
-    assert page.read_text().startswith("# Benchmarks"), "what stands around the tables stays"
+    assert kl.tables(details) in page
+    assert page.startswith("# Benchmarks"), "the text around the tables stays"
 
 
-@pytest.mark.parametrize(
-    "name", ["floor", "ours", "ours_frozen_head", "ours_no_gradient", "naive", "naive_freed"]
-)
-def test_every_implementation_of_the_loss_runs(name):
-    shape = kl.Shape(**TINY)
-    kl.RUNS[name](kl.draw_inputs(shape), shape)
+def test_the_data_path(tmp_path, monkeypatch):
+    def run_here(script, name, folder):
+        return {"distinct_shards": shuffle.distinct_shards(shuffle.LOADERS[name](folder))}
+
+    monkeypatch.setattr(pipeline, "measure_memory", pipeline.watch_memory)  # in this process
+    monkeypatch.setattr(data, "keep_freed_memory", lambda: None)  # other tests measure memory
+    monkeypatch.setattr(shuffle.harness, "measure_apart", run_here)
+    details, page = run_benchmark(data, "data", tmp_path, **TINY_DATA)
+    assert list(details["figures"]) == list(data.GOALS)
+    assert details["size"] == TINY_DATA
+    assert data.figures(details) == details["figures"]
+    assert data.tables(details) in page
 
 
-def test_recorded_figures_of_the_loss_follow_from_the_recorded_measurements():
-    details = results_of(RESULTS, "kl")
-    shape = kl.Shape(**details["shape"])
-    assert shape == kl.Shape(), "recorded at the full shape"
-    assert kl.figures(details["rounds"], details["errors"], shape) == details["figures"]
+def test_tiles_equal_those_of_internvls_recipe():
+    content = images.draw_jpeg(0)
+    runs = images.runs_of(content, 5)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.MEAN, images.STD))
+    difference = ((runs["internvl"](content) * std + mean) * 255 - runs["ours"](content).float()).abs()
+    assert difference.max() < 2.5
+    assert difference.mean() < 1
+
+
+def test_labels_equal_those_of_one_pass_per_tile():
+    found = labels.measure_time(tiles=3, rounds=1, **TINY_MODEL)
+    assert found["difference"] < 1e-5
+    assert len(found["cpu_s"]) == 1
+
+
+def test_a_step_and_a_plain_one_have_the_same_loss_and_gradients():
+    text = models.Text(system=3, question=4, response=5)
+    steps = step.Steps(models.draw_batch(models.spec_of(**TINY_MODEL), [3, 1, 0], text), **TINY_MODEL)
+
+    def gradients(run):
+        loss = run()
+        return loss, {name: p.grad for name, p in steps.policy.named_parameters() if p.grad is not None}
+
+    ours, plain = gradients(steps.ours), gradients(steps.plain)
+    assert ours[0] > 0.01
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_routed_inference(monkeypatch):
+    monkeypatch.setattr(inference, "SHAPE", TINY_MODEL)
+    monkeypatch.setattr(inference, "NEW_TOKENS", 3)
+    session = inference.open_predictor()
+    assert inference.predicted_speedup(session.model.spec) > 0
+    assert 0 < inference.router_share(session.model.spec) < 1
+    times = inference.measure(session, dict.fromkeys(inference.ROUNDS, 1))
+    assert set(inference.figures(times, predicted=1.5, share=0.1)) == set(inference.GOALS)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_scaling_uses_the_same_samples_for_any_number_of_ranks(tmp_path, ranks):
+    words = scaling.command(tmp_path, tmp_path / "run", ranks)
+    given = dict(word.split("=") for word in words if "=" in word)
+    samples = int(given["data.batch_size"]) * int(given["trainer.max_steps"])
+    assert samples == 2 * scaling.SAMPLES * (scaling.WARM_UP + scaling.TIMED)
+    assert int(given["trainer.devices"]) == ranks
+
+
+def test_scaling_reports_the_output_of_a_failed_run():
+    failing = [sys.executable, "-c", "print('no such recipe'); raise SystemExit(2)"]
+    with pytest.raises(RuntimeError, match=r"failed:\nno such recipe"):
+        scaling.finish([[sys.executable, "-c", ""], failing])
