@@ -1,7 +1,8 @@
 """Shuffling quality: distinct shards per batch, for our loader and public tools on the same samples.
 
 Each loader reads the same numbered samples, in its own format if it has one, in a separate process:
-`python benchmarks/data_shuffle.py --measure NAME FOLDER` prints the distinct shards per batch. The table names tools that are not installed.
+`python benchmarks/data_shuffle.py --measure NAME FOLDER` prints the distinct shards per batch.
+The table names tools that are not installed.
 """
 
 import json
