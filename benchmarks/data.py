@@ -1,13 +1,12 @@
-"""What the data path costs and how well it shuffles, shares out and resumes, against public tools.
+"""Data path against public tools: speed, shuffling, load balance, resume time, padding and memory.
 
-`make bench` runs it, in about two minutes and with 1 GiB of disk for sets that it writes and removes.
-What is measured is in the files beside this one:
+`make bench` runs it in about two minutes; temporary data sets take 1 GiB of disk. The parts:
 
-    data_images.py      a JPEG's bytes to tiles, against InternVL's recipe and transformers' processor
+    data_images.py      JPEG to tiles, against InternVL's recipe and transformers' processor
     data_reading.py     raw records from tars, against webdataset and bare reads
-    data_shuffle.py     shards that meet in a batch, by ours and four public loaders
-    data_pipeline.py    time to resume, padding, growth of memory, through the whole path
-    data_batches.py     how evenly 64 simulated ranks share the work
+    data_shuffle.py     distinct shards per batch, ours and four public loaders
+    data_pipeline.py    resume time, padding and memory growth of the whole path
+    data_batches.py     load balance of 64 simulated ranks
 """
 
 import sys
@@ -50,26 +49,26 @@ PACKAGES = ("torchvision", "pillow", "transformers", "webdataset", *shuffle.PACK
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
-    rounds: int = 9  # of whatever is timed
+    rounds: int = 9  # of each timed comparison
     images: int = 8
-    raw_shards: int = 4  # of 161 kB records; together they should exceed the processor's caches
+    raw_shards: int = 4  # of 161 kB records; together larger than the processor's caches
     raw_samples: int = 1000  # of each shard
-    many_shards: int = 400  # of the large set that is resumed
+    many_shards: int = 400  # of the large set for resuming
     many_samples: int = 5000  # of each shard
-    photos: int = 640  # samples of the set that goes all the way
+    photos: int = 640  # samples of the set for the whole path
     steps: int = 20  # of the simulated ranks; half as many when padding is counted
     watched: int = 64  # samples of an epoch while memory is watched
     epochs: int = 20
-    loaders: int = len(shuffle.TITLES)  # how many of those are run, first to last
+    loaders: int = len(shuffle.TITLES)  # number of loaders to run
 
 
 # --- All of it ----------------------------------------------------------------------------------------------
 
 
 def measure(size: Size) -> dict[str, Any]:
-    """Measure everything, in folders that are removed again."""
+    """Measure everything in temporary folders."""
     return {
         "tiles": images.measure_tiles(images=size.images, rounds=size.rounds),
         "reading": _reading(size),
@@ -119,11 +118,11 @@ def figures(measured: dict[str, Any]) -> Figures:
     )
 
 
-# --- What is written ----------------------------------------------------------------------------------------
+# --- Output -------------------------------------------------------------------------------------------------
 
 
 def tables(content: dict[str, Any]) -> str:
-    """Return what a run found, as Markdown."""
+    """Format the results as Markdown."""
     size = content["size"]
     lines = [
         *harness.heading(content),
@@ -142,7 +141,7 @@ def tables(content: dict[str, Any]) -> str:
 def _resume_table(resume: dict[str, dict[str, float]]) -> list[str]:
     points = list(next(iter(resume.values())))
     return [
-        f"| seconds to the first share, resumed at | {' | '.join(points)} |",
+        f"| seconds to the first batch, resumed at | {' | '.join(points)} |",
         "|---" * (1 + len(points)) + "|",
         *(f"| {name} | {' | '.join(map('{:.3f}'.format, ts.values()))} |" for name, ts in resume.items()),
         "",
@@ -162,7 +161,7 @@ def _memory_sentence(mib: list[float]) -> str:
 
 
 def command(size: Size) -> str:
-    """Return the command that measures as much."""
+    """Return the command that measures these sizes."""
     changed = [f"--{key}={value}" for key, value in asdict(size).items() if value != getattr(Size(), key)]
     return " ".join(["python benchmarks/data.py", *changed]) if changed else harness.ALL
 
@@ -176,7 +175,7 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure all and write what came of it."""
+    """Measure everything and write the results."""
     given = parse(arguments)
     size = Size(**{key: getattr(given, key) for key in asdict(Size())})
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""How evenly 64 simulated ranks share the work of stage 1, by our dealing and by other ways."""
+"""Load balance of 64 simulated ranks in stage 1: our assignment and others."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from vico_pl.recipe import RunConfig
 from vico_pl.stages.consistency import ConsistencyCost, ConsistencyStage
 from vico_pl.stages.settings import ModelConfig
 
-RANKS, SAMPLES = 64, 8  # samples of a rank's share, on average
-PACK_TOKENS = 8192  # at drawn ratios: what packing by tokens fills
+RANKS, SAMPLES = 64, 8  # mean samples per rank
+PACK_TOKENS = 8192  # limit of packing by tokens, at drawn ratios
 TILES = {1: 0.20, 3: 0.15, 5: 0.20, 7: 0.20, 10: 0.10, 13: 0.15}  # of a sample -> how often
 TEMPLATE_TOKENS = 30
 # Of the logarithm of tokens per estimated token, from text to text: 0.07 over 1,098 records of public sets of
@@ -53,12 +53,12 @@ TITLES = {
     "tokens": f"micro-batches of {PACK_TOKENS} tokens at drawn ratios, one each",
 }
 
-Hands = list[list[int]]  # of each rank: its samples
+Hands = list[list[int]]  # samples of each rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a sample costs, and what its shard's index lets expect."""
+    """Cost of a sample, and its estimate from the shard index."""
 
     cost: float  # FLOP
     estimate: float  # FLOP
@@ -68,17 +68,17 @@ class Sample:
 
 
 def measure_efficiency(*, steps: int) -> dict[str, dict[str, float]]:
-    """Return mean over maximum of the ranks' cost, by model and way to share; averages over steps."""
+    """Return mean over maximum of the ranks' cost by model and assignment, averaged over steps."""
     return {size: _efficiencies(size, steps=steps) for size in LANGUAGE}
 
 
 def efficiency_figures(measured: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the efficiency of our dealing."""
+    """Return the efficiency of our assignment."""
     return {f"parallel_efficiency_{RANKS}_{size}": ways["dealt"] for size, ways in measured.items()}
 
 
 def efficiency_table(measured: dict[str, dict[str, float]]) -> list[str]:
-    """Return the lines of the table of ways to share."""
+    """Return the table of assignments."""
     sizes = list(measured)
     return [
         f"| {RANKS} ranks, mean over maximum of their cost | {' | '.join(size.upper() for size in sizes)} |",
@@ -112,7 +112,7 @@ def _efficiencies(size: str, *, steps: int) -> dict[str, float]:
 
 
 def cost_of(size: str) -> ConsistencyCost:
-    """Return what a sample costs in stage 1 of a model of that size, everything trained."""
+    """Return the cost model of stage 1 with everything trained."""
     language = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
     spec = ModelSpec(vision=VISION, language={**language, **LANGUAGE[size]}, ratios=RATIOS, placeholder_id=0)
     run = RunConfig(stage="consistency", run_dir="", model=ModelConfig(path=size, ratios=RATIOS))
@@ -149,7 +149,7 @@ def _balance(samples: Sequence[Sample], assigned: Hands) -> float:
 
 
 def _balance_in_step(samples: Sequence[Sample]) -> float:
-    """Run micro-batch after micro-batch on all ranks: each takes as long as its most expensive one."""
+    """Return the balance if all ranks wait after each micro-batch."""
     assigned = assign_to_ranks([sample.estimate for sample in samples], RANKS)
     micro_batches = [_pack_costs([samples[index] for index in rank_positions]) for rank_positions in assigned]
     turns = max(map(len, micro_batches))

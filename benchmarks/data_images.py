@@ -1,4 +1,4 @@
-"""From the bytes of a JPEG to tiles: ours, its stages alone, InternVL's recipe, transformers'."""
+"""Time from JPEG bytes to tiles: ours, its stages alone, InternVL's recipe and transformers."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def measure_tiles(*, images: int, rounds: int) -> dict[str, list[Round]]:
 
 
 def tile_figures(measured: dict[str, list[Round]]) -> dict[str, float]:
-    """Return how many times as fast as others ours is, and the sum of its stages over it."""
+    """Return our speedup over the others, and the sum of our stages over the whole."""
     figures = {}
     for tiles, rounds in measured.items():
         stages = [{**round_, "stages": sum(round_[name] for name in STAGES)} for round_ in rounds]
@@ -53,7 +53,7 @@ def tile_figures(measured: dict[str, list[Round]]) -> dict[str, float]:
 
 
 def tile_table(measured: dict[str, list[Round]], *, images: int) -> list[str]:
-    """Return the lines of the tables of times."""
+    """Return the tables of times."""
     lines = []
     for tiles, rounds in measured.items():
         lines += [
@@ -66,7 +66,7 @@ def tile_table(measured: dict[str, list[Round]], *, images: int) -> list[str]:
 
 
 def draw_jpeg(seed: int, *, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """Draw something with the details of a photo: noise at many scales, the coarser the stronger."""
+    """Draw noise at many scales, stronger at coarser ones, as in a photo."""
     generator = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128.0, dtype=np.float32)
     for cells in (4, 8, 16, 32, 64, 128, 256, 1000):
@@ -132,7 +132,7 @@ def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _internvl(content: bytes, grid: tuple[int, int]) -> Tensor:
-    """Do what InternVL's `load_image` does, but for choosing the grid, which takes no time."""
+    """Run InternVL's `load_image` without choosing the grid, which takes no time."""
     image = PIL.Image.open(io.BytesIO(content)).convert("RGB")
     columns, rows = grid
     resized = image.resize((columns * TILE, rows * TILE))  # Pillow's default, bicubic

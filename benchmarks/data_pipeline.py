@@ -1,7 +1,7 @@
-"""The whole way from shards to shares: how fast a run resumes, what is padding, and whether memory grows.
+"""The whole path from shards to rank batches: resume time, padding and memory growth.
 
-Times to resume are those a user waits: of the clock, not of the processor. The run whose memory is watched
-has a process of its own: `python benchmarks/data_pipeline.py --measure memory FOLDER --epochs N`.
+Resume times are wall-clock times. Memory is measured in a separate process:
+`python benchmarks/data_pipeline.py --measure memory FOLDER --epochs N`.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ SCRIPT = Path(__file__)
 
 
 def write_photos(folder: Path, *, samples: int, bad: int = 0) -> None:
-    """Write a set with images of several shapes; every tenth sample is text alone, the last `bad` are bad."""
+    """Write a set with images of several shapes; every tenth sample is text-only, the last `bad` are bad."""
     images = [draw_jpeg(seed, width=width, height=height) for seed, (width, height) in enumerate(SHAPES)]
     records = [_record(number, images) for number in range(samples)]
     for key, files in records[len(records) - bad :]:
@@ -52,7 +52,7 @@ def write_photos(folder: Path, *, samples: int, bad: int = 0) -> None:
 
 
 def write_many(folder: Path, *, shards: int, samples: int) -> None:
-    """Write a set of text alone with many samples: one tar that all shards are links to."""
+    """Write a text-only set with many samples; all shards are links to one tar."""
     first = folder / "first"
     write_shard(first / "many-000000.tar", (_record(number, []) for number in range(samples)))
     write_index(first)
@@ -93,7 +93,7 @@ def open_module(folder: Path, *, tile_size: int = 448) -> DataModule:
 
 
 def measure_resume(folder: Path, *, samples: int, repeats: int = 3) -> dict[str, float]:
-    """Return seconds from opening a set to the first share of the first of 8 ranks, by place in the epoch."""
+    """Return seconds from opening a set to the first batch of rank 0 of 8, by position in the epoch."""
     places = {f"{point:.0%}": int(point * samples) // BATCH for point in POINTS}
     return {
         name: median(_seconds_to_resume(folder, first_step=step) for _ in range(repeats))
@@ -103,9 +103,9 @@ def measure_resume(folder: Path, *, samples: int, repeats: int = 3) -> dict[str,
 
 def _seconds_to_resume(folder: Path, *, first_step: int) -> float:
     start = time.perf_counter()
-    share = next(iter(RankBatches(open_module(folder), first_step=first_step, rank=0, world=WORLD)))
+    batch = next(iter(RankBatches(open_module(folder), first_step=first_step, rank=0, world=WORLD)))
     taken = time.perf_counter() - start
-    if not share.ids:
+    if not batch.ids:
         raise RuntimeError(f"no sample in step {first_step}")
     return taken
 
@@ -118,11 +118,11 @@ def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
 
     Ranks run as many micro-batches as the one with most, with the dummy where they have none left.
     """
-    module = open_module(folder, tile_size=32)  # the size of a tile's image plays no part
+    module = open_module(folder, tile_size=32)  # the tile size does not matter here
     ranks = [iter(RankBatches(module, first_step=0, rank=rank, world=WORLD)) for rank in range(WORLD)]
     counts = {"tokens": 0, "wasted": 0, "micro_batches": 0}
     for _ in range(steps):
-        for micro_batch in _packs([next(rank) for rank in ranks]):
+        for micro_batch in _micro_batches([next(rank) for rank in ranks]):
             tokens = _tokens(micro_batch)
             useful = sum(
                 n for n, position in zip(tokens, micro_batch.positions, strict=True) if position >= 0
@@ -134,11 +134,11 @@ def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
     return counts
 
 
-def _packs(shares: list[RankBatch]) -> Iterator[Batch]:
-    turns = max(len(share.micro_batches) for share in shares)
-    for share in shares:
-        yield from share.micro_batches
-        yield from [share.dummy] * (turns - len(share.micro_batches))
+def _micro_batches(batches: list[RankBatch]) -> Iterator[Batch]:
+    longest = max(len(batch.micro_batches) for batch in batches)
+    for batch in batches:
+        yield from batch.micro_batches
+        yield from [batch.dummy] * (longest - len(batch.micro_batches))
 
 
 def _tokens(micro_batch: Batch) -> list[int]:
@@ -151,30 +151,30 @@ def _tokens(micro_batch: Batch) -> list[int]:
 
 
 def measure_memory(folder: Path, *, samples: int, epochs: int) -> list[float]:
-    """Return what a process of its own holds after each epoch, in MiB."""
+    """Return the memory of a separate process after each epoch, in MiB."""
     settings = (str(folder), f"--samples={samples}", f"--epochs={epochs}")
     held: Any = harness.measure_apart(SCRIPT, "memory", *settings)["mib"]  # a list
     return held
 
 
 def watch_memory(folder: Path, *, samples: int, epochs: int) -> list[float]:
-    """Read a set again and again as one rank and return MiB held after each epoch."""
-    shares = iter(RankBatches(open_module(folder), first_step=0, rank=0, world=1))
+    """Read a set repeatedly as one rank and return MiB held after each epoch."""
+    batches = iter(RankBatches(open_module(folder), first_step=0, rank=0, world=1))
     held = []
     for _ in range(epochs):
-        for _ in islice(shares, samples // BATCH):
+        for _ in islice(batches, samples // BATCH):
             pass
         held.append(resident_mib())
     return held
 
 
 def memory_growth(held: list[float]) -> float:
-    """Return by how much the most that is held after a later epoch exceeds what was held after the second."""
+    """Return the maximum over later epochs minus the memory after the second."""
     return max(0.0, *(mib - held[1] for mib in held[2:]))
 
 
 def resident_mib() -> float:
-    """Return the memory that this process holds, when what it has freed is given back."""
+    """Return the resident memory of this process after freed memory is returned to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     (kib,) = re.findall(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -182,8 +182,8 @@ def resident_mib() -> float:
 
 
 def main() -> None:
-    """Watch memory and print it."""
-    parser = ArgumentParser(description="Watch the memory of a run over a set.")
+    """Measure memory and print it."""
+    parser = ArgumentParser(description="Measure the memory of a run over a set.")
     parser.add_argument("--measure", choices=["memory"], required=True)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, required=True)

@@ -1,4 +1,4 @@
-"""Raw records from tars in the page cache: ours by index and shuffled, webdataset's, and bare reads."""
+"""Reading raw records from tars in the page cache: ours by index, webdataset and bare reads."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ from data_turns import Round, speedup, take_turns, time_rows
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
 
-IMAGE_BYTES = 160_000  # about what a JPEG of a megapixel has
+IMAGE_BYTES = 160_000  # about a JPEG of one megapixel
 TEXT = b'{"conversations": [' + b" " * 1000 + b"]}"
 BUFFER_BYTES = 2**20
 TITLES = {
@@ -35,7 +35,7 @@ def measure_reading(folder: Path, *, shards: int, samples: int, rounds: int) -> 
 
 
 def reading_figures(rounds: list[Round]) -> dict[str, float]:
-    """Return how many times as fast as webdataset ours is, and its share of the speed of bare reads."""
+    """Return our speed over that of webdataset and of bare reads."""
     return {
         "raw_over_webdataset": speedup(rounds, "webdataset"),
         "raw_over_read": speedup(rounds, "read"),
@@ -43,7 +43,7 @@ def reading_figures(rounds: list[Round]) -> dict[str, float]:
 
 
 def reading_table(rounds: list[Round], *, records: int) -> list[str]:
-    """Return the lines of the table of times."""
+    """Return the table of times."""
     title = f"raw records of {(IMAGE_BYTES + len(TEXT)) / 1000:.0f} kB"
     return [
         f"| {title} | ms (lowest to highest) | records/s |",
@@ -54,7 +54,7 @@ def reading_table(rounds: list[Round], *, records: int) -> list[str]:
 
 
 def write_set(folder: Path, *, shards: int, samples: int) -> None:
-    """Write shards of an image, here noise, and a text each."""
+    """Write shards of records with a noise image and a text."""
     generator = np.random.default_rng(0)
     for number in range(shards):
         names = (f"{number:03d}-{sample:06d}" for sample in range(samples))
@@ -64,7 +64,7 @@ def write_set(folder: Path, *, shards: int, samples: int) -> None:
 
 
 def runs_of(folder: Path) -> dict[str, Callable[[], object]]:
-    """Return what is measured, by name."""
+    """Return the implementations by name."""
     paths = sorted(str(path) for path in folder.glob("*.tar"))
     index = read_index(folder)
     reader = RecordReader(index)

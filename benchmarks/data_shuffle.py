@@ -1,8 +1,8 @@
-"""How well loaders mix: from how many shards a batch comes, by ours and by public tools on the same samples.
+"""Shuffling quality: distinct shards per batch, for our loader and public tools on the same samples.
 
-Each loader runs over the same numbered samples, written in its own format where it has one, in a process of
-its own: `python benchmarks/data_shuffle.py --measure NAME FOLDER` prints how many distinct shards a batch
-has. A tool that is not installed is left out, and the table says so.
+Each loader reads the same numbered samples, in its own format if it has one, in a separate process:
+`python benchmarks/data_shuffle.py --measure NAME FOLDER` prints the distinct shards per batch.
+The table names tools that are not installed.
 """
 
 import json
@@ -43,7 +43,7 @@ SCRIPT = Path(__file__)
 
 
 def measure_shuffle(names: Sequence[str] = tuple(TITLES)) -> dict[str, float | None]:
-    """Return distinct shards per batch over an epoch, by loader; None: it is not installed."""
+    """Return distinct shards per batch over an epoch, by loader; None if not installed."""
     measured: dict[str, float | None] = {}
     for name in names:
         with TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def shuffle_figures(measured: dict[str, float | None]) -> dict[str, float]:
 
 
 def shuffle_table(measured: dict[str, float | None]) -> list[str]:
-    """Return the lines of the table of loaders."""
+    """Return the table of loaders."""
     return [
         f"| {SHARDS} shards of {SAMPLES} samples, batches of {BATCH} | distinct shards | of the ideal |",
         "|---|---|---|",
@@ -71,7 +71,7 @@ def shuffle_table(measured: dict[str, float | None]) -> list[str]:
 
 
 def distinct_shards(samples: Iterable[int]) -> float:
-    """Return from how many shards a batch comes, on average over an epoch; a last short batch is left out.
+    """Return the mean number of distinct shards per full batch of an epoch.
 
     Raises:
         RuntimeError: a sample is missing or comes twice.
@@ -86,7 +86,7 @@ def distinct_shards(samples: Iterable[int]) -> float:
 
 
 def is_installed(name: str) -> bool:
-    """Say whether a loader can be run here."""
+    """Return whether a loader is installed."""
     try:
         return name not in MODULES or find_spec(MODULES[name]) is not None
     except ModuleNotFoundError:  # of the package around it
@@ -200,7 +200,7 @@ LOADERS: dict[str, Callable[[Path], Iterator[int]]] = {
 
 
 def main() -> None:
-    """Run one loader and print how well it mixes."""
+    """Run one loader and print its distinct shards per batch."""
     parser = ArgumentParser(description="Measure how well one loader mixes.")
     parser.add_argument("--measure", choices=LOADERS, required=True)
     parser.add_argument("folder", type=Path)

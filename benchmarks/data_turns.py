@@ -1,4 +1,4 @@
-"""Implementations that take turns, so that the load of others falls on each alike, and what came of it."""
+"""Interleaved timing of implementations, so that other load on the machine affects all alike."""
 
 import ctypes
 import time
@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 Round = dict[str, float]  # implementation -> seconds of processor time
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names that mallopt gives its settings
-_MOST_BYTES = 32 * 2**20  # that it takes for the latter
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
+_MOST_BYTES = 32 * 2**20  # upper limit of the latter
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for whoever is measured next.
+    """Keep freed memory in this process for the next measurement.
 
-    Otherwise the C library gives large pieces back to the system and fetches them anew, or does not, by what
-    lies where in memory: the same decoder then takes 1.7 ms an image in one run and 3 ms in another.
+    Otherwise the C library sometimes returns large blocks to the system: the same decoder then takes 1.7 ms
+    per image in one run and 3 ms in another.
     """
     library = ctypes.CDLL("libc.so.6")
     library.mallopt(_MMAP_THRESHOLD, _MOST_BYTES)
@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
 
 def take_turns(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> list[Round]:
-    """Call each in turn, each first once in a while; one unmeasured call of each goes before."""
+    """Time all in turn, rotating the order; one unmeasured call of each comes first."""
     for run in runs.values():
         run()
     names = list(runs)
@@ -35,7 +35,7 @@ def take_turns(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> list
 
 
 def speedup(rounds: list[Round], over: str, *, of: str = "ours") -> float:
-    """Return how many times as fast one is as another: the median of the ratio within a round."""
+    """Return the median speedup of one over another within a round."""
     return median(round_[over] / round_[of] for round_ in rounds)
 
 

@@ -1,15 +1,15 @@
-"""What all benchmarks share: measuring apart, the figures with their goals, and where they are written.
+"""Shared by all benchmarks: measurement, figures with goals, and output files.
 
-A benchmark is a script `benchmarks/NAME.py` with a section of its own in `benchmarks/README.md` that holds
-the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->`. It measures, and ends with `write`, which makes
+A benchmark is a script `benchmarks/NAME.py`; its section in `benchmarks/README.md` has the lines
+`<!-- NAME: begin -->` and `<!-- NAME: end -->`. It ends with `write`, which writes
 
-    results/NAME.json       its figures, and every single measurement
+    results/NAME.json       its figures and all measurements
     results/summary.json    the figures of all benchmarks, from all results/NAME.json
     README.md               its tables, between its marks
 
-Goals tell a figure's direction: most should not exceed them; `Goal(1.1, at_least=True)` is to be reached.
-Other programs share the machine, so times are of the processor, and ratios are taken between neighbours:
-`measure` in this process, `measure_apart` in a new one, `paired` for two functions that take turns.
+A goal is an upper limit, or a lower one with `Goal(1.1, at_least=True)`; figures without a goal are only
+reported. As other programs use the machine, times are processor times, and ratios are taken within a round:
+`measure` in this process, `measure_apart` in a new one, `paired` for two alternating functions.
 """
 
 import argparse
@@ -40,10 +40,10 @@ Goals = Mapping[str, "Goal | None"]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure should keep to."""
+    """Limit of a figure."""
 
     value: float
-    at_least: bool = False  # otherwise it should not exceed the value
+    at_least: bool = False  # otherwise: at most
 
     def __str__(self) -> str:
         return f"{'>=' if self.at_least else '<='} {self.value}"
@@ -53,12 +53,12 @@ class Goal:
 
 
 def measure(run: Callable[[], object]) -> dict[str, float]:
-    """Call a function once; return seconds of processor time and by how many MiB memory rose at its peak.
+    """Call a function once; return its processor seconds and peak memory in MiB.
 
-    The peak is above what the process holds before the call. Memory that an earlier call freed may still be
-    the process's, so for peaks that are compared, measure each in a process of its own.
+    The peak is relative to before the call. Memory freed earlier may still belong to the process, so measure
+    peaks that you compare in separate processes.
     """
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, start = _memory_mib("VmRSS"), time.process_time()
     run()
     taken = time.process_time() - start
@@ -69,7 +69,7 @@ def measure_apart(script: str | Path, name: str, *settings: str) -> dict[str, fl
     """Run `python SCRIPT --measure NAME SETTINGS...` and return the JSON that it prints.
 
     Raises:
-        RuntimeError: it failed; the message holds what it said.
+        RuntimeError: it failed; the message contains its standard error.
     """
     command = [sys.executable, str(Path(script).resolve()), "--measure", name, *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -81,10 +81,9 @@ def measure_apart(script: str | Path, name: str, *settings: str) -> dict[str, fl
 def paired(
     ours: Callable[[], object], other: Callable[[], object], *, rounds: int, warm_up: bool = True
 ) -> list[tuple[float, float]]:
-    """Let two functions take turns in this process, each first in every second round.
+    """Alternate two functions in this process; each is first in every second round.
 
-    Returns the seconds of processor time of both, round by round; to warm up, an unmeasured call of each goes
-    before.
+    Returns both processor times per round. Unmeasured warm-up calls come first.
     """
     for run in (ours, other) if warm_up else ():
         run()
@@ -118,7 +117,7 @@ def _memory_mib(field: str) -> float:
     return int(found[1]) / 1024
 
 
-# --- What is written ----------------------------------------------------------------------------------------
+# --- Output -------------------------------------------------------------------------------------------------
 
 
 def figures_of(measured: Mapping[str, float], goals: Goals) -> Figures:
@@ -138,9 +137,9 @@ def write(
     output: Path = FOLDER / "results",
     page: Path = FOLDER / "README.md",
 ) -> dict[str, Any]:
-    """Write what a benchmark found; returns the content of results/NAME.json.
+    """Write the results of a benchmark; returns the content of results/NAME.json.
 
-    `tables` makes Markdown of that content. `packages` are named with their versions beside torch and ours.
+    `tables` formats that content as Markdown. Versions of `packages` are recorded too.
     """
     content = {**_origin(command, packages), "figures": figures, **details}
     output.mkdir(parents=True, exist_ok=True)
@@ -164,7 +163,7 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 
 def write_table(page: Path, name: str, table: str) -> None:
-    """Put a table between the marks of a page.
+    """Write a table between the marks of a page.
 
     Raises:
         ValueError: the page has no such marks.
@@ -173,12 +172,12 @@ def write_table(page: Path, name: str, table: str) -> None:
     before, found, rest = page.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found and found_end):
-        raise ValueError(f"{page}: no lines '{begin.strip()}' and '{end}'; add them where its tables belong")
+        raise ValueError(f"{page}: no lines '{begin.strip()}' and '{end}'; add them where its tables go")
     page.write_text(before + begin + table + end + after)
 
 
 def heading(content: Mapping[str, Any]) -> list[str]:
-    """Return the lines that say where, when and with what results were made."""
+    """Return the lines with command, date, machine and versions."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     return [f"`{content['command']}`, {content['date']}; {content['machine']}; {versions}.", ""]
 
@@ -193,7 +192,7 @@ def figure_table(figures: Figures, goals: Goals) -> list[str]:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Return a command line with the options that all benchmarks have: where to write."""
+    """Return a parser with the output options of all benchmarks."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--output", type=Path, default=FOLDER / "results", help="folder for the JSON files")
     made.add_argument("--page", type=Path, default=FOLDER / "README.md", help="page that shows the tables")
@@ -201,7 +200,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def installed(package: str) -> str | None:
-    """Return the version of a package, if it can be imported."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

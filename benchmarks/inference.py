@@ -1,8 +1,8 @@
-"""What routing saves at inference, against what its operations promise, and what the router itself costs.
+"""Speedup of routed inference against the predicted one, and the cost of the router.
 
-Half the vision tokens: of 6 tiles, 4 compressed to a quarter. Patch features are given, so that only what
-routing changes is measured: router, connectors, splice and the language model. It runs the code that
-`vico generate` runs, with a random model that never ends its answer.
+Half the vision tokens: 4 of 6 tiles are compressed to a quarter. Patch features are given, so only router,
+connectors, splice and language model are timed. It runs the code of `vico generate` with a random model that
+never ends its answer.
 """
 
 import sys
@@ -44,7 +44,7 @@ SHAPE = {
     "language": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "heads": (12, 6)},
     "vocab_size": 32_000,
 }
-# Calls of each side; of what takes longest few, as all is warm by then.
+# Calls of each side; few of the slowest.
 ROUNDS = {"overhead": 9, "prefill_1": 7, "prefill_8": 2, "generation_1": 2, "generation_8": 1}
 
 QUESTION = "Which of the letters in this image stands for the largest number of all, and which for the least?"
@@ -65,7 +65,7 @@ class Prompts:
 
 
 def open_predictor(**changes: Any) -> Predictor:
-    """Put a predictor around a random model that never ends its answer."""
+    """Return a predictor with a random model that never ends its answer."""
     tokenizer = build_tokenizer([QUESTION], vocab_size=400)
     spec = spec_of(**{**SHAPE, **changes}, placeholder_id=token_id(tokenizer, PLACEHOLDER))
     model = random_model(spec)
@@ -101,12 +101,12 @@ def draw_prompts(predictor: Predictor, count: int) -> Prompts:
     )
 
 
-# --- What is measured ---------------------------------------------------------------------------------------
+# --- Measurements -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def fill(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
-    """Go from patch features to a filled cache.
+    """Run from patch features to a filled cache.
 
     With `routes` the router runs, but `ratios` stand in for its choice, which is random here.
     """
@@ -117,7 +117,7 @@ def fill(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
 
 
 def generate(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
-    """Go from patch features to an answer of `NEW_TOKENS` tokens."""
+    """Run from patch features to an answer of `NEW_TOKENS` tokens."""
     count = len(prompts.samples)
     with torch.no_grad():
         if routes:
@@ -135,7 +135,7 @@ def generate(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
 
 
 def predicted_speedup(spec: ModelSpec) -> float:
-    """Return by how much fewer operations half the vision tokens take, the router's own included."""
+    """Return the ratio of operations with all and half the vision tokens, router included."""
     counter = Counter()
     prompts = _without_weights(counter, spec)
     full = counter.count(lambda: fill(prompts, [4] * TILES, routes=False))
@@ -158,7 +158,7 @@ def _without_weights(counter: Counter, spec: ModelSpec) -> Prompts:
 
 
 def measure(predictor: Predictor, rounds: dict[str, int]) -> dict[str, list[tuple[float, float]]]:
-    """Time full tokens and routed ones in turns; returns seconds of full, routed, for each comparison."""
+    """Time full and routed inference alternately; returns seconds of (full, routed) per comparison."""
     one = draw_prompts(predictor, 1)
     full = [4] * TILES
     times = {
@@ -184,7 +184,7 @@ def measure(predictor: Predictor, rounds: dict[str, int]) -> dict[str, list[tupl
 def figures(
     times: dict[str, list[tuple[float, float]]], *, predicted: float, share: float
 ) -> harness.Figures:
-    """Return each figure with its goal; of two batch sizes the worse one counts."""
+    """Return each figure with its goal; the worse of two batch sizes counts."""
     speedups = {name: harness.median_ratio(pairs) for name, pairs in times.items()}
     measured = {
         "prefill_speedup_over_predicted": min(speedups[f"prefill_{n}"] for n in BATCHES) / predicted,
@@ -196,7 +196,7 @@ def figures(
 
 
 def tables(details: dict[str, Any]) -> str:
-    """Return what a run found, as Markdown."""
+    """Format the results as Markdown."""
     titles = {
         "overhead": "prefill, router runs and keeps all tokens",
         "prefill": "prefill at half the tokens",
@@ -221,7 +221,7 @@ def tables(details: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write what was found."""
+    """Measure and write the results."""
     given = harness.parser("Measure routed inference.").parse_args(arguments)
     torch.set_num_threads(1)
     predictor = open_predictor()

@@ -1,9 +1,8 @@
-"""What the consistency loss costs: time, memory and rounding error, against bare matrix products and others.
+"""Time, memory and rounding error of the consistency loss against other implementations.
 
-`make bench` runs it. Every measurement is a process of its own with one thread: it makes the inputs, runs one
-implementation once, and reports the processor time it took and by how much the peak of its memory rose.
-Implementations take turns, so that the load of others falls on each alike; ratios are taken within a round,
-and their median is the figure.
+`make bench` runs it. Each measurement is a separate process with one thread: it runs one implementation once
+and reports processor time and peak memory. Implementations alternate, so that other load affects all alike;
+a figure is the median of the ratios within rounds.
 """
 
 import argparse
@@ -33,7 +32,7 @@ GOALS = {
     "kl_memory_over_liger": Goal(0.55),
 }
 ROUNDS = 3
-# Rounds after which those of less interest sit out.
+# Rounds after which these are no longer measured.
 LEAVES_AFTER = dict.fromkeys(("ours_frozen_head", "ours_no_gradient", "liger"), 2) | dict.fromkeys(
     ("naive", "naive_freed"), 1
 )
@@ -71,7 +70,7 @@ class Inputs:
     reference_head: Tensor  # (V, D)
 
 
-# --- What is measured ---------------------------------------------------------------------------------------
+# --- Measurements -------------------------------------------------------------------------------------------
 
 
 def draw_inputs(shape: Shape) -> Inputs:
@@ -130,7 +129,7 @@ def run_naive(given: Inputs, shape: Shape) -> None:
 
 
 def run_naive_freed(given: Inputs, shape: Shape) -> None:
-    """As `run_naive`, but no logits outlive their softmax."""
+    """As `run_naive`, but free the logits after their softmax."""
     with torch.no_grad():
         log_p = log_softmax(given.reference @ given.reference_head.T, -1)
     log_q = log_softmax(given.states @ given.head.T, -1)
@@ -172,13 +171,13 @@ def measure(name: str, shape: Shape) -> dict[str, float]:
     if name == "liger":
         import liger_kernel.chunked_loss  # noqa: F401 - its memory is not the loss's
     small = Shape(tokens=4, vocab=64, width=8, chunk=2)
-    RUNS[name](draw_inputs(small), small)  # loads what is loaded at the first use
+    RUNS[name](draw_inputs(small), small)  # triggers lazy loading
     given = draw_inputs(shape)
     return harness.measure(lambda: RUNS[name](given, shape))
 
 
 def measure_apart(name: str, shape: Shape) -> dict[str, float]:
-    """Call `measure` in a new process, so that no memory is left over from another measurement."""
+    """Call `measure` in a new process with no memory left from earlier ones."""
     settings = [f"--{key}={value}" for key, value in asdict(shape).items()]
     return harness.measure_apart(__file__, name, *settings)
 
@@ -239,7 +238,7 @@ def available() -> list[str]:
 
 
 def measure_rounds(shape: Shape, *, rounds: int) -> list[Round]:
-    """Measure the implementations in turn; those of less interest sit out later rounds."""
+    """Measure the implementations in turn; later rounds skip those of less interest."""
     results = []
     for number in range(rounds):
         names = [name for name in available() if number < LEAVES_AFTER.get(name, rounds)]
@@ -280,7 +279,7 @@ def command(shape: Shape, *, rounds: int) -> str:
 
 
 def tables(details: dict[str, Any]) -> str:
-    """Return what a run found, as Markdown."""
+    """Format the results as Markdown."""
     shape, rounds = details["shape"], details["rounds"]
     lines = [
         f"R = {shape['tokens']} tokens, V = {shape['vocab']} words, D = {shape['width']}, chunks of "
@@ -324,7 +323,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one measurement, or all of them and write what they gave."""
+    """Run one measurement, or all and write the results."""
     given = parse(arguments)
     shape = Shape(**{key: getattr(given, key) for key in asdict(Shape())})
     if given.measure:

@@ -1,15 +1,15 @@
-"""Whether cheaper router labels rank tiles as the exact ones do, on a trained model.
+"""Compare cheaper router labels with exact ones on a trained model.
 
     python benchmarks/label_approximations.py runs/demo/consistency/model data/shards/glyphs/val
 
-MODEL is a model after stage 1, `--reference` the one it started from. Two approximations are tried:
+MODEL is a model after stage 1, `--reference` the one it started from. Two approximations:
 
     frozen   later tiles do not read the compressed tile again: they keep the keys and values of full tokens
     sampled  random halves of the tiles are compressed, half as many times as there are tiles; a tile's effect
              is the mean loss with it compressed minus that without
 
-Prints the rank correlation with the exact loss ratios, over all tiles and within samples, and how many labels
-at the median come out the same.
+Prints the rank correlation with the exact loss ratios, over all tiles and within samples, and the fraction of
+equal labels at the median.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def frozen_states(policy: VisionLanguageModel, batch: Batch, features: Tensor) -
 
 
 def _replaced(kept: KeyValues, new: KeyValues, *, start: int, stop: int, end: int) -> KeyValues:
-    """Put new tokens in the place of those from `start` to `stop`; leave out what is behind `end`."""
+    """Replace the tokens from `start` to `stop`; drop those after `end`."""
     return {
         layer: tuple(
             torch.cat([old[:, :, :start], own, old[:, :, stop:end]], 2)
@@ -78,7 +78,7 @@ class Ratios:
     """Computes loss ratios of the tiles of single samples in several ways."""
 
     def __init__(self, policy: VisionLanguageModel, reference: VisionLanguageModel, *, seed: int = 0) -> None:
-        """Hold a policy against a reference."""
+        """Compare a policy with a reference."""
         self.policy, self.reference = policy, FrozenReference(reference)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -144,8 +144,8 @@ def compare(found: Sequence[dict[str, Tensor]], name: str) -> dict[str, float | 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print what was found as JSON."""
-    parser = argparse.ArgumentParser(description="Hold approximate router labels against exact ones.")
+    """Measure and print the results as JSON."""
+    parser = argparse.ArgumentParser(description="Compare approximate router labels with exact ones.")
     parser.add_argument("model", type=Path, help="model folder after stage 1")
     parser.add_argument("data", type=Path, help="folder of shards")
     parser.add_argument("--reference", type=Path, default=Path("data/base"), help="default data/base")

@@ -1,7 +1,7 @@
-"""What exact router labels cost, against one whole pass of both models per tile.
+"""Cost of exact router labels against one whole pass of both models per tile.
 
 Operations are counted, at the shape of InternVL3.5-1B; time is measured on a small model. Both run the code
-that stage 2 runs. `label_ratios` below is what they are held against: leave-one-out as one would write it.
+of stage 2. The baseline `label_ratios` is leave-one-out in its simplest form.
 """
 
 import sys
@@ -69,7 +69,7 @@ def loss(policy: VisionLanguageModel, reference: VisionLanguageModel, batch: Bat
 def response_logits(
     model: VisionLanguageModel, batch: Batch, ratios: Tensor, *, connectors: Sequence[int]
 ) -> Tensor:
-    """Return the logits that predict the response, from a forward pass as transformers has it.
+    """Return the logits that predict the response, from a forward pass of transformers.
 
     Each of the connectors runs on all tiles, as both do in released code; then one is picked for each tile.
     """
@@ -112,7 +112,7 @@ def count_operations(num_tiles: int) -> dict[str, float]:
 
 
 def measure_time(*, tiles: int, rounds: int, **changes: Any) -> dict[str, Any]:
-    """Time both on a small model, and compare what they give."""
+    """Time both on a small model and compare their results."""
     spec = spec_of(**{**SMALL, **changes})
     policy, other = random_model(spec, seed=1), random_model(spec, seed=2)
     reference, batch = FrozenReference(other), draw_batch(spec, [tiles], TEXT)
@@ -139,7 +139,7 @@ def figures(operations: Sequence[dict[str, float]], timing: dict[str, Any]) -> h
 
 
 def tables(details: dict[str, Any]) -> str:
-    """Return what a run found, as Markdown."""
+    """Format the results as Markdown."""
     timing = details["timing"]
     ours, naive = (median(times) for times in zip(*timing["cpu_s"], strict=True))
     lines = [
@@ -158,7 +158,7 @@ def tables(details: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count, measure, and write what was found."""
+    """Count, measure and write the results."""
     given = harness.parser("Measure the labels of the router.").parse_args(arguments)
     torch.set_num_threads(1)
     operations = [count_operations(tiles) for tiles in (5, 13)]

@@ -1,4 +1,4 @@
-"""Models and samples that benchmarks run, and how many operations code takes on models without weights."""
+"""Models and samples of the benchmarks, and a counter of operations on models without weights."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +96,7 @@ def spec_of(
 
 
 def random_model(spec: ModelSpec, *, seed: int = 0) -> VisionLanguageModel:
-    """Build a model with fresh weights, in eval mode."""
+    """Build a randomly initialised model in eval mode."""
     torch.manual_seed(seed)
     return VisionLanguageModel(spec).eval()
 
@@ -206,7 +206,9 @@ class Counter:
         if is_causal or attn_mask == LOWER_RIGHT:
             pairs -= queries * (queries - 1) / 2
         elif attn_mask is not None:
-            raise ValueError("attention with a mask of its own: nobody knows how many pairs it needs")
+            raise ValueError(
+                "attention with a custom mask: expected causal or full attention, whose pairs can be counted"
+            )
         heads = math.prod(query.shape[:-2])
         self.others += 2.0 * heads * pairs * (query.shape[-1] + value.shape[-1])
         return query.new_empty(*query.shape[:-1], value.shape[-1])

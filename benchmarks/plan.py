@@ -1,9 +1,8 @@
-"""How accurate the memory of `vico plan` is: steps of a small model, measured and predicted.
+"""Accuracy of the memory that `vico plan` predicts, on steps of a small model.
 
-Every measurement is a process of its own that builds a stage with weights, runs a micro-batch as in the
-middle of a run, steps the optimizer and reports by how much the peak of its memory rose. `vico_pl.planning`
-predicts the same from the recipe alone. The model has 0.16 billion parameters, in float32, so that what is
-counted is far more than what a process takes anyway.
+Each measurement is a separate process that builds a stage with weights, runs a micro-batch and an optimizer
+step and reports its peak memory. `vico_pl.planning` predicts the same from the recipe alone. The model has
+0.16 billion float32 parameters, far more than the overhead of a process.
 """
 
 import gc
@@ -90,11 +89,11 @@ def micro_batch_of(case: str) -> MicroBatch:
     return replace(MICRO_BATCH, num_samples=CASES[case].get("num_samples", MICRO_BATCH.num_samples))
 
 
-# --- What is measured ---------------------------------------------------------------------------------------
+# --- Measurements -------------------------------------------------------------------------------------------
 
 
 def measure(case: str) -> dict[str, float]:
-    """Take a step in this process, after a tiny one that loads what is loaded at the first use."""
+    """Run a step in this process, after a tiny one that triggers lazy loading."""
     torch.set_num_threads(1)
     train(case, MicroBatch(num_samples=1, tiles=1, text_tokens=8, response_tokens=4))
     gc.collect()  # blocks that recompute refer to themselves
@@ -111,7 +110,7 @@ class RandomModels:
         return VisionLanguageModel(SPEC)
 
     def reference(self) -> VisionLanguageModel:
-        """Return the model that it is compared with."""
+        """Return the reference model."""
         return VisionLanguageModel(SPEC)
 
 
@@ -134,7 +133,7 @@ def train(case: str, micro_batch: MicroBatch) -> None:
 
 
 def predict(case: str, micro_batch: MicroBatch) -> dict[str, float]:
-    """Return what the plan says of a case, in MiB by term."""
+    """Return the prediction for a case, in MiB by term."""
     config = recipe(case)
     shape = ModelShape(name="this benchmark", spec=SPEC, dtype=torch.float32)
     checkpointing = config.trainer.activation_checkpointing
@@ -143,7 +142,7 @@ def predict(case: str, micro_batch: MicroBatch) -> dict[str, float]:
     return {name: size / GIB * 1024 for name, size in terms.items()}
 
 
-# --- What is written ----------------------------------------------------------------------------------------
+# --- Output -------------------------------------------------------------------------------------------------
 
 
 def compare(cases: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -163,7 +162,7 @@ def error(result: dict[str, Any]) -> float:
 
 
 def tables(content: dict[str, Any]) -> str:
-    """Return what was found as Markdown."""
+    """Format the results as Markdown."""
     lines = [
         *harness.heading(content),
         *harness.figure_table(content["figures"], GOALS),
@@ -182,7 +181,7 @@ def _row(case: str, result: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one measurement, or all of them and write what they gave."""
+    """Run one measurement, or all and write the results."""
     parser = harness.parser("Compare the memory that `vico plan` predicts with memory that was measured.")
     parser.add_argument("--measure", choices=CASES, help="one measurement in this process, as JSON")
     given = parser.parse_args(arguments)

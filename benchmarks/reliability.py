@@ -1,9 +1,9 @@
-"""Do every fault to real runs and write what became of it into docs/reliability.md.
+"""Inject every fault into real runs and write the outcomes to docs/reliability.md.
 
     python benchmarks/reliability.py --rounds 200 --rounds-of-ranks 20
 
 The faults are tests: tests/trainer/test_faults.py, tests/trainer/test_kill_rounds.py, and tests/slurm/ where
-Slurm can be started (its Debian packages, and root). Each records the row of the table that it proves.
+Slurm can be started (its Debian packages, and root). Each records its row of the table.
 """
 
 import os
@@ -24,7 +24,7 @@ COMMAND = "`make reliability`"
 
 
 class Row(NamedTuple):
-    """A fault, and what became of the run."""
+    """A fault and the outcome of the run."""
 
     fault: str
     outcome: str

@@ -1,9 +1,8 @@
-"""How much faster two ranks train than one: stage 1 under DDP, each rank with as many samples as one alone.
+"""Weak scaling of stage 1 under DDP from one rank to two.
 
-All runs are `vico train` in processes of one thread that read the same shards; times are those at which steps
-were recorded in TensorBoard. A step of two ranks takes the samples of two steps of one: all sides are timed
-on the same samples. Two runs of one rank side by side exchange nothing: they show what two processes reach
-at all on the machine, whose caches and memory bandwidth they share.
+All runs are `vico train` with one thread per process on the same shards; times come from TensorBoard. A step
+of two ranks takes the samples of two steps of one. Two independent runs of one rank show the limit of the
+machine, whose caches and memory bandwidth two processes share.
 """
 
 import subprocess
@@ -47,7 +46,7 @@ TRAIN = [sys.executable, "-m", "vico_pl", "train"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Let one rank, two ranks and two runs of one rank take turns, and write what they took."""
+    """Time one rank, two ranks and two runs of one rank in turn and write the results."""
     parser = harness.parser("Measure how training scales to two ranks.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each side")
     given = parser.parse_args(arguments)
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepare(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
-    """Draw shards, train a fresh model for a step, and write the recipe of stage 1 that starts from it."""
+    """Draw shards, train a new model for a step and write a recipe of stage 1 that starts from it."""
     write_shard(
         folder / "shards" / "a.tar", draw_records(GlyphsConfig(max_tiles=2), seed=1, start=0, count=64)
     )
@@ -88,7 +87,7 @@ def prepare(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
 
 
 def finish(commands: Sequence[list[str]]) -> None:
-    """Run commands side by side.
+    """Run commands in parallel.
 
     Raises:
         RuntimeError: one failed; the message holds what it said.
@@ -122,7 +121,7 @@ def seconds(folder: Path, number: int, ranks: dict[str, int]) -> float:
 
 
 def command(folder: Path, run_dir: Path, num_ranks: int) -> list[str]:
-    """Return the command of a run over the samples that all sides take."""
+    """Return the command of a run over the samples common to all."""
     steps = (WARM_UP + TIMED) * 2 // num_ranks
     settings = {
         "run_dir": run_dir,
@@ -158,7 +157,7 @@ def over_ceiling(rounds: Sequence[dict[str, float]]) -> float:
 
 
 def tables(content: dict[str, Any]) -> str:
-    """Return what the runs gave, as Markdown."""
+    """Format the results as Markdown."""
     rows = [
         f"| {name} | {' | '.join(f'{num_samples / taken[side]:.2f}' for taken in content['rounds'])} |"
         for name, side, num_samples in (

@@ -1,7 +1,7 @@
-"""What a step of stage 1 costs against a plain one, and how it grows with its samples.
+"""Cost of a step of stage 1 against a plain one, and its growth with the samples.
 
-Both steps take the same model, samples and ratios. The plain one is what one writes first: every sample
-padded on the right to the longest, logits at every position, then those of the response compared.
+Both steps take the same model, samples and ratios. The plain one pads every sample to the longest and
+computes logits at every position.
 """
 
 import json
@@ -62,7 +62,7 @@ class Steps:
     """A policy, the reference it started from, a batch, and a ratio for each tile, drawn once."""
 
     def __init__(self, batch: Batch, **changes: Any) -> None:
-        """Build what both steps work on."""
+        """Build the inputs of both steps."""
         spec = spec_of(**{**SHAPE, **changes})
         self.policy, self.original = random_model(spec, seed=1), random_model(spec, seed=2)
         self.policy.router.requires_grad_(requires_grad=False)
@@ -71,7 +71,7 @@ class Steps:
         self.ratios = torch.tensor([4, 16])[torch.randint(2, (batch.num_tiles,), generator=generator)]
 
     def ours(self) -> Tensor:
-        """Take the step of stage 1: packed, heads on response tokens only."""
+        """Run the step of stage 1: packed, heads on response tokens only."""
         states = self.policy.response_states(
             self.batch, self.policy.encode_tiles(self.batch.tiles), self.ratios
         )
@@ -80,7 +80,7 @@ class Steps:
         return self._backward(kl)
 
     def plain(self) -> Tensor:
-        """Take the same step with padding and whole logits."""
+        """Run the same step with padding and whole logits."""
         logits = padded_logits(self.policy, self.batch, self.ratios)
         with torch.no_grad():
             wanted = padded_logits(self.original, self.batch, self.reference.model.full_ratios(self.batch))
@@ -119,7 +119,7 @@ def usual_batch() -> Batch:
 
 
 def swept_steps(what: str, size: int) -> Steps:
-    """Build a step of one sample in which one thing has another size than usual."""
+    """Build a step of one sample with one size changed."""
     sizes = {**USUAL, what: size}
     changes = {"vocab_size": sizes["vocabulary"]}
     spec = spec_of(**{**SHAPE, **changes})
@@ -127,7 +127,7 @@ def swept_steps(what: str, size: int) -> Steps:
 
 
 def measure(name: str) -> dict[str, float]:
-    """Take one step: `ours` or `plain` on the usual batch, or as `tiles=7`."""
+    """Run one step: `ours` or `plain` on the usual batch, or as `tiles=7`."""
     torch.set_num_threads(1)
     what, _, size = name.partition("=")
     Steps(draw_batch(spec_of(**TINY), [1]), **TINY).ours()  # loads what is loaded at the first use
@@ -138,14 +138,14 @@ def measure(name: str) -> dict[str, float]:
 
 
 def measure_pair(steps: Steps, *, rounds: int) -> dict[str, Any]:
-    """Time both steps in turns, and compare their losses."""
+    """Time both steps alternately and compare their losses."""
     ours, plain = steps.ours().item(), steps.plain().item()
     times = harness.paired(steps.ours, steps.plain, rounds=rounds, warm_up=False)
     return {"loss_difference": abs(ours / plain - 1), "cpu_s": times}
 
 
 def over_line(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Return by how much the worst value lies above the line through the first and the last.
+    """Return the largest excess over the line through the first and last values.
 
     >>> over_line([1, 2, 3], [10.0, 22.0, 30.0])
     1.1
@@ -169,7 +169,7 @@ def figures(details: dict[str, Any]) -> harness.Figures:
 
 
 def tables(details: dict[str, Any]) -> str:
-    """Return what a run found, as Markdown."""
+    """Format the results as Markdown."""
     ours, plain = (median(times) for times in zip(*details["pair"]["cpu_s"], strict=True))
     memory = details["memory"]
     rows = [
@@ -194,7 +194,7 @@ def tables(details: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Take one measurement, or all of them and write what they gave."""
+    """Run one measurement, or all and write the results."""
     parser = harness.parser("Measure a step of stage 1.")
     parser.add_argument("--measure", help="one step in this process, as JSON: ours, plain, tiles=7")
     given = parser.parse_args(arguments)

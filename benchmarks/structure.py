@@ -1,4 +1,4 @@
-"""Measure the size of the code: the table of CONTRIBUTING.md, counted from the files as they are.
+"""Measure the size of the code for the table of CONTRIBUTING.md.
 
 A module with a single importer usually belongs inside that importer. Imports inside functions count.
 """
@@ -56,7 +56,7 @@ def function_lengths(path: Path) -> list[int]:
 
 
 def count_importers(root: Path, paths: list[Path]) -> dict[str, int]:
-    """Return, for each module but the packages' own, by how many other modules it is imported."""
+    """Return the number of importers of each module except packages."""
     names = {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
     importers: dict[str, set[str]] = defaultdict(set)
     for name, path in names.items():

@@ -1,4 +1,4 @@
-"""Tiny things that many tests build: models, samples and batches for them, records and their images."""
+"""Tiny models, samples, batches, records and images for tests."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def encoded_sample(seed, *, images=(1,), answers=(3,)):
 
 
 def mixed_samples():
-    """Samples of all sorts: one tile, several images, text alone, several turns."""
+    """Samples with one tile, several images, text only and several turns."""
     return [
         encoded_sample(1, images=(3,), answers=(4,)),
         encoded_sample(2, images=(), answers=(2, 3)),
@@ -94,7 +94,7 @@ def encoded_image(image_format="JPEG", *, size=(40, 30), seed=0, **options):
 
 
 def record(*, key="000000", text="<image>\nWhat is it?", answer="a cat", files=None, **fields):
-    """A record with one image and one turn; `files` and `fields` add to it or take the place of parts."""
+    """A record with one image and one turn; `files` and `fields` add or replace parts."""
     turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
     annotation = {"conversations": turns, **fields}
     content = {"jpg": encoded_image(), "json": json.dumps(annotation).encode(), **(files or {})}

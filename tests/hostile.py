@@ -1,4 +1,4 @@
-"""Files that lie: PNGs and tar members made by hand, and damage by chance."""
+"""Malformed files: hand-made PNGs and tar members, and random damage."""
 
 import struct
 import tarfile
@@ -10,7 +10,7 @@ GOOD = record().files
 
 
 def png(width, height, *, bits=8, colour=2, data=b"", interlace=0):
-    """A PNG made by hand: its header says what it likes."""
+    """A PNG with an arbitrary header."""
 
     def chunk(name, content):
         checksum = zlib.crc32(name + content)
@@ -22,7 +22,7 @@ def png(width, height, *, bits=8, colour=2, data=b"", interlace=0):
 
 
 def member(name, content=b"", **fields):
-    """A tar member made by hand, its header whole and right but for `fields`."""
+    """A tar member with a valid header except for `fields`."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     for field, value in fields.items():

@@ -1,7 +1,6 @@
-"""Runs in processes of their own, to be stopped and killed for real.
+"""Training runs in separate processes that tests can signal and kill.
 
-They are forked from a process that has imported everything, so that one begins in a second. Ranks are started
-one by one, as Slurm and torchrun do, not one by another: each can be met alone.
+A fork server with all imports starts them within a second. Ranks are started separately, as by Slurm.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from vico_pl.audit import audit_run
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
 
-PATIENCE_S = 240  # of a test; nothing here should take as long on a machine that does other things too
-GRACE_S = 5  # for ranks whose neighbour died
+PATIENCE_S = 240  # timeout of a wait
+GRACE_S = 5  # for the ranks left after one fails
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(  # what `vico train` imports, the last two only when it needs them
     [
@@ -36,7 +35,7 @@ _FORKED.set_forkserver_preload(  # what `vico train` imports, the last two only 
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """A run whose ranks are processes."""
+    """A run with one process per rank."""
 
     run_dir: Path
     ranks: list[multiprocessing.Process]
@@ -46,28 +45,24 @@ class Running:
         return self.log.read_text()
 
     def signal(self, number, *, ranks=None):
-        """Send a signal to all ranks, or some; those that have ended miss it."""
+        """Send a signal to all or some ranks; ended ones ignore it."""
         for rank in range(len(self.ranks)) if ranks is None else ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.ranks[rank].pid, number)
 
     def wait_for(self, happened):
-        """Wait until something is so, or all ranks have ended, or for too long."""
+        """Wait for a condition; fail if all ranks end or time runs out first."""
         deadline = time.monotonic() + PATIENCE_S
         while not happened():
             if not any(rank.is_alive() for rank in self.ranks) or time.monotonic() > deadline:
-                pytest.fail(f"what was waited for did not happen; the run said: {self.said()}")
+                pytest.fail(f"the expected event did not happen; output: {self.said()}")
             time.sleep(0.01)
 
     def wait_for_checkpoint(self, *, step):
         self.wait_for(lambda: newest_step(self.run_dir) >= step)
 
     def wait(self, *, supervised=False):
-        """Wait for the end; returns the exit codes of all ranks.
-
-        Supervised, a rank's death ends the others after a while, as under srun, torchrun and Lightning's
-        launcher: one that waits for the others to appear would do so for half an hour.
-        """
+        """Wait for the end; return the exit codes. `supervised` kills the others soon after a rank fails."""
         deadline = time.monotonic() + PATIENCE_S
         while any(rank.is_alive() for rank in self.ranks) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -80,7 +75,7 @@ class Running:
         waiting = [number for number, rank in enumerate(self.ranks) if rank.is_alive()]
         if waiting:
             self.signal(signal.SIGKILL)
-            pytest.fail(f"ranks {waiting} did not end; the run said: {self.said()}")
+            pytest.fail(f"ranks {waiting} did not end; output: {self.said()}")
         return [rank.exitcode for rank in self.ranks]
 
 
@@ -99,7 +94,7 @@ def start(recipe, run_dir, *settings, ranks=1, before=None):
 
 
 def finish(recipe, run_dir, *settings, **options):
-    """Run to the end, or fail with what was said."""
+    """Run to the end, or fail with the output."""
     running = start(recipe, run_dir, *settings, **options)
     codes = running.wait()
     assert set(codes) == {0}, running.said()
@@ -107,7 +102,7 @@ def finish(recipe, run_dir, *settings, **options):
 
 
 def kill_at_random(recipe, run_dir, *settings, rng, ranks=1):
-    """Start a run and kill some or all ranks with kill -9: at its start, or some steps later; returns it."""
+    """Start a run and kill -9 some or all ranks at a random moment; returns the run."""
     before = num_lines(run_dir)
     running = start(recipe, run_dir, *settings, ranks=ranks)
     victims = rng.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
@@ -120,7 +115,7 @@ def kill_at_random(recipe, run_dir, *settings, rng, ranks=1):
 
 
 def num_lines(run_dir):
-    """How much rank 0 has logged: a line at its start, and one at the end of each step."""
+    """Lines that rank 0 has logged: one per attempt and one per step."""
     path = run_dir / "samples-rank-0.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -132,24 +127,24 @@ def newest_step(run_dir):
 
 
 def steps_taken(run_dir, *, rank=0):
-    """How many steps a rank has ended, in all its attempts the farthest."""
+    """Steps that a rank has finished, the maximum over attempts."""
     path = run_dir / f"samples-rank-{rank}.jsonl"
     steps = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the line that a kill tore
+        with contextlib.suppress(json.JSONDecodeError):  # truncated by a kill
             steps.append(json.loads(line).get("step", -1) + 1)
     return max(steps, default=0)
 
 
 def audit(run_dir):
-    """Hold the sample logs of a finished run against its order."""
+    """Audit the sample logs of a finished run."""
     config = load_config(run_dir / "config.yaml", [])
     steps = config.trainer.max_steps
     return audit_run(run_dir, config.data, seed=config.seed, completed_steps=steps)
 
 
 def free_port():
-    """A port that nobody listens on."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

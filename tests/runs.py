@@ -1,4 +1,4 @@
-"""Tiny runs on the CPU: their recipes, what they leave behind, and ways to watch and to break them."""
+"""Tiny CPU runs: recipes, results, and ways to observe and interrupt them."""
 
 import json
 
@@ -75,7 +75,7 @@ def watch_steps(monkeypatch, before_step):
 
 
 def break_run(monkeypatch, path, *overrides):
-    """Start a run whose power is cut at step five."""
+    """Start a run that fails at step five."""
 
     def break_at_step_five(stage):
         if stage.trainer.global_step == 5:

@@ -1,4 +1,4 @@
-"""Loading the scripts of benchmarks/, which are no package."""
+"""Import the scripts of benchmarks/, which is not a package."""
 
 import sys
 from importlib import import_module
@@ -8,7 +8,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def load_benchmark(name):
-    """Import benchmarks/NAME.py as running it would, its neighbours beside it."""
+    """Import benchmarks/NAME.py with its folder on the path."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))  # before the folder data/
     return import_module(name)

@@ -1,4 +1,4 @@
-"""A web server of this process that answers as it is told."""
+"""A local web server with scripted answers."""
 
 import http.server
 import threading
@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Gives the next answer to a path (status, length as announced, body), the last one again and again."""
+    """Sends the next scripted answer (status, announced length, body) of a path; repeats the last one."""
 
     def do_GET(self):
         name = self.path.partition("?")[0].lstrip("/")
@@ -16,7 +16,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        with suppress(OSError):  # who asked has gone
+        with suppress(OSError):  # the client has disconnected
             self.wfile.write(body)
 
     def _answer(self, name):

@@ -1,4 +1,4 @@
-"""The parts point one way: a module may import from its own part and from those its part stands on."""
+"""Imports point one way: a module imports from its own part and from the parts below it."""
 
 import ast
 from pathlib import Path
@@ -39,7 +39,7 @@ def part_of(path):
 
 
 def imported(path):
-    """Every module that a file imports, wherever in it."""
+    """Yield every module that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

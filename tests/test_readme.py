@@ -1,4 +1,4 @@
-"""What README.md and its like tell users to type exists and is understood; what they point at is there."""
+"""Commands, options, settings, files and links on the pages for users exist."""
 
 import re
 import shlex
@@ -49,7 +49,7 @@ def phony_targets():
 
 
 def resolve(words):
-    """Follow the words of a `vico` command to the command they name; returns it and the words left."""
+    """Return the command that the words of a `vico` line name, and the remaining words."""
     command = typer.main.get_command(app)
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         assert words[0] in command.commands, f"no command '{words[0]}'"

@@ -1,7 +1,7 @@
-"""A Slurm of its own on this machine: munge, a controller and two nodes, in a temporary folder.
+"""A private Slurm on this machine: munge, a controller and two nodes, in a temporary folder.
 
-It needs root and Debian's slurmctld, slurmd, slurm-client and munge. Ports are free ones, key and socket lie
-in the folder and every command reads its slurm.conf: a Slurm that the machine may have is not met.
+It needs root and Debian's slurmctld, slurmd, slurm-client and munge. It uses free ports and
+its own key, socket and slurm.conf, so it does not touch an installed Slurm.
 """
 
 import contextlib

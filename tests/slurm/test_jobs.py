@@ -16,7 +16,7 @@ STEPS = ["trainer.checkpoint_every=10", "trainer.log_every=10"]
 
 
 def assert_as_unbroken(job, recipe_path, tmp_path, *settings):
-    """The job's model is, bit for bit, that of a run of two ranks that nothing befell; its audit is clean."""
+    """The job's model is, bit for bit, that of an uninterrupted run of two ranks; its audit is clean."""
     assert is_finished(job.run_dir), job.said()
     finish(recipe_path, tmp_path / "unbroken", *settings, ranks=2)
     assert differing(job.run_dir, tmp_path / "unbroken") == set()

@@ -29,6 +29,7 @@ def test_batches_of_bad_records_alone_do_not_end_a_run(runs, tmp_path, stage):
     run(runs / f"{stage}.yaml", *changes, "data.max_bad_fraction=1.0")
     found = bad_records(tmp_path / "run")
     assert {(line["kind"], line["id"].partition("-")[0]) for line in found} == {("json", "a")}
+    assert all(line["reason"].startswith("JSON: ") for line in found)
     by_step = [line["step"] for line in found]
     assert any(by_step.count(step) == 2 for step in by_step)  # a batch of nothing else
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())

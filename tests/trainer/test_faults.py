@@ -1,4 +1,4 @@
-"""Each fault done to a real run: what it says, what is left, and that the same command then finishes.
+"""Faults in real runs: the message, the state left behind, and that the same command then finishes.
 
 `benchmarks/reliability.py` makes the table of docs/reliability.md from the properties recorded here.
 """
@@ -42,7 +42,7 @@ def told(record_property):
 
 @pytest.fixture(scope="session")
 def unbroken(runs, tmp_path_factory):
-    """The run of so many ranks that nothing befell."""
+    """An uninterrupted run for each number of ranks."""
 
     @cache
     def run_of(ranks):
@@ -54,7 +54,7 @@ def unbroken(runs, tmp_path_factory):
 
 
 def lost(run_dir):
-    """Steps that were taken and have to be taken again."""
+    """Steps that must be repeated."""
     return steps_taken(run_dir) - newest_step(run_dir)
 
 
@@ -65,7 +65,7 @@ def assert_finishes_as(unbroken, recipe_path, run_dir, *settings, ranks=1):
 
 
 def slow_steps(_):
-    """Make steps last long enough to be met in the middle."""
+    """Slow down steps, so that a signal can arrive within one."""
     seed = StepSeed.on_train_batch_start
 
     def wait_then_seed(*args):
@@ -180,10 +180,7 @@ def test_a_rank_that_is_killed_ends_the_others_soon(runs, unbroken, tmp_path, to
 
 
 def small_files(_):
-    """Let a checkpoint not grow beyond 64 KiB, as on a disk that is full: here it takes more.
-
-    No other file is meant: of a whole run of the tests, coverage leaves more when the process ends.
-    """
+    """Limit checkpoint files to 64 KiB, less than one needs, as on a full disk."""
     save = torch.save
 
     def save_what_fits(*args):
@@ -273,7 +270,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(runs, 
 
 
 def slow_rank_one(rank):
-    """Let rank 1 hang for a while in its fifth step."""
+    """Let rank 1 hang in its fifth step."""
     seed, calls = StepSeed.on_train_batch_start, iter(range(1000))
 
     def hang_then_seed(*args):
@@ -307,7 +304,7 @@ def test_a_slow_rank_is_told_apart_from_those_that_wait_for_it(runs, unbroken, t
 
 
 def nan_from_step_six(_):
-    """Let the loss be no number from a step on."""
+    """Make gradients NaN from step six on."""
     seed = StepSeed.on_train_batch_start
 
     def spoil_then_seed(callback, trainer, module, *rest):
@@ -319,7 +316,7 @@ def nan_from_step_six(_):
     StepSeed.on_train_batch_start = spoil_then_seed
 
 
-def test_gradients_that_are_no_numbers_change_no_weight_and_stop_the_run(runs, tmp_path, told):
+def test_gradients_that_are_not_finite_change_no_weight_and_stop_the_run(runs, tmp_path, told):
     run_dir = tmp_path / "run"
     running = start(runs / "consistency.yaml", run_dir, *SETTINGS, before=nan_from_step_six)
     assert running.wait() == [2], running.said()

@@ -1,6 +1,6 @@
-"""kill -9 at random moments, again and again: a run ends with the weights of one that nothing befell.
+"""kill -9 at random moments, again and again: a run ends with the weights of an uninterrupted one.
 
-`KILL_ROUNDS` and `KILL_ROUNDS_OF_RANKS` in the environment say how often; `make reliability` sets them.
+`KILL_ROUNDS` and `KILL_ROUNDS_OF_RANKS` in the environment are the numbers of kills.
 """
 
 import os

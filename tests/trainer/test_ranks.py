@@ -1,4 +1,4 @@
-"""Runs of several real processes, and runs that are taken up again by another number of them."""
+"""Runs of several real processes, and runs resumed with another number of ranks."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def finish(recipe, run_dir, *settings, ranks, strategy):
 
 
 def audit(run_dir):
-    """What `vico audit` says last, and its exit code."""
+    """Return the exit code and the last line of `vico audit`."""
     done = subprocess.run(
         [sys.executable, "-m", "vico_pl", "audit", str(run_dir)], capture_output=True, text=True, timeout=900
     )
@@ -44,7 +44,7 @@ def audit(run_dir):
 
 
 def assert_alike(run_dir, other, *, tolerance):
-    """Same curve and same weights, but for the order in which floats were added, which Adam makes larger."""
+    """Same curve and weights up to the order of float sums, which Adam amplifies."""
     ours, theirs = ({line["step"]: line for line in metrics(folder)} for folder in (run_dir, other))
     # A line is written just after the checkpoint of its step: a kill in between loses it.
     assert len(theirs) - 2 <= len(ours.keys() & theirs.keys()) == len(ours)
@@ -134,7 +134,7 @@ def test_killed_ranks_end_with_the_weights_of_an_unbroken_run_bit_for_bit(runs, 
 
 
 def stay_near(run_dir, other, *, loss):
-    """Hold the curves of two runs against each other."""
+    """Compare the curves of two runs."""
     ours, theirs = ({line["step"]: line for line in metrics(folder)} for folder in (run_dir, other))
     assert ours.keys() == theirs.keys()
     for step, line in ours.items():
@@ -143,7 +143,7 @@ def stay_near(run_dir, other, *, loss):
 
 
 def apart(run_dir, other, *, start):
-    """How far the weights of two runs lie apart, over how far one of them went."""
+    """Distance between the weights of two runs over the distance that one has moved."""
     ours, theirs, began = map(weights, (run_dir, other, start))
     pairs = [(ours[n], theirs[n]) for n in began], [(theirs[n], began[n]) for n in began]
     lengths = [sum((a.double() - b.double()).square().sum() for a, b in pair) for pair in pairs]
@@ -156,7 +156,7 @@ def tensors_of(checkpoint):
 
 
 def go_on_from(run_dir, *, step):
-    """Let a run forget what came after a checkpoint."""
+    """Remove what a run wrote after a checkpoint."""
     for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
         if path.name > f"step-{step:08d}.ckpt":
             path.unlink()

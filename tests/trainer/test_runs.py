@@ -1,21 +1,12 @@
-"""Whole runs on the CPU: pretrain -> consistency -> router on real shards, records, faults and resuming."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+"""Whole runs on the CPU: pretrain -> consistency -> router on real shards, records, refusals and resuming."""
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers import record
 from tests.runs import STEPS, break_run, differing, metrics, run, watch_steps
 from vico_pl.callbacks.checkpoints import newest_checkpoint
-from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.model.families.folder import load_model
 from vico_pl.prepare import is_finished
 from vico_pl.tokens import load_tokenizer
@@ -112,24 +103,6 @@ def test_a_run_that_broke_ends_with_the_weights_of_an_unbroken_one(runs, tmp_pat
     assert resumed == unbroken
 
 
-def test_a_run_killed_by_the_system_ends_with_the_weights_of_an_unbroken_one(runs, tmp_path):
-    recipe, length = str(runs / "consistency.yaml"), ["trainer.max_steps=25", "trainer.checkpoint_every=1"]
-    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    command = [sys.executable, "-m", "vico_pl", "train", recipe, f"run_dir={killed}", *length]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while newest_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert newest_checkpoint(killed) is not None, (tmp_path / "log").read_text()
-    assert not is_finished(killed)
-    for run_dir in (killed, unbroken):
-        run(runs / "consistency.yaml", f"run_dir={run_dir}", *length)
-    assert differing(killed, unbroken) == set()
-
-
 def test_worker_processes_change_no_weight(runs, tmp_path):
     run(runs / "pretrain.yaml", f"run_dir={tmp_path}", "data.num_workers=2")
     assert differing(tmp_path, runs / "pretrain") == set()
@@ -151,18 +124,6 @@ def test_parts_that_are_not_trainable_stay_bit_for_bit(runs, tmp_path):
     changed = differing(tmp_path, runs / "pretrain")
     assert changed
     assert all(name.startswith("connectors.") for name in changed)
-
-
-def test_bad_records_are_logged_and_training_goes_on(runs, tmp_path):
-    records = [(str(i), record(text=f"<image>\n{i}?").files) for i in range(7)]
-    write_shard(tmp_path / "shards" / "a.tar", [*records, ("bad", {"json": b"{"})])
-    write_index(tmp_path / "shards")
-    sources = f"data.sources=[{{path: {tmp_path}/shards}}]"
-    run(runs / "pretrain.yaml", f"run_dir={tmp_path}/run", "trainer.max_steps=2", sources)
-    (line,) = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
-    assert line["id"] == "a.tar/bad"
-    assert line["reason"].startswith("JSON: ")
-    assert metrics(tmp_path / "run")[-1]["data/bad_records"] == 1
 
 
 def test_tiles_of_another_size_than_the_models_are_refused(runs, tmp_path):

@@ -1,4 +1,4 @@
-"""Runs that train a part, or adapters: what they write, hold and share, and how their blocks run."""
+"""Runs that train parts or adapters: model folders, checkpoints, shared weights, recomputation."""
 
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ def lora_run(runs, tmp_path_factory):
 
 @torch.no_grad()
 def states(model):
-    """What a model makes of a batch whose placeholders are its own."""
+    """Return response states of a batch with the placeholder id of the model."""
     batch = batch_of(*mixed_samples())
     ids = torch.where(batch.input_ids == PLACEHOLDER_ID, model.spec.placeholder_id, batch.input_ids)
     batch = replace(batch, input_ids=ids)
@@ -61,7 +61,7 @@ def test_checkpoints_of_a_run_with_adapters_hold_no_weights_of_the_model_folder(
 
 
 def test_weights_to_be_split_stay_as_stored_until_each_rank_has_its_part(runs):
-    """What is trained would otherwise lie whole, and in float32, in the memory of every rank of a node."""
+    """Otherwise every rank would hold all trained weights in float32."""
     recipe = load_config(runs / "consistency.yaml", ["model.frozen_dtype=bfloat16", *SPLIT])
     stage = build_stage(recipe, FolderModels(recipe))
     assert {tensor.dtype for tensor in stage.parameters()} == {torch.bfloat16}
