@@ -134,7 +134,7 @@ def test_a_signal_to_the_process_group_ends_the_run_after_the_step(runs, unbroke
     told(f"{number.name} to a process and its data worker", "all end after the step, exit code 0", 0)
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(runs, unbroken, tmp_path):
+def test_a_second_ctrl_c_ends_the_run_at_once(runs, unbroken, tmp_path, told):
     run_dir = tmp_path / "run"
     running = start(
         runs / "consistency.yaml", run_dir, *SETTINGS, "data.num_workers=1", before=very_slow_steps_of_a_group
@@ -145,7 +145,9 @@ def test_a_second_ctrl_c_ends_the_run_at_once(runs, unbroken, tmp_path):
         os.killpg(running.ranks[0].pid, signal.SIGINT)
     assert running.wait() == [130], running.said()
     assert "Stopping after this step. Press Ctrl-C again" in running.said()
+    again = lost(run_dir)
     assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
+    told("Ctrl-C twice, within a step", "ends at once with exit code 130", again)
 
 
 # --- Killed -------------------------------------------------------------------------------------------------
