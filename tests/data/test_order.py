@@ -92,7 +92,7 @@ def test_a_few_shuffles_are_kept_and_no_more():
 
 
 def test_there_is_nothing_behind_a_last_source_with_an_end():
-    with pytest.raises(IndexError, match="position 4 lies behind the last source"):
+    with pytest.raises(IndexError, match="position 4 is after the end of the last source"):
         order([3], [4])(4)
 
 

@@ -20,7 +20,7 @@ def test_every_number_stands_at_one_place(size, seed):
 
 @pytest.mark.parametrize("index", [-1, 5])
 def test_places_outside_are_refused(index):
-    with pytest.raises(IndexError, match=f"place {index} of a shuffle of 5"):
+    with pytest.raises(IndexError, match=f"index {index} of a shuffle of 5"):
         shuffled(index, 5, shuffle_keys(0))
 
 

@@ -1,11 +1,11 @@
 """Which record is next: a pure function of (shard sizes, weights, seed, position).
 
-The order of samples does not depend on the number of ranks or workers, and the position is one integer, so a
-run resumes anywhere at once. Epoch e of a source is the shuffle drawn from (seed, e). Several sources follow
-each other (a curriculum), or are mixed by weight, each with epochs of its own.
+The order does not depend on the number of ranks or workers, and a position is one integer, so a run resumes
+anywhere at once. Epoch e of a source is a shuffle seeded by (seed, source, e). Several sources follow each other
+(a curriculum) or are mixed by weight; each has its own epochs.
 
-A mixture is laid out in blocks of `BLOCK` positions. How often a source is used before a block has a closed
-form, so that no position needs those before it; within the block, chance decides, drawn from (seed, block).
+A mixture consists of blocks of `BLOCK` positions. The number of uses of a source before a block has a closed
+form, so no position depends on earlier ones; within a block the sources are shuffled, seeded by (seed, block).
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ import numpy as np
 
 from vico_pl.data.shuffle import Shuffle, shuffle_keys
 
-BLOCK = 64  # positions over which a mixture keeps its shares
+BLOCK = 64  # positions over which a mixture keeps its proportions
 
 
 class Place(NamedTuple):
-    """Where a position of the run falls: sample `sample` of source `source`, in its epoch `epoch`."""
+    """The sample at a position of the run: number `sample` of source `source`, in its epoch `epoch`."""
 
     source: int
     epoch: int
@@ -31,10 +31,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShape:
-    """What the order has to know of a source."""
+    """What the order depends on, for one source."""
 
     shard_sizes: tuple[int, ...]  # samples of each shard
-    window: int | None = None  # shards that are shuffled together; none: the whole source is
+    window: int | None = None  # shards that are shuffled together; None: all
 
     @cached_property
     def size(self) -> int:
@@ -51,8 +51,8 @@ class SampleOrder:
     >>> [(place.source, place.epoch) for place in map(order, range(7))]
     [(0, 0), (0, 0), (0, 0), (0, 1), (1, 0), (1, 0), (1, 1)]
 
-    A mixture, three samples of the first source for each one of the second: of 64 positions 48 and 16 are
-    theirs, which makes 16 epochs of three samples and 8 of two.
+    A mixture of three to one: of 64 positions the first source has 48 and the second 16, which are 16 epochs
+    of three samples and 8 epochs of two.
 
     >>> mixture = SampleOrder(sources=[three, two], source_ends=[None, None], seed=0, weights=[3.0, 1.0])
     >>> [place.source for place in map(mixture, range(12))]
@@ -63,17 +63,17 @@ class SampleOrder:
     """
 
     sources: Sequence[SourceShape]
-    source_ends: Sequence[int | None]  # position at which the next source takes over; None: never
+    source_ends: Sequence[int | None]  # position at which the next source starts; None: never
     seed: int
-    weights: Sequence[float] | None = None  # of a mixture: share of each source, above 0, of any sum
+    weights: Sequence[float] | None = None  # of a mixture: weight of each source, above 0; any sum
 
     def __call__(self, position: int) -> Place:
-        """Return what stands at a position of the run."""
+        """Return the sample at a position of the run."""
         source, epoch, offset = self._locate(position)
         return Place(source, epoch, self._shuffle(source, epoch)(offset))
 
     def shards_after(self, position: int) -> tuple[int, ...]:
-        """Return the shards of the window that follows the one a position falls into, of the same source."""
+        """Return the shards of the window after that of a position, of the same source."""
         source, epoch, offset = self._locate(position)
         return self._shuffle(source, epoch).shards_after(offset) or self._shuffle(
             source, epoch + 1
@@ -85,7 +85,7 @@ class SampleOrder:
         return source, *divmod(use, self.sources[source].size)
 
     def _use(self, position: int) -> tuple[int, int]:
-        """Return whose turn it is, and how often it had one before."""
+        """Return the source at a position, and how often it was used before."""
         if self.weights is not None:
             block, offset = divmod(position, BLOCK)
             return _turns(tuple(self.weights), self.seed, block)[offset]
@@ -94,10 +94,10 @@ class SampleOrder:
             if end is None or position < end:
                 return source, position - start
             start = end
-        raise IndexError(f"position {position} lies behind the last source")
+        raise IndexError(f"position {position} is after the end of the last source")
 
     def _shuffle(self, source: int, epoch: int) -> Shuffle:
-        """Return the shuffle of an epoch; two of each source are kept, for steps that reach into the next."""
+        """Return the shuffle of an epoch; two per source are kept, as a step may span two epochs."""
         if (source, epoch) not in self._shuffles:
             for kept in [key for key in self._shuffles if key[0] == source][:-1]:
                 del self._shuffles[kept]
@@ -112,11 +112,11 @@ class SampleOrder:
 
 
 def uses_before(position: int, weights: list[Fraction]) -> list[int]:
-    """Return how often each source of a mixture is used before a position that begins a block.
+    """Return how often each source of a mixture is used before the first position of a block.
 
-    The first source has its share of all positions, rounded down; the next its share of those left, and so
-    on. No count ever falls, as it could if each were rounded by itself, and none is off its exact share by
-    as many as there are sources, however long the run.
+    The first source gets its fraction of all positions, rounded down; the next its fraction of the remaining
+    ones, and so on. So no count ever decreases, as it could if each were rounded separately, and each differs
+    from its exact value by less than the number of sources, however long the run.
 
     >>> [uses_before(n, [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]) for n in (5, 6, 600)]
     [[2, 2, 1], [3, 2, 1], [300, 200, 100]]
@@ -135,7 +135,7 @@ def _turns(weights: tuple[float, ...], seed: int, block: int) -> list[tuple[int,
     exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not the float next to it
     before, after = (uses_before(start * BLOCK, exact) for start in (block, block + 1))
     quotas = [end - start for start, end in zip(before, after, strict=True)]
-    # 1: not the shuffle of an epoch
+    # 1: independent of the shuffles of epochs
     drawn = np.random.default_rng([seed, block, 1]).permutation(np.repeat(np.arange(len(quotas)), quotas))
     turns = []
     for source in drawn.tolist():

@@ -1,7 +1,7 @@
-"""Shuffles that are functions: what stands at a place is computed, whatever the size of the set.
+"""Shuffles as functions: any element of a permutation is computed directly, without the rest.
 
-A whole permutation of a hundred million samples would take 800 MB in each process and seconds at each
-resume. Here it is a cipher on the numbers below `size` (a Feistel network), which needs neither.
+A stored permutation of a hundred million samples would take 800 MB per process and seconds at each resume.
+A cipher on the numbers below `size` (a Feistel network) needs neither.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ _MASK = 2**64 - 1
 
 @lru_cache(maxsize=256)
 def shuffle_keys(*entropy: int) -> tuple[int, ...]:
-    """Return the keys of the shuffle that some integers name.
+    """Derive the keys of a shuffle from integers.
 
     >>> shuffle_keys(0, 1) == shuffle_keys(0, 1), shuffle_keys(0, 1) == shuffle_keys(1, 0)
     (True, False)
@@ -28,18 +28,18 @@ def shuffle_keys(*entropy: int) -> tuple[int, ...]:
 
 
 def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
-    """Return what stands at place `index` of a permutation of the numbers below `size`.
+    """Return element `index` of a permutation of the numbers below `size`.
 
     >>> keys = shuffle_keys(7)
     >>> sorted(shuffled(index, 5, keys) for index in range(5))
     [0, 1, 2, 3, 4]
     """
     if not 0 <= index < size:
-        raise IndexError(f"place {index} of a shuffle of {size}")
-    rows = isqrt(size - 1) + 1  # the smallest square grid that holds them all, less whole rows
+        raise IndexError(f"index {index} of a shuffle of {size}")
+    rows = isqrt(size - 1) + 1  # the smallest grid, nearly square, that holds all numbers
     columns = -(-size // rows)
     value = _encipher(index, rows, columns, keys)
-    while value >= size:  # of the few numbers beyond: go on until one that is meant
+    while value >= size:  # one of the few numbers beyond the size: repeat
         value = _encipher(value, rows, columns, keys)
     return value
 
@@ -48,8 +48,8 @@ def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
 class Shuffle:
     """The order of an epoch: shards in random order, `window` at a time, the samples of a window permuted.
 
-    Without a window all shards are one, which is as good as shuffling gets. With one, its shards are all that
-    must be at hand: for shards that have to be fetched whole.
+    Without a window the whole epoch is permuted. With a window only its shards must be available at a time,
+    for shards that are fetched whole.
 
     >>> shuffle = Shuffle(shard_sizes=(2, 2, 2), window=2, keys=shuffle_keys(0))
     >>> [shuffle(offset) for offset in range(6)]
@@ -63,7 +63,7 @@ class Shuffle:
     keys: tuple[int, ...]
 
     def __call__(self, offset: int) -> int:
-        """Return which sample of the source stands at an offset of the epoch."""
+        """Return the sample at an offset in the epoch."""
         number = self._window_of(offset)
         start, end = self._starts[number], self._starts[number + 1]
         place = start + shuffled(offset - start, end - start, shuffle_keys(*self.keys, number))
@@ -75,7 +75,7 @@ class Shuffle:
         return self._order[number * self._span : (number + 1) * self._span]
 
     def shards_after(self, offset: int) -> tuple[int, ...]:
-        """Return the shards of the window that follows; none in the last."""
+        """Return the shards of the next window; none in the last."""
         return self.shards_of(self._window_of(offset) + 1)
 
     def _window_of(self, offset: int) -> int:
@@ -87,18 +87,18 @@ class Shuffle:
 
     @cached_property
     def _order(self) -> tuple[int, ...]:
-        """All shards, as they follow each other."""
+        """All shards in shuffled order."""
         count = len(self.shard_sizes)
         return tuple(shuffled(index, count, self.keys) for index in range(count))
 
     @cached_property
     def _offsets(self) -> list[int]:
-        """Samples before each shard of that order, and in all."""
+        """Samples before each shard in that order, and the total."""
         return list(accumulate((self.shard_sizes[shard] for shard in self._order), initial=0))
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Samples before each window, and in all."""
+        """Samples before each window, and the total."""
         return [*self._offsets[: -1 : self._span], self._offsets[-1]]
 
     @cached_property
@@ -108,7 +108,7 @@ class Shuffle:
 
 
 def _encipher(value: int, rows: int, columns: int, keys: Sequence[int]) -> int:
-    """Permute the numbers below rows x columns: each half in turn is shifted by a hash of the other."""
+    """Permute the numbers below rows x columns: shift row and column in turn by a hash of the other."""
     row, column = divmod(value, columns)
     for turn, key in enumerate(keys):
         if turn % 2:
