@@ -1,11 +1,11 @@
 """Which record is next: a pure function of (shard sizes, weights, seed, position).
 
 The order does not depend on the number of ranks or workers, and a position is one integer, so a run resumes
-anywhere at once. Epoch e of a source is a shuffle seeded by (seed, source, e). Several sources follow each other
-(a curriculum) or are mixed by weight; each has its own epochs.
+anywhere at once. Epoch e of a source is a shuffle seeded by (seed, source, e). Several sources follow each
+other (a curriculum) or are mixed by weight; each has its own epochs.
 
 A mixture consists of blocks of `BLOCK` positions. The number of uses of a source before a block has a closed
-form, so no position depends on earlier ones; within a block the sources are shuffled, seeded by (seed, block).
+form, so no position depends on earlier ones; a block's sources are shuffled, seeded by (seed, block).
 """
 
 from collections.abc import Sequence
