@@ -20,12 +20,11 @@ import harness
 import torch
 from harness import Goal
 
-from vico_pl.config import parse_config
+from vico_pl.config import RunConfig, parse_config
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import build_optimizer
 from vico_pl.planning.memory import GIB, draw_batch, measure_memory, per_gpu, ready, trained_parameters
 from vico_pl.planning.sources import MicroBatch, ModelShape
-from vico_pl.recipe import RunConfig
 from vico_pl.stages import build_stage
 
 GOALS = {"plan_memory_error": Goal(0.10)}

@@ -12,16 +12,15 @@ PACKAGE = Path(vico_pl.__file__).parent
 GROUND = {"types", "errors", "files", "tokens", "optim"}
 MAKES = GROUND | {"data", "model", "losses", "callbacks"}
 CONDUCTS = MAKES | {"stages", "inference"}
-RUNS = CONDUCTS | {"evaluation", "recipe", "config", "prepare"}
+RUNS = CONDUCTS | {"evaluation", "config", "prepare"}
 TOOLS = RUNS | {"trainer", "planning", "audit"}
 STANDS_ON = {
     **dict.fromkeys(GROUND, GROUND),
     **dict.fromkeys(("data", "model", "losses", "callbacks"), GROUND),
     **dict.fromkeys(("stages", "inference"), MAKES),
     "evaluation": CONDUCTS,
-    "recipe": MAKES | {"stages"},
-    "config": MAKES | {"stages", "recipe"},
-    "prepare": MAKES | {"stages", "recipe", "config"},
+    "config": MAKES | {"stages"},
+    "prepare": MAKES | {"stages", "config"},
     "trainer": RUNS,
     "planning": RUNS,
     "audit": TOOLS,

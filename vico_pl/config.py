@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,9 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vico_pl.files import atomic_path
-from vico_pl.recipe import RunConfig
 from vico_pl.stages import STAGES
-from vico_pl.stages.settings import TRAINABLE_PARTS
+from vico_pl.stages.consistency import ConsistencyConfig
+from vico_pl.stages.router import RouterConfig
+from vico_pl.stages.settings import TRAINABLE_PARTS, RunSettings
 
 # Settings that change no result, so that a run may resume with other values.
 HARMLESS = (
@@ -39,6 +40,14 @@ OLD_KEYS = {
     ("consistency", "reference_cache"): None,
     ("consistency", "reference_cache_gib"): None,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(RunSettings):
+    """All settings of a recipe: the common sections, and one for each stage that has its own."""
+
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
 
 
 def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:

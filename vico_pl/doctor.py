@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
-from vico_pl.config import load_config
+from vico_pl.config import RunConfig, load_config
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
@@ -26,7 +26,6 @@ from vico_pl.model.flops import build_without_weights
 from vico_pl.planning.memory import GIB
 from vico_pl.planning.plan import Layout, Plan, build_plan
 from vico_pl.planning.sources import find_config
-from vico_pl.recipe import RunConfig
 from vico_pl.stages import STAGES
 from vico_pl.tokens import load_tokenizer
 

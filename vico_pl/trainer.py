@@ -22,6 +22,7 @@ from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, ne
 from vico_pl.callbacks.guards import GradientGuard, StepSeed, SyncGuard, Watchdog
 from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog, StepProgressBar
 from vico_pl.callbacks.signals import REQUEUE_SIGNAL, StopSignals, requeue
+from vico_pl.config import RunConfig
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
 from vico_pl.model.families.folder import save_model
@@ -29,7 +30,6 @@ from vico_pl.model.flops import count_flops
 from vico_pl.model.sharding import whole_state
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.prepare import FolderModels
-from vico_pl.recipe import RunConfig
 from vico_pl.stages import STAGES, build_stage
 from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import TrainerConfig

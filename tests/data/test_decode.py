@@ -119,6 +119,7 @@ FAULTS = {
     "a mark too few": (record(text="q"), "0 <image> marks in the conversation but 1 images"),
     "a mark without image": (record(files={"jpg": None}), "1 <image> marks in the conversation but 0 images"),
     "skills of another kind": (record(skills="ocr"), "'skills' is no list of names"),
+    "more skills than answers": (record(skills=["ocr", "ocr"]), "'skills' has 2 entries for 1 answers"),
     "a skill that is no name": (record(skills=[["ocr"]]), "'skills' is no list of names"),
     "not an image": (record(files={"jpg": b"hello"}), "image 'jpg' (5 bytes): neither JPEG, PNG"),
     "an empty image": (record(files={"jpg": b""}), "image 'jpg' (0 bytes): "),

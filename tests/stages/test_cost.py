@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers import tiny_spec
+from vico_pl.config import RunConfig
 from vico_pl.model.flops import count_flops
-from vico_pl.recipe import RunConfig
 from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyConfig
 from vico_pl.stages.cost import forward_parts

@@ -28,7 +28,7 @@ _PILLOW_MAX_PIXELS = 178_956_970  # Pillow itself opens nothing above
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLimits:
-    """What an image may cost. Looked up in its header, before a pixel is decoded.
+    """Limits of an image, checked in its header before a pixel is decoded.
 
     Twelve tiles of 448 px use 2.4 million pixels. 100 million are the largest cameras and a page scanned at
     1000 dpi, and 300 MB as RGB in each worker.
@@ -39,7 +39,7 @@ class ImageLimits:
     min_side: int = 1  # px
 
     def __post_init__(self) -> None:
-        """Refuse limits that let nothing in, or that Pillow has already."""
+        """Reject limits that no image meets, or above Pillow's own."""
         if not 1 <= self.max_pixels <= _PILLOW_MAX_PIXELS:
             given = f"max_pixels of images is {self.max_pixels}"
             raise ValueError(f"{given}; expected 1 to {_PILLOW_MAX_PIXELS}, above which Pillow opens none")
@@ -102,7 +102,7 @@ def read_image(path: Path) -> Image:
 
 
 def printable(text: str) -> str:
-    """Escape control characters and bytes that were no UTF-8, so that no name can forge a line of a log."""
+    """Escape control characters and invalid UTF-8: a name must not forge a line of a log."""
     escaped = (ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
     return "".join(escaped)
 
@@ -133,7 +133,10 @@ def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:
     if len(turns) < 2 or turns[-1].role != "gpt":
         raise RecordError("the conversation must end with an answer of 'gpt'", kind="conversation")
     answers = turns[1::2]
-    turns[1::2] = [replace(turn, skill=skill) for turn, skill in zip_longest(answers, skills[: len(answers)])]
+    if skills and len(skills) != len(answers):
+        reason = f"'skills' has {len(skills)} entries for {len(answers)} answers; expected one each"
+        raise RecordError(reason, kind="conversation")
+    turns[1::2] = [replace(turn, skill=skill) for turn, skill in zip_longest(answers, skills)]
     return turns
 
 
@@ -152,7 +155,7 @@ def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
 
 
 def _image_names(record: Record) -> list[str]:
-    """Return image member names in their order: `jpg`, or `0.jpg`, `1.jpg`, ...; none if text-only."""
+    """Return image member names in order: `jpg`, or `0.jpg`, `1.jpg`, ...; empty for text-only records."""
     names = [name for name in record.files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
     return sorted(names, key=_image_number)
 
@@ -163,7 +166,7 @@ def _image_number(name: str) -> int:
 
 
 def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
-    """Decode an image; whatever its decoder raises makes a `RecordError`.
+    """Decode an image; any error of the decoder becomes a `RecordError`.
 
     On hostile bytes that may be any exception: OSError, SyntaxError, struct.error, RuntimeError, ...
     """
@@ -224,7 +227,7 @@ def _check_size(image: PIL.Image.Image, limits: ImageLimits) -> None:
 
 
 def _num_scans(jpeg: Content) -> int:
-    """Count the marks of a scan's beginning, eight times as fast as `bytes.count`."""
+    """Count start-of-scan markers, eight times as fast as `bytes.count`."""
     values = np.frombuffer(jpeg, np.uint8)
     return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
 
@@ -241,7 +244,7 @@ def _pixels_by_pillow(image: PIL.Image.Image, content: Content) -> Image:
 
 
 def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return RGB. What is transparent becomes white: below it files hold any colour, often black."""
+    """Convert to RGB on white: the colour of transparent pixels is arbitrary, often black."""
     if image.mode.startswith("I"):  # grey of 16 bits
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:

@@ -1,4 +1,4 @@
-"""GlyphDocs, the embedded default's data: images drawn from a seed, with questions whose answers are known.
+"""GlyphDocs, the data set of the demo: images generated from a seed, with questions and their answers.
 
 An image is a grid of 64 px tiles. Each tile is one of
 
@@ -55,7 +55,7 @@ class GlyphsConfig:
     read_fraction: float = 0.0  # of images: one dense tile with the single request to read it (curriculum)
 
     def __post_init__(self) -> None:
-        """Refuse settings that no image can meet."""
+        """Reject settings that no image can meet."""
         if not 1 <= self.max_tiles <= 6:
             raise ValueError(f"max_tiles is {self.max_tiles}; expected 1 to 6")
         if self.questions_per_image < 1:
@@ -68,7 +68,7 @@ class GlyphsConfig:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer and the skill it asks for."""
+    """A question, its answer and the skill it tests."""
 
     skill: str
     text: str
@@ -77,7 +77,7 @@ class Question:
 
 @dataclass
 class Scene:
-    """What an image shows, which is all that questions are made from."""
+    """What an image shows; questions are made from it alone."""
 
     grid: tuple[int, int]
     kinds: list[str] = field(default_factory=list)
@@ -139,7 +139,7 @@ def read_question(scene: Scene) -> Question:
 
 
 def question_words() -> list[str]:
-    """Return sentences that hold every word GlyphDocs uses, to build a tokenizer from."""
+    """Return sentences with every word of GlyphDocs, to build a tokenizer from."""
     shapes = dict(zip(SHAPES, COLOURS, strict=True))
     scene = Scene(grid=(1, 1), shapes=shapes, values={"A": "0", "B": "1"})
     colours = [q for pair in shapes.items() for q in _perception(Scene(grid=(1, 1), shapes=dict([pair])))]
@@ -148,7 +148,7 @@ def question_words() -> list[str]:
 
 
 def _perception(scene: Scene) -> list[Question]:
-    """Ask for a colour where there is one shape: the tiny model does not learn which of two has which."""
+    """Ask for the colour of a single shape: the tiny model cannot learn which of two has which."""
     if len(scene.shapes) > 1:
         return []
     return [Question("perception", f"What colour is the {s}?", c) for s, c in scene.shapes.items()]
@@ -176,7 +176,7 @@ def _turns(question: Question, *, first: bool) -> list[dict[str, str]]:
 
 
 def _choose_kinds(rng: Rng, num_tiles: int) -> list[str]:
-    """Draw tile kinds within the limits of letters and shapes, until there is something to ask about."""
+    """Draw tile kinds within the limits of letters and shapes until there is something to ask about."""
     names, shares = list(TILE_KINDS), list(TILE_KINDS.values())
     while True:
         kinds = [names[i] for i in rng.choice(len(names), num_tiles, p=shares)]

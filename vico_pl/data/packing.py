@@ -19,7 +19,7 @@ SampleCost = Callable[[int, Sequence[int], int], float]
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchLimits:
-    """What goes through the model at a time. A sample that exceeds a limit gets its own micro-batch."""
+    """Limits of a micro-batch. A sample that exceeds one gets its own micro-batch."""
 
     max_tiles: int = 48  # thumbnails counted
     max_tokens: int = 16384  # at full vision tokens

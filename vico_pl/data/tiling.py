@@ -18,11 +18,11 @@ class TilingConfig:
 
     tile_size: int = 448  # px, side of a tile
     min_tiles: int = 1  # per image, thumbnail not counted
-    max_tiles: int = 12  # per sample, thumbnails not counted; its images get equal shares, at least 1 each
+    max_tiles: int = 12  # per sample without thumbnails; divided equally among its images, at least 1 each
     use_thumbnail: bool = True  # add the whole image as one more tile when it was cut
 
     def __post_init__(self) -> None:
-        """Refuse empty ranges."""
+        """Reject empty ranges."""
         if not 1 <= self.min_tiles <= self.max_tiles:
             given = f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}"
             raise ValueError(f"{given}: expected 1 <= min <= max")
@@ -33,8 +33,8 @@ class TilingConfig:
         >>> TilingConfig(max_tiles=12).per_image(5).max_tiles
         2
         """
-        share = max(1, self.max_tiles // max(1, num_images))
-        return replace(self, min_tiles=min(self.min_tiles, share), max_tiles=share)
+        limit = max(1, self.max_tiles // max(1, num_images))
+        return replace(self, min_tiles=min(self.min_tiles, limit), max_tiles=limit)
 
 
 def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
@@ -53,8 +53,7 @@ def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
 def tile_image(image: Image, config: TilingConfig) -> UInt8[Tensor, "t 3 side side"]:
     """Cut one image: a 1000 x 500 image at 448 px becomes 2 x 1 tiles and a thumbnail.
 
-    The three values of a pixel lie together in memory, as the decoder leaves them: parting them would take
-    as long as the resizing.
+    Tiles keep the decoder's channels-last memory format: converting would take as long as resizing.
     """
     _, height, width = image.shape
     columns, rows = choose_grid(width, height, config)
@@ -90,7 +89,7 @@ def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int
 
 @lru_cache
 def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
-    """List grids by their number of tiles; grids of equally many in the order that released code has them.
+    """List grids by number of tiles; grids of the same number in the order of the released code.
 
     That order decides ties, and it is that of a Python set filled in just this way: hence no list.
     """
@@ -105,7 +104,7 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
 
 
 def _join(tiles: list[UInt8[Tensor, "_ 3 side side"]], size: int) -> UInt8[Tensor, "t 3 side side"]:
-    """Lay tiles of several images end to end; those of one are not copied."""
+    """Concatenate the tiles of several images; those of a single image are not copied."""
     if len(tiles) == 1:
         return tiles[0]
     return torch.cat(tiles) if tiles else _empty_tiles(0, size)

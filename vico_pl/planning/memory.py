@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.sharding import split_units
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.planning.meter import METERED_ATTENTION, DeviceRules, MemoryMeter, autocast_on_meta
 from vico_pl.planning.sources import MicroBatch, ModelShape
-from vico_pl.recipe import RunConfig
 from vico_pl.stages import build_stage
 from vico_pl.stages.base import Ranks, Stage
 from vico_pl.stages.settings import DTYPES, ModelConfig

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from vico_pl.config import RunConfig
 from vico_pl.model.adapters import own_parameters
 from vico_pl.model.flops import count_flops
 from vico_pl.planning.memory import (
@@ -25,7 +26,6 @@ from vico_pl.planning.sources import (
     largest_micro_batch,
     read_samples,
 )
-from vico_pl.recipe import RunConfig
 from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import PARTS
 

@@ -1,4 +1,4 @@
-"""The stages of training. A new one is a file here, a line in `STAGES` and its section in `recipe.py`.
+"""The stages of training. A new one is a file here, a line in `STAGES` and its section in `config.py`.
 
 settings.py   the sections of a recipe that all stages read
 base.py       the optimizer step over micro-batches and ranks, logging

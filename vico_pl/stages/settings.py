@@ -87,7 +87,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The sections that all stages share; `vico_pl.recipe.RunConfig` adds one per stage."""
+    """The sections that all stages share; `vico_pl.config.RunConfig` adds one per stage."""
 
     stage: str
     run_dir: str

@@ -77,8 +77,8 @@ def test_image_bytes_are_copied_and_not_encoded_anew(tmp_path, images):
         (line(image="/etc/passwd.png"), "leads out of"),
         (line(image="note.txt"), "expected one of jpg, jpeg, png, webp"),
         (line(image="deep"), "expected one of"),
-        (line(image=7), "image path 7 is no path"),
-        (line(image="a\0.png"), "is no path"),
+        (line(image=7), "image path 7 is not a path"),
+        (line(image="a\0.png"), "is not a path"),
         (line(image="a.png", text="What?"), "0 <image> marks in the conversation but 1 images"),
         (line(text="<image>"), "1 <image> marks in the conversation but 0 images"),
         (line(images=["a.png", "absent.png"], text="<image><image>"), "image 'absent.png' is absent"),
@@ -101,10 +101,32 @@ def test_empty_lines_are_passed_over_and_counted(tmp_path, images):
     assert [fault.id for fault in faults] == ["train.jsonl:4"]
 
 
-def test_a_link_out_of_the_image_folder_is_not_followed(tmp_path, images):
-    (images / "link.png").symlink_to(tmp_path / "secret.png")
-    _, faults = build(tmp_path, images, line(image="a.png"), line(image="link.png"))
-    assert "leads out of" in faults[0].reason
+def test_links_in_the_image_folder_are_followed_as_in_the_cache_of_the_hub(tmp_path, images):
+    blob = tmp_path / "blobs" / "0a1b2c"  # without an ending
+    blob.parent.mkdir()
+    blob.write_bytes((images / "a.png").read_bytes())
+    (images / "link.png").symlink_to(blob)
+    (tmp_path / "linked").symlink_to(images)
+    _, faults = build(tmp_path, tmp_path / "linked", line(image="link.png"), line(image="../secret.png"))
+    assert [fault.id for fault in faults] == ["train.jsonl:2"]
+    assert [s.images[0].shape[1:] for s in read_samples(tmp_path / "out")] == [(30, 40)]
+
+
+def test_files_written_on_windows_are_read(tmp_path, images):
+    """A byte order mark and CRLF, in JSONL and in a list, whose items are read again by position."""
+    lines = [line(image="a.png", answer="Kätzchen"), line(image="deep/b.JPG")]
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[\r\n" + ",\r\n".join(lines).encode() + b"\r\n]\r\n")
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    files = [tmp_path / "a.json", tmp_path / "b.jsonl"]
+    index, faults = build_from_annotations(files, images, tmp_path / "out")
+    assert (index.num_samples, faults) == (4, [])
+    assert [s.turns[1].text for s in read_samples(tmp_path / "out")] == ["Kätzchen", "a cat"] * 2
+
+
+def test_an_empty_image_path_marks_a_text_only_record(tmp_path, images):
+    _, faults = build(tmp_path, images, line(image="", text="Who?"))
+    assert faults == []
+    assert [s.images for s in read_samples(tmp_path / "out")] == [[]]
 
 
 def test_metadata_that_is_no_utf8_does_not_stop_the_others(tmp_path, images):

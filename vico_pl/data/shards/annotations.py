@@ -1,5 +1,6 @@
 """LLaVA / InternVL annotation files -> records of shards."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -19,12 +20,12 @@ from vico_pl.errors import RecordError
 from vico_pl.types import BadRecord
 
 IMAGE_FIELDS = ("image", "images")  # one path or a list of paths, relative to the image folder
-SAMPLES_PER_SHARD = 1000  # where neither number nor size is asked for
-_BLOCK = 512  # bytes that a tar is made of: a header is one, contents fill whole ones
+SAMPLES_PER_SHARD = 1000  # by default
+_BLOCK = 512  # bytes of a tar block: a header takes one, contents are padded to whole ones
 
 
 class Piece(NamedTuple):
-    """Where the JSON of a record stands in an annotation file."""
+    """Position of a record's JSON in an annotation file."""
 
     path: Path
     start: int  # byte
@@ -32,7 +33,7 @@ class Piece(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A record to be written: its number in the set, where its JSON stands, and what it takes in a tar."""
+    """A record to write: its number in the set, its JSON, and its size in a tar."""
 
     number: int
     piece: Piece
@@ -41,10 +42,10 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLimits:
-    """When a shard is full. Nothing given: at 1,000 samples."""
+    """Limits of a shard; by default 1,000 samples."""
 
     max_samples: int | None = None
-    max_bytes: int | None = None  # a sample that is larger has a shard of its own
+    max_bytes: int | None = None  # a larger sample gets its own shard
 
     def cut(self, lines: Sequence[Line]) -> list[list[Line]]:
         """Cut records into shards, in their order."""
@@ -69,12 +70,12 @@ def build_from_annotations(
     limits: ShardLimits = ShardLimits(),
     workers: int | None = None,
 ) -> tuple[ShardIndex, list[BadRecord]]:
-    """Pack annotation files and their images into shards; returns their index and what was left out.
+    """Write annotation files and their images as shards; returns their index and the bad records.
 
     A file is JSONL, or one JSON list. Records keep the order of the files and of their lines.
 
     Raises:
-        ValueError: a file or the image folder is absent, a list is unreadable, or no record can be packed.
+        ValueError: a file or the image folder is absent, a list is unreadable, or no record is usable.
     """
     for path in annotations:
         if not path.is_file():
@@ -91,12 +92,12 @@ def build_from_annotations(
 
 
 def _tar_bytes(num_bytes: int) -> int:
-    """Return the size of a tar with members of so many bytes: two empty blocks follow, then it is padded."""
+    """Return the size of a tar whose members take `num_bytes`, with its end blocks and padding."""
     return -(-(num_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str]:
-    """Return usable records, what is wrong with the others, and a checksum of all that will be written."""
+    """Return usable records, bad records, and a checksum of everything that will be written."""
     lines: list[Line] = []
     faults: list[BadRecord] = []
     digest = hashlib.sha256()
@@ -116,7 +117,7 @@ def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, Piece, bytes]]:
-    """Yield the name, the place and the JSON of each record of a file."""
+    """Yield name, position and JSON of each record of a file."""
     if path.suffix != ".jsonl" and _is_list(path):
         yield from _list_items(path)
         return
@@ -130,13 +131,13 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece, bytes]]:
 
 def _is_list(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(1024).lstrip().startswith(b"[")
+        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _list_items(path: Path) -> Iterator[tuple[str, Piece, bytes]]:
-    """Yield the items of a JSON list, each by its bytes, so that any can be read without the others."""
+    """Yield the items of a JSON list with their byte positions, so that each can be read alone later."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8")  # read_text() would turn \r\n into \n and shift positions
         place, position, decoder = text.index("[") + 1, 0, json.JSONDecoder()
         position = len(text[:place].encode())
         number = 0
@@ -151,11 +152,11 @@ def _list_items(path: Path) -> Iterator[tuple[str, Piece, bytes]]:
 
 
 def _next_item(text: str, place: int) -> int | None:
-    """Return where the next item of a list begins; None: the list ends."""
+    """Return the start of the next item of a list, or None at its end."""
     while text[place : place + 1] in (" ", "\n", "\r", "\t", ","):
         place += 1
     if place == len(text):
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     return None if text[place] == "]" else place
 
 
@@ -174,9 +175,9 @@ def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
 
 def _image_path(name: Any, images: Path) -> Path:
     if not isinstance(name, str) or "\0" in name:
-        raise RecordError(f"image path {name!r} is no path")
-    path = (images / name).resolve()
-    if not path.is_relative_to(images.resolve()):
+        raise RecordError(f"image path {name!r} is not a path")
+    path = Path(os.path.normpath(images / name))  # links may lead elsewhere
+    if not path.is_relative_to(os.path.normpath(images)):
         raise RecordError(f"image path '{name}' leads out of {images}")
     if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
         raise RecordError(f"image '{name}': expected one of {', '.join(IMAGE_EXTENSIONS)}")
@@ -186,7 +187,7 @@ def _image_path(name: Any, images: Path) -> Path:
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
+    if value is None or value == "":  # both mark a text-only record
         return []
     return value if isinstance(value, list) else [value]
 
