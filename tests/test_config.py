@@ -247,3 +247,12 @@ def test_tiles_of_another_size_are_refused_before_there_is_a_run(recipe, release
     with pytest.raises(ValueError, match="tile_size is 28 but the model sees tiles of 56 pixels"):
         prepare_run(recipe(model=model, data=data), [f"run_dir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["devices=-1", "devices=0", "strategy=deepspeed", "log_every=0", "checkpoint_every=0", "watchdog_s=0"],
+)
+def test_trainer_settings_that_no_run_can_have_are_refused(recipe, setting):
+    with pytest.raises(ValueError, match=rf"trainer\.{setting.partition('=')[0]} is .*expected"):
+        load_config(recipe(), [f"trainer.{setting}"])

@@ -59,7 +59,7 @@ class TrainerConfig:
 
     max_steps: int = 1000  # optimizer steps
     accelerator: str = "auto"  # cpu, gpu, ...
-    devices: str = "auto"  # per node
+    devices: str = "auto"  # per node: a number, or auto for all
     num_nodes: int = 1
     strategy: str = "auto"  # auto, ddp, or fsdp: weights, gradients and optimizer sharded over all ranks
     precision: str = "32-true"  # or bf16-mixed: compute in bfloat16, weights as model.dtype says
@@ -77,6 +77,8 @@ class TrainerConfig:
             raise ValueError(f"trainer.precision is '{self.precision}'; expected 32-true or bf16-mixed")
         if self.strategy not in ("auto", "ddp", "fsdp"):
             raise ValueError(f"trainer.strategy is '{self.strategy}'; expected auto, ddp or fsdp")
+        if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices) > 0):
+            raise ValueError(f"trainer.devices is '{self.devices}'; expected auto or a number, 1 or more")
         for name in ("max_steps", "num_nodes", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}; expected 1 or more")
