@@ -25,12 +25,8 @@ from vico_pl.model.language import run_packed
 
 @pytest.fixture
 def group(predictor):
-    samples = [
-        tiled(predictor, (64, 64), seed=1),
-        tiled(predictor, seed=2),
-        tiled(predictor, (64, 32), seed=3),
-    ]
-    return next(read_groups(predictor, samples))
+    sizes = [[(64, 64)], [], [(64, 32)]]
+    return next(read_groups(predictor, [tiled(predictor, *size, seed=i) for i, size in enumerate(sizes, 1)]))
 
 
 def test_every_arm_scores_every_tile(predictor, group):

@@ -85,9 +85,8 @@ def test_several_choices_are_prepared_in_one_batch(predictor, group, batches):
     several = [choice([a], [b, 4, 4, 4, 4], []) for a in (4, 16) for b in (4, 16)]
     answerer.prepare(several)
     assert len(batches) == 1
-    assert (
-        len(batches[0][0]) == 2 + 4 + 1
-    )  # first sample: 2 ways, second: 2 ways x 2 questions, text alone: 1
+    # First sample: 2 ways, second: 2 ways x 2 questions, text alone: 1.
+    assert len(batches[0][0]) == 2 + 4 + 1
     for ratios in several:
         answerer(ratios)
     assert len(batches) == 1
@@ -153,22 +152,14 @@ def test_groups_number_samples_through_and_hold_their_own_features(predictor, mo
 
 
 def test_only_turns_with_a_known_skill_are_questions(predictor):
+    asked = [("<image>\nA?", "a", "perception"), ("B?", "b", None), ("C?", "c", "smell"), ("D?", "d", "ocr")]
     turns = [
-        Turn(role=role, text=text, skill=skill)
-        for role, text, skill in (
-            ("human", "<image>\nA?", None),
-            ("gpt", "a", "perception"),
-            ("human", "B?", None),
-            ("gpt", "b", None),
-            ("human", "C?", None),
-            ("gpt", "c", "smell"),
-            ("human", "D?", None),
-            ("gpt", "d", "ocr"),
-        )
+        turn
+        for text, reply, skill in asked
+        for turn in (Turn(role="human", text=text), Turn(role="gpt", text=reply, skill=skill))
     ]
     (group,) = read_groups(predictor, [replace(tiled(predictor, (32, 32)), turns=turns)])
-    expected = [("<image>\nA?", "a", "perception"), ("D?", "d", "ocr")]
-    assert [(q.text, q.expected, q.skill) for q in group.questions] == expected
+    assert [(q.text, q.expected, q.skill) for q in group.questions] == [asked[0], asked[3]]
 
 
 def test_the_number_of_groups_is_known_before_they_are_read(predictor, answered, monkeypatch):
@@ -182,7 +173,7 @@ def scores(*of_samples):
 
 
 @pytest.mark.parametrize(("fraction", "compressed"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
-def test_a_threshold_compresses_the_asked_share_of_all_tiles(fraction, compressed):
+def test_a_threshold_compresses_the_given_fraction_of_all_tiles(fraction, compressed):
     given = scores([0.1, 0.9], [0.4], [0.6])
     threshold = threshold_for(given, compressed_fraction=fraction)
     chosen = torch.cat(at_threshold(given, threshold, ratios=[4, 16]))
@@ -191,7 +182,7 @@ def test_a_threshold_compresses_the_asked_share_of_all_tiles(fraction, compresse
     assert {float(s) for s in torch.cat(given)[chosen == 16]} == set(ranked[:compressed])
 
 
-def test_tiles_of_equal_score_share_their_fate():
+def test_tiles_of_equal_score_are_treated_alike():
     given = scores([0.5, 0.5], [0.5, 0.1])
     threshold = threshold_for(given, compressed_fraction=0.25)
     assert [r.tolist() for r in at_threshold(given, threshold, ratios=[4, 16])] == [[16, 16], [16, 4]]
@@ -199,12 +190,6 @@ def test_tiles_of_equal_score_share_their_fate():
 
 def test_vision_tokens_are_counted_per_sample():
     assert vision_tokens(choice([4, 16, 16], [], [4]), num_patches=1024) == [256 + 64 + 64, 0, 256]
-
-
-def test_accuracy_is_per_skill_and_its_mean_is_over_skills():
-    skills = ["ocr", "ocr", "ocr", "ocr", "perception"]
-    table = accuracy_by_skill(skills, [True, True, True, False, False])
-    assert table == {"perception": 0.0, "reasoning": None, "ocr": 0.75, "mean": 0.375}
 
 
 def test_without_questions_there_is_no_accuracy():
