@@ -156,6 +156,8 @@ def _train(command, log, rank, ranks, port, before):
         os.dup2(file.fileno(), 2)
     if ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    # Data workers are forked as in a process that a user starts, so they share its process group and patches.
+    multiprocessing.set_start_method("fork", force=True)
     if before is not None:
         before(rank)
     from vico_pl.cli import main

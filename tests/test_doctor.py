@@ -74,6 +74,11 @@ def test_a_check_that_fails_by_itself_stops_no_other(problems, recipe, monkeypat
     assert "AttributeError: no such thing" in found["python"]
 
 
+def test_a_doubtful_setting_is_reported_but_is_no_problem(recipe):
+    found = dict(doctor.checks(recipe(optim={"warmup_steps": 10**6}), []))
+    assert "but optim.warmup_steps is 1000000: a run of" in found["recipe"]()
+
+
 def test_a_recipe_that_does_not_load_is_reported_once(problems, tmp_path):
     (tmp_path / "bad.yaml").write_text("stage: nonsense\nrun_dir: x\n")
     assert set(problems(tmp_path / "bad.yaml")) == {"recipe"}

@@ -161,7 +161,8 @@ def check_slurm(config: RunConfig | None = None) -> str:
         if tasks != str(ranks):
             raise ValueError(
                 f"the job has {tasks} tasks, but the recipe takes {ranks} processes "
-                f"({config.trainer.devices} devices on {wanted} nodes); fix --ntasks-per-node"
+                f"({config.trainer.devices} devices on {wanted} nodes); set --ntasks-per-node to the devices "
+                "of a node"
             )
     return f"job {os.environ['SLURM_JOB_ID']}, {tasks} tasks"
 
@@ -254,11 +255,9 @@ def _available_gib() -> float:
 
 
 def _describe(config: RunConfig) -> str:
-    doubtful = list(STAGES[config.stage].doubtful_settings(config))
-    if doubtful:
-        raise ValueError("; ".join(doubtful))
-    steps, samples = config.trainer.max_steps, config.data.batch_size
-    return f"stage {STAGES[config.stage].name}, {steps} steps of {samples} samples"
+    stage, steps, samples = STAGES[config.stage], config.trainer.max_steps, config.data.batch_size
+    warnings = [f"but {problem}" for problem in stage.doubtful_settings(config)]
+    return ", ".join([f"stage {stage.name}, {steps} steps of {samples} samples", *warnings])
 
 
 def _ranks_per_node(config: RunConfig) -> int:

@@ -72,7 +72,7 @@ def build(
 
 @shards.command("index")
 def index_(source: Source, workers: Workers = None) -> None:
-    """Index a folder of tars, whoever wrote them; for other sources, count the samples."""
+    """Index a folder of tars, also of other tools; for any other source, count the samples."""
     from vico_pl.data.shards.reader import read_index, write_index
 
     is_folder = Path(source).is_dir()

@@ -55,7 +55,7 @@ def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None
         rank_zero_warn(problem)
     try:
         trainer = _build_trainer(config, run_dir, stop)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # what Lightning raises for hardware
         raise ValueError(f"trainer: {error} 'vico doctor' lists what this machine has") from error
     stage_class.check_device(config, trainer.strategy.root_device)
     models = FolderModels(config)

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -172,6 +173,20 @@ def test_sets_of_no_samples_are_refused(vico, tmp_path, arguments):
     assert code == 2
     assert f"Invalid value for '{arguments[-2]}'" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_checking_tars_without_records_is_refused(refused, tmp_path):
+    folder, note = tmp_path / "tars", tmp_path / "note"  # a name without an ending is no member of a record
+    folder.mkdir()
+    note.write_text("x")
+    with tarfile.open(folder / "a-0.tar", "w") as tar:
+        tar.add(note, arcname="note")
+    expected = f"{folder}: no records; expected members KEY.json, KEY.jpg (data/README.md)"
+    assert refused("shards", "check", folder) == expected
+
+
+def test_an_accelerator_that_the_machine_lacks_is_refused(refused, recipe):
+    assert "trainer: " in refused("train", recipe(), "trainer.accelerator=tpu")
 
 
 def test_settings_that_no_image_can_meet_are_refused(refused, tmp_path):

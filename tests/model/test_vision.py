@@ -141,6 +141,12 @@ def test_internvit_drops_the_class_token():
     assert untrained(module) == []
 
 
+def test_code_that_a_config_names_never_runs(tmp_path, monkeypatch):
+    (tmp_path / "modeling_other.py").write_text("raise SystemExit('executed')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    VisionEncoder({**INTERNVIT, "auto_map": {"AutoModel": f"{tmp_path}--modeling_other.Other"}})
+
+
 def test_internvit_sees_pixels_with_the_statistics_of_imagenet():
     module = VisionEncoder(INTERNVIT)
     assert module.mean.flatten().tolist() == pytest.approx([0.485 * 255, 0.456 * 255, 0.406 * 255])

@@ -1,5 +1,6 @@
 """`make slurm` submits the template; DRY=1 prints the command that it would run."""
 
+import os
 import shlex
 import subprocess
 
@@ -33,6 +34,28 @@ def test_settings_of_the_run_follow_the_recipe_and_those_of_the_job_precede_the_
     template = words.index("recipes/slurm/train.sbatch")
     assert words[template - 2 : template] == ["--partition=a", "--time=9"]
     assert words[template + 1 :] == ["mine.yaml", "run_dir=runs/mine", "seed=1", "optim.lr=2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [([], "runs/internvl3_5-1b/consistency"), (["run_dir=runs/x"], "runs/x")]
+)
+def test_the_template_runs_in_the_folder_of_the_recipe(tmp_path, settings, expected):
+    """So that the recipe of stage 2 finds the model of stage 1."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for name, line in (("scontrol", "echo node1"), ("srun", 'echo "$@"'), ("vico", ":")):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "VICO": "vico"}
+    command = ["bash", "recipes/slurm/train.sbatch", "recipes/internvl3_5-1b/consistency.yaml", *settings]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert [word for word in done.stdout.split() if word.startswith("run_dir=")][-1] == f"run_dir={expected}"
 
 
 def test_without_a_recipe_nothing_is_submitted():

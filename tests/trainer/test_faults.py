@@ -22,7 +22,7 @@ from tests.processes import audit, finish, newest_step, start, steps_taken
 from tests.runs import differing, metrics, recipe
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.callbacks.guards import StepSeed
-from vico_pl.data.shards.reader import write_index, write_shard
+from vico_pl.data.shards.reader import RecordReader, write_index, write_shard
 from vico_pl.prepare import is_finished
 
 STEPS = 12
@@ -80,9 +80,15 @@ def slow_steps_of_a_group(rank):
     slow_steps(rank)
 
 
-def very_slow_steps_of_a_group(_):
+def endless_steps_of_a_group(_):
     os.setpgid(0, 0)
-    StepSeed.on_train_batch_start = lambda *_: time.sleep(30)
+    StepSeed.on_train_batch_start = lambda *_: time.sleep(600)
+
+
+def endless_reads_of_a_group(_):
+    """Let the data worker hang, which also ignores the SIGTERM of PyTorch's loader."""
+    os.setpgid(0, 0)
+    RecordReader.__call__ = lambda *_: time.sleep(600)
 
 
 # --- Asked to stop -----------------------------------------------------------------------------------------
@@ -134,11 +140,13 @@ def test_a_signal_to_the_process_group_ends_the_run_after_the_step(runs, unbroke
     told(f"{number.name} to a process and its data worker", "all end after the step, exit code 0", 0)
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(runs, unbroken, tmp_path, told):
+@pytest.mark.parametrize(
+    ("before", "when"),
+    [(endless_steps_of_a_group, "within a step"), (endless_reads_of_a_group, "while a data worker hangs")],
+)
+def test_a_second_ctrl_c_ends_the_run_at_once(runs, unbroken, tmp_path, told, before, when):
     run_dir = tmp_path / "run"
-    running = start(
-        runs / "consistency.yaml", run_dir, *SETTINGS, "data.num_workers=1", before=very_slow_steps_of_a_group
-    )
+    running = start(runs / "consistency.yaml", run_dir, *SETTINGS, "data.num_workers=1", before=before)
     running.wait_for(lambda: (run_dir / "samples-rank-0.jsonl").is_file())
     for _ in range(2):
         time.sleep(0.2)
@@ -147,7 +155,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(runs, unbroken, tmp_path, told):
     assert "Stopping after this step. Press Ctrl-C again" in running.said()
     again = lost(run_dir)
     assert_finishes_as(unbroken, runs / "consistency.yaml", run_dir)
-    told("Ctrl-C twice, within a step", "ends at once with exit code 130", again)
+    told(f"Ctrl-C twice, {when}", "ends at once with exit code 130", again)
 
 
 # --- Killed -------------------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ def test_kernel_liger_on_a_cpu_is_told_before_training(runs, tmp_path):
     ("stage", "setting", "told"),
     [
         ("consistency", "model.lora={rank: 4}", "model.lora has no effect"),
+        ("consistency", "optim.warmup_steps=99", "never reaches optim.lr"),
         ("router", "trainer.activation_checkpointing=true", "trainer.activation_checkpointing has no effect"),
     ],
 )

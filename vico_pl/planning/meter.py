@@ -194,10 +194,19 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _multi_head_attention(query: Tensor, *args: Any, **_: Any) -> Tensor:
+def _multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    num_heads: int,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    *rest: Any,
+    **_: Any,
+) -> Tensor:
     """Take the memory of `nn.MultiheadAttention` over one (L, B, C): query, key and value are the same."""
-    width, num_heads, in_weight, in_bias = args[2:6]
-    out_weight, out_bias = args[10:12]
+    out_weight, out_bias = rest[4:6]
     packed = functional.linear(query, in_weight, in_bias).unflatten(-1, (3, width))
     projected = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
     heads = [x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected]  # B heads L width

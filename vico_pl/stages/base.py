@@ -113,7 +113,7 @@ class Stage(L.LightningModule):
 
     @classmethod
     def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings of a recipe that have no effect or hardly what was meant, a sentence each."""
+        """Yield settings of a recipe that have no effect or are probably mistakes, a sentence each."""
         if run.model.lora != LoraConfig() and not (cls.trains_parts and "lora" in run.model.trainable):
             yield "model.lora has no effect: only a stage whose model.trainable names lora has adapters"
         warmup, steps = run.optim.warmup_steps, run.trainer.max_steps

@@ -118,7 +118,7 @@ class ConsistencyStage(Stage):
 
     @classmethod
     def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings that the user should know about."""
+        """Yield settings without effect, or probably mistaken."""
         yield from super().doubtful_settings(run)
         settings = section_of(run, ConsistencyConfig)
         if settings.kernel == "liger" and settings.chunk_size != ConsistencyConfig().chunk_size:

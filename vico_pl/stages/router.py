@@ -123,7 +123,7 @@ class RouterStage(Stage):
 
     @classmethod
     def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings that the user should know about."""
+        """Yield settings without effect, or probably mistaken."""
         yield from super().doubtful_settings(run)
         if run.trainer.activation_checkpointing:
             yield "trainer.activation_checkpointing has no effect: stage router trains no transformer blocks"

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,13 @@ def test_links_in_the_image_folder_are_followed_as_in_the_cache_of_the_hub(tmp_p
     _, faults = build(tmp_path, tmp_path / "linked", line(image="link.png"), line(image="../secret.png"))
     assert [fault.id for fault in faults] == ["train.jsonl:2"]
     assert [s.images[0].shape[1:] for s in read_samples(tmp_path / "out")] == [(30, 40)]
+
+
+def test_a_path_out_of_the_working_folder_is_refused(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(images)
+    _, faults = build(tmp_path, Path(), line(image="a.png"), line(image="../secret.png"))
+    assert [fault.id for fault in faults] == ["train.jsonl:2"]
+    assert "leads out of" in faults[0].reason
 
 
 def test_files_written_on_windows_are_read(tmp_path, images):

@@ -176,8 +176,8 @@ def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
 def _image_path(name: Any, images: Path) -> Path:
     if not isinstance(name, str) or "\0" in name:
         raise RecordError(f"image path {name!r} is not a path")
-    path = Path(os.path.normpath(images / name))  # links may lead elsewhere
-    if not path.is_relative_to(os.path.normpath(images)):
+    path = Path(os.path.abspath(images / name))  # not resolve(): links may lead elsewhere
+    if not path.is_relative_to(os.path.abspath(images)):
         raise RecordError(f"image path '{name}' leads out of {images}")
     if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
         raise RecordError(f"image '{name}': expected one of {', '.join(IMAGE_EXTENSIONS)}")
