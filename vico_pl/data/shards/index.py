@@ -10,8 +10,10 @@ each map holds a file open.
 
 import json
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,7 @@ INDEX_NAME = "index.json"
 PLAN_NAME = "build.json"  # of a set that `vico shards build` writes, see `build.py`
 INDEX_VERSION = 1
 _MIN_MAPPED_BYTES = 2**16
+_PARSING = Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +122,21 @@ def read_sidecar(path: Path) -> Contents | None:
     sidecar = side_index_path(path)
     try:
         is_large = sidecar.stat().st_size >= _MIN_MAPPED_BYTES
-        return parse_sidecar(np.load(sidecar, allow_pickle=False, mmap_mode="r" if is_large else None))
+        return parse_sidecar(load_table(sidecar, mmap_mode="r" if is_large else None))
     except FileNotFoundError:
         return None
     except (ValueError, EOFError) as error:
         raise ValueError(f"{sidecar}: {error}; {rebuild_hint(path.parent)}") from error
+
+
+def load_table(file: Path | BytesIO, *, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Load an array, one thread at a time: NumPy parses its header with `ast`.
+
+    In CPython 3.11 that may fail with a SystemError if two threads do so (python/cpython#106905).
+    """
+    with _PARSING:
+        table: np.ndarray = np.load(file, allow_pickle=False, mmap_mode=mmap_mode)
+    return table
 
 
 def parse_sidecar(table: np.ndarray) -> Contents | None:

@@ -23,6 +23,7 @@ from vico_pl.data.shards.index import (
     Contents,
     ShardEntry,
     check_contents,
+    load_table,
     parse_sidecar,
     read_sidecar,
     read_sizes,
@@ -292,7 +293,7 @@ def _fetch_sizes_of(entry: ShardEntry, *, source: Source, cache: ShardCache) -> 
         return False
     content = fetch_bytes(source.location(f"{shard_stem(entry.name)}.idx"))
     try:
-        found = None if content is None else parse_sidecar(np.load(BytesIO(content), allow_pickle=False))
+        found = None if content is None else parse_sidecar(load_table(BytesIO(content)))
     except (ValueError, EOFError):
         return False
     if found is None or found.sizes is None or len(found.sizes) != entry.num_samples:
