@@ -152,7 +152,12 @@ def run_packed(
         use_cache=False,
         segments=Segments(lengths=segment_lengths, bounds=bounds, keep=keep, prefixes=prefixes),
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state[0] * logit_scale(model.config)
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """Return the factor of the logits (Cohere, Granite): hidden states are multiplied by it instead."""
+    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 @torch.compiler.disable
@@ -166,6 +171,7 @@ def segment_attention(
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment and its prefix; the shape of a transformers attention function.
@@ -175,19 +181,29 @@ def segment_attention(
     queries, visible = query.split(segments.lengths, dim=2), segments.visible(module, key, value)
     pieces = []
     for q, k, v in zip(queries, *visible, strict=True):
-        is_whole = q.shape[2] == k.shape[2]  # no prefix
+        mask = _mask(q, k, sliding_window)
         piece = scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if is_whole else causal_lower_right(q.shape[2], k.shape[2]),
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=is_whole,
+            is_causal=mask is None,
             scale=scaling,
             enable_gqa=True,
         )
         pieces.append(piece)
     return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _mask(query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
+    """Return what the last queries of all keys see, at most `window` keys up to their own; None: causal."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if window is not None and window < num_keys:
+        distance = torch.arange(num_keys - num_queries, num_keys, device=key.device)[:, None]
+        distance = distance - torch.arange(num_keys, device=key.device)
+        return (distance >= 0) & (distance < window)
+    return None if num_queries == num_keys else causal_lower_right(num_queries, num_keys)
 
 
 @torch.compiler.disable
@@ -201,6 +217,7 @@ def flash_attention(
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The same in one kernel for all segments, that of the flash-attn package."""
@@ -221,6 +238,7 @@ def flash_attention(
         max_seqlen_k=max(x.shape[2] for x in keys),
         dropout_p=dropout,
         softmax_scale=scaling,
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
         causal=True,  # the last query sees the last key: what is shorter are the queries
     )
     return output[None], None
