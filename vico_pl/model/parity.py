@@ -46,10 +46,8 @@ def check_parity(config: PreTrainedConfig) -> None:
     shrunk = json.dumps({"model_type": config.model_type, **_shrink(config)}, sort_keys=True, default=str)
     problem = _find_problem(shrunk)
     if problem is not None:
-        raise ValueError(
-            f"language model: model_type '{config.model_type}' with these settings is not supported: {problem}; "
-            "docs/models.md lists the families that are"
-        )
+        kind = f"language model: model_type '{config.model_type}' with these settings"
+        raise ValueError(f"{kind} is not supported: {problem}; docs/models.md lists the families that are")
 
 
 def _shrink(config: PreTrainedConfig) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _compare(model: PreTrainedModel) -> str | None:
-    if not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation():  # noqa: SLF001 - its only effect is a warning otherwise
         return "its attention is not transformers' common interface, so packed samples would see each other"
     samples = [torch.randint(model.config.vocab_size, (length,)) for length in _LENGTHS]
     expected = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples])
