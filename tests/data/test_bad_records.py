@@ -278,8 +278,6 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
     "bounds",
     [
         b"",
-        b"garbage",
-        pickle.dumps([0, 1]),
         [0.0, 1024.0],
         [1024, 0],
         [-512, 1024],

@@ -118,7 +118,7 @@ def test_what_passes_is_tried_again(server, cache):
 
 def test_a_shard_that_fails_its_check_is_not_kept(server, cache):
     def refuse(path):
-        raise ValueError("not a readable tar")
+        raise RecordError("not a readable tar", kind="shard")
 
     server.answers["a.tar"] = ok(TAR)
     with pytest.raises(RecordError, match=r"not a readable tar") as caught:

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from tests.helpers import record
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.index import INDEX_NAME, Contents, read_sidecar, side_index_path, write_sidecar
 from vico_pl.data.shards.inspect import find_faults
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
 from vico_pl.errors import RecordError
+from vico_pl.files import atomic_path
 
 RECORDS = [
     ("000000", {"json": b"{}", "jpg": b"x" * 700}),
@@ -85,8 +87,7 @@ def test_locating_equals_counting_whatever_the_sizes_of_shards(sizes):
         assert [index.place(sample) for sample in range(sum(sizes))] == places
         reader = RecordReader(index)
         assert [reader(sample).key for sample in range(sum(sizes))] == [f"{s}-{p}" for s, p in places]
-        bounds = index.boundaries
-        expected = [(f"{s}.tar", bounds[s][p], bounds[s][p + 1]) for s, p in places]
+        expected = [(f"{s}.tar", *index.open(s).bounds[p : p + 2]) for s, p in places]
         assert [index.locate(sample) for sample in range(sum(sizes))] == expected
 
 
@@ -277,15 +278,15 @@ def test_a_set_of_an_older_version_is_read_and_its_sidecars_are_rebuilt(tmp_path
     bounds = [np.load(side_index_path(tar)).tolist() for tar in tars]
     sizes = [tuple(row) for tar in tars for row in np.load(tar.with_suffix(".sizes")).tolist()]
     if is_read_only:
-        monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
-    index = read_index(folder)
+        make_read_only(folder, monkeypatch)
+    index = read_index(folder, streaming=StreamingConfig(cache_dir=str(tmp_path / "cache")))
     assert [RecordReader(index)(sample).id for sample in range(3)] == [
         "shards-2026-11-000000.tar/00000000",
         "shards-2026-11-000000.tar/00000001",
         "shards-2026-11-000001.tar/00000002",
     ]
     assert costs(index) == sizes
-    assert [found.tolist() for found in index.boundaries] == bounds
+    assert [index.open(number).bounds.tolist() for number in range(2)] == bounds
     assert [np.load(side_index_path(tar)).ndim for tar in tars] == [1 if is_read_only else 2] * 2
 
 
@@ -319,22 +320,27 @@ def test_a_sidecar_with_a_pickle_is_refused(tmp_path):
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize("sidecar", ["there", "absent", "in memory"])
-def test_an_index_that_counts_more_than_there_is_is_refused(tmp_path, monkeypatch, sidecar):
+@pytest.mark.parametrize("has_sidecar", [True, False])
+def test_an_index_that_counts_more_than_there_is_is_refused(tmp_path, has_sidecar):
     write_shard(tmp_path / "a.tar", RECORDS)
     (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": [{"name": "a.tar", "num_samples": 7}]}))
-    if sidecar != "there":
+    if not has_sidecar:
         side_index_path(tmp_path / "a.tar").unlink()
-    if sidecar == "in memory":
-        monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
     reason = r"a\.idx: does not match index\.json or its shard: 3 samples .* expected 7 .*'vico shards index"
     with pytest.raises(ValueError, match=reason):
         read_index(tmp_path)
 
 
-def read_only(*_):
-    """Root may write anywhere, so the system is told to refuse."""
-    raise OSError(errno.EROFS, "Read-only file system")
+def make_read_only(folder, monkeypatch):
+    """Refuse writes into a folder as the system would: root may write anywhere."""
+
+    def refusing(path):
+        if path.parent == folder:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return atomic_path(path)
+
+    monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", refusing)
+    monkeypatch.setattr(os, "access", lambda *_: False)
 
 
 COSTS = [(0, 1, 0, 0), (0, 0, 0, 0), (0, 3, 0, 0)]  # of `RECORDS`, whose images are unreadable
@@ -345,20 +351,31 @@ def costs(index):
 
 
 @pytest.mark.parametrize("is_counted", [True, False])
-def test_a_folder_that_is_read_only_is_indexed_in_memory(tmp_path, monkeypatch, is_counted):
+def test_sidecars_of_a_folder_that_is_read_only_are_kept_in_the_cache(tmp_path, monkeypatch, is_counted):
+    folder = tmp_path / "set"
     for name in "ab":
-        write_tar(tmp_path / f"{name}.tar", [(f"{k}.{n}", c) for k, fs in RECORDS for n, c in fs.items()])
+        write_tar(folder / f"{name}.tar", [(f"{k}.{n}", c) for k, fs in RECORDS for n, c in fs.items()])
     if is_counted:
         shards = [{"name": f"{name}.tar", "num_samples": 3} for name in "ab"]
-        (tmp_path / INDEX_NAME).write_text(json.dumps({"shards": shards}))
-    before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("vico_pl.data.shards.index.atomic_path", read_only)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    index = read_index(tmp_path)
+        (folder / INDEX_NAME).write_text(json.dumps({"shards": shards}))
+    before = sorted(folder.iterdir())
+    make_read_only(folder, monkeypatch)
+    index = read_index(folder, streaming=StreamingConfig(cache_dir=str(tmp_path / "cache")))
     assert costs(index) == COSTS * 2
     reader = pickle.loads(pickle.dumps(RecordReader(index)))
     assert [reader(sample).key for sample in range(6)] == [key for key, _ in RECORDS] * 2
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(folder.iterdir()) == before
+    assert len(list((tmp_path / "cache").rglob("*.idx"))) == 2
+
+
+def test_a_sidecar_of_another_tool_is_left_alone(tmp_path):
+    folder, foreign = tmp_path / "set", b"v1.2 1\njson 512 2 a.json\n"  # as DALI writes it
+    write_tar(folder / "a.tar", [("0.json", b"{}"), ("1.json", b"{}")])
+    (folder / "a.idx").write_bytes(foreign)
+    streaming = StreamingConfig(cache_dir=str(tmp_path / "cache"))
+    for index in (read_index(folder, streaming=streaming), write_index(folder, streaming=streaming)):
+        assert [RecordReader(index)(sample).key for sample in range(2)] == ["0", "1"]
+        assert (folder / "a.idx").read_bytes() == foreign
 
 
 def test_a_shard_is_checked_once_and_named_once(tmp_path):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import fsspec
 import webdataset as wds
@@ -80,7 +80,7 @@ class ShardCache:
     ) -> int:
         """Return a descriptor of the shard kept at `path`, fetched if it is not there.
 
-        `check` is called with a fetched file before it is renamed, and raises `ValueError`. Another process
+        `check` is called with a fetched file before it is renamed, and raises `RecordError`. Another process
         that fetches it is waited for `wait_s` seconds; -1: forever.
 
         Raises:
@@ -113,16 +113,8 @@ class ShardCache:
                     file.seek(0)
                     temporary.unlink()  # the open file remains readable
                     with gzip.open(file) as packed, temporary.open("wb") as tar:
-                        _copy(
-                            cast(IO[bytes], packed),
-                            tar,
-                            limit,
-                            f"{shown}: unpacks to more than max_shard_bytes",
-                        )
-            try:
-                check(temporary)
-            except ValueError as error:
-                raise RecordError(f"{shown}: {error}", kind="shard") from error
+                        _copy(packed, tar, limit, f"{shown}: unpacks to more than max_shard_bytes")
+            check(temporary)
             return os.open(temporary, os.O_RDONLY)
 
     def _make_room(self, newest: Path) -> None:
