@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from tests.helpers import record
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.cache import StreamingConfig
-from vico_pl.data.shards.index import INDEX_NAME, Contents, read_sidecar, side_index_path, write_sidecar
+from vico_pl.data.shards.index import INDEX_NAME, side_index_path
 from vico_pl.data.shards.inspect import find_faults
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
 from vico_pl.errors import RecordError
@@ -71,12 +72,12 @@ def test_records_read_by_number_equal_what_plain_webdataset_reads(shards):
 @pytest.mark.parametrize("number", [-1, 18, 1000])
 def test_numbers_outside_the_set_are_refused(shards, number):
     with pytest.raises(IndexError, match=f"has 18 samples, no sample {number}"):
-        read_index(shards).locate(number)
+        read_index(shards).place(number)
 
 
 @settings(max_examples=20)
 @given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=5))
-def test_locating_equals_counting_whatever_the_sizes_of_shards(sizes):
+def test_places_equal_counting_whatever_the_sizes_of_shards(sizes):
     with tempfile.TemporaryDirectory() as folder:
         for shard, size in enumerate(sizes):
             names = [f"{shard}-{place}" for place in range(size)]
@@ -87,8 +88,6 @@ def test_locating_equals_counting_whatever_the_sizes_of_shards(sizes):
         assert [index.place(sample) for sample in range(sum(sizes))] == places
         reader = RecordReader(index)
         assert [reader(sample).key for sample in range(sum(sizes))] == [f"{s}-{p}" for s, p in places]
-        expected = [(f"{s}.tar", *index.open(s).bounds[p : p + 2]) for s, p in places]
-        assert [index.locate(sample) for sample in range(sum(sizes))] == expected
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
@@ -123,7 +122,7 @@ def test_foreign_tars_are_indexed_when_first_opened(tmp_path):
     assert side_index_path(tmp_path / "b.tar").exists()
 
 
-def test_members_that_webdataset_passes_over_are_no_samples(tmp_path):
+def test_members_that_webdataset_skips_are_no_samples(tmp_path):
     members = [
         ("photos", None),
         ("__meta__/x.json", b"{}"),
@@ -187,13 +186,13 @@ def ruin(path):
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_shard_that_cannot_be_opened_is_told_at_the_door_and_its_records_are_bad(tmp_path, name):
-    damage, told = DAMAGES[name]
+def test_a_shard_that_cannot_be_opened_causes_a_warning_and_bad_records(tmp_path, name):
+    damage, message = DAMAGES[name]
     for shard in "abc":
         write_shard(tmp_path / f"{shard}.tar", RECORDS[:2])
     before = costs(write_index(tmp_path))
     damage(tmp_path / "b.tar")
-    with pytest.warns(UserWarning, match=rf"b\.tar: {told}") as caught:
+    with pytest.warns(UserWarning, match=rf"b\.tar: {message}") as caught:
         index = read_index(tmp_path)
     assert len(caught) == 1
     reader, kinds = RecordReader(index), []
@@ -207,65 +206,18 @@ def test_a_shard_that_cannot_be_opened_is_told_at_the_door_and_its_records_are_b
         assert costs(index) == before, "the assignment must not depend on which ranks see the damage"
 
 
-def test_a_shard_that_has_changed_is_right_again_after_the_remedy(tmp_path):
+def test_the_index_describes_each_shard_and_is_renewed(tmp_path):
     write_shard(tmp_path / "a.tar", RECORDS)
     write_index(tmp_path)
+    before = json.loads((tmp_path / INDEX_NAME).read_text())
+    content = (tmp_path / "a.tar").read_bytes()
+    checksum = hashlib.sha256(content).hexdigest()
+    entry = {"name": "a.tar", "num_samples": 3, "num_bytes": len(content), "sha256": checksum}
+    assert before == {"version": 1, "shards": [entry]}
     write_tar(tmp_path / "a.tar", [(f"{i}.json", b"new") for i in range(40)])
     write_index(tmp_path)  # what `vico shards index` does
     assert [r.files["json"] for r in read_all(tmp_path)] == [b"new"] * 40
-
-
-def test_the_index_names_counts_sizes_and_checksums(tmp_path):
-    write_shard(tmp_path / "a.tar", RECORDS)
-    write_index(tmp_path)
-    content = json.loads((tmp_path / INDEX_NAME).read_text())
-    (entry,) = content["shards"]
-    data = (tmp_path / "a.tar").read_bytes()
-    assert content["version"] == 1
-    assert (entry["name"], entry["num_samples"], entry["num_bytes"]) == ("a.tar", 3, len(data))
-    assert len(entry["sha256"]) == 64
-    (tmp_path / "a.tar").write_bytes(data.replace(b"x" * 700, b"y" * 700))
-    write_index(tmp_path)
-    assert json.loads((tmp_path / INDEX_NAME).read_text())["shards"][0]["sha256"] != entry["sha256"]
-
-
-def entry_of(**changes):
-    return {"name": "a.tar", "num_samples": 3, "num_bytes": 10240, "sha256": "0" * 64, **changes}
-
-
-HOSTILE = {
-    "no JSON": b"{",
-    "no object": b"[1]",
-    "no shards": b"{}",
-    "bottomless": b"[" * 100_000,
-    "no list": {"shards": 1},
-    "no entry": {"shards": [1]},
-    "no name": {"shards": [{"num_samples": 1}]},
-    "a number for a name": {"shards": [entry_of(name=1)]},
-    "a path": {"shards": [entry_of(name="../a.tar")]},
-    "a folder": {"shards": [entry_of(name="..")]},
-    "another file": {"shards": [entry_of(name="index.json")]},
-    "a name that ends": {"shards": [entry_of(name="a\0.tar")]},
-    "a negative count": {"shards": [entry_of(num_samples=-1)]},
-    "a count that is none": {"shards": [entry_of(num_samples=True)]},
-    "a fraction": {"shards": [entry_of(num_samples=1.5)]},
-    "too many": {"shards": [entry_of(num_samples=2**70)]},
-    "text for bytes": {"shards": [entry_of(num_bytes="1")]},
-    "a number for a checksum": {"shards": [entry_of(sha256=1)]},
-    "a shard twice": {"shards": [entry_of(), entry_of()]},
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_index_is_refused_in_a_sentence(tmp_path, name):
-    write_shard(tmp_path / "a.tar", RECORDS)
-    content = HOSTILE[name]
-    (tmp_path / INDEX_NAME).write_bytes(
-        content if isinstance(content, bytes) else json.dumps(content).encode()
-    )
-    with pytest.raises(ValueError, match=r"index\.json: (unreadable; 'vico shards index|names )") as caught:
-        read_index(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / INDEX_NAME).read_text())["shards"][0]["sha256"] != checksum
 
 
 OLD = Path(__file__).parents[2] / "fixtures" / "shards-2026-11"  # with a.idx of positions alone and a.sizes
@@ -299,16 +251,6 @@ def test_a_sidecar_has_the_byte_ranges_and_sizes_of_the_specification(tmp_path):
     write_shard(tmp_path / "b.tar", [("0", {"jpg": b"j" * 5320, "json": b"{" * 388}), ("1", {"json": b""})])
     # 512 header + 5320 padded to 5632, 512 header + 388 padded to 512; an empty member is a header alone
     assert np.load(side_index_path(tmp_path / "b.tar"))[:, 0].tolist() == [0, 7168, 7680]
-
-
-@pytest.mark.parametrize("num_samples", [2, 100_000])  # small ones are read, large ones mapped
-def test_a_sidecar_gives_back_what_was_written(tmp_path, num_samples):
-    sizes = np.arange(4 * num_samples).reshape(-1, 4)
-    write_sidecar(Contents(np.arange(num_samples + 1), sizes), tmp_path / "a.tar")
-    found = read_sidecar(tmp_path / "a.tar")
-    assert np.array_equal(found.bounds, np.arange(num_samples + 1))
-    assert np.array_equal(found.sizes, sizes)
-    assert isinstance(found.bounds, np.memmap) == (num_samples > 2)
 
 
 def test_a_sidecar_with_a_pickle_is_refused(tmp_path):

@@ -97,11 +97,6 @@ class ShardIndex:
         number = bisect_right(self.starts, sample) - 1
         return number, sample - self.starts[number]
 
-    def locate(self, sample: int) -> tuple[str, int, int]:
-        """Return (shard, first byte, byte after the last) of a sample."""
-        number, place = self.place(sample)
-        return self.names[number], *self.open(number).span(place)
-
     def size_of(self, sample: int) -> SampleSize:
         """Return the size of a sample: the same on every machine."""
         number, place = self.place(sample)
