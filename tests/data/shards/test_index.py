@@ -52,3 +52,9 @@ def test_a_sidecar_gives_back_what_was_written(tmp_path, num_samples):
     assert np.array_equal(found.bounds, np.arange(num_samples + 1))
     assert np.array_equal(found.sizes, sizes)
     assert isinstance(found.bounds, np.memmap) == (num_samples > 2)
+
+
+def test_an_index_of_mosaicml_is_named_as_such():
+    shard = {"raw_data": {"basename": "shard.00000.mds"}, "samples": 3, "format": "mds", "version": 2}
+    with pytest.raises(ValueError, match="lists shards of MosaicML; expected WebDataset tars"):
+        parse_entries(json.dumps({"version": 2, "shards": [shard]}).encode(), where="set/index.json")

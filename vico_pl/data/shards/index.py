@@ -78,8 +78,13 @@ def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
         ValueError: it is unreadable, or lists a shard outside its folder.
     """
     try:
-        entries = [_parse_entry(entry) for entry in json.loads(content)["shards"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        shards = json.loads(content)["shards"]
+        if shards and "raw_data" in shards[0]:
+            raise ValueError(
+                f"{where}: lists shards of MosaicML; expected WebDataset tars (see data/README.md)"
+            )
+        entries = [_parse_entry(entry) for entry in shards]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: unreadable; {rebuild_hint(where.rpartition('/')[0])}") from error
     names = [entry.name for entry in entries]
     for name in names:
