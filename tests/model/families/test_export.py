@@ -15,8 +15,7 @@ from tests.released import (
     write_official,
 )
 from vico_pl.model.families.base import CALIBRATION_NAME
-from vico_pl.model.families.export import export
-from vico_pl.model.families.folder import load_model, open_folder, save_model
+from vico_pl.model.families.folder import export, load_model, open_folder, save_model
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 
 ROUTING = ("mlp2.", "pooling_before_gating.", "gating.")

@@ -18,8 +18,7 @@ from tests.released import (
     write_official,
 )
 from vico_pl.model.families.base import CALIBRATION_NAME, PROCESSING_NAME
-from vico_pl.model.families.export import LAYOUT_NAMES, export
-from vico_pl.model.families.folder import load_model, open_folder, save_model
+from vico_pl.model.families.folder import LAYOUTS, export, load_model, open_folder, save_model
 
 INTERNVIT = {
     "model_type": "internvl_vision",
@@ -73,11 +72,11 @@ def assert_refused(source, output, message, **options):
         ({"vision": INTERNVIT, "ratios": [4]}, "Flash has the ratios [4, 16], the model [4]"),
         (
             {"vision": INTERNVIT, "router_heads": None},
-            "Flash needs a router of 16 heads, the model has no router",
+            "router_heads of the model is None; Flash needs 16",
         ),
         (
             {"vision": INTERNVIT, "router_heads": 4},
-            "Flash needs a router of 16 heads, the model has a router of 4 heads",
+            "router_heads of the model is 4; Flash needs 16",
         ),
     ],
 )
@@ -97,7 +96,7 @@ def test_a_tower_of_open_clip_fits_no_layout_of_internvl(tmp_path, layout):
 
 
 def test_a_layout_that_is_not_known_is_refused_with_those_that_are(tmp_path, flash):
-    assert LAYOUT_NAMES == ("ours", "flash", "internvl", "hf")
+    assert tuple(LAYOUTS) == ("ours", "flash", "internvl", "hf")
     expected = "layout is 'gguf'; expected one of ours, flash, internvl, hf"
     assert_refused(flash, tmp_path / "out", expected, layout="gguf")
 
@@ -132,7 +131,7 @@ def test_tiles_that_do_not_divide_are_told_with_the_folder(tmp_path):
     assert_refused(tmp_path / "in", tmp_path / "out", message, layout="ours")
 
 
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_counts_as_complete_only_with_its_weights(tmp_path, ours, layout, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.released import LANGUAGE_CONFIG, VISION_CONFIG, official_config, write_official
-from vico_pl.model.families.export import export
+from vico_pl.model.families.folder import export
 
 GIBIBYTE = 2**30
 # Reads a model and every byte of its weights, in a process of its own whose peak nothing else has raised.

@@ -17,10 +17,9 @@ from tests.released import (
     qwen_tokenizer,
     write_official,
 )
-from vico_pl.model.families.base import stored_shapes
-from vico_pl.model.families.export import shapes_of
-from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.families.official import FLASH, SYSTEM_MESSAGES, read
+from vico_pl.model.families.folder import load_model, open_folder, own_tensors
+from vico_pl.model.families.official import FLASH, SYSTEM_MESSAGE
+from vico_pl.model.flops import build_without_weights
 from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule
 from vico_pl.types import EncodedSample
@@ -96,7 +95,7 @@ def big_spec_and_shapes(folder, vision, language):
         llm_config={**LANGUAGE_CONFIG, "vocab_size": 151936, "head_dim": 128, **language},
     )
     shapes = dict(official_shapes(config, flash=True))
-    return read(folder, config, set(shapes)).spec, shapes
+    return FLASH.read(folder, config, set(shapes)).spec, shapes
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -233,7 +232,7 @@ def test_tiling_and_system_message_are_those_of_the_configuration(flash):
     processing = open_folder(flash[0]).contents.processing
     assert processing == {
         "tiling": {"tile_size": TILE, "min_tiles": 1, "max_tiles": 4, "use_thumbnail": True},
-        "chat": {"system": SYSTEM_MESSAGES["internvl2_5"]},
+        "chat": {"system": SYSTEM_MESSAGE},
     }
     assert "InternVL" in processing["chat"]["system"]
 
@@ -310,6 +309,6 @@ SIZES = {
 def test_every_tensor_of_a_released_size_is_mapped(tmp_path, size):
     vision, language, num_parameters = SIZES[size]
     spec, expected = big_spec_and_shapes(tmp_path, vision, language)
-    own = shapes_of(spec)
-    assert stored_shapes(FLASH.parts(own), own) == expected
-    assert sum(torch.Size(shape).numel() for shape in own.values()) == pytest.approx(num_parameters, rel=0.05)
+    own = own_tensors(build_without_weights(spec))
+    assert FLASH.stored_shapes(own) == expected
+    assert sum(tensor.numel() for tensor in own.values()) == pytest.approx(num_parameters, rel=0.05)

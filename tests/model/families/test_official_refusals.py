@@ -38,10 +38,10 @@ def config_without(name, **changes):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (official_config(ps_version="v1"), "/config.json: ps_version is 'v1': it transposes the patches"),
-        (config_without("ps_version"), "/config.json: ps_version is None: it transposes the patches"),
-        (official_config(select_layer=-4), "/config.json: select_layer is -4; only the last layer, -1, is"),
-        (official_config(downsample_ratio=0.25), "/config.json: downsample_ratio is 0.25; expected 0.5"),
+        (official_config(ps_version="v1"), "/config.json: ps_version is 'v1'; only 'v2' is read"),
+        (config_without("ps_version"), "/config.json: ps_version is 'v1'; only 'v2' is read"),  # its default
+        (official_config(select_layer=-4), "/config.json: select_layer is -4; only -1 is read"),
+        (official_config(downsample_ratio=0.25), "/config.json: downsample_ratio is 0.25; only 0.5 is read"),
         (
             official_config(llm_config={**LANGUAGE_CONFIG, "architectures": ["InternLM2ForCausalLM"]}),
             "/config.json: llm_config.architectures is ['InternLM2ForCausalLM']; expected one of LlamaFor",
@@ -50,11 +50,8 @@ def config_without(name, **changes):
             official_config(llm_config={**LANGUAGE_CONFIG, "architectures": None}),
             "/config.json: llm_config.architectures is None; expected one of LlamaFor",
         ),
-        (
-            official_config(template="Hermes-2"),
-            "/config.json: template is 'Hermes-2'; expected one of intern",
-        ),
-        (config_without("template"), "/config.json: template is None; expected one of internvl2_5"),
+        (official_config(template="Hermes-2"), "/config.json: template is 'Hermes-2'; only 'internvl2_5' is"),
+        (config_without("template"), "/config.json: template is None; only 'internvl2_5' is read"),
         (
             official_config(force_image_size=448),
             f"/config.json: force_image_size is 448 but the position embeddings are of {TILE} px",

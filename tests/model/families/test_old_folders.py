@@ -10,8 +10,7 @@ from torch import nn
 
 from tests.helpers import batch_of, encoded_sample, tiny_model, tiny_spec
 from vico_pl.model.families.base import CONFIG_NAME, PROCESSING_NAME
-from vico_pl.model.families.export import export
-from vico_pl.model.families.folder import load_model, open_folder, save_model
+from vico_pl.model.families.folder import export, load_model, open_folder, save_model
 from vico_pl.model.router import DEFAULT_ROUTER, ROUTERS, RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel
 

@@ -6,9 +6,7 @@ is one builder and one line in `vision.TOWERS` or `router.ROUTERS`.
 base.py       what a family is, and our own layout
 official.py   released InternVL checkpoints: base model and Flash
 native.py     InternVL as transformers stores it
-internvl.py   what the InternVL families have in common
-folder.py     open a folder of any family, load a model, save one
-export.py     convert a folder to another family, tensor by tensor
+folder.py     open a folder of any family, load a model, save one, write another layout
 tensors.py    safetensors files, whole or in shards
 hub.py        folders on the Hugging Face Hub
 """
