@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from vico_pl.losses import liger
-from vico_pl.losses.consistency import consistency_kl
-from vico_pl.losses.liger import check_liger, liger_kl_sum
+from vico_pl.losses import consistency
+from vico_pl.losses.consistency import check_liger, consistency_kl, liger_kl_sum
 
 installed = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 TOKENS = (1, 5, 33, 200)  # of which the kernel makes chunks of powers of two
@@ -21,7 +20,7 @@ TEMPERATURE = 2.0
 SCALE = 3 / 7  # the loss is divided by a count and multiplied by the number of ranks
 SCRIPT = f"""
 import sys, torch
-from vico_pl.losses.liger import liger_kl_sum
+from vico_pl.losses.consistency import liger_kl_sum
 
 def computed(inputs, reverse):
     leaves = [x.to(sys.argv[2]).requires_grad_() for x in inputs]
@@ -109,7 +108,9 @@ def calls(monkeypatch):
 
     package = ModuleType("fused_linear_jsd")
     package.LigerFusedLinearJSD = LigerFusedLinearJSD
-    monkeypatch.setattr(liger, "import_module", {"liger_kernel.transformers.fused_linear_jsd": package}.get)
+    monkeypatch.setattr(
+        consistency, "import_module", {"liger_kernel.transformers.fused_linear_jsd": package}.get
+    )
     return made
 
 
@@ -151,7 +152,7 @@ def on_a_gpu(monkeypatch, *, capability=(8, 0), version="0.8.5"):
             raise PackageNotFoundError
         return version
 
-    monkeypatch.setattr(liger, "version", version_of)
+    monkeypatch.setattr(consistency, "version", version_of)
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(get_device_capability=lambda _: capability))
     check_liger(torch.device("cuda"))
 
@@ -159,8 +160,8 @@ def on_a_gpu(monkeypatch, *, capability=(8, 0), version="0.8.5"):
 @pytest.mark.parametrize(
     ("machine", "message"),
     [
-        ({"version": None}, "liger-kernel is not installed; pip install 'liger-kernel>=0.8.5', or set"),
-        ({"version": "0.8.4"}, "liger-kernel 0.8.4 is installed; pip install 'liger-kernel>=0.8.5', or set"),
+        ({"version": None}, "but none is installed; pip install 'liger-kernel>=0.8.5', or set"),
+        ({"version": "0.8.4"}, "but 0.8.4 is installed; pip install 'liger-kernel>=0.8.5', or set"),
         ({"capability": (7, 5)}, "compute capability 7.5; use one of 8.0 or more, or set"),
     ],
 )

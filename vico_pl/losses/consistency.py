@@ -14,12 +14,18 @@ With V large everything but the four matrix products is small; `make bench` meas
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
+from packaging.version import Version
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+OLDEST_LIGER = "0.8.5"  # versions before it round logits, and hold a loss for each token and word
 
 
 def consistency_kl(
@@ -53,27 +59,70 @@ def consistency_kl(
         temperature=temperature, reverse=reverse, chunk_size=chunk_size, reference_rows=reference_rows
     )
     return _ConsistencyKL.apply(
-        policy_states, policy_head, reference_states.detach(), reference_head.detach(), settings
+        settings, policy_states, policy_head, reference_states.detach(), reference_head.detach()
     )
+
+
+def liger_kl_sum(
+    policy_states: Float[Tensor, "R D"],
+    policy_head: Float[Tensor, "V D"],
+    reference_states: Float[Tensor, "R D2"],
+    reference_head: Float[Tensor, "V D2"],
+    *,
+    temperature: float = 1.0,
+    reverse: bool = False,
+) -> Float[Tensor, ""]:
+    """Return the sum of `consistency_kl` over the response tokens, to float32 rounding, by liger-kernel.
+
+    How many tokens' logits exist at a time is the kernel's choice. Its gradients are those of one backward
+    pass: a graph that is kept and used again gives wrong ones. Of the package's losses only this one makes
+    float32 logits from bfloat16 operands. At beta 0 the Jensen-Shannon divergence is KL(reference || policy),
+    at beta 1 the reverse.
+    """
+    num_tokens = len(policy_states)
+    if num_tokens == 0:  # the kernel divides by it
+        return consistency_kl(policy_states, policy_head, reference_states, reference_head).sum()
+    fused = import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(
+        jsd_beta=float(reverse), temperature=temperature, accum_dtype=torch.float32
+    )
+    policy = _operands(policy_states, policy_head, torch.float32)
+    reference = _operands(reference_states.detach(), reference_head.detach(), torch.float32)
+    with torch.autocast(policy_states.device.type, enabled=False):
+        mean: Tensor = fused(*policy, *reference, None)
+    return mean * num_tokens
+
+
+def check_liger(device: torch.device) -> None:
+    """Check that kernel `liger` can run on a device.
+
+    Raises:
+        ValueError: it cannot; the message says what to do.
+    """
+    on_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
+    try:
+        installed = version("liger-kernel")
+    except PackageNotFoundError:
+        installed = None
+    if not on_gpu:
+        problem = f"which runs on CUDA devices, but this run is on {device.type};"
+    elif capability < (8, 0):
+        found = ".".join(map(str, capability))
+        problem = f"which rounds logits on GPUs of compute capability {found}; use one of 8.0 or more, or"
+    elif installed is None or Version(installed) < Version(OLDEST_LIGER):
+        wanted = f"liger-kernel>={OLDEST_LIGER}"
+        problem = f"which needs {wanted}, but {installed or 'none'} is installed; pip install '{wanted}', or"
+    else:
+        return
+    raise ValueError(f"consistency.kernel is 'liger', {problem} set consistency.kernel=native")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """How the divergence is computed."""
-
     temperature: float  # divides the logits of both sides
     reverse: bool
     chunk_size: int  # tokens whose logits exist at a time
     reference_rows: Tensor | None  # (R,): what each token is held against; none: the row of its own number
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Swept:
-    """What one walk over the tokens leaves; gradients are those at temperature 1, None where not wanted."""
-
-    kl: Tensor  # (R,)
-    states_gradient: Tensor | None  # (R, D): row r is the gradient of token r alone
-    head_gradient: Tensor | None  # (V, D): summed over tokens
 
 
 def _check(
@@ -97,47 +146,30 @@ class _ConsistencyKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        policy: Tensor,
-        policy_head: Tensor,
-        reference: Tensor,
-        reference_head: Tensor,
-        settings: _Settings,
-    ) -> Tensor:
-        inputs = (policy, policy_head, reference, reference_head)
-        states, head = ctx.needs_input_grad[:2]
-        swept = _sweep(inputs, settings, with_states=states, with_head=head)
-        ctx.save_for_backward(*inputs, swept.states_gradient)
-        ctx.head_gradient, ctx.settings = swept.head_gradient, settings
-        return swept.kl
+    def forward(ctx: Any, settings: _Settings, *inputs: Tensor) -> Tensor:
+        states, head = ctx.needs_input_grad[1:3]
+        kl, to_states, ctx.head_gradient = _sweep(inputs, settings, with_states=states, with_head=head)
+        ctx.save_for_backward(*inputs, to_states)
+        ctx.settings = settings
+        return kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        *inputs, states_gradient = ctx.saved_tensors
-        states = head = None
-        if ctx.needs_input_grad[0]:
-            states = (states_gradient * _by_logits(ctx, upstream)[:, None]).to(inputs[0].dtype)
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+        *inputs, to_states = ctx.saved_tensors
+        by_logits = upstream / ctx.settings.temperature  # on through the division of the logits
+        states, head = None, None
         if ctx.needs_input_grad[1]:
-            head = _head_gradient(ctx, inputs, upstream).to(inputs[1].dtype)
-        return states, head, None, None, None
-
-
-def _head_gradient(ctx: Any, inputs: list[Tensor], upstream: Tensor) -> Tensor:
-    """Scale the gradient made in forward, in place and therefore once; or recompute it."""
-    made, ctx.head_gradient = ctx.head_gradient, None
-    if made is not None and _is_uniform(upstream):
-        return made.mul_(_by_logits(ctx, upstream[0])) if len(upstream) else made
-    weights = _by_logits(ctx, upstream)
-    made = _sweep(inputs, ctx.settings, with_head=True, row_weights=weights).head_gradient
-    assert made is not None
-    return made
-
-
-def _by_logits(ctx: Any, upstream: Tensor) -> Tensor:
-    """Pass a gradient on through the division of logits by the temperature."""
-    return upstream / ctx.settings.temperature
+            states = (to_states * by_logits[:, None]).to(inputs[0].dtype)
+        if ctx.needs_input_grad[2]:
+            head, ctx.head_gradient = ctx.head_gradient, None  # scaled in place, and therefore once
+            if head is None or not _is_uniform(upstream):
+                head = _sweep(inputs, ctx.settings, with_head=True, row_weights=by_logits)[2]
+            elif len(upstream):
+                head.mul_(by_logits[0])
+            assert head is not None
+            head = head.to(inputs[1].dtype)
+        return None, states, head, None, None
 
 
 def _is_uniform(values: Tensor) -> bool:
@@ -152,48 +184,38 @@ def _sweep(
     with_states: bool = False,
     with_head: bool = False,
     row_weights: Float[Tensor, " R"] | None = None,
-) -> _Swept:
-    """Walk over the tokens in chunks; `row_weights` multiply each token's part in the head's gradient."""
-    dtype = _accumulating_type(inputs)
-    policy, head = operands(inputs[0], inputs[1], dtype)
-    reference = operands(inputs[2], inputs[3], dtype)
+) -> tuple[Float[Tensor, " R"], Float[Tensor, "R D"] | None, Float[Tensor, "V D"] | None]:
+    """Walk over the tokens in chunks; return the KL, and at temperature 1 the gradients that are wanted.
+
+    Row r of the states' gradient is that of token r alone; the head's is summed over tokens, each multiplied
+    by its row weight.
+    """
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in inputs), torch.float32)
+    policy, head = _operands(inputs[0], inputs[1], dtype)
+    reference = _operands(inputs[2], inputs[3], dtype)
     kl = policy.new_empty(len(policy), dtype=dtype)
     to_states = torch.empty_like(policy, dtype=dtype) if with_states else None
     to_head = torch.zeros_like(head, dtype=dtype) if with_head else None
-    buffers = _buffers(min(settings.chunk_size, len(policy)), head, dtype)
+    # All the memory taken, except for the head's gradient.
+    size = min(settings.chunk_size, len(policy)), len(head)
+    buffers = [head.new_empty(size, dtype=dtype) for _ in range(3)]  # (n, V)
+    divergence = _reverse_kl if settings.reverse else _forward_kl
     with torch.autocast(policy.device.type, enabled=False):
         for start in range(0, len(policy), settings.chunk_size):
             rows = slice(start, start + settings.chunk_size)
-            partners, shared = _partners(reference[0], rows, settings.reference_rows)
-            chunk = policy[rows], head, partners, reference[1]
-            kl[rows], slope = _divergence(
-                chunk, settings, buffers, shared=shared, with_slope=with_states or with_head
-            )
+            log_p, log_q, scratch = (buffer[: len(kl[rows])] for buffer in buffers)
+            _reference_log_p(reference, rows, settings, spare=(log_q, scratch), out=log_p)
+            _log_probabilities(policy[rows], head, settings, scratch, out=log_q)
+            kl[rows], slope = divergence(log_p, log_q, scratch, with_slope=with_states or with_head)
             if to_states is not None:
                 _multiply(slope.to(head.dtype), head, out=to_states[rows])
             if to_head is not None:
                 slope = slope if row_weights is None else slope.mul_(row_weights[rows, None])
                 _add_product(slope.to(policy.dtype).T, policy[rows], to=to_head)
-    return _Swept(kl=kl, states_gradient=to_states, head_gradient=to_head)
+    return kl, to_states, to_head
 
 
-def _partners(reference: Tensor, rows: slice, reference_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the reference's rows for a chunk and, where tokens share them, which one is each token's."""
-    if reference_rows is None:
-        return reference[rows], None
-    distinct, shared = reference_rows[rows].unique_consecutive(return_inverse=True)
-    return reference[distinct], shared
-
-
-def _accumulating_type(inputs: Sequence[Tensor]) -> torch.dtype:
-    """Return the type of logits and sums: float32, or float64 where an input has it."""
-    dtype = torch.float32
-    for tensor in inputs:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def operands(states: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _operands(states: Tensor, head: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return states and head as the matrix products take them.
 
     CUDA multiplies bfloat16 into float32: under autocast, what is kept in float32 is rounded as it is for all
@@ -219,31 +241,23 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if is_on else None
 
 
-def _buffers(num_rows: int, head: Tensor, dtype: torch.dtype) -> list[Float[Tensor, "n V"]]:
-    """Return the three work tensors of a chunk: all the memory taken, except for the head's gradient."""
-    return [head.new_empty(num_rows, len(head), dtype=dtype) for _ in range(3)]
-
-
-def _divergence(
-    chunk: tuple[Tensor, Tensor, Tensor, Tensor],
+def _reference_log_p(
+    reference: tuple[Tensor, Tensor],
+    rows: slice,
     settings: _Settings,
-    buffers: list[Float[Tensor, "m V"]],
     *,
-    shared: Int64[Tensor, " n"] | None,
-    with_slope: bool,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
-    """Return the divergence of each token of a chunk and, in one of the buffers, its slope by the logits."""
-    policy, head, reference, reference_head = chunk
-    log_p, log_q, scratch = (buffer[: len(policy)] for buffer in buffers)
-    if shared is None:
-        _log_probabilities(reference, reference_head, settings, scratch, out=log_p)
-    else:
-        few = slice(len(reference))  # log_q is still free
-        _log_probabilities(reference, reference_head, settings, scratch[few], out=log_q[few])
-        torch.index_select(log_q[few], 0, shared, out=log_p)
-    _log_probabilities(policy, head, settings, scratch, out=log_q)
-    divergence = _reverse_kl if settings.reverse else _forward_kl
-    return divergence(log_p, log_q, scratch, with_slope=with_slope)
+    spare: tuple[Tensor, Tensor],
+    out: Tensor,
+) -> None:
+    """Write log p of a chunk, made once for all neighbours that share a row of the reference."""
+    states, head = reference
+    if settings.reference_rows is None:
+        _log_probabilities(states[rows], head, settings, spare[1], out=out)
+        return
+    distinct, shared = settings.reference_rows[rows].unique_consecutive(return_inverse=True)
+    few, scratch = (buffer[: len(distinct)] for buffer in spare)
+    _log_probabilities(states[distinct], head, settings, scratch, out=few)
+    torch.index_select(few, 0, shared, out=out)
 
 
 def _log_probabilities(
