@@ -67,7 +67,7 @@ def assert_refused(source, output, message, **options):
     [
         (
             {"vision": INTERNVIT, "ratios": [4, 16, 64], "router_heads": 16},
-            "Flash has the ratios [4, 16], the model [4, 16, 64]; export it with --layout ours",
+            "Flash has the ratios [4, 16], the model [4, 16, 64]; export with --layout ours",
         ),
         ({"vision": INTERNVIT, "ratios": [4]}, "Flash has the ratios [4, 16], the model [4]"),
         (

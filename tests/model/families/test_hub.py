@@ -7,7 +7,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from vico_pl.model.families import hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 RELEASED = [
     "config.json",
     "generation_config.json",
@@ -80,17 +80,16 @@ def test_a_commit_and_a_folder_need_no_pin(calls, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("candidate", "path", "expected"),
+    ("path", "begun_with", "kept"),
     [
-        (f"a/b@{COMMIT}", "a/b", True),
-        (f"a/b@{COMMIT}", f"a/b@{COMMIT}", False),
-        (f"a/bc@{COMMIT}", "a/b", False),
-        (None, "a/b", False),
-        ("folder", "folder", False),
+        ("a/b", f"a/b@{OTHER}", True),
+        ("a/b", f"a/bc@{OTHER}", False),
+        ("a/b", "folder", False),
+        ("a/b@main", f"a/b@{OTHER}", False),
     ],
 )
-def test_a_pin_is_told_from_what_it_pins(candidate, path, expected):
-    assert hub.is_pin_of(candidate, path) is expected
+def test_a_run_without_a_revision_keeps_the_commit_it_has_begun_with(path, begun_with, kept):
+    assert hub.pinned(path, begun_with) == (begun_with if kept else f"a/b@{COMMIT}")
 
 
 def test_a_repository_without_a_commit_is_refused(monkeypatch):

@@ -119,7 +119,7 @@ def test_a_damaged_index_is_refused(tmp_path, content):
 
 def test_pickled_weights_are_not_read(tmp_path):
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
-    expected = f": its weights are pickled, which may run code; save them as {WEIGHTS_NAME}"
+    expected = f": pickled weights may run code; save them as {WEIGHTS_NAME}"
     assert refusal(tmp_path) == expected
 
 

@@ -57,7 +57,7 @@ class Family:
     """One way to store a model; a new family defines these functions."""
 
     name: str  # as `vico export --layout` takes it
-    recognises: Callable[[Json], bool]  # a config.json
+    marks: tuple[str, ...]  # any of them, as format, model_type or architecture, marks its config.json
     # Folder, its config.json, names of its tensors. Without names, tokenizer and weights are not opened:
     # the id of the placeholder is 0, and ratios and router are those of the base model.
     read: Callable[[Path, Json, set[str] | None], FolderContents]
@@ -68,6 +68,11 @@ class Family:
     # Writes further files and returns config.json; the string is the type of the weights.
     write: Callable[[Path, FolderContents, str], Json]
     takes_remote_code: bool = False  # config.json may name code in the folder, for servers
+
+    def recognises(self, config: Json) -> bool:
+        """Say whether a config.json is of this family."""
+        named = config.get("format"), config.get("model_type"), *(config.get("architectures") or [])
+        return any(mark in named for mark in self.marks)
 
     def stored_shapes(self, own: Mapping[str, Tensor]) -> dict[str, Shape]:
         """Return the shapes that stored tensors must have; those of `own` count, not their values."""
@@ -129,7 +134,7 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
 
 OURS = Family(
     name="ours",
-    recognises=lambda config: config.get("format") == FORMAT,
+    marks=(FORMAT,),
     read=_read,
     parts_of=lambda name, _: [TensorPart(name, name)],
     write=_write,

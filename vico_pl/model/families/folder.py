@@ -19,15 +19,7 @@ from transformers.initialization import no_init_weights
 from vico_pl.files import read_json, write_json
 from vico_pl.model.connector import Connector
 from vico_pl.model.families import FAMILIES
-from vico_pl.model.families.base import (
-    CALIBRATION_NAME,
-    CONFIG_NAME,
-    FORMAT,
-    OURS,
-    Family,
-    FolderContents,
-    Json,
-)
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, OURS, Family, FolderContents, Json
 from vico_pl.model.families.official import placeholder_id
 from vico_pl.model.families.tensors import StoredTensors, write_tensors
 from vico_pl.model.router import RoutingRule, build_router
@@ -64,9 +56,7 @@ def open_folder(path: Path | str) -> ModelFolder:
     """
     path = Path(path)
     if not (path / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{path}: no {CONFIG_NAME}; a model folder holds {CONFIG_NAME}, weights and a tokenizer"
-        )
+        raise ValueError(f"{path}: no {CONFIG_NAME}; a model folder holds it, weights and a tokenizer")
     config = read_json(path / CONFIG_NAME)
     family = _family_of(config, path / CONFIG_NAME)
     tensors = StoredTensors(path, family.stored_name)
@@ -127,12 +117,7 @@ def save_model(model: VisionLanguageModel, folder: Path, *, processing: Json | N
 
 
 def export(
-    source: Path | str,
-    output: Path,
-    *,
-    layout: str,
-    template: Path | None = None,
-    dtype: torch.dtype | None = None,
+    source: Path, output: Path, *, layout: str, template: Path | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Write the model of `source` to `output`; its configuration comes last and marks a complete folder.
 
@@ -161,7 +146,9 @@ def export(
     if template is not None:
         ignored = shutil.ignore_patterns(*NOT_OF_A_TEMPLATE)
         shutil.copytree(template, output, ignore=ignored, dirs_exist_ok=True)
-    config = target.write(output, contents, _type_name(state))
+    # The output layer, or what it is tied to, stands for the whole model.
+    heads = (state[name] for name in state if name.endswith(("lm_head.weight", "embed_tokens.weight")))
+    config = target.write(output, contents, str(next(heads).dtype).removeprefix("torch."))
     write_json(config | (code if target.takes_remote_code else {}), output / CONFIG_NAME, indent=2)
 
 
@@ -193,13 +180,11 @@ def check_tensors(folder: ModelFolder, own: Mapping[str, Tensor]) -> None:
 
 
 def _family_of(config: Json, path: Path) -> Family:
-    for family in FAMILIES:
-        if family.recognises(config):
-            return family
-    raise ValueError(
-        f"{path}: its 'architectures' is {config.get('architectures')}; expected vico_pl's "
-        "own format, InternVLChatModel or InternVLForConditionalGeneration"
-    )
+    family = next((family for family in FAMILIES if family.recognises(config)), None)
+    if family is None:
+        found, known = config.get("architectures"), ", ".join(LAYOUTS)
+        raise ValueError(f"{path}: its 'architectures' is {found}; expected a model in the layout {known}")
+    return family
 
 
 def _calibrated(path: Path) -> RoutingRule | None:
@@ -217,7 +202,7 @@ def _stored_type(folder: Path, config: Json) -> torch.dtype:
     named = config.get("torch_dtype") or config.get("dtype")
     if named is not None:
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(named), torch.float32)
-    if config.get("format") == FORMAT and any(folder.glob("*.safetensors")):
+    if OURS.recognises(config) and any(folder.glob("*.safetensors")):
         tensors = StoredTensors(folder)
         return tensors[min(tensors.names)].dtype
     return torch.float32
@@ -268,9 +253,3 @@ def _remote_code(template: Path, folder: ModelFolder) -> Json:
             )
     config = read_json(template / CONFIG_NAME)
     return {"auto_map": config["auto_map"]} if "auto_map" in config else {}
-
-
-def _type_name(state: dict[str, Tensor]) -> str:
-    """Return the type of the output layer or embeddings, which stands for the model's."""
-    names = [name for name in state if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
-    return str(state[names[0]].dtype).removeprefix("torch.")

@@ -4,15 +4,11 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    HFValidationError,
-    HTTPError,  # of httpx or httpx2, whichever the Hub's client uses
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
 # Weights, configurations and tokenizers; no Python file and nothing pickled.
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-# A refused connection is an HTTPError that is neither the Hub's own nor an OSError.
+# A refused connection is an HTTPError, of httpx or httpx2, and neither the Hub's own nor an OSError.
 Unreachable = (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
 
 
@@ -32,8 +28,10 @@ def split_revision(path: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def pinned(path: str) -> str:
+def pinned(path: str, begun_with: str | None = None) -> str:
     """Return a repository's name with the commit that its revision stands for now; a folder as it is.
+
+    Without a revision, a run keeps the commit that it has begun with.
 
     Raises:
         ValueError: the Hub does not know it, or cannot be reached.
@@ -41,6 +39,8 @@ def pinned(path: str) -> str:
     name, revision = split_revision(path)
     if not is_hub_id(path) or re.fullmatch("[0-9a-f]{40}", revision or ""):
         return path
+    if begun_with is not None and begun_with.startswith(f"{path}@"):
+        return begun_with
     try:
         commit = HfApi().model_info(name, revision=revision).sha
     except Unreachable as error:
@@ -48,11 +48,6 @@ def pinned(path: str) -> str:
     if commit is None:
         raise ValueError(f"{path}: the Hub names no commit for it")
     return f"{name}@{commit}"
-
-
-def is_pin_of(candidate: str | None, path: str) -> bool:
-    """Say whether a name is that of a repository, given without a revision, with some commit behind it."""
-    return candidate is not None and is_hub_id(path) and candidate.startswith(f"{path}@")
 
 
 def local_folder(path: str) -> Path:

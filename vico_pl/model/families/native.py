@@ -10,16 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from vico_pl.files import read_json, write_json
+from vico_pl.model.families import official
 from vico_pl.model.families.base import CONFIG_NAME, Family, FolderContents, Json
-from vico_pl.model.families.official import (
-    HEAD_NAME,
-    LANGUAGE_MODELS,
-    base_model,
-    for_both_generations,
-    parts_of,
-    placeholder_id,
-    unread,
-)
 from vico_pl.model.vision import IMAGENET_MEAN, IMAGENET_STD
 from vico_pl.model.vlm import ModelSpec
 
@@ -39,10 +31,6 @@ MODULE_NAMES = {  # names of modules -> stored names
 }
 
 
-def _recognises(config: Json) -> bool:
-    return ARCHITECTURE in (config.get("architectures") or []) or config.get("model_type") == "internvl"
-
-
 def _stored_name(name: str) -> str:
     """Return the stored name of a tensor that may be named as a module."""
     for pattern, stored in MODULE_NAMES.items():
@@ -54,7 +42,7 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
     problems = "; ".join(_problems(config))
     if problems:
         raise ValueError(f"{folder / CONFIG_NAME}: {problems}")
-    has_head = names is None or HEAD_NAME in names
+    has_head = names is None or official.HEAD_NAME in names
     tied = config["text_config"].get("tie_word_embeddings", config.get("tie_word_embeddings", not has_head))
     vision = {k: v for k, v in config["vision_config"].items() if k not in ("dtype", "torch_dtype")}
     for name, default in (("image_size", 448), ("patch_size", 14)):
@@ -65,7 +53,7 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
             vision={**vision, "model_type": "internvl_vision"},
             language={**config["text_config"], "tie_word_embeddings": tied},
             ratios=[4],
-            placeholder_id=0 if names is None else placeholder_id(folder),
+            placeholder_id=0 if names is None else official.placeholder_id(folder),
         ),
         processing={"tiling": _tiling(folder, vision["image_size"]), "chat": {"system": None}},
     )
@@ -73,12 +61,12 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
 
 def _problems(config: Json) -> Iterator[str]:
     """Yield everything in a configuration that we do not read."""
-    yield from unread(config, downsample_ratio=0.5, vision_feature_layer=-1)
+    yield from official.unread(config, downsample_ratio=0.5, vision_feature_layer=-1)
     vision, language = config.get("vision_config"), config.get("text_config")
     if not isinstance(vision, dict) or not isinstance(language, dict):
         yield "vision_config or text_config is missing"
         return
-    kind, known = language.get("model_type"), LANGUAGE_MODELS.values()
+    kind, known = language.get("model_type"), official.LANGUAGE_MODELS.values()
     if kind not in known:
         yield f"text_config.model_type is {kind!r}; expected one of {', '.join(known)}"
     if not vision.get("use_mean_pooling", True):
@@ -121,7 +109,7 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
         "tie_word_embeddings": tied,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "text_config": for_both_generations({**spec.language, "tie_word_embeddings": tied}, dtype),
+        "text_config": official.for_both_generations({**spec.language, "tie_word_embeddings": tied}, dtype),
         "vision_config": {**spec.vision, "image_size": [side] * 2, "patch_size": [patch] * 2},
     }
 
@@ -146,10 +134,10 @@ def _processor(tiling: Json, side: int) -> Json:
 
 HF = Family(
     name="hf",
-    recognises=_recognises,
+    marks=(ARCHITECTURE, "internvl"),
     stored_name=_stored_name,
     read=_read,
-    parts_of=partial(parts_of, renames=RENAMES),
-    reduce=base_model,
+    parts_of=partial(official.parts_of, renames=RENAMES),
+    reduce=official.base_model,
     write=_write,
 )

@@ -72,10 +72,6 @@ SYSTEM_MESSAGE = (
 )
 
 
-def _is_official(config: Json) -> bool:
-    return ARCHITECTURE in (config.get("architectures") or []) or config.get("model_type") == "internvl_chat"
-
-
 def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
     """Read a released checkpoint, or one that we exported."""
     problems = "; ".join(_problems(config))
@@ -136,17 +132,13 @@ def _rule(config: Json) -> RoutingRule | None:
 
 def _check_flash(contents: FolderContents) -> FolderContents:
     spec = contents.spec
-    check_parts(spec)
+    base_model(contents)  # refuses what no layout of InternVL can hold
     if spec.ratios != [4, 16]:
-        raise ValueError(
-            f"Flash has the ratios [4, 16], the model {spec.ratios}; export it with --layout ours"
-        )
+        raise ValueError(f"Flash has the ratios [4, 16], the model {spec.ratios}; export with --layout ours")
     if spec.router_heads != RELEASED_HEADS:
         raise ValueError(f"router_heads of the model is {spec.router_heads}; Flash needs {RELEASED_HEADS}")
     if contents.rule is None:
-        raise ValueError(
-            "Flash stores the routing threshold and the model has none; run 'vico calibrate' first"
-        )
+        raise ValueError("Flash stores a routing threshold, the model has none; run 'vico calibrate' first")
     return contents
 
 
@@ -233,11 +225,11 @@ def parts_of(name: str, shape: Shape, *, renames: Mapping[str, str]) -> Iterator
     stored = name
     for ours, theirs in renames.items():
         stored = stored.replace(ours, theirs)
-    third = re.search(r"\.attention\.([qkv])_proj\.", name)
+    fused = re.search(r"\.([qkv])_proj\.", name) if ".qkv." in stored else None
     if ".experts." in stored:
         yield from _expert_parts(name, stored, shape)
-    elif third is not None and ".qkv." in stored:
-        start = "qkv".index(third[1]) * shape[0]
+    elif fused is not None:
+        start = "qkv".index(fused[1]) * shape[0]
         yield TensorPart(name, stored, rows=(start, start + shape[0]))
     else:
         yield TensorPart(name, stored)
@@ -261,22 +253,18 @@ def base_model(contents: FolderContents) -> FolderContents:
     Raises:
         ValueError: InternVL's layouts cannot hold the model.
     """
-    check_parts(contents.spec)
-    return replace(contents, spec=replace(contents.spec, ratios=[4], router_heads=None), rule=None)
-
-
-def check_parts(spec: ModelSpec) -> None:
-    """Refuse towers and language models that InternVL's layouts have no names for."""
+    spec = contents.spec
     if spec.vision.get("model_type") != "internvl_vision":
         raise ValueError("InternVL's layouts hold InternViT towers alone; this model's tower is of open_clip")
     kind, known = spec.language["model_type"], LANGUAGE_MODELS.values()
     if kind not in known:
         raise ValueError(f"InternVL's layouts hold language models of {', '.join(known)}; this one is {kind}")
+    return replace(contents, spec=replace(spec, ratios=[4], router_heads=None), rule=None)
 
 
 INTERNVL = Family(
     name="internvl",
-    recognises=_is_official,
+    marks=(ARCHITECTURE, "internvl_chat"),
     read=_read,
     parts_of=partial(parts_of, renames=RENAMES),
     reduce=base_model,

@@ -27,8 +27,13 @@ class StoredTensors:
     """
 
     def __init__(self, folder: Path, stored_name: Callable[[str], str] = str) -> None:
-        files = [_open(path) for path in _weight_files(folder)]
-        self._places = {stored_name(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+        self._places: dict[str, tuple[Any, str]] = {}
+        for path in _weight_files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: no readable weights ({error})") from error
+            self._places |= {stored_name(name): (file, name) for name in file.keys()}  # noqa: SIM118
         self.names = set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -80,16 +85,5 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     if any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder}: its weights are pickled, which may run code; save them as {WEIGHTS_NAME}"
-        )
-    raise ValueError(
-        f"{folder}: no {WEIGHTS_NAME}; a model folder holds config.json, weights and a tokenizer"
-    )
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: no readable weights ({error})") from error
+        raise ValueError(f"{folder}: pickled weights may run code; save them as {WEIGHTS_NAME}")
+    raise ValueError(f"{folder}: no {WEIGHTS_NAME}; a model folder holds weights next to config.json")
