@@ -9,23 +9,17 @@ from vico_pl.model.families import hub
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 RELEASED = [
-    "config.json",
-    "generation_config.json",
-    "model-00001-of-00002.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
+    *(
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "merges.txt",
+        "chat_template.jinja",
+    ),
 ]
 LEFT_OUT = [
-    "modeling_internvl_chat.py",
-    "pytorch_model.bin",
-    "pytorch_model-00001-of-00002.bin",
-    "model.pt",
-    "README.md",
-    "examples/image1.jpg",
+    *("modeling_internvl_chat.py", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"),
+    *("README.md", "examples/image1.jpg"),
 ]
 
 
@@ -47,14 +41,6 @@ def calls(monkeypatch, tmp_path):
     return asked
 
 
-def make_unreachable(monkeypatch, error):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(hub, "snapshot_download", fail)
-    monkeypatch.setattr(hub.HfApi, "model_info", fail)
-
-
 @pytest.mark.parametrize("path", ["model", "./a/b", "../a", "/a", "~/a", "a/b/c", "", "/srv/models"])
 def test_anything_else_is_a_path(path):
     assert not hub.is_hub_id(path)
@@ -63,8 +49,7 @@ def test_anything_else_is_a_path(path):
 def test_a_folder_that_is_there_is_no_repository(tmp_path, monkeypatch):
     (tmp_path / "runs/last").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert not hub.is_hub_id("runs/last")
-    assert hub.is_hub_id("runs/first")
+    assert (hub.is_hub_id("runs/last"), hub.is_hub_id("runs/first")) == (False, True)
 
 
 def test_a_branch_is_pinned_to_its_commit(calls):
@@ -128,11 +113,12 @@ UNREACHABLE = [
 @pytest.mark.parametrize("error", UNREACHABLE, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("ask", [hub.pinned, hub.local_folder])
 def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch, ask, error):
-    make_unreachable(monkeypatch, error)
-    with pytest.raises(
-        ValueError, match="a/b@v1: no such folder, and it cannot be had from the Hugging Fa"
-    ) as caught:
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(hub.HfApi, "model_info", fail)
+    expected = r"^a/b@v1: no such folder, and it cannot be had from the Hugging Face Hub \(.+\)$"
+    with pytest.raises(ValueError, match=expected) as caught:
         ask("a/b@v1")
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert "()" not in message
+    assert len(str(caught.value).splitlines()) == 1

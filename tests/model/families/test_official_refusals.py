@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.released import (
     write_official,
 )
 from vico_pl.model.families.folder import load_model, open_folder
+from vico_pl.model.router import RoutingRule
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
 QKV = "vision_model.encoder.layers.1.attn.qkv.weight"
@@ -66,12 +68,11 @@ def test_a_configuration_that_we_would_misread_is_refused(tmp_path, config, mess
 
 
 def test_all_that_is_wrong_with_a_configuration_is_told_together(tmp_path):
-    language = {**LANGUAGE_CONFIG, "architectures": ["InternLM2ForCausalLM"]}
     changes = {"ps_version": "v1", "select_layer": -4, "downsample_ratio": 0.25, "template": "x"}
+    language = {**LANGUAGE_CONFIG, "architectures": ["InternLM2ForCausalLM"]}
     config = official_config(**changes, llm_config=language, force_image_size=448)
     write_official(tmp_path, tensors=official_tensors(official_config()), config=config)
-    problems = refusal(tmp_path).removeprefix("/config.json: ")
-    told = re.findall(r"(?:^|; )([\w.]+) is ", problems)
+    told = re.findall(r"(?:^|; )([\w.]+) is ", refusal(tmp_path).removeprefix("/config.json: "))
     assert told == [*changes, "llm_config.architectures", "force_image_size"]
 
 
@@ -89,25 +90,23 @@ def test_tiles_that_do_not_divide_are_refused(tmp_path, side, flash, message):
     assert refusal(tmp_path).startswith(message)
 
 
-def test_a_tokenizer_without_the_placeholder_is_refused(tmp_path):
+def rename_placeholder(path):
+    path.write_text(path.read_text().replace("<IMG_CONTEXT>", "<IMG_OTHER>"))
+
+
+@pytest.mark.parametrize(
+    ("names", "damage", "message"),
+    [
+        (TOKENIZER_NAMES, rename_placeholder, ": the tokenizer lacks the special tokens <IMG_CONTEXT>"),
+        (TOKENIZER_NAMES, Path.unlink, ": no tokenizer_config.json; a model folder holds"),
+        (TOKENIZER_NAMES[:1], lambda path: path.write_text("{"), ": its tokenizer files are incomplete or"),
+    ],
+)
+def test_a_tokenizer_that_is_of_no_use_is_refused(tmp_path, names, damage, message):
     write_official(tmp_path)
-    for name in TOKENIZER_NAMES:
-        content = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(content.replace("<IMG_CONTEXT>", "<IMG_OTHER>"))
-    assert refusal(tmp_path) == ": the tokenizer lacks the special tokens <IMG_CONTEXT>"
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    write_official(tmp_path)
-    for name in TOKENIZER_NAMES:
-        (tmp_path / name).unlink()
-    assert refusal(tmp_path).startswith(": no tokenizer_config.json; a model folder holds")
-
-
-def test_a_damaged_tokenizer_is_refused(tmp_path):
-    write_official(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    assert refusal(tmp_path).startswith(": its tokenizer files are incomplete or unreadable (")
+    for name in names:
+        damage(tmp_path / name)
+    assert refusal(tmp_path).startswith(message)
 
 
 @pytest.mark.parametrize("content", [{"architectures": None}, {"model_type": "qwen3"}, {"architectures": []}])
@@ -161,16 +160,15 @@ def test_half_of_flash_is_refused(tmp_path):
     assert refusal(tmp_path).startswith(": 25 tensors do not fit: missing pooling_before_gating.attn1.in_")
 
 
-def test_a_router_without_thresholds_is_not_calibrated(tmp_path):
-    config = official_config()
+@pytest.mark.parametrize(
+    ("config", "rule"),
+    [
+        (official_config(), None),
+        (official_config(flash_absolute_threshold=0.4), RoutingRule(threshold=0.4)),
+        (official_config(flash_relative_threshold=0.4), None),
+    ],
+)
+def test_a_router_is_calibrated_if_its_absolute_threshold_is_known(tmp_path, config, rule):
     write_official(tmp_path, config=config, tensors=official_tensors(config, flash=True))
     contents = open_folder(tmp_path).contents
-    assert contents.spec.router_heads == 16
-    assert contents.rule is None
-
-
-def test_one_threshold_alone_is_enough(tmp_path):
-    config = official_config(flash_mode=True, flash_absolute_threshold=0.4)
-    write_official(tmp_path, config=config, tensors=official_tensors(config, flash=True))
-    rule = open_folder(tmp_path).contents.rule
-    assert (rule.threshold, rule.relative_threshold) == (0.4, None)
+    assert (contents.spec.router_heads, contents.rule) == (16, rule)
