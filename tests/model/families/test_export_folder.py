@@ -59,16 +59,8 @@ def assert_refused(source, output, message, **options):
 @pytest.mark.parametrize(
     ("layouts", "spec", "message"),
     [
-        (
-            ["flash"],
-            {"ratios": [4, 16, 64], "router_heads": 16},
-            "Flash has the ratios [4, 16], the model [4, ",
-        ),
-        (
-            ["flash"],
-            {"ratios": [4]},
-            "Flash has the ratios [4, 16], the model [4]; export with --layout ours",
-        ),
+        (["flash"], {"ratios": [4, 16, 64], "router_heads": 16}, "[4, 16], the model [4, 16, 64]"),
+        (["flash"], {"ratios": [4]}, "the model [4]; export with --layout ours"),
         (["flash"], {"router_heads": None}, "router_heads of the model is None; Flash needs 16"),
         (["flash"], {"router_heads": 4}, "router_heads of the model is 4; Flash needs 16"),
         (["internvl", "hf"], {"language": GPT}, "this one is gpt_neox"),
@@ -129,26 +121,20 @@ def test_a_folder_counts_as_complete_only_with_its_weights(tmp_path, ours, layou
 # --- the system message -------------------------------------------------------------------------------------
 
 
-def change_system_message(folder, message):
-    processing = read_json(folder / PROCESSING_NAME)
-    processing["chat"]["system"] = message
-    (folder / PROCESSING_NAME).write_text(json.dumps(processing))
-
-
 @pytest.mark.parametrize("layout", ["flash", "internvl"])
-@pytest.mark.parametrize("message", ["Answer briefly.", None])
-def test_another_system_message_than_released_code_sends_is_warned_of(tmp_path, ours, layout, message):
-    change_system_message(ours, message)
-    expected = re.escape(f"the system message {message!r}, released code will send that of 'internvl2_5'")
-    with pytest.warns(UserWarning, match=expected):
+@pytest.mark.parametrize(("chat", "told"), [({"system": "Answer briefly."}, "'Answer briefly.'"), ({}, None)])
+def test_another_system_message_than_released_code_sends_is_warned_of(tmp_path, ours, layout, chat, told):
+    (ours / PROCESSING_NAME).write_text(json.dumps({"chat": chat}))
+    expected = f"the system message {told}, released code will send that of 'internvl2_5'"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
         export(ours, tmp_path / "out", layout=layout)
     assert read_json(tmp_path / "out" / CONFIG_NAME)["template"] == "internvl2_5"
 
 
 def test_ours_keeps_any_system_message(tmp_path, ours):
-    change_system_message(ours, "Answer briefly.")
+    (ours / PROCESSING_NAME).write_text('{"chat": {"system": "Answer briefly."}}')
     export(ours, tmp_path / "out", layout="ours")  # a warning would fail the test
-    assert open_folder(tmp_path / "out").contents.processing["chat"] == {"system": "Answer briefly."}
+    assert open_folder(tmp_path / "out").contents.processing == {"chat": {"system": "Answer briefly."}}
 
 
 # --- what goes along ----------------------------------------------------------------------------------------

@@ -10,12 +10,7 @@ from vico_pl.model.families import hub
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 RELEASED = [
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
-    *(
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "merges.txt",
-        "chat_template.jinja",
-    ),
+    *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "merges.txt", "template.jinja"),
 ]
 LEFT_OUT = [
     *("modeling_internvl_chat.py", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"),

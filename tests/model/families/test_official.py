@@ -26,15 +26,8 @@ from vico_pl.types import EncodedSample
 
 # InternViT-6B: RMS norms without bias, normalised queries and keys, projections without bias.
 VISION_6B = {**VISION_CONFIG, "norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}
-MIXTURE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
+MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
+MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ARCHITECTURES = {
     "LlamaForCausalLM": {"model_type": "llama", "head_dim": None},
     "Qwen2ForCausalLM": {"model_type": "qwen2", "head_dim": None},
@@ -83,19 +76,6 @@ def mixed_sample(seed, *, num_tiles):
         input_ids=ids,
         response_mask=torch.arange(len(ids)) == len(ids) - 1,
     )
-
-
-def big_spec_and_shapes(folder, vision, language):
-    """Our model of a released size, and the tensors its release lists; neither takes memory."""
-    qwen_tokenizer().save_pretrained(folder)
-    config = official_config(
-        flash=True,
-        force_image_size=448,
-        vision_config={**VISION_CONFIG, "image_size": 448, **vision},
-        llm_config={**LANGUAGE_CONFIG, "vocab_size": 151936, "head_dim": 128, **language},
-    )
-    shapes = dict(official_shapes(config, flash=True))
-    return FLASH.read(folder, config, set(shapes)).spec, shapes
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -267,7 +247,11 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES)
 def test_every_tensor_of_a_released_size_is_mapped(tmp_path, size):
     vision, language, num_parameters = SIZES[size]
-    spec, expected = big_spec_and_shapes(tmp_path, vision, language)
-    own = own_tensors(build_without_weights(spec))
+    vision = {**VISION_CONFIG, "image_size": 448, **vision}
+    language = {**LANGUAGE_CONFIG, "vocab_size": 151936, "head_dim": 128, **language}
+    config = official_config(flash=True, force_image_size=448, vision_config=vision, llm_config=language)
+    expected = dict(official_shapes(config, flash=True))
+    qwen_tokenizer().save_pretrained(tmp_path)
+    own = own_tensors(build_without_weights(FLASH.read(tmp_path, config, set(expected)).spec))
     assert FLASH.stored_shapes(own) == expected
     assert sum(tensor.numel() for tensor in own.values()) == pytest.approx(num_parameters, rel=0.05)
