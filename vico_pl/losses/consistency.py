@@ -185,7 +185,7 @@ def _sweep(
                 _multiply(slope.to(head.dtype), head, out=to_states[rows])
             if to_head is not None:
                 slope = slope if row_weights is None else slope.mul_(row_weights[rows, None])
-                _add_product(slope.to(policy.dtype).T, policy[rows], to=to_head)
+                _multiply(slope.to(policy.dtype).T, policy[rows], out=to_head, add=True)
     return kl, to_states, to_head
 
 
@@ -250,17 +250,10 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor, scratch: Tensor, *, with_slope: bo
     return kl, slope
 
 
-def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """Write left @ right to `out`, without rounding to the operands' type on the way."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
+def _multiply(left: Tensor, right: Tensor, *, out: Tensor, add: bool = False) -> None:
+    """Write left @ right to `out`, or add it in place, without rounding to the operands' type on the way."""
+    widened: Any = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, left, right, out=out, **widened)
     else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-
-
-def _add_product(left: Tensor, right: Tensor, *, to: Tensor) -> None:
-    """Add left @ right in place: no second tensor of that size."""
-    if left.dtype == to.dtype:
-        to.addmm_(left, right)
-    else:
-        torch.addmm(to, left, right, out_dtype=to.dtype, out=to)
+        torch.mm(left, right, out=out, **widened)

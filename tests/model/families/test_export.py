@@ -123,9 +123,8 @@ def test_without_another_type_that_of_the_weights_is_told(tmp_path):
 def test_transformers_reads_an_hf_export_to_the_same_model(tmp_path, language):
     write_official(tmp_path / "in", flash=True, config=official_config(llm_config=LANGUAGES[language]))
     export(tmp_path / "in", tmp_path / "hf", layout="hf")
-    theirs, report = InternVLForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", output_loading_info=True
-    )
+    folder, reader = tmp_path / "hf", InternVLForConditionalGeneration
+    theirs, report = reader.from_pretrained(folder, output_loading_info=True)
     assert {name: list(found) for name, found in report.items() if found} == {}
     expected = load_model(tmp_path / "in")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -150,6 +149,7 @@ def test_an_export_of_what_transformers_wrote_is_what_transformers_writes(tmp_pa
 
 def test_a_flash_configuration_keeps_tiling_template_and_thresholds(tmp_path, flash):
     export(flash, tmp_path / "ours", layout="ours")
+    assert open_folder(tmp_path / "ours").contents == open_folder(flash).contents
     export(tmp_path / "ours", tmp_path / "back", layout="flash")
     before, after = config_of(flash), config_of(tmp_path / "back")
     told_elsewhere = ("auto_map", "torch_dtype", "vision_config", "llm_config")
@@ -166,18 +166,10 @@ def test_a_calibration_goes_before_the_thresholds_of_the_configuration(tmp_path,
     export(flash, tmp_path / "flash-again", layout="flash")
     config = config_of(tmp_path / "flash-again")
     assert (config["flash_absolute_threshold"], config["flash_relative_threshold"]) == (0.7, 0.0)
-    export(flash, tmp_path / "out", layout="ours")  # with its curve
-    assert (tmp_path / "out" / CALIBRATION_NAME).read_bytes() == (flash / CALIBRATION_NAME).read_bytes()
-
-
-def test_a_calibration_may_have_a_relative_threshold(flash):
     calibrate(flash, relative_threshold=0.1)
     assert open_folder(flash).contents.rule == RoutingRule(threshold=0.7, relative_threshold=0.1)
-
-
-def test_the_thresholds_of_flash_go_along_to_ours(tmp_path, flash):
-    export(flash, tmp_path / "out", layout="ours")
-    assert open_folder(tmp_path / "out").contents == open_folder(flash).contents
+    export(flash, tmp_path / "out", layout="ours")  # with its curve
+    assert (tmp_path / "out" / CALIBRATION_NAME).read_bytes() == (flash / CALIBRATION_NAME).read_bytes()
 
 
 def test_the_image_processor_of_an_hf_export_is_read_by_transformers(tmp_path, flash):

@@ -47,29 +47,23 @@ def test_a_folder_that_is_there_is_no_repository(tmp_path, monkeypatch):
     assert (hub.is_hub_id("runs/last"), hub.is_hub_id("runs/first")) == (False, True)
 
 
-def test_a_branch_is_pinned_to_its_commit(calls):
-    assert hub.pinned("a/b@main") == f"a/b@{COMMIT}"
-    assert hub.pinned("a/b") == f"a/b@{COMMIT}"
-    assert calls == [("a/b", {"revision": "main"}), ("a/b", {"revision": None})]
-
-
-def test_a_commit_and_a_folder_need_no_pin(calls, tmp_path):
-    assert hub.pinned(f"a/b@{COMMIT}") == f"a/b@{COMMIT}"
-    assert hub.pinned(str(tmp_path)) == str(tmp_path)
-    assert calls == []
-
-
 @pytest.mark.parametrize(
-    ("path", "begun_with", "kept"),
+    ("path", "begun_with", "expected", "revisions"),
     [
-        ("a/b", f"a/b@{OTHER}", True),
-        ("a/b", f"a/bc@{OTHER}", False),
-        ("a/b", "folder", False),
-        ("a/b@main", f"a/b@{OTHER}", False),
+        ("a/b", None, f"a/b@{COMMIT}", [None]),
+        ("a/b@main", None, f"a/b@{COMMIT}", ["main"]),
+        (f"a/b@{COMMIT}", None, f"a/b@{COMMIT}", []),
+        ("folder", None, "folder", []),
+        ("a/b", f"a/b@{OTHER}", f"a/b@{OTHER}", []),
+        ("a/b", f"a/bc@{OTHER}", f"a/b@{COMMIT}", [None]),
+        ("a/b@main", f"a/b@{OTHER}", f"a/b@{COMMIT}", ["main"]),
     ],
 )
-def test_a_run_without_a_revision_keeps_the_commit_it_has_begun_with(path, begun_with, kept):
-    assert hub.pinned(path, begun_with) == (begun_with if kept else f"a/b@{COMMIT}")
+def test_a_name_is_pinned_to_its_commit_or_that_which_the_run_has_begun_with(
+    calls, path, begun_with, expected, revisions
+):
+    assert hub.pinned(path, begun_with) == expected
+    assert calls == [("a/b", {"revision": revision}) for revision in revisions]
 
 
 def test_a_repository_without_a_commit_is_refused(monkeypatch):
@@ -84,15 +78,9 @@ def test_python_files_and_pickled_weights_are_not_fetched(calls):
     assert list(filter_repo_objects(RELEASED + LEFT_OUT, allow_patterns=patterns)) == RELEASED
 
 
-def test_a_path_is_left_to_itself(calls, tmp_path):
-    assert hub.local_folder(str(tmp_path)) == tmp_path
-    assert hub.local_folder("model") == Path("model")
-    assert calls == []
-
-
-def test_the_name_of_a_repository_stands_for_its_snapshot(calls, tmp_path):
-    assert hub.local_folder(f"a/b@{COMMIT}") == tmp_path / "snapshot"
-    assert hub.local_folder("a/b") == tmp_path / "snapshot"
+def test_the_name_of_a_repository_stands_for_its_snapshot_and_a_path_for_itself(calls, tmp_path):
+    assert hub.local_folder(f"a/b@{COMMIT}") == hub.local_folder("a/b") == tmp_path / "snapshot"
+    assert (hub.local_folder(str(tmp_path)), hub.local_folder("model")) == (tmp_path, Path("model"))
     assert [(repo, options["revision"]) for repo, options in calls] == [("a/b", COMMIT), ("a/b", None)]
 
 

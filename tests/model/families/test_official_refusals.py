@@ -133,13 +133,6 @@ def test_a_tied_head_without_embeddings_is_told_with_the_missing(tmp_path):
     assert refusal(tmp_path) == f": 2 tensors do not fit: missing {EMBEDDINGS}; unknown {HEAD}"
 
 
-def test_half_of_flash_is_refused(tmp_path):
-    tensors = official_tensors(official_config(flash=True), flash=True)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooling")}
-    write_official(tmp_path, flash=True, tensors=tensors)
-    assert refusal(tmp_path).startswith(": 25 tensors do not fit: missing pooling_before_gating.attn1.in_")
-
-
 @pytest.mark.parametrize(
     ("config", "rule"),
     [

@@ -1,7 +1,9 @@
 """Model folders that live on the Hugging Face Hub: named OWNER/NAME or OWNER/NAME@REVISION, fetched once."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
@@ -41,10 +43,7 @@ def pinned(path: str, begun_with: str | None = None) -> str:
         return path
     if begun_with is not None and begun_with.startswith(f"{path}@"):
         return begun_with
-    try:
-        commit = HfApi().model_info(name, revision=revision).sha
-    except Unreachable as error:
-        raise ValueError(_message(path, error)) from error
+    commit = _ask(path, HfApi().model_info, name, revision=revision).sha
     if commit is None:
         raise ValueError(f"{path}: the Hub names no commit for it")
     return f"{name}@{commit}"
@@ -59,12 +58,14 @@ def local_folder(path: str) -> Path:
     if not is_hub_id(path):
         return Path(path)
     name, revision = split_revision(path)
+    return Path(_ask(path, snapshot_download, name, revision=revision, allow_patterns=PATTERNS))
+
+
+def _ask(path: str, question: Callable[..., Any], *arguments: str, **options: Any) -> Any:
+    """Call a function of the Hub's client; say in one sentence why it cannot answer."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return question(*arguments, **options)
     except Unreachable as error:
-        raise ValueError(_message(path, error)) from error
-
-
-def _message(path: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{path}: no such folder, and it cannot be had from the Hugging Face Hub ({reason})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{path}: no such folder, and it cannot be had from the Hugging Face Hub ({reason})"
+        raise ValueError(message) from error
