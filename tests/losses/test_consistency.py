@@ -234,8 +234,7 @@ def test_sides_that_do_not_belong_together_are_refused(rows, words, chunk_size, 
 def test_an_empty_response_is_zero_with_zero_gradients(dtype):
     inputs = tensors(0, dtype=dtype)
     kl = consistency_kl(*inputs)
-    assert kl.shape == (0,)
-    assert kl.dtype == torch.float32
+    assert (kl.shape, kl.dtype) == ((0,), torch.float32)
     kl.sum().backward()
     # Zeros, not None: under DDP a parameter without a gradient would leave the other ranks waiting.
     assert inputs[0].grad.shape == (0, 6)

@@ -179,7 +179,7 @@ def _sweep(
             rows = slice(start, start + settings.chunk_size)
             log_p, log_q, scratch = chunk = [buffer[: len(kl[rows])] for buffer in buffers]
             _log_p(reference, rows, settings, chunk)
-            _log_probabilities(policy[rows], head, settings.temperature, scratch, out=log_q)
+            _log_softmax(policy[rows], head, settings.temperature, scratch, out=log_q)
             kl[rows], slope = divergence(log_p, log_q, scratch, with_slope=any(needs))
             if to_states is not None:
                 _multiply(slope.to(head.dtype), head, out=to_states[rows])
@@ -213,17 +213,15 @@ def _log_p(reference: tuple[Tensor, Tensor], rows: slice, settings: _Settings, b
     """Fill the first buffer, with what neighbours share of the reference made once; the others are free."""
     (states, head), (log_p, few, scratch) = reference, buffers
     if settings.reference_rows is None:
-        _log_probabilities(states[rows], head, settings.temperature, scratch, out=log_p)
+        _log_softmax(states[rows], head, settings.temperature, scratch, out=log_p)
         return
     distinct, shared = settings.reference_rows[rows].unique_consecutive(return_inverse=True)
     few, scratch = few[: len(distinct)], scratch[: len(distinct)]
-    _log_probabilities(states[distinct], head, settings.temperature, scratch, out=few)
+    _log_softmax(states[distinct], head, settings.temperature, scratch, out=few)
     torch.index_select(few, 0, shared, out=log_p)
 
 
-def _log_probabilities(
-    states: Tensor, head: Tensor, temperature: float, logits: Tensor, *, out: Tensor
-) -> None:
+def _log_softmax(states: Tensor, head: Tensor, temperature: float, logits: Tensor, *, out: Tensor) -> None:
     _multiply(states, head.T, out=logits)
     if temperature != 1:
         logits.div_(temperature)

@@ -1,7 +1,7 @@
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import ModelInfo
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 
@@ -29,7 +29,7 @@ def calls(monkeypatch, tmp_path):
 
     def info(_, repo, *, revision):
         asked.append((repo, {"revision": revision}))
-        return SimpleNamespace(sha=COMMIT)
+        return ModelInfo(id=repo, sha=COMMIT)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.setattr(hub.HfApi, "model_info", info)
@@ -67,7 +67,7 @@ def test_a_name_is_pinned_to_its_commit_or_that_which_the_run_has_begun_with(
 
 
 def test_a_repository_without_a_commit_is_refused(monkeypatch):
-    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=None))
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: ModelInfo(id="a/b"))
     with pytest.raises(ValueError, match="a/b: the Hub names no commit for it"):
         hub.pinned("a/b")
 

@@ -119,10 +119,6 @@ def test_pickled_weights_beside_others_are_passed_over(tmp_path):
     assert_holds(tmp_path, TENSORS)
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
-    assert refusal(tmp_path).startswith(f": no {WEIGHTS_NAME}; a model folder holds")
-
-
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 @pytest.mark.parametrize("name", [WEIGHTS_NAME, "model-00002-of-00003.safetensors"])
 def test_a_truncated_file_is_named(tmp_path, name, keep):

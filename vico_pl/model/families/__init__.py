@@ -1,7 +1,6 @@
 """Model folders in and out: the only place that knows how other projects store their models.
 
-A family is one module that ends in a `Family`, and one line in the table below; a new vision tower or router
-is one builder and one line in `vision.TOWERS` or `router.ROUTERS`.
+A family is one module that ends in a `Family`, and one line in the table below.
 
 base.py       what a family is, and our own layout
 official.py   released InternVL checkpoints: base model and Flash

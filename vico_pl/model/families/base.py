@@ -89,15 +89,11 @@ class Family:
     def to_own(
         self, stored: StoredTensors, wanted: Mapping[str, Tensor], *, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
-        """Read tensors of the names and shapes of `wanted`, in `dtype` or as stored.
-
-        Whole tensors are views of the stored ones.
-        """
+        """Read tensors of the names and shapes of `wanted`, in `dtype` or as stored; whole ones are views."""
         own: dict[str, Tensor] = {}
         for part in self._parts(wanted):
             tensor = stored[part.stored]
-            if part.rows is not None:
-                tensor = tensor[slice(*part.rows)]
+            tensor = tensor if part.rows is None else tensor[slice(*part.rows)]
             if part.at == ():
                 own[part.own] = tensor.to(dtype)
                 continue

@@ -82,6 +82,8 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
     language = {**config["llm_config"], "model_type": LANGUAGE_MODELS[architecture]}
     if names is not None and HEAD_NAME not in names:
         language.setdefault("tie_word_embeddings", True)
+    threshold, relative = (config.get(f"flash_{kind}_threshold") for kind in ("absolute", "relative"))
+    rule = None if threshold is None else RoutingRule(threshold=threshold, relative_threshold=relative)
     given = config["vision_config"]
     vision = {ours: given.get(name, default) for name, (ours, default) in VISION_KEYS.items()}
     return FolderContents(
@@ -93,7 +95,7 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
             placeholder_id=0 if names is None else placeholder_id(folder),
         ),
         processing={"tiling": _tiling(config, vision["image_size"]), "chat": {"system": SYSTEM_MESSAGE}},
-        rule=_rule(config) if "gating" in modules else None,
+        rule=rule if "gating" in modules else None,
     )
 
 
@@ -123,11 +125,6 @@ def _tiling(config: Json, tile_size: int) -> Json:
         "max_tiles": config.get("max_dynamic_patch", 12) if dynamic else 1,
         "use_thumbnail": config.get("use_thumbnail", True),
     }
-
-
-def _rule(config: Json) -> RoutingRule | None:
-    threshold, relative = (config.get(f"flash_{kind}_threshold") for kind in ("absolute", "relative"))
-    return None if threshold is None else RoutingRule(threshold=threshold, relative_threshold=relative)
 
 
 def _check_flash(contents: FolderContents) -> FolderContents:
