@@ -38,13 +38,13 @@ def test_a_head_that_is_tied_to_the_embeddings_comes_back_tied(tmp_path):
 
 
 def test_connectors_and_a_router_that_the_folder_lacks_begin_fresh(tmp_path):
-    save_model(tiny_model(ratios=[4], router_heads=None), tmp_path)
-    stored = load_model(tmp_path)
+    save_model(tiny_model(ratios=[4], router_heads=None).bfloat16(), tmp_path)
+    stored, grown = load_model(tmp_path), load_model(tmp_path, ratios=[4, 16], router_heads=4, dtype=None)
     assert (stored.ratios, stored.router) == ([4], None)
-    grown = load_model(tmp_path, ratios=[4, 16], router_heads=4)
     assert (grown.ratios, grown.spec.router_heads) == ([4, 16], 4)
+    assert {tensor.dtype for tensor in grown.connectors.parameters()} == {torch.bfloat16}
     for name, tensor in stored.state_dict().items():
-        assert torch.equal(grown.state_dict()[name], tensor), name
+        assert torch.equal(grown.state_dict()[name].float(), tensor), name
 
 
 def test_a_stored_router_keeps_its_number_of_heads(folder):
