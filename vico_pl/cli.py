@@ -217,7 +217,7 @@ def export(
     ] = "stored",
 ) -> None:
     """Convert a model to another layout; weights change only with --dtype."""
-    from vico_pl.model.families.export import export as write
+    from vico_pl.model.families.folder import export as write
     from vico_pl.stages.settings import DTYPES
 
     if dtype not in DTYPES:

@@ -15,7 +15,7 @@ from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.inference.routing import choose_ratios
-from vico_pl.model.families.base import PROCESSING_NAME, Contents
+from vico_pl.model.families.base import PROCESSING_NAME, FolderContents
 from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule
@@ -116,7 +116,7 @@ def question_text(prompt: str, *, num_images: int) -> str:
     return f"{IMAGE_TOKEN}\n" * num_images + prompt.replace(IMAGE_TOKEN, "").strip()
 
 
-def _processing(folder: Path, contents: Contents) -> tuple[TilingConfig, ChatConfig]:
+def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, ChatConfig]:
     settings = contents.processing
     if settings is None:
         raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it next to the weights")
