@@ -4,9 +4,8 @@ Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -120,16 +119,13 @@ def calibrate(
     ] = None,
 ) -> None:
     """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
-    from vico_pl.evaluation.calibrate import calibration_record, check_goal, choose_point, measure_curve
+    from vico_pl.evaluation.calibrate import calibrate as choose
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
 
     session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
-    check_goal(session, data, budget)
-    curve = measure_curve(session, data, track=_progress)
-    chosen = choose_point(curve, retention=retention, budget=budget)
-    record = calibration_record(curve, chosen, data=str(data), retention=retention, budget=budget)
+    chosen, record = choose(session, data, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
     kept = chosen.retention["mean"]
@@ -149,15 +145,14 @@ def eval_(
 ) -> None:
     """Compare the router with baselines of the same token budget; write report.json and report.html."""
     from vico_pl.evaluation.evaluate import evaluate
-    from vico_pl.evaluation.pictures import build_gallery
-    from vico_pl.evaluation.report import format_table, write_html
+    from vico_pl.evaluation.report import build_gallery, format_table, write_html
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
 
     opened = _local(model)
     folder = output or opened / "report"
     session = Predictor.load(opened)
-    report, examples = evaluate(session, data, seed=seed, track=_progress)
+    report, examples = evaluate(session, data, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples))
     write_json(report, folder / "report.json")
@@ -173,7 +168,7 @@ def route(
 ) -> None:
     """Draw which tiles of an image keep full vision tokens."""
     from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.pictures import route_image, routing_picture
+    from vico_pl.evaluation.report import route_image, routing_picture
     from vico_pl.inference.predictor import Predictor
 
     pixels, session = read_image(image), Predictor.load(_local(model))
@@ -244,12 +239,6 @@ def _local(model: str) -> Path:
     from vico_pl.model.families.hub import local_folder
 
     return local_folder(model)
-
-
-def _progress(groups: Iterable[Any], title: str, total: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    yield from tqdm(groups, desc=title, total=total, unit="group")
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:

@@ -1,6 +1,7 @@
 """The `vico shards` commands: build, index, check and inspect sets of shards."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,10 +39,8 @@ def glyphs(
         comparisons_per_image=comparisons,
         read_fraction=read_fraction,
     )
-    index = build_glyphs(
-        output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard
-    )
-    _print_totals(output, index)
+    size = {"num_samples": num_samples, "samples_per_shard": samples_per_shard}
+    _print_totals(output, build_glyphs(output, config, seed=seed, **size))
 
 
 @shards.command()
@@ -61,11 +60,12 @@ def build(
     workers: Workers = None,
 ) -> None:
     """Write annotations and their images as shards; bad records are reported and left out (exit code 1)."""
-    from vico_pl.data.shards.annotations import ShardLimits, build_from_annotations
+    from vico_pl.data.shards.build import build_from_annotations
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
-    limits = ShardLimits(max_samples=samples_per_shard, max_bytes=max_bytes)
-    index, faults = build_from_annotations(annotations, images, output, limits=limits, workers=workers)
+    index, faults = build_from_annotations(
+        annotations, images, output, max_samples=samples_per_shard, max_bytes=max_bytes, workers=workers
+    )
     _print_totals(output, index)
     report_faults(faults)
 
@@ -85,11 +85,11 @@ def check(source: Source) -> None:
     from vico_pl.data.shards.inspect import find_faults
     from vico_pl.data.shards.reader import read_index
 
-    num_samples = read_index(source).num_samples
-    if num_samples == 0:
+    index = read_index(source)
+    if index.num_samples == 0:
         raise ValueError(f"{_shown(source)}: no records; expected members KEY.json, KEY.jpg (data/README.md)")
-    report_faults(find_faults(source))
-    typer.echo(f"{_shown(source)}: all {num_samples} records are usable")
+    report_faults(find_faults(index))
+    typer.echo(f"{_shown(source)}: all {index.num_samples} records are usable")
 
 
 @shards.command()
@@ -103,7 +103,12 @@ def stats(
     """Count samples, images, tiles, text, answers and bad records; optionally draw histograms."""
     from vico_pl.data.shards.stats import draw, survey
 
-    found = survey(source, count_tokens=None if tokenizer is None else _token_counter(tokenizer))
+    tokenize = None
+    if tokenizer is not None:
+        from vico_pl.tokens import load_tokenizer
+
+        tokenize = load_tokenizer(tokenizer).tokenize
+    found = survey(source, tokenize=tokenize)
     for name, value in found.counts().items():
         typer.echo(f"{name:24} {value}")
     if output is not None:
@@ -119,8 +124,6 @@ def preview(
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 12,
 ) -> None:
     """Draw the first samples with their questions and answers."""
-    from itertools import islice
-
     from vico_pl.data.shards.inspect import read_samples
     from vico_pl.data.shards.preview import contact_sheet
 
@@ -141,13 +144,6 @@ def report_faults(faults: Iterable[Any]) -> None:
         found = True
     if found:
         raise SystemExit(1)
-
-
-def _token_counter(model: str) -> Callable[[str], int]:
-    from vico_pl.tokens import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _print_totals(source: Path | str, index: Any) -> None:
