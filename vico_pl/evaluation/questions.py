@@ -55,11 +55,11 @@ class Group:
 
 def folder_groups(
     predictor: Predictor, folder: Path, *, title: str, samples: Iterable[TiledSample] | None = None
-) -> Iterable[Group]:
+) -> Iterator[Group]:
     """Encode the samples of a folder, or `samples` made of them, with a progress bar."""
     groups = read_groups(predictor, predictor.samples(folder) if samples is None else samples)
     total = -(-read_index(folder).num_samples // SAMPLES_PER_GROUP)
-    return tqdm(groups, desc=title, total=total, unit="group")
+    yield from tqdm(groups, desc=title, total=total, unit="group")
 
 
 def read_groups(predictor: Predictor, samples: Iterable[TiledSample]) -> Iterator[Group]:
