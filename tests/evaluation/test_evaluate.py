@@ -149,7 +149,7 @@ def test_examples_show_what_was_asked_answered_and_compressed(predictor, answere
     assert examples
     samples = list(predictor.samples(answered))
     for example in examples:
-        sample = samples[example.sample]
+        sample = samples[example.question.sample]
         assert len(sample.tiles) >= 4
         with torch.no_grad():
             assert example.ratios == predictor.route(predictor.model.encode_tiles(sample.tiles)).tolist()
@@ -158,8 +158,8 @@ def test_examples_show_what_was_asked_answered_and_compressed(predictor, answere
         )
         spent = [4 / ratio for ratio in example.ratios]
         assert example.token_fraction == pytest.approx(sum(spent) / len(spent))
-        assert asked[example.question] == example.expected == example.full_answer
-    assert len({example.sample for example in examples}) == len(examples)
+        assert asked[example.question.text] == example.question.expected == example.full_answer
+    assert len({example.question.sample for example in examples}) == len(examples)
 
 
 def first_records(answered, count):
@@ -210,7 +210,7 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(pre
     fraction = {arm: report["arms"][arm]["token_fraction"] for arm in ("downsample", "router")}
     one_tile_each = round(5 / 13, 5)
     assert fraction["downsample"] <= max(fraction["router"], one_tile_each)
-    assert {example.sample for example in examples} <= {3}, "the gallery draws single images"
+    assert {example.question.sample for example in examples} <= {3}, "the gallery draws single images"
 
 
 def refusal(predictor, folder):

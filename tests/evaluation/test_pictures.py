@@ -10,6 +10,7 @@ from tests.sessions import write_set
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image
 from vico_pl.evaluation.evaluate import RoutedExample
+from vico_pl.evaluation.questions import EvalQuestion
 from vico_pl.evaluation.report import COMPRESSED, KEPT, build_gallery, route_image, routing_picture
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
@@ -33,8 +34,9 @@ def coloured(tmp_path):
 
 
 def example(sample, ratios):
-    texts = dict.fromkeys(("question", "expected", "full_answer", "router_answer"), "green")
-    return RoutedExample(sample=sample, ratios=ratios, token_fraction=0.5, **texts)
+    question = EvalQuestion(sample=sample, skill="ocr", text="<image>\nWhich?", expected="green")
+    answers = {"full_answer": "green", "router_answer": "grey"}
+    return RoutedExample(question=question, ratios=ratios, token_fraction=0.5, **answers)
 
 
 def area_of(picture, colour):
@@ -43,7 +45,7 @@ def area_of(picture, colour):
 
 def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(predictor, coloured):
     items = build_gallery(predictor, coloured, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
-    assert [example.sample for example, _ in items] == [1, 2], "in the order of the set"
+    assert [example.question.sample for example, _ in items] == [1, 2], "in the order of the set"
     (_, green), (_, blue) = items
     assert area_of(green, COLOURS[1]) > 0.1
     assert area_of(blue, COLOURS[2]) > 0.1

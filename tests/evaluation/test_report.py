@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 
 from vico_pl.evaluation.evaluate import RoutedExample
+from vico_pl.evaluation.questions import EvalQuestion
 from vico_pl.evaluation.report import (
     ARMS,
     NOTHING,
@@ -51,10 +52,12 @@ def report():
     }
 
 
-def item(**changes):
-    texts = {"question": "What colour?", "expected": "red", "full_answer": "red", "router_answer": "red"}
-    picture = PIL.Image.new("RGB", (40, 30), "red")
-    return RoutedExample(sample=0, ratios=[4, 16], token_fraction=0.4375, **{**texts, **changes}), picture
+def item(*, question="What colour?", expected="red", full="red", router="red"):
+    asked = EvalQuestion(sample=0, skill="ocr", text=question, expected=expected)
+    example = RoutedExample(
+        question=asked, ratios=[4, 16], token_fraction=0.4375, full_answer=full, router_answer=router
+    )
+    return example, PIL.Image.new("RGB", (40, 30), "red")
 
 
 def write(report, tmp_path, *, gallery=()):
@@ -91,7 +94,7 @@ def test_page_is_self_contained(report, tmp_path):
 
 def test_text_from_data_is_escaped(report, tmp_path):
     report.update(model=NASTY, dataset=NASTY)
-    nasty = {"question": NASTY, "expected": NASTY, "full_answer": NASTY + "1", "router_answer": NASTY + "2"}
+    nasty = {"question": NASTY, "expected": NASTY, "full": NASTY + "1", "router": NASTY + "2"}
     page = write(report, tmp_path, gallery=[item(**nasty)])
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;co&#34;") >= 5
@@ -100,7 +103,7 @@ def test_text_from_data_is_escaped(report, tmp_path):
 
 
 def test_gallery_shows_answers_and_marks_wrong_ones(report, tmp_path):
-    items = [item(full_answer=" Red", router_answer="green"), item(router_answer="")]
+    items = [item(full=" Red", router="green"), item(router="")]
     page = write(report, tmp_path, gallery=items)
     facts = re.sub(r"<[^>]*>|\s+", " ", page[page.index("What the router does") :])
     first = r"expected +red +full tokens +Red +✓ +router +green +✗ wrong +vision tokens +44 %"

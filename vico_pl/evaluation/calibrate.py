@@ -9,7 +9,7 @@ import torch
 
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.evaluation.metrics import accuracy_by_skill
-from vico_pl.evaluation.questions import answer_group, folder_groups, has_questions
+from vico_pl.evaluation.questions import answer_folder, folder_groups, has_questions
 from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
 
@@ -73,9 +73,8 @@ def measure_curve(predictor: Predictor, folder: Path) -> list[CalibrationPoint]:
     skills: list[str] = []
     correct: list[list[bool]] = [[] for _ in choices]
     if has_questions(read_samples(folder)):
-        for group in folder_groups(predictor, folder, title="answering"):
+        for group, answers in answer_folder(predictor, folder, choices):
             skills += [q.skill for q in group.questions]
-            answers = answer_group(predictor, group, [choice[group.positions] for choice in choices])
             for column, given in zip(correct, answers, strict=True):
                 column += group.grade(given)
     full_tokens = sum(map(len, scores)) * model.tokens_per_full_tile

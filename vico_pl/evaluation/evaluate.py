@@ -6,7 +6,7 @@ Most arms are scores: tiles with the highest scores are compressed first, as man
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +20,12 @@ from vico_pl.data.collate import collate
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.stats import Size, count_tiles
 from vico_pl.data.tiling import TilingConfig, tile_sample
-from vico_pl.evaluation.metrics import Scores, accuracy_by_skill, accuracy_tables
+from vico_pl.evaluation.metrics import accuracy_by_skill, accuracy_tables
 from vico_pl.evaluation.questions import (
     EvalQuestion,
     Group,
     Ratios,
+    answer_folder,
     answer_group,
     folder_groups,
     has_questions,
@@ -58,21 +59,14 @@ class Outcome:
     correct: list[bool] = field(default_factory=list)  # of each question
     first_token_ms: list[float] = field(default_factory=list)  # of some samples
 
-    def add(self, predictor: Predictor, group: Group, ratios: Ratios, answers: Sequence[str]) -> None:
-        """Add a group of samples."""
-        self.tokens += vision_tokens(ratios, num_patches=predictor.model.vision.num_patches)
-        self.correct += group.grade(answers)
-
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedExample:
     """A question of the gallery: how its image was routed, and the answers."""
 
-    sample: int  # position of its sample in the set
+    question: EvalQuestion
     ratios: list[int]
     token_fraction: float
-    question: str
-    expected: str
     full_answer: str
     router_answer: str
 
@@ -93,18 +87,25 @@ def evaluate(
     if not sum(map(len, scores["router"])):
         raise ValueError(f"{folder}: no image to evaluate on")
     settings, pareto = _arm_settings(scores, predictor.rule.threshold), _pareto_settings(scores)
-    outcomes = {setting: Outcome() for setting in [*settings.values(), *pareto]}
-    full, routed = settings["full"], settings["router"]
+    full, routed, model = settings["full"], settings["router"], predictor.model
+    choices = {
+        setting: at_threshold(scores[setting.scores], setting.threshold, ratios=model.ratios)
+        for setting in [*settings.values(), *pareto]
+    }
+    outcomes = {
+        setting: Outcome(vision_tokens(ratios, num_patches=model.vision.num_patches))
+        for setting, ratios in choices.items()
+    }
     questions: list[EvalQuestion] = []
     examples: list[RoutedExample] = []
-    for group in folder_groups(predictor, folder, title="answering"):
-        choices = _choose(group, scores, outcomes, ratios=predictor.model.ratios)
-        answers = dict(zip(choices, answer_group(predictor, group, choices.values()), strict=True))
-        for setting, outcome in outcomes.items():
-            outcome.add(predictor, group, choices[setting], answers[setting])
+    for group, answered in answer_folder(predictor, folder, list(choices.values())):
+        answers = dict(zip(choices, answered, strict=True))
+        for setting, given in answers.items():
+            outcomes[setting].correct += group.grade(given)
         if group.first == 0:
             for arm, setting in settings.items():
-                times = _time_first_tokens(predictor, group, choices[setting], routes=arm == "router")
+                ratios = choices[setting][group.positions]
+                times = _time_first_tokens(predictor, group, ratios, routes=arm == "router")
                 outcomes[setting].first_token_ms = times
         questions += group.questions
         examples += _examples(group, choices[full], choices[routed], answers[full], answers[routed])
@@ -196,16 +197,6 @@ def _pareto_settings(scores: Mapping[str, TileScores]) -> list[Setting]:
     return list(dict.fromkeys(swept))  # in a small set two fractions may be the same number of tiles
 
 
-def _choose(
-    group: Group, scores: Mapping[str, TileScores], settings: Iterable[Setting], *, ratios: list[int]
-) -> dict[Setting, Ratios]:
-    """Return the ratios of a group's tiles under each setting."""
-    return {
-        setting: at_threshold(scores[setting.scores][group.positions], setting.threshold, ratios=ratios)
-        for setting in settings
-    }
-
-
 def _time_first_tokens(predictor: Predictor, group: Group, ratios: Ratios, *, routes: bool) -> list[float]:
     """Time tiles -> first answer token for single samples, in milliseconds, after one warm-up run."""
     times = []
@@ -223,16 +214,14 @@ def _examples(
     """Pick questions about single images of several tiles, one per image."""
     found: dict[int, RoutedExample] = {}
     for question, *answers in zip(group.questions, full_answers, router_answers, strict=True):
-        index = question.sample - group.first
-        sample, ratios = group.samples[index], routed[index].tolist()
+        place = question.sample
+        sample = group.samples[place - group.first]
         is_shown = len(sample.tiles) >= EXAMPLE_TILES and len(sample.tiles_per_image) == 1
-        if is_shown and index not in found:
-            found[index] = RoutedExample(
-                sample=question.sample,
-                ratios=ratios,
-                token_fraction=float((full[index].double() / routed[index]).mean()),
-                question=question.text,
-                expected=question.expected,
+        if is_shown and place not in found:
+            found[place] = RoutedExample(
+                question=question,
+                ratios=routed[place].tolist(),
+                token_fraction=float((full[place].double() / routed[place]).mean()),
                 full_answer=answers[0],
                 router_answer=answers[1],
             )
@@ -248,7 +237,8 @@ def _downsample(predictor: Predictor, folder: Path, *, budget: float) -> Outcome
     for group in folder_groups(predictor, folder, title="downsampled", samples=shrunk):
         ratios = [torch.full((len(f),), predictor.model.ratios[0]) for f in group.features]
         (answers,) = answer_group(predictor, group, [ratios])
-        outcome.add(predictor, group, ratios, answers)
+        outcome.tokens += vision_tokens(ratios, num_patches=predictor.model.vision.num_patches)
+        outcome.correct += group.grade(answers)
         if group.first == 0:
             outcome.first_token_ms = _time_first_tokens(predictor, group, ratios, routes=False)
     return outcome
@@ -297,13 +287,10 @@ def _figures(
     seed: int,
 ) -> dict[str, Any]:
     """Return what report.json says of the arms and of the swept thresholds."""
-    skills = [q.skill for q in questions]
-    scores = Scores(
-        sample=np.array([q.sample for q in questions]),
-        skill=np.array(skills),
-        correct={arm: np.array(outcome.correct) for arm, outcome in arms.items()},
-    )
-    tables, full_tokens = accuracy_tables(scores, seed=seed), sum(arms["full"].tokens)
+    images, skills = [q.sample for q in questions], [q.skill for q in questions]
+    correct = {arm: outcome.correct for arm, outcome in arms.items()}
+    tables = accuracy_tables(images, skills, correct, seed=seed)
+    full_tokens = sum(arms["full"].tokens)
     return {
         "arms": {
             arm: {

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,6 +21,7 @@ TOKENS_PER_BATCH = 16384  # of generation, padding included
 EXTRA_TOKENS = 8  # an answer that is longer than the expected one by this many is wrong anyway
 
 Ratios = Sequence[Int64[Tensor, " _"]]  # one entry per sample
+_Prompt = tuple[int, tuple[int, ...]]  # number of a question in its group, and its sample's ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +88,15 @@ def _questions(sample: Sample | TiledSample, position: int) -> Iterator[EvalQues
             yield EvalQuestion(sample=position, skill=gpt.skill, text=human.text, expected=gpt.text)
 
 
-class _Prompt(NamedTuple):
-    """A question of a group at given ratios of its sample's tiles."""
+def answer_folder(
+    predictor: Predictor, folder: Path, choices: Sequence[Ratios]
+) -> Iterator[tuple[Group, list[list[str]]]]:
+    """Answer the questions of a folder at several choices of ratios, group by group."""
+    for group in folder_groups(predictor, folder, title="answering"):
+        yield group, answer_group(predictor, group, [ratios[group.positions] for ratios in choices])
 
-    number: int
-    ratios: tuple[int, ...]
 
-
-def answer_group(predictor: Predictor, group: Group, choices: Iterable[Ratios]) -> list[list[str]]:
+def answer_group(predictor: Predictor, group: Group, choices: Sequence[Ratios]) -> list[list[str]]:
     """Answer all questions of a group at each choice of ratios; the same question at the same ratios once."""
     asked = [_prompts(group, ratios) for ratios in choices]
     unique = dict.fromkeys(prompt for prompts in asked for prompt in prompts)  # in order
@@ -103,15 +104,15 @@ def answer_group(predictor: Predictor, group: Group, choices: Iterable[Ratios]) 
     limits = [len(encode(q.expected, add_special_tokens=False)) + EXTRA_TOKENS for q in group.questions]
     known: dict[_Prompt, str] = {}
     for batch in _batches(unique, group, limits, num_patches=predictor.model.vision.num_patches):
-        questions = [group.questions[prompt.number] for prompt in batch]
+        questions = [group.questions[number] for number, _ in batch]
         places = [question.sample - group.first for question in questions]
         answers = answer(
             predictor,
             [group.samples[place] for place in places],
             [question.text for question in questions],
             features=[group.features[place] for place in places],
-            ratios=[torch.tensor(prompt.ratios, dtype=torch.int64) for prompt in batch],
-            max_new_tokens=max(limits[prompt.number] for prompt in batch),
+            ratios=[torch.tensor(ratios, dtype=torch.int64) for _, ratios in batch],
+            max_new_tokens=max(limits[number] for number, _ in batch),
         )
         known.update(zip(batch, answers, strict=True))
     return [[known[prompt] for prompt in prompts] for prompts in asked]
@@ -119,7 +120,7 @@ def answer_group(predictor: Predictor, group: Group, choices: Iterable[Ratios]) 
 
 def _prompts(group: Group, ratios: Ratios) -> list[_Prompt]:
     of_sample = [tuple(r.tolist()) for r in ratios]
-    return [_Prompt(i, of_sample[q.sample - group.first]) for i, q in enumerate(group.questions)]
+    return [(i, of_sample[q.sample - group.first]) for i, q in enumerate(group.questions)]
 
 
 def _batches(
@@ -128,8 +129,9 @@ def _batches(
     """Batch prompts of similar length, at most TOKENS_PER_BATCH tokens with padding."""
 
     def length(prompt: _Prompt) -> int:  # an estimate: a text has at most as many tokens as bytes
-        vision = sum(num_patches // ratio for ratio in prompt.ratios)
-        return vision + len(group.questions[prompt.number].text.encode()) + limits[prompt.number]
+        number, ratios = prompt
+        vision = sum(num_patches // ratio for ratio in ratios)
+        return vision + len(group.questions[number].text.encode()) + limits[number]
 
     batch: list[_Prompt] = []
     for prompt in sorted(prompts, key=length):

@@ -149,7 +149,7 @@ def build_gallery(
     predictor: Predictor, folder: Path, examples: Sequence[RoutedExample]
 ) -> list[tuple[RoutedExample, PIL.Image.Image]]:
     """Draw the examples of an evaluation in the order of the set."""
-    wanted = {example.sample: example for example in examples}
+    wanted = {example.question.sample: example for example in examples}
     return [
         (wanted[position], routing_picture(predictor, sample.images[0], wanted[position].ratios))
         for position, sample in enumerate(read_samples(folder))
@@ -186,14 +186,14 @@ def _cell(entry: dict[str, Any], key: str, column: str) -> dict[str, str]:
 
 
 def _gallery_card(example: RoutedExample, picture: PIL.Image.Image) -> dict[str, Any]:
-    buffer = io.BytesIO()
+    buffer, question = io.BytesIO(), example.question
     picture.save(buffer, "JPEG", quality=90)
     answers = {"full tokens": example.full_answer, "router": example.router_answer}
     return {
         "source": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-        "question": example.question.replace(IMAGE_TOKEN, "").strip(),
-        "expected": example.expected,
-        "answers": [(who, text, is_correct(text, example.expected)) for who, text in answers.items()],
+        "question": question.text.replace(IMAGE_TOKEN, "").strip(),
+        "expected": question.expected,
+        "answers": [(who, text, is_correct(text, question.expected)) for who, text in answers.items()],
         "fraction": f"{100 * example.token_fraction:.0f} %",
     }
 
