@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -107,7 +107,7 @@ def build_set(
         ValueError: the folder already holds a set, or a part of one, that was asked for otherwise.
     """
     plan = {"version": 1, "settings": dict(settings), "num_samples": [len(part) for part in parts]}
-    plan["sha256"] = _checksum(plan)
+    plan["sha256"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     if _is_whole(folder, plan):
         return read_index(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,10 +132,6 @@ def _glyphs(part: range, *, config: GlyphsConfig, seed: int) -> Records:
     return draw_records(config, seed=seed, start=part.start, count=len(part))
 
 
-def _checksum(plan: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-
-
 def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     """Return whether a folder holds the set of a plan; another one, or a part of another, is refused."""
     is_whole, path = (folder / INDEX_NAME).exists(), folder / PLAN_NAME
@@ -143,7 +139,8 @@ def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     remedy = "remove it or choose another folder"
     if path.exists():
         if _read_plan(path) != plan:
-            raise ValueError(f"{folder}: {state} a set of other annotations or settings; {remedy}")
+            reason = f"a set of other annotations or settings, or {PLAN_NAME} is damaged"
+            raise ValueError(f"{folder}: {state} {reason}; {remedy}")
     elif is_whole:
         found, expected = read_index(folder).num_samples, sum(plan["num_samples"])
         if found != expected:
@@ -153,15 +150,9 @@ def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     return is_whole
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        plan: dict[str, Any] = json.loads(path.read_bytes())
-        checksum = plan.pop("sha256")
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        plan, checksum = {}, ""
-    if checksum != _checksum(plan):
-        raise ValueError(f"{path}: damaged; remove the folder and build it again")
-    return {**plan, "sha256": checksum}
+def _read_plan(path: Path) -> Any:
+    with suppress(ValueError, RecursionError):
+        return json.loads(path.read_bytes())
 
 
 def _cut(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> list[list[Line]]:
@@ -259,16 +250,13 @@ def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
         raise RecordError(f"JSON: {error}") from error
     if not isinstance(entry, dict):
         raise RecordError("expected a JSON object in each line")
-    named = [name for field in IMAGE_FIELDS for name in _as_list(entry.get(field))]
+    named = []
+    for given in map(entry.get, IMAGE_FIELDS):
+        if given not in (None, ""):  # both mark a text-only record
+            named += given if isinstance(given, list) else [given]
     paths = [_image_path(name, images) for name in named]
     parse_conversation(entry, num_images=len(paths))
     return {k: v for k, v in entry.items() if k not in IMAGE_FIELDS}, paths
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None or value == "":  # both mark a text-only record
-        return []
-    return value if isinstance(value, list) else [value]
 
 
 def _image_path(name: Any, images: Path) -> Path:
