@@ -77,7 +77,7 @@ def curve(model_folder, answered):
     return measure_curve(Predictor.load(model_folder), answered)
 
 
-def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve):
+def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve, model_folder, answered):
     fractions = [p.token_fraction for p in curve]
     assert (fractions[0], fractions[-1]) == (1.0, 0.25)
     assert fractions == sorted(set(fractions), reverse=True)
@@ -85,13 +85,9 @@ def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve):
     thresholds = [p.threshold for p in curve]
     assert thresholds == sorted(set(thresholds), reverse=True)
     assert len(curve) >= 10
-
-
-def test_each_point_spends_what_its_threshold_says(curve, model_folder, answered):
     probabilities = router_probabilities(Predictor.load(model_folder), answered)
     for p in curve:
-        compressed = (probabilities >= p.threshold).mean()
-        assert p.token_fraction == pytest.approx(1 - 0.75 * compressed)
+        assert p.token_fraction == pytest.approx(1 - 0.75 * (probabilities >= p.threshold).mean())
 
 
 def test_a_model_that_answers_itself_is_right_at_full_tokens_and_less_so_below(curve):

@@ -56,14 +56,11 @@ def test_the_report_is_plain_json_with_the_keys_of_the_contract(report, model_fo
         assert point["arm"] in ARMS
 
 
-def test_a_model_that_answers_itself_is_right_at_full_tokens_alone(report):
-    arms = report["arms"]
-    assert arms["full"]["accuracy"]["mean"] == 1
-    assert arms["full"]["retention_ci"]["mean"] == [1, 1]
-    assert arms["all_compressed"]["accuracy"]["mean"] < arms["router"]["accuracy"]["mean"] < 1
-
-
-def test_arms_spend_what_they_claim(report, predictor, answered):
+def test_a_model_that_answers_itself_is_right_at_full_tokens_and_arms_spend_what_they_claim(
+    report, predictor, answered
+):
+    accuracy = {arm: entry["accuracy"]["mean"] for arm, entry in report["arms"].items()}
+    assert accuracy["all_compressed"] < accuracy["router"] < accuracy["full"] == 1
     fractions = {arm: entry["token_fraction"] for arm, entry in report["arms"].items()}
     assert (fractions["full"], fractions["all_compressed"]) == (1, 0.25)
     assert 0.5 < fractions["router"] < 0.75
@@ -114,13 +111,8 @@ def test_bad_records_shift_nothing(predictor, answered, evaluated, tmp_path):
     records = records_of(answered)
     annotation = records[0][1]["json"]
     truncated = {"png": encoded_image("PNG", size=(64, 64))[:200], "json": annotation}
-    mixed = [
-        ("bad0", truncated),
-        *records[:5],
-        ("bad1", {"json": b"{"}),
-        ("bad2", records[5][1]),
-        *records[5:],
-    ]
+    bad = [("bad1", {"json": b"{"}), ("bad2", records[5][1])]
+    mixed = [("bad0", truncated), *records[:5], *bad, *records[5:]]
     folder = write_set(tmp_path / "val", mixed)
     overwrite_header(folder, sample=7)  # bad2: no longer a tar member at all
     found, shown = evaluate(predictor, folder, seed=0)
@@ -198,10 +190,7 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(pre
     images = {f"{i}.png": encoded_image("PNG", size=(64, 32), seed=i) for i in range(2)}
     records = [
         ("two", {**images, "json": annotation(["<image>\n<image>\nA?", "a"], ["ocr"])}),
-        (
-            "later",
-            {**images, "json": annotation(["<image>\nA?", "a", "<image>\nB?", "b"], ["ocr", "reasoning"])},
-        ),
+        ("later", {**images, "json": annotation(["<image>A?", "a", "<image>B?", "b"], ["ocr", "ocr"])}),
         ("none", {"json": annotation(["Who?", "me"], ["perception"])}),
         *first_records(answered, 1),
     ]
@@ -226,8 +215,6 @@ def test_what_cannot_be_evaluated_is_refused(predictor, answered, tmp_path):
     assert "no such folder of shards" in refusal(predictor, tmp_path / "absent")
     text = write_set(tmp_path / "text", [("0", {"json": annotation(["Who?", "me"], ["ocr"])})])
     assert "no image to evaluate on" in refusal(predictor, text)
-    bad = write_set(tmp_path / "bad", [("0", {"json": b"{"})])
-    assert "no question with a skill" in refusal(predictor, bad)
     image = encoded_image("PNG", size=(32, 32))
     plain = write_set(tmp_path / "plain", [("0", {"png": image, "json": annotation(["<image>", "a"], [])})])
     assert "no question with a skill" in refusal(predictor, plain)

@@ -27,12 +27,6 @@ def random_scores(*, num_images=40, seed=0, skills=SKILLS):
     return Scores(images, rng.choice(skills, len(images)).tolist(), correct)
 
 
-def one_skill(full, router, *, images=None):
-    """Questions of a single skill, by default each about an image of its own."""
-    correct = {"full": np.array(full, bool), "router": np.array(router, bool)}
-    return Scores(np.arange(len(full)) if images is None else images, ["ocr"] * len(full), correct)
-
-
 def accuracy(scores, arm, chosen):
     """Accuracy per skill and their mean over the questions at `chosen`, with repetition."""
     skill, correct = np.array(scores.skills)[chosen], scores.correct[arm][chosen]
@@ -97,20 +91,6 @@ def test_arms_that_answer_alike_have_a_retention_of_exactly_one():
         assert table["accuracy_ci"][name][0] < table["accuracy_ci"][name][1]
 
 
-def test_differences_are_paired():
-    """Full tokens are right on 30 of 60 images, in resamples on 23 to 37; the router on 29 of the same 30."""
-    full = np.arange(60) < 30
-    scores = one_skill(full, full & (np.arange(60) > 0))
-    low, high = scores.tables(seed=0)["router"]["retention_ci"]["ocr"]
-    assert 0.85 < low < 29 / 30 < high == 1, "unpaired, it would reach from 0.6 to 1.6"
-
-
-def test_the_mean_is_over_skills_not_over_questions():
-    correct = {"full": np.ones(10, bool), "router": np.array([True] * 9 + [False])}
-    scores = Scores(np.arange(10), ["ocr"] * 9 + ["perception"], correct)
-    assert scores.tables(seed=0)["router"]["accuracy"]["mean"] == 0.5
-
-
 def test_a_skill_without_questions_is_none_and_the_others_make_the_mean():
     scores = random_scores(skills=("ocr", "perception"))
     for table in scores.tables(seed=0).values():
@@ -121,21 +101,10 @@ def test_a_skill_without_questions_is_none_and_the_others_make_the_mean():
 
 
 def test_nothing_right_at_full_tokens_gives_no_retention_and_no_warning():
-    table = one_skill([False] * 4, [True] * 4).tables(seed=0)["router"]
+    correct = {"full": np.zeros(4, bool), "router": np.ones(4, bool)}
+    table = Scores(np.arange(4), ["ocr"] * 4, correct).tables(seed=0)["router"]
     assert (table["retention"]["ocr"], table["retention_ci"]["mean"]) == (None, None)
     assert table["accuracy"]["mean"] == 1
-
-
-def test_questions_of_an_image_are_drawn_together():
-    """Ten images of one hundred equal questions each vary like ten questions, not like a thousand."""
-
-    def width(questions_per_image):
-        right = np.repeat(np.arange(10) < 5, questions_per_image)
-        scores = one_skill(right, right, images=np.repeat(np.arange(10), questions_per_image))
-        low, high = scores.tables(seed=0)["full"]["accuracy_ci"]["ocr"]
-        return high - low
-
-    assert width(100) == width(1) > 0.5
 
 
 def test_which_numbers_name_the_images_makes_no_difference():

@@ -6,7 +6,6 @@ import torch
 from matplotlib.figure import Figure
 
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
-from vico_pl.data.shards import preview
 from vico_pl.data.shards.preview import contact_sheet
 from vico_pl.types import Sample, Turn
 
@@ -78,12 +77,3 @@ def test_text_only_sample_is_drawn(lines):
     turns = [Turn(role="human", text="Who wrote it?"), Turn(role="gpt", text="Nobody.\nKnown.")]
     contact_sheet([Sample(id="a/1", images=[], turns=turns, metadata={})])
     assert lines == ["a/1", "Who wrote it?  ->  Nobody.", "Known."]
-
-
-@pytest.mark.parametrize(
-    "text", ["a few words that do not fit on a line", "x" * 80, "so " + "y" * 70 + " it is", ""]
-)
-def test_wrapped_lines_fit_and_keep_every_character(text):
-    wrapped = preview._wrap(text, 120)
-    assert all(len(line) * preview.CHARACTER <= 120 for line in wrapped)
-    assert "".join(wrapped).replace(" ", "") == text.replace(" ", "")
