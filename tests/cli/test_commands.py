@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 import vico_pl.cli
+import vico_pl.evaluation.questions
 import vico_pl.files
 from tests.helpers import record
 from tests.sessions import tree, write_model_folder, write_set
@@ -168,7 +169,7 @@ def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(vico_pl.files.os, "fsync", full)
-    monkeypatch.setattr(vico_pl.cli, "_progress", lambda groups, *_: groups)
+    monkeypatch.setattr(vico_pl.evaluation.questions, "tqdm", lambda groups, **_: groups)
     assert "No space left on device" in refused("calibrate", model, "--data", answered)
     assert tree(model) == before
 

@@ -108,7 +108,7 @@ def pipeline(index, tokenizer):
 def outcome(folder):
     """Return the keys of good records and the kinds of bad ones."""
     return [sample.id.partition("/")[2] for sample in read_samples(folder)], [
-        bad.kind for bad in find_faults(folder)
+        bad.kind for bad in find_faults(read_index(folder))
     ]
 
 

@@ -326,5 +326,5 @@ def test_a_shard_is_checked_once_and_named_once(tmp_path):
     write_index(tmp_path)
     (tmp_path / "b.tar").unlink()
     with pytest.warns(UserWarning, match=r"b\.tar"):
-        faults = list(find_faults(tmp_path))
+        faults = list(find_faults(read_index(tmp_path)))
     assert [(fault.kind, "b.tar" in fault.reason) for fault in faults] == [("shard", True)]
