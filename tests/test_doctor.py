@@ -1,3 +1,5 @@
+import os
+import shutil
 from collections import namedtuple
 
 import pytest
@@ -9,7 +11,7 @@ import vico_pl.cli
 from tests.helpers import TILE
 from tests.sessions import write_model_folder
 from vico_pl import doctor
-from vico_pl.config import load_config
+from vico_pl.planning.memory import GIB
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -31,31 +33,48 @@ def recipe(tmp_path, shards):
 
 
 @pytest.fixture
-def problems(monkeypatch):
-    """Examine a recipe; returns the problems by the name of their check."""
-    monkeypatch.setattr(doctor, "num_cores", lambda: 4)
-    monkeypatch.setattr(doctor, "shared_gib", lambda: 8.0)
+def findings(monkeypatch):
+    """Examine a recipe on a sound machine without GPU; returns (check, finding) by "ok" and "problem"."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(8 * GIB, 0, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def examine(recipe=None):
-        found = [doctor.find(name, check) for name, check in doctor.checks(recipe, [])]
-        return {finding.name: finding.detail for finding in found if finding.problem}
+        lines = []
+        failed = doctor.examine(recipe, [], write=lines.append)
+        found = {"ok": {}, "problem": {}}
+        for verdict, name, finding in (line.split(": ", 2) for line in lines):
+            found[verdict][name] = finding
+        assert failed == bool(found["problem"])
+        return found
 
     return examine
 
 
-def test_a_sound_recipe_has_no_problem(problems, recipe):
-    assert problems(recipe()) == {}
-    assert problems() == {}
+@pytest.fixture
+def problems(findings):
+    """Examine a recipe; returns the problems by the name of their check."""
+    return lambda recipe=None: findings(recipe)["problem"]
 
 
-def test_a_line_is_written_for_each_check(problems, recipe):
-    lines = []
-    assert not doctor.examine(recipe(), [], write=lines.append)
-    assert len(lines) == len(list(doctor.checks(recipe(), [])))
-    assert all(line.startswith("ok: ") for line in lines)
+def test_a_sound_machine_and_recipe_have_no_problem(findings, recipe):
+    machine = ["python", "packages", "devices", "memory", "/dev/shm", "slurm"]
+    assert [list(names) for names in findings().values()] == [machine, []]
+    found = findings(recipe())
+    of_recipe = [
+        "recipe",
+        "slurm",
+        "workers",
+        "shards",
+        "model",
+        "kernels",
+        "run folder",
+        "memory of the run",
+    ]
+    assert [list(names) for names in found.values()] == [[*machine[:-1], *of_recipe], []]
 
 
-def test_the_command_fails_if_there_is_a_problem(problems, recipe, monkeypatch, capsys):
+def test_the_command_fails_if_there_is_a_problem(findings, recipe, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["vico", "doctor", str(recipe(data={"num_workers": 99}))])
     with pytest.raises(SystemExit) as stop:
         vico_pl.cli.main()
@@ -74,9 +93,9 @@ def test_a_check_that_fails_by_itself_stops_no_other(problems, recipe, monkeypat
     assert "AttributeError: no such thing" in found["python"]
 
 
-def test_a_doubtful_setting_is_reported_but_is_no_problem(recipe):
-    found = dict(doctor.checks(recipe(optim={"warmup_steps": 10**6}), []))
-    assert "but optim.warmup_steps is 1000000: a run of" in found["recipe"]()
+def test_a_doubtful_setting_is_reported_but_is_no_problem(findings, recipe):
+    found = findings(recipe(optim={"warmup_steps": 10**6}))["ok"]["recipe"]
+    assert "but optim.warmup_steps is 1000000: a run of" in found
 
 
 def test_a_recipe_that_does_not_load_is_reported_once(problems, tmp_path):
@@ -86,16 +105,14 @@ def test_a_recipe_that_does_not_load_is_reported_once(problems, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("package", "number", "message"),
+    ("needs", "message"),
     [
-        ("lightning", "2.6.2", "lightning is 2.6.2; pip install"),
-        ("torch", "2.1.0", "torch is 2.1.0; pip install 'torch"),
-        ("webdataset", None, "webdataset is not installed"),
+        ("torch<2.1", "; pip install 'torch<2.1'"),
+        ("webdataset-of-nobody>=1", "webdataset-of-nobody is not installed; pip install"),
     ],
 )
-def test_versions_that_do_not_work(problems, monkeypatch, package, number, message):
-    installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda name: number if name == package else installed(name))
+def test_versions_that_do_not_work(problems, monkeypatch, needs, message):
+    monkeypatch.setattr(doctor, "requires", lambda _: ["lightning", "torch", needs, 'peft; extra == "lora"'])
     assert message in problems()["packages"]
 
 
@@ -107,27 +124,17 @@ def test_an_old_python(problems, monkeypatch):
 @pytest.mark.parametrize(("cuda", "message"), [(None, "built for the CPU"), ("12.8", "update the driver")])
 def test_gpus_that_torch_does_not_see(problems, monkeypatch, cuda, message):
     exists = doctor.Path.exists
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(doctor.Path, "exists", lambda path: "nvidia" in str(path) or exists(path))
     assert message in problems()["devices"]
 
 
-def test_too_little_shared_memory(problems, monkeypatch):
-    monkeypatch.setattr(doctor, "shared_gib", lambda: 0.06)
-    assert "--shm-size" in problems()["/dev/shm"]
-
-
-def test_more_workers_than_cores(problems, recipe):
-    found = problems(recipe(data={"num_workers": 3}, trainer={"devices": "2"}))
-    assert "set data.num_workers=2" in found["workers"]
-
-
-@pytest.fixture
-def job(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/any")
-    for name, value in {"JOB_ID": "7", "JOB_NUM_NODES": "2", "NTASKS": "8"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+def test_too_little_shared_memory_and_a_disk_that_is_full(problems, recipe, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1, 1, 0))
+    found = problems(recipe())
+    assert set(found) == {"/dev/shm", "run folder"}
+    assert "--shm-size" in found["/dev/shm"]
+    assert "lower trainer.keep_checkpoints" in found["run folder"]
 
 
 @pytest.mark.parametrize(
@@ -135,24 +142,17 @@ def job(monkeypatch):
     [
         ({"num_nodes": 1, "devices": "4"}, "the job has 2 nodes, trainer.num_nodes is 1"),
         ({"num_nodes": 2, "devices": "2"}, "the job has 8 tasks, but the recipe takes 4"),
+        ({"num_nodes": 2, "devices": "4"}, "job 7, 8 tasks"),
     ],
 )
-def test_a_slurm_job_that_does_not_fit_the_recipe(problems, job, recipe, trainer, message):
-    assert message in problems(recipe(trainer=trainer))["slurm"]
-
-
-def test_a_slurm_job_that_fits(job, recipe):
-    config = load_config(recipe(trainer={"num_nodes": 2, "devices": "4"}), [])
-    assert doctor.check_slurm(config) == "job 7, 8 tasks"
-
-
-def test_slurm_without_its_commands(problems, job, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
-    assert "srun, scontrol not found" in problems()["slurm"]
-
-
-def test_shards_that_are_absent(problems, recipe):
-    assert "no such folder of shards" in problems(recipe(data={"sources": [{"path": "nowhere"}]}))["shards"]
+def test_a_slurm_job_has_to_fit_the_recipe(findings, recipe, monkeypatch, trainer, message):
+    for name, value in {"JOB_ID": "7", "JOB_NUM_NODES": "2", "NTASKS": "8"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert "srun, scontrol not found" in findings()["problem"]["slurm"]
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/any")
+    found = findings(recipe(trainer=trainer))
+    assert message in found["problem" if "the job has" in message else "ok"]["slurm"]
 
 
 @pytest.mark.filterwarnings("ignore:.*once to count its samples")
@@ -190,32 +190,36 @@ def test_model_folders_that_will_not_load(problems, recipe, tmp_path, fault, mes
 
 
 @pytest.mark.parametrize(
-    ("settings", "remedy"),
+    ("settings", "check", "remedy"),
     [
-        ({"model": {"attention": "flash"}, "trainer": {"precision": "bf16-mixed"}}, "model.attention=sdpa"),
-        ({"stage": "consistency", "consistency": {"kernel": "liger"}}, "consistency.kernel=native"),
+        (
+            {"model": {"attention": "flash"}, "trainer": {"precision": "bf16-mixed"}},
+            "kernels",
+            "model.attention=sdpa",
+        ),
+        (
+            {"stage": "consistency", "consistency": {"kernel": "liger"}},
+            "kernels",
+            "consistency.kernel=native",
+        ),
+        ({"data": {"num_workers": 3}, "trainer": {"devices": "2"}}, "workers", "set data.num_workers=2"),
+        ({"data": {"sources": [{"path": "nowhere"}]}}, "shards", "no such folder of shards"),
     ],
 )
-def test_kernels_that_do_not_run_here(problems, recipe, monkeypatch, settings, remedy):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert remedy in problems(recipe(**settings))["kernels"]
+def test_settings_that_do_not_run_here(problems, recipe, settings, check, remedy):
+    assert remedy in problems(recipe(**settings))[check]
 
 
 def test_a_run_folder_without_the_right_to_write(problems, recipe, monkeypatch):
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert "cannot be written to" in problems(recipe())["run folder"]
 
 
-def test_a_disk_that_is_full(problems, recipe, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(1, 1, 0))
-    assert "lower trainer.keep_checkpoints" in problems(recipe())["run folder"]
-
-
 def test_a_run_that_takes_more_memory_than_there_is(problems, recipe, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "_available_gib", lambda: 0.0)
     assert "'vico plan' shows what fits" in problems(recipe())["memory of the run"]
 
 
-def test_names_on_the_hub_are_not_fetched():
-    assert "will be fetched" in doctor.check_model("someone/something")
+def test_names_on_the_hub_are_not_fetched(findings, recipe):
+    found = findings(recipe(model={"path": "someone/something"}))
+    assert "will be fetched" in found["ok"]["model"]

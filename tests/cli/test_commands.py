@@ -219,3 +219,18 @@ def test_generate_follows_the_router_of_a_calibrated_model(vico, photo, tmp_path
         write_json({"threshold": threshold}, model / CALIBRATION_NAME)
         answers.add(vico("generate", model, photo, "--prompt", "What is B?", "--max-new-tokens", 6)[1])
     assert len(answers) == 2
+
+
+def test_plan_prints_and_writes_the_same(vico, recipe, tmp_path):
+    code, out, err = vico("plan", recipe(), "trainer.max_steps=20", "--json", tmp_path / "out" / "plan.json")
+    assert (code, err) == (0, "")
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert written["samples"] == 40
+    assert written["memory_gib"]["no_activation_checkpointing"]["1 GPU"]["policy weights"] > 0
+    assert all(line in out for line in written["advice"])
+    assert "20 steps of 2 samples" in out
+
+
+def test_plan_names_a_model_whose_shape_is_unknown(refused, recipe):
+    sentence = refused("plan", recipe(), "model.path=someone/something")
+    assert sentence.startswith("someone/something: its shape is not known here")
