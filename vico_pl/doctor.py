@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.shards.cache import StreamingConfig
@@ -50,13 +51,13 @@ def examine(recipe: Path | None, overrides: Sequence[str], *, write: Callable[[s
 
 def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield the checks of the machine and, if the recipe can be loaded, of the recipe."""
-    yield "python", check_python
-    yield "packages", check_packages
-    yield "devices", check_devices
+    yield "python", _check_python
+    yield "packages", _check_packages
+    yield "devices", _check_devices
     yield "memory", lambda: f"{_num_cores()} cores, {_available_gib():.0f} GiB of memory available"
-    yield "/dev/shm", check_shared_memory
+    yield "/dev/shm", _check_shared_memory
     if recipe is None:
-        yield "slurm", check_slurm
+        yield "slurm", _check_slurm
         return
     load = cache(partial(load_config, recipe, overrides))
     yield "recipe", lambda: _describe(load())
@@ -64,63 +65,58 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
         config = load()
     except (ValueError, OSError):  # reported by the check above
         return
-    yield "slurm", partial(check_slurm, config)
-    yield "workers", partial(check_workers, config)
+    yield "slurm", partial(_check_slurm, config)
+    yield "workers", partial(_check_workers, config)
     for source in config.data.sources:
-        yield "shards", partial(check_shards, source.path, config.data.streaming)
+        yield "shards", partial(_check_shards, source.path, config.data.streaming)
     for path in filter(None, dict.fromkeys([config.model.path, config.model.reference])):
-        yield "model", partial(check_model, path)
-    yield "kernels", partial(check_kernels, config)
+        yield "model", partial(_check_model, path)
+    yield "kernels", partial(_check_kernels, config)
     plan = cache(partial(build_plan, config))  # for the two checks that need it
-    yield "run folder", partial(check_run_dir, config, plan)
-    yield "memory of the run", partial(check_fit, config, plan)
+    yield "run folder", partial(_check_run_dir, config, plan)
+    yield "memory of the run", partial(_check_fit, config, plan)
 
 
-def check_python() -> str:
-    """Compare Python with what the package needs."""
-    found, needed = platform.python_version(), Requirement(f"python{metadata(PACKAGE)['Requires-Python']}")
-    if not needed.specifier.contains(found, prereleases=True):
-        raise ValueError(f"Python is {found}, needed is {needed.specifier}; make PYTHON=/path/to/python3 env")
+def _check_python() -> str:
+    found, needed = platform.python_version(), SpecifierSet(metadata(PACKAGE)["Requires-Python"])
+    if not needed.contains(found, prereleases=True):
+        raise ValueError(f"Python is {found}, needed is {needed}; make PYTHON=/path/to/python3 env")
     return found
 
 
-def check_packages() -> str:
+def _check_packages() -> str:
     """Compare the installed packages with what the package needs; `!=` excludes faulty releases."""
     needed = [Requirement(line) for line in requires(PACKAGE) or []]
     needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    found = {r.name: next((d.version for d in distributions(name=r.name)), None) for r in needed}
+    found = {r.name: next((d.version for d in distributions(name=r.name)), "") for r in needed}
     problems = [
-        f"{r.name} {f'is {found[r.name]}' if found[r.name] else 'is not installed'}; pip install '{r}'"
+        f"{r.name} is {found[r.name] or 'not installed'}; pip install '{r}'"
         for r in needed
-        if not r.specifier.contains(found[r.name] or "0", prereleases=True) or found[r.name] is None
+        if not found[r.name] or not r.specifier.contains(found[r.name], prereleases=True)
     ]
     if problems:
         raise ValueError("; ".join(problems))
     return f"{len(needed)} as needed, torch {found['torch']}, lightning {found['lightning']}"
 
 
-def check_devices() -> str:
-    """List the GPUs, and check that PyTorch can use those of the machine."""
+def _check_devices() -> str:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use trainer.precision=32-true"
         return f"{len(names)} GPUs ({', '.join(dict.fromkeys(names))}), {half}"
     if not Path("/proc/driver/nvidia/version").exists():
         return "no GPU; runs use the CPU"
-    reason = "is built for the CPU; install torch with CUDA"
-    if torch.version.cuda is not None:
-        reason = (
-            f"(CUDA {torch.version.cuda}) sees none; update the driver, install a torch for an older CUDA, "
-            "or check CUDA_VISIBLE_DEVICES"
-        )
-    raise ValueError(f"the machine has NVIDIA GPUs, but this torch {reason}")
+    fault = "is built for the CPU; install torch with CUDA"
+    if cuda := torch.version.cuda:
+        remedy = "update the driver, install a torch for an older CUDA, or check CUDA_VISIBLE_DEVICES"
+        fault = f"(CUDA {cuda}) sees none; {remedy}"
+    raise ValueError(f"the machine has NVIDIA GPUs, but this torch {fault}")
 
 
-def check_shared_memory() -> str:
-    """Check the size of /dev/shm, which containers often limit."""
+def _check_shared_memory() -> str:
     path = Path("/dev/shm")
     gib = shutil.disk_usage(path).total / GIB if path.is_dir() else 0.0
-    if gib < MIN_SHARED_GIB:
+    if gib < MIN_SHARED_GIB:  # containers often limit it
         raise ValueError(
             f"{gib:.2f} GiB, but data workers pass batches through it; give the container more "
             "(docker run --shm-size=8g), or set data.num_workers=0"
@@ -128,7 +124,7 @@ def check_shared_memory() -> str:
     return f"{gib:.0f} GiB"
 
 
-def check_slurm(config: RunConfig | None = None) -> str:
+def _check_slurm(config: RunConfig | None = None) -> str:
     """Compare the Slurm job with the recipe: as many nodes, and one task per device."""
     if "SLURM_JOB_ID" not in os.environ:
         return "not under Slurm"
@@ -137,7 +133,7 @@ def check_slurm(config: RunConfig | None = None) -> str:
         raise ValueError(f"{', '.join(absent)} not found: preempted runs are not requeued; fix PATH")
     nodes, tasks = os.environ.get("SLURM_JOB_NUM_NODES", "1"), os.environ.get("SLURM_NTASKS", "1")
     if config is not None:
-        wanted, devices = config.trainer.num_nodes, config.trainer.devices
+        wanted = config.trainer.num_nodes
         ranks = wanted * _ranks_per_node(config)
         if nodes != str(wanted):
             raise ValueError(
@@ -145,14 +141,14 @@ def check_slurm(config: RunConfig | None = None) -> str:
             )
         if tasks != str(ranks):
             raise ValueError(
-                f"the job has {tasks} tasks, but the recipe takes {ranks} processes ({devices} devices on "
-                f"{wanted} nodes); set --ntasks-per-node to the devices of a node"
+                f"the job has {tasks} tasks, but the recipe takes {ranks} processes "
+                f"({config.trainer.devices} devices on {wanted} nodes); set --ntasks-per-node to the devices "
+                "of a node"
             )
     return f"job {os.environ['SLURM_JOB_ID']}, {tasks} tasks"
 
 
-def check_workers(config: RunConfig) -> str:
-    """Compare data workers with cores."""
+def _check_workers(config: RunConfig) -> str:
     ranks, cores, workers = _ranks_per_node(config), _num_cores(), config.data.num_workers
     if workers * ranks > cores:
         raise ValueError(
@@ -162,15 +158,14 @@ def check_workers(config: RunConfig) -> str:
     return f"{workers * ranks} on {cores} cores"
 
 
-def check_shards(path: str, streaming: StreamingConfig) -> str:
-    """Open the index and decode the first sample."""
+def _check_shards(path: str, streaming: StreamingConfig) -> str:
     count = read_index(path, streaming=streaming).num_samples
     if next(read_samples(path, streaming=streaming), None) is None:
         raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' lists the faults")
     return f"{path}: {count} samples, the first decodes"
 
 
-def check_model(path: str) -> str:
+def _check_model(path: str) -> str:
     """Open a model folder: its tokenizer, and the name and shape of every tensor."""
     file = find_config(path)
     if file is None and is_hub_id(path):
@@ -185,14 +180,13 @@ def check_model(path: str) -> str:
     return f"{path}: layout {opened.family.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
 
 
-def check_kernels(config: RunConfig) -> str:
-    """Check that the device can run the kernels of the stage."""
+def _check_kernels(config: RunConfig) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     STAGES[config.stage].check_device(config, device)
     return f"run on {device.type}"
 
 
-def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
+def _check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     """Check write permission and room for checkpoints."""
     folder = Path(config.run_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -207,10 +201,8 @@ def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     return f"{free:.0f} GiB free, {needed:.1f} GiB needed"
 
 
-def check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
-    """Compare the memory that the plan predicts with that of the device."""
-    by_layout = make_plan().memory_gib(checkpointing=config.trainer.activation_checkpointing)
-    needed = sum(by_layout["1 GPU"].values())
+def _check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
+    needed = sum(make_plan().memory["1 GPU"].values())
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
     available = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else _available_gib()
     if needed > available:

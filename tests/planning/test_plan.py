@@ -77,7 +77,7 @@ def test_tables_are_aligned_and_show_the_recipes_own_gpus(recipe):
 
 def test_what_does_not_fit_comes_with_what_would(recipe, monkeypatch):
     config = load_config(recipe, [])
-    held = sum(build_plan(config).memory_gib(checkpointing=False)["1 GPU"].values())
+    held = sum(build_plan(config).memory["1 GPU"].values())
     sizes = {"Small": held / 100, "Medium": held * 0.99 / USABLE, "Large": held * 2}
     monkeypatch.setattr(planning, "GPUS", {name: Gpu(gib, 1.0, 1.0) for name, gib in sizes.items()})
     lines = "\n".join(build_plan(config).figures["advice"])

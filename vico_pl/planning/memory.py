@@ -81,7 +81,7 @@ class RunMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelsOnMeta:
+class _ModelsOnMeta:
     """Gives a stage its models as `FolderModels` does, but on `meta`."""
 
     config: ModelConfig
@@ -89,11 +89,9 @@ class ModelsOnMeta:
 
     @property
     def same_weights(self) -> bool:
-        """Whether policy and reference start from the same folder."""
         return self.config.reference in (None, self.config.path)
 
     def policy(self) -> VisionLanguageModel:
-        """Return the model to start from, with the connectors and the router that the recipe adds."""
         spec, ratios = self.shape.spec, self.config.ratios
         if not set(spec.ratios) <= set(ratios):
             raise ValueError(f"model.ratios is {ratios}, but the model has {spec.ratios}")
@@ -103,7 +101,6 @@ class ModelsOnMeta:
         return model
 
     def reference(self) -> VisionLanguageModel:
-        """Return the model that the policy is compared with."""
         return self._build(self.shape.spec)
 
     def _build(self, spec: ModelSpec) -> VisionLanguageModel:
@@ -125,7 +122,7 @@ def stage_on_meta(config: RunConfig, shape: ModelShape) -> Stage:
     trainer = replace(config.trainer, compile=False, strategy="auto")
     run = replace(config, consistency=consistency, trainer=trainer)
     with torch.device("meta"), autocast_on_meta():  # adapters of experts run while they are built
-        stage = build_stage(run, ModelsOnMeta(config=config.model, shape=shape))
+        stage = build_stage(run, _ModelsOnMeta(config=config.model, shape=shape))
     for model in stage.sharded_models():
         model.language.packed_attention = METERED_ATTENTION  # type: ignore[assignment]  # nn.Module: or a tensor
     return ready(stage)

@@ -6,7 +6,7 @@ supplies what `meta` lacks: fused attention, which keeps no (S, S) tensor, autoc
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -91,11 +91,8 @@ class MemoryMeter(TorchDispatchMode):
         for name in methods:
             setattr(owner, name, partial(run, getattr(owner, name)))
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation and count what it made."""
-        given = (tuple(args), kwargs or {})
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(given)):
             given = tree_map(_without_memory, given)
         made = func(*given[0], **given[1])
@@ -129,10 +126,7 @@ class DeviceRules(TorchFunctionMode):
         self._lowered, self._meter = lowered, meter
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # of weights: autocast casts each once per step
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Call a function, or what takes its place."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ANSWERS and args[0].is_meta:
             return _ANSWERS[func](*args, **kwargs)
@@ -147,9 +141,9 @@ class DeviceRules(TorchFunctionMode):
         if "out" in kwargs or self._lowered is None:  # autocast leaves these alone
             return func(*args, **kwargs)
         if func in _LOWERED:
-            args, kwargs = tree_map(self._lower, (tuple(args), kwargs))
+            args, kwargs = tree_map(self._lower, (args, kwargs))
         elif func in _RAISED:
-            args, kwargs = tree_map(_raise, (tuple(args), kwargs))
+            args, kwargs = tree_map(_raise, (args, kwargs))
         return func(*args, **kwargs)
 
     def hold_in_recomputed(self, network: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from vico_pl.config import RunConfig
 from vico_pl.model.adapters import own_parameters
 from vico_pl.model.flops import count_flops
+from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.memory import (
     GIB,
     Layout,
@@ -18,7 +19,6 @@ from vico_pl.planning.memory import (
 )
 from vico_pl.planning.sources import MicroBatch, ModelShape, find_model, largest_micro_batch, read_samples
 from vico_pl.stages import STAGES
-from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import PARTS
 
 WORLDS = (2, 4, 8)  # numbers of GPUs that are shown under FSDP
@@ -60,9 +60,10 @@ class Plan:
     shared_parameters: int  # of the policy, used by the reference too
     mfu: float
 
-    def memory_gib(self, *, checkpointing: bool) -> dict[str, Terms]:
-        """Return what each GPU holds by layout and term."""
-        return self.figures["memory_gib"][CHECKPOINTING[checkpointing]]
+    @property
+    def memory(self) -> dict[str, Terms]:
+        """GiB on each GPU by layout and term, with activation checkpointing as the recipe has it."""
+        return self.figures["memory_gib"][CHECKPOINTING[self.config.trainer.activation_checkpointing]]
 
 
 def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU) -> Plan:
@@ -85,7 +86,7 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     figures = {
         "stage": stage.name,
         "model": found.name,
-        "parameters": _count_parts(stage),
+        "parameters": _count_parts(policy),
         "sample": vars(sample),
         "micro-batch": vars(micro_batch),
         "memory_gib": {CHECKPOINTING[on]: _by_layout(held, world) for on, held in memory.items()},
@@ -113,21 +114,15 @@ def _recomputing(config: RunConfig, *, on: bool) -> RunConfig:
     return replace(config, trainer=replace(config.trainer, activation_checkpointing=on))
 
 
-def _count_parts(stage: Stage) -> dict[str, dict[str, int]]:
-    policy = stage.trained_model()
+def _count_parts(policy: VisionLanguageModel) -> dict[str, dict[str, int]]:
     own = {id(parameter) for parameter in own_parameters(policy).values()}
-    parts = {name: list(getattr(policy, name).parameters()) for name in PARTS}
-    parts["adapters (LoRA)"] = [p for p in parts["language"] if id(p) not in own]
-    parts["language"] = [p for p in parts["language"] if id(p) in own]
-    parts["router"] = [] if policy.router is None else list(policy.router.parameters())
-    return {
-        name: {
-            "total": sum(p.numel() for p in part),
-            "trained": sum(p.numel() for p in part if p.requires_grad),
-        }
-        for name, part in parts.items()
-        if part
-    }
+    counts = {part: {"total": 0, "trained": 0} for part in PARTS}
+    for name, parameter in policy.named_parameters():
+        part = name.partition(".")[0] if id(parameter) in own else "adapters (LoRA)"
+        count = counts.setdefault(part, {"total": 0, "trained": 0})
+        count["total"] += parameter.numel()
+        count["trained"] += parameter.numel() * parameter.requires_grad
+    return counts
 
 
 def _by_layout(memory: RunMemory, world: int | None) -> dict[str, Terms]:
@@ -207,10 +202,10 @@ def format_plan(plan: Plan) -> str:
         _table(_parameter_rows(plan)),
         f"{title('with' if on else 'without')}; micro-batches of {drawn['num_samples']} samples "
         f"({drawn['tiles']} tiles, {drawn['text_tokens']} text tokens each), every tile at full tokens",
-        _table(_memory_rows(plan.memory_gib(checkpointing=on))),
+        _table(_memory_rows(plan.memory)),
     ]
     if STAGES[config.stage].trains_parts:  # otherwise nothing is recomputed
-        others = _memory_rows(plan.memory_gib(checkpointing=not on))
+        others = _memory_rows(figures["memory_gib"][CHECKPOINTING[not on]])
         sections += [title("without" if on else "with"), _table(others)]
     sections += [
         "Work",
