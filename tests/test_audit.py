@@ -214,6 +214,12 @@ def test_deviations_are_counted_and_named(config, tmp_path, rank, change, expect
     assert format_verdict(found) == f"3 steps in 1 attempt: {len(samples)} faults"
 
 
+def test_a_last_step_that_only_some_ranks_wrote_is_one_not_taken(config, tmp_path):
+    train(tmp_path, config, steps=range(4), world=2)
+    edit(tmp_path, lambda lines: lines.pop(), rank=1)
+    assert (audit(tmp_path, config).faults, audit(tmp_path, config).num_steps) == ([], 3)
+
+
 def test_it_does_not_matter_which_rank_uses_a_sample(config, tmp_path):
     train(tmp_path, config, steps=range(2), world=2)
     first, second = (read_log(tmp_path, rank)[1]["ids"] for rank in range(2))
@@ -254,13 +260,6 @@ def test_a_truncated_line_in_the_middle_is_a_fault_and_so_are_its_samples(config
     found = audit(tmp_path, config)
     assert found.faults[0].id == "samples-rank-0.jsonl, line 3"
     assert [fault.id for fault in found.faults[1:]] == [expected_ids(config)(p) for p in range(4, 8)]
-
-
-def test_a_last_step_that_only_some_ranks_wrote_is_one_not_taken(config, tmp_path):
-    train(tmp_path, config, steps=range(4), world=2)
-    edit(tmp_path, lambda lines: lines.pop(), rank=1)
-    found = audit(tmp_path, config)
-    assert (found.faults, found.num_steps) == ([], 3)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"attempt": 0}\n'])

@@ -99,65 +99,52 @@ def trained_bytes(part, dtype_bytes=4):
     return sum(p.numel() for p in getattr(model, part).parameters()) * dtype_bytes
 
 
-def test_what_is_trained_is_float32_and_what_is_frozen_as_stored(config, shape):
-    memory = measure_memory(config(), shape, MICRO_BATCH)
+@pytest.fixture
+def measured(config, shape):
+    """Measure stage 1 with some settings."""
+    return lambda **sections: measure_memory(config(**sections), shape, MICRO_BATCH)
+
+
+def test_what_is_trained_is_float32_and_what_is_frozen_as_stored(measured, shape):
+    memory = measured()
     parts = sum(trained_bytes(part) for part in ("vision", "connectors", "language"))
-    assert memory.weights["policy weights"] == parts
-    assert memory.gradients == parts
-    assert memory.optimizer == 2 * parts
+    assert (memory.weights["policy weights"], memory.gradients, memory.optimizer) == (parts, parts, 2 * parts)
     reference = VisionLanguageModel(shape.spec)
     assert memory.weights["reference weights"] == num_bytes(reference.parameters()) / 2
 
 
-def measured(config, shape, micro_batch=MICRO_BATCH):
-    return measure_memory(config, shape, micro_batch)
-
-
-def test_frozen_parts_serve_the_reference_too(config, shape):
-    shared = measured(config(model={"trainable": ["connectors"]}), shape)
-    apart = measured(config(model={"trainable": ["connectors"], "reference": "other"}), shape)
+def test_frozen_parts_serve_the_reference_too(measured):
+    shared = measured(model={"trainable": ["connectors"]})
+    apart = measured(model={"trainable": ["connectors"], "reference": "other"})
     assert 0 < shared.weights["reference weights"] < trained_bytes("connectors", 2)
     assert apart.weights["reference weights"] > shared.weights["reference weights"]
     assert shared.gradients == trained_bytes("connectors")
 
 
-def test_adapters_take_less_than_the_language_model(config, shape):
-    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), shape)
-    whole = measured(config(model={"trainable": ["language"]}), shape)
-    connectors = measured(config(model={"trainable": ["connectors"]}), shape)
-    assert 0 < adapters.gradients < whole.gradients / 4
+def test_adapters_take_less_than_the_language_model(measured):
+    adapters = measured(model={"trainable": ["lora"], "lora": {"rank": 2}})
+    assert 0 < adapters.gradients < measured(model={"trainable": ["language"]}).gradients / 4
+    connectors = measured(model={"trainable": ["connectors"]})
     assert adapters.shared == connectors.shared  # the reference shares the language model, not its adapters
-
-
-def test_stage_router_trains_the_router_alone(config, shape):
-    stage = stage_on_meta(config("router"), shape)
-    trained = [p for p in stage.policy.model.router.parameters() if p.requires_grad]
-    assert measured(config("router"), shape).gradients == num_bytes(trained)
-    assert {p.dtype for p in trained} == {torch.float32}
 
 
 @pytest.mark.parametrize(("stage", "ratios"), [("pretrain", [4]), ("consistency", [4, 16])])
 def test_activations_grow_with_the_micro_batch_and_shrink_by_recomputing(config, shape, stage, ratios):
     settings = config(stage, model={"ratios": ratios})
     recomputing = config(stage, model={"ratios": ratios}, trainer={"activation_checkpointing": True})
-    small = measured(settings, shape).micro_batch
-    large, again = (
-        measured(each, shape, replace(MICRO_BATCH, num_samples=8)).micro_batch
-        for each in (settings, recomputing)
-    )
+    more = replace(MICRO_BATCH, num_samples=8)
+    small = measure_memory(settings, shape, MICRO_BATCH).micro_batch
+    large, again = (measure_memory(each, shape, more).micro_batch for each in (settings, recomputing))
     for part in ("vision activations", "language activations"):
         assert large[part] == pytest.approx(4 * small[part], rel=0.05)
     assert sum(again.values()) < sum(large.values())
 
 
-def test_half_precision_saves_activations(config, shape):
-    whole = measured(config(), shape).micro_batch
-    mixed, recomputed = (
-        measured(
-            config(trainer={"precision": "bf16-mixed", "activation_checkpointing": on}), shape
-        ).micro_batch
-        for on in (False, True)
-    )
+def test_half_precision_saves_activations(measured):
+    whole = measured().micro_batch
+    half = {"precision": "bf16-mixed"}
+    mixed = measured(trainer=half).micro_batch
+    recomputed = measured(trainer={**half, "activation_checkpointing": True}).micro_batch
     assert mixed["language activations"] < whole["language activations"]
     assert sum(recomputed.values()) < sum(mixed.values())
     assert "weights as autocast has them" in mixed

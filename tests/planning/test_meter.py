@@ -59,18 +59,6 @@ def test_mixed_precision_casts_a_weight_once():
     assert meter.at_peak["weights as autocast has them"] == 64 * 64 * 2
 
 
-def test_code_that_asks_for_values_gets_some():
-    with MemoryMeter() as meter, DeviceRules(None, meter):
-        values = meta(6)
-        distinct, which = values.unique_consecutive(return_inverse=True)
-        assert (values.tolist(), float(values[0]), bool(values[0])) == ([0.0] * 6, 0.0, False)
-        assert len(distinct) == len(which) == 6
-        assert len(torch.bincount(which, minlength=3)) == 3
-        assert len(values.unique()) == 1
-        known = torch.tensor([4, 4, 16])
-        assert known.to(values.device).tolist() == [4, 4, 16]
-
-
 def test_each_byte_belongs_to_the_part_that_made_it():
     class Network(nn.Module):
         def inner(self):

@@ -160,18 +160,17 @@ def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Term
     Gradients exist already: those of earlier micro-batches of the same step.
     """
     policy, networks = stage.trained_model(), stage.sharded_models()
-    gradients = []
-    for parameter in trained_parameters(stage):
-        parameter.grad = torch.empty_like(parameter)
-        gradients.append(parameter.grad)
+    gradients = [torch.empty_like(parameter) for parameter in trained_parameters(stage)]
+    for parameter, gradient in zip(trained_parameters(stage), gradients, strict=True):
+        parameter.grad = gradient
     batch = draw_batch(policy, micro_batch)
     weights = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     meter = MemoryMeter([*weights, *stage.buffers(), *gradients, batch.tiles])
     _name_parts(stage, meter)
     lowered = torch.bfloat16 if precision == "bf16-mixed" else None
     rules = DeviceRules(lowered, meter)
-    for part in (policy.vision, policy.language):
-        rules.hold_in_recomputed(part)
+    rules.hold_in_recomputed(policy.vision)
+    rules.hold_in_recomputed(policy.language)
     with autocast_on_meta(lowered), meter, rules:
         loss = stage.step(batch).loss_sum
         with meter.part("backward pass"):
@@ -184,8 +183,8 @@ def _name_parts(stage: Stage, meter: MemoryMeter) -> None:
     policy, *others = stage.sharded_models()
     meter.watch(policy, "encode_tiles", part="vision activations")
     meter.watch(policy, "response_states", "splice_batch", part="language activations")
-    for network in (policy.connectors, policy.language.base_model):
-        meter.watch(network, "forward", part="language activations")
+    meter.watch(policy.connectors, "forward", part="language activations")
+    meter.watch(policy.language.base_model, "forward", part="language activations")
     for model in others:
         meter.watch(model, "encode_tiles", "response_states", part="reference pass")
     if policy.router is not None:

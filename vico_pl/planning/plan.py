@@ -37,6 +37,10 @@ class Gpu(NamedTuple):
     half_tflops: float  # bfloat16 and float16 on tensor cores
     full_tflops: float  # float32 without TF32
 
+    def tflops(self, precision: str) -> float:
+        """Return the peak at one of Lightning's precisions."""
+        return self.full_tflops if precision.startswith("32") else self.half_tflops
+
     @property
     def usable_gib(self) -> float:
         """What a run may take of the memory."""
@@ -79,6 +83,8 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
         config.data, sample, tokens_per_tile=policy.tokens_per_full_tile, world=world or 1
     )
     memory = {on: measure_memory(_recomputing(config, on=on), found, micro_batch) for on in (False, True)}
+    own = memory[trainer.activation_checkpointing]
+    state = own.gradients + own.optimizer
     cost = type(stage).cost(config, count_flops(policy.spec))
     flops = cost.expected_parts(sample.tiles, sample.text_tokens, sample.response_tokens)
     num_samples = trainer.max_steps * config.data.batch_size
@@ -96,9 +102,13 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
         "vision_tokens_per_sample": cost.vision_tokens(sample.tiles),
         "samples": num_samples,
         "epochs": num_samples / sample.num_samples if sample.num_samples else None,
-        "gpu_hours": _gpu_hours(run_flops, precision=trainer.precision, mfu=mfu),
-        "run_dir_gib": _disk_gib(memory[False], num_checkpoints=trainer.keep_checkpoints + 1),
-        "advice": list(advice(config, found, micro_batch, memory[trainer.activation_checkpointing])),
+        "gpu_hours": {
+            name: run_flops / (gpu.tflops(trainer.precision) * 1e12 * mfu) / 3600
+            for name, gpu in GPUS.items()
+        },
+        # Checkpoints with optimizer state, one being written, and the model.
+        "run_dir_gib": ((trainer.keep_checkpoints + 1) * state + own.weights["policy weights"]) / GIB,
+        "advice": list(advice(config, found, micro_batch, own)),
     }
     shared = sum(p.numel() for p in shared_parameters(stage))
     return Plan(config=config, figures=figures, shared_parameters=shared, mfu=mfu)
@@ -131,18 +141,6 @@ def _by_layout(memory: RunMemory, world: int | None) -> dict[str, Terms]:
     return {
         str(layout): {name: size / GIB for name, size in memory.per_gpu(layout).items()} for layout in layouts
     }
-
-
-def _gpu_hours(flops: float, *, precision: str, mfu: float) -> dict[str, float]:
-    full = precision.startswith("32")
-    tflops = {name: gpu.full_tflops if full else gpu.half_tflops for name, gpu in GPUS.items()}
-    return {name: flops / (peak * 1e12 * mfu) / 3600 for name, peak in tflops.items()}
-
-
-def _disk_gib(memory: RunMemory, *, num_checkpoints: int) -> float:
-    """Return the size of a run folder: checkpoints with optimizer state, one being written, and the model."""
-    state = memory.gradients + memory.optimizer
-    return (num_checkpoints * state + memory.weights["policy weights"]) / GIB
 
 
 def advice(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, memory: RunMemory) -> Iterator[str]:

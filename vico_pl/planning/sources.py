@@ -143,22 +143,17 @@ def _from_parts(config: ModelConfig) -> ModelShape:
             raise ValueError(f"model.vision.open_clip is '{name}', which open_clip does not know")
         shape = known["vision_cfg"]
         vision = {**shape, "image_size": vision.get("image_size") or shape["image_size"]}
-    if "path" in language:
-        language = _language_shape(language["path"])
-    else:
+    if "path" not in language:
         language["vocab_size"] = max(config.vocab_size, len(SPECIAL_TOKENS))
+    elif file := find_config(language["path"]):
+        language = read_json(file)
+    elif language["path"] in LANGUAGE:
+        language = LANGUAGE[language["path"]]
+    else:
+        unknown = f"model.language.path {language['path']}: its shape is not known here"
+        raise ValueError(f"{unknown}; fetch its {CONFIG_NAME} first")
     spec = ModelSpec(vision=vision, language=language, ratios=config.ratios, placeholder_id=0)
     return ModelShape(name="the parts that the recipe names", spec=spec, dtype=torch.float32)
-
-
-def _language_shape(path: str) -> dict[str, Any]:
-    if file := find_config(path):
-        return read_json(file)
-    if path not in LANGUAGE:
-        raise ValueError(
-            f"model.language.path {path}: its shape is not known here; fetch its {CONFIG_NAME} first"
-        )
-    return LANGUAGE[path]
 
 
 def read_samples(config: DataConfig) -> SampleShape:
