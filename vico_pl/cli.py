@@ -76,14 +76,13 @@ def plan(
     """Predict what a recipe needs: memory per GPU, FLOPs, hours, and which GPUs fit."""
     from vico_pl.config import load_config
     from vico_pl.files import write_json
-    from vico_pl.planning.plan import build_plan
-    from vico_pl.planning.report import format_plan, plan_as_json
+    from vico_pl.planning.plan import build_plan, format_plan
 
     made = build_plan(load_config(recipe, overrides or []), shape=shape, mfu=mfu)
     echo(format_plan(made))
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
-        write_json(plan_as_json(made), json_)
+        write_json(made.figures, json_)
         echo(f"\n{json_} is written")
 
 
