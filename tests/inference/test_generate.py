@@ -21,8 +21,7 @@ def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
     embed = predictor.model.language.get_input_embeddings()
     ids = []
     while len(ids) < max_new_tokens and predictor.tokenizer.eos_token_id not in ids:
-        length = len(embeddings)
-        states = run_packed(predictor.model.language, embeddings, torch.arange(length), [length])
+        states = run_packed(predictor.model.language, embeddings, [len(embeddings)])
         ids.append(int((states[-1] @ predictor.model.head.T).argmax()))
         embeddings = torch.cat([embeddings, embed(torch.tensor(ids[-1:]))])
     return ids

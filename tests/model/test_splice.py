@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vico_pl.model.splice import splice
+from vico_pl.model.vlm import splice
 
 WIDTH = 3
 PLACEHOLDER, TEXT, RESPONSE = "#", "t", "r"
@@ -33,8 +33,8 @@ def run_splice(samples, counts):
 
 
 def naive_splice(samples, counts):
-    """The same, one token after the other: values, positions, lengths, places of response tokens."""
-    values, positions, lengths, responses = [], [], [], []
+    """The same, one token after the other: values, lengths, places of response tokens."""
+    values, lengths, responses = [], [], []
     text, vision, tiles = 1000, 0, iter(counts)
     for sample in samples:
         begin = len(values)
@@ -49,14 +49,12 @@ def naive_splice(samples, counts):
                 values.append(text)
             text += 1
         lengths.append(len(values) - begin)
-        positions += range(lengths[-1])
-    return values, positions, lengths, responses
+    return values, lengths, responses
 
 
 def test_the_worked_example():
     spliced = run_splice([[TEXT, PLACEHOLDER, RESPONSE]], [4])  # a # b -> a v v v v b
     assert spliced.embeddings[:, 0].tolist() == [1000, 0, 1, 2, 3, 1002]
-    assert spliced.position_ids.tolist() == [0, 1, 2, 3, 4, 5]
     assert spliced.segment_lengths == [6]
     assert spliced.response_positions.tolist() == [4]  # the last vision token predicts b
 
@@ -65,7 +63,6 @@ def test_samples_of_text_alone_and_of_several_images():
     samples = [[TEXT, RESPONSE], [TEXT, PLACEHOLDER, PLACEHOLDER, TEXT, PLACEHOLDER, RESPONSE, RESPONSE]]
     spliced = run_splice(samples, [2, 1, 3])
     assert spliced.embeddings[:, 0].tolist() == [1000, 1001, 1002, 0, 1, 2, 1005, 3, 4, 5, 1007, 1008]
-    assert spliced.position_ids.tolist() == [0, 1, *range(10)]
     assert spliced.segment_lengths == [2, 10]
     assert spliced.response_positions.tolist() == [0, 9, 10]
 
@@ -74,10 +71,9 @@ def test_samples_of_text_alone_and_of_several_images():
 def test_it_equals_splicing_one_token_after_the_other(samples, data):
     num_tiles = sum(sample.count(PLACEHOLDER) for sample in samples)
     counts = data.draw(st.lists(st.sampled_from([1, 4, 5]), min_size=num_tiles, max_size=num_tiles))
-    values, positions, lengths, responses = naive_splice(samples, counts)
+    values, lengths, responses = naive_splice(samples, counts)
     spliced = run_splice(samples, counts)
     assert spliced.embeddings[:, 0].tolist() == values
-    assert spliced.position_ids.tolist() == positions
     assert spliced.segment_lengths == lengths
     assert spliced.response_positions.tolist() == [place - 1 for place in responses]
 

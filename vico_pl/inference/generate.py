@@ -12,13 +12,24 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from vico_pl.data.collate import collate
 from vico_pl.data.tiling import tile_sample
-from vico_pl.inference.predictor import Predictor, question_text
+from vico_pl.inference.predictor import Predictor
 from vico_pl.model.language import KeyValues, run_packed
-from vico_pl.model.splice import Spliced
+from vico_pl.model.vlm import Spliced
 from vico_pl.tokens import TURN_END, token_id
 from vico_pl.types import Image, Sample, TiledSample
+
+
+@torch.no_grad()
+def answer_image(predictor: Predictor, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
+    """Answer a question about one image, routed."""
+    sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), predictor.tiling)
+    features = [predictor.encode(sample.tiles)]
+    ratios = list(map(predictor.route, features))
+    (text,) = answer(
+        predictor, [sample], [question], features=features, ratios=ratios, max_new_tokens=max_new_tokens
+    )
+    return text
 
 
 def answer(
@@ -41,18 +52,6 @@ def answer(
 
 
 @torch.no_grad()
-def answer_image(predictor: Predictor, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
-    """Answer a question about one image, routed."""
-    sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), predictor.tiling)
-    features = predictor.encode(sample.tiles)
-    ratios = predictor.route(features)
-    (text,) = answer(
-        predictor, [sample], [question], features=[features], ratios=[ratios], max_new_tokens=max_new_tokens
-    )
-    return text
-
-
-@torch.no_grad()
 def generate_ids(
     predictor: Predictor,
     samples: Sequence[TiledSample],
@@ -63,22 +62,20 @@ def generate_ids(
     max_new_tokens: int,
 ) -> Int64[Tensor, "B n"]:
     """Return the token ids of the answers, padded on the right after the end of the turn."""
-    prompts = [
-        predictor.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
-        for sample, question in zip(samples, questions, strict=True)
-    ]
-    batch, chosen = collate(prompts).to(predictor.device), torch.cat(list(ratios)).to(predictor.device)
+    batch, language = predictor.encode_prompts(samples, questions), predictor.model.language
+    chosen = torch.cat(list(ratios)).to(predictor.device)
     spliced = predictor.model.splice_batch(batch, torch.cat(list(features)), chosen)
-    cache = prefill(predictor.model.language, spliced)
-    predictor.model.language.set_attn_implementation("sdpa")
-    generate: Any = predictor.model.language.generate  # typed by its mixin alone
-    last = torch.stack([prompt.input_ids[-1] for prompt in prompts]).to(predictor.device)
+    cache = prefill(language, spliced)
+    language.set_attn_implementation("sdpa")
+    generate: Any = language.generate  # typed by its mixin alone
+    last = batch.input_ids[batch.sample_lengths.cumsum(0) - 1]
     # generate() needs only the number of cached tokens, not their ids.
     seen = last[:, None].expand(-1, cache.get_seq_length() + 1)
+    mask = [torch.ones(length, dtype=torch.int64) for length in spliced.segment_lengths]
     ids = generate(
         inputs=seen,
         past_key_values=cache,
-        attention_mask=left_mask(spliced.segment_lengths).to(predictor.device),
+        attention_mask=pad_sequence(mask, batch_first=True, padding_side="left").to(predictor.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         # In some families the tokenizer's end of text is another token.
@@ -91,7 +88,7 @@ def generate_ids(
 def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
     """Run prompts; return the keys and values of all but their last tokens, where decoding starts."""
     kept: KeyValues = {}
-    run_packed(language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths, keep=kept)
+    run_packed(language, spliced.embeddings, spliced.segment_lengths, keep=kept)
     cache = DynamicCache()
     for layer in sorted(kept):
         key, value = (pad_left(x, spliced.segment_lengths)[:, :, :-1] for x in kept.pop(layer))
@@ -100,19 +97,8 @@ def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
 
 
 def pad_left(
-    packed: Float[Tensor, "1 heads S width"], lengths: Sequence[int]
+    packed: Float[Tensor, "1 heads S width"], lengths: list[int]
 ) -> Float[Tensor, "B heads longest width"]:
     """Turn packed samples into left-padded rows."""
-    rows = packed[0].transpose(0, 1).split(list(lengths))  # each: tokens, heads, width
+    rows = packed[0].transpose(0, 1).split(lengths)  # each: tokens, heads, width
     return pad_sequence(list(rows), batch_first=True, padding_side="left").transpose(1, 2)
-
-
-def left_mask(lengths: Sequence[int]) -> Int64[Tensor, "B longest"]:
-    """Return the attention mask of left-padded rows.
-
-    >>> left_mask([3, 1])
-    tensor([[1, 1, 1],
-            [0, 0, 1]])
-    """
-    to_end = torch.arange(max(lengths), 0, -1)  # number of tokens from here to the end
-    return (to_end <= torch.tensor(lengths)[:, None]).long()

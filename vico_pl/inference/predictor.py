@@ -1,6 +1,6 @@
 """A model folder opened for inference: model, tokenizer, tiling, chat format and calibrated threshold."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.tokens import load_tokenizer
-from vico_pl.types import TiledSample
+from vico_pl.types import Batch, TiledSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,8 @@ class Predictor:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if place.type == "cpu" else None
         model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
-        encoder = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile)
-        return cls(
-            folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=contents.rule
-        )
+        encoder, rule = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile), contents.rule
+        return cls(folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
 
     @property
     def device(self) -> torch.device:
@@ -73,9 +71,8 @@ class Predictor:
             ValueError: the model has none.
         """
         if self.model.router is None:
-            raise ValueError(
-                f"{self.folder}: the model has no router; train one with a recipe of stage router"
-            )
+            lacks = "the model has no router; train one with a recipe of stage router"
+            raise ValueError(f"{self.folder}: {lacks}")
         return self.model.router(features).float().cpu()
 
     def route(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
@@ -84,18 +81,23 @@ class Predictor:
             return torch.full((len(features),), self.model.ratios[0])
         return choose_ratios(self.router_logits(features), ratios=self.model.ratios, rule=self.rule)
 
+    def encode_prompts(self, samples: Sequence[TiledSample], questions: Sequence[str]) -> Batch:
+        """Encode question i about sample i."""
+        prompts = [
+            self.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+            for sample, question in zip(samples, questions, strict=True)
+        ]
+        return collate(prompts).to(self.device)
+
     @torch.no_grad()
     def first_token(self, sample: TiledSample, ratios: Int64[Tensor, " t"], *, routes: bool) -> int:
         """Run everything from tiles to the first answer token, for timing; `routes` runs the router too."""
         features = self.encode(sample.tiles)
         if routes:
             self.router_logits(features)
-        question = question_text(sample.turns[0].text, num_images=len(sample.tiles_per_image))
-        batch = collate([self.chat.encode_prompt(sample, question)]).to(self.device)
+        batch = self.encode_prompts([sample], [sample.turns[0].text])
         spliced = self.model.splice_batch(batch, features, ratios.to(self.device))
-        states = run_packed(
-            self.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
-        )
+        states = run_packed(self.model.language, spliced.embeddings, spliced.segment_lengths)
         return int((states[-1] @ self.model.head.T).argmax())
 
     def samples(self, folder: Path) -> Iterator[TiledSample]:
