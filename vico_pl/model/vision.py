@@ -11,7 +11,6 @@ Both give the patch tokens of their last layer; class tokens are dropped.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import open_clip
@@ -32,11 +31,11 @@ class Tower:
     """A vision tower and its properties."""
 
     module: nn.Module
-    patch_features: Callable[[Tensor], Tensor]  # normalised pixels (T, 3, H, W) -> (T, P, C)
+    patch_features: Callable[[Any, Tensor], Tensor]  # module, normalised pixels (T, 3, H, W) -> (T, P, C)
     width: int
     tile_size: int  # px
     patch_size: int  # px
-    mean: tuple[float, ...]  # of the pixels it was trained on, 0 to 1
+    mean: tuple[float, ...]  # of the pixels that such towers are trained on, 0 to 1
     std: tuple[float, ...]
 
 
@@ -52,7 +51,7 @@ class VisionEncoder(nn.Module):
         `config` may hold `image_mean` and `image_std` next to the tower's own settings.
 
         Raises:
-            ValueError: the tower has no square grid of patches.
+            ValueError: no such tower can be built, or it has no square grid of patches.
         """
         super().__init__()
         tower = build_tower(config)
@@ -64,8 +63,9 @@ class VisionEncoder(nn.Module):
             )
         self.tower, self._patch_features = tower.module, tower.patch_features
         self.width, self.tile_size, self.num_patches = tower.width, tower.tile_size, side * side
-        self.register_buffer("mean", torch.tensor(tower.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(tower.std).view(3, 1, 1) * 255, persistent=False)
+        for name, default in (("mean", tower.mean), ("std", tower.std)):
+            values = torch.tensor(config.get(f"image_{name}", default)).view(3, 1, 1) * 255
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
         """Encode tiles.
@@ -74,10 +74,10 @@ class VisionEncoder(nn.Module):
         A frozen tower always runs in eval mode, so that all models that share it get the same features.
         """
         some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
-        pixels = (some_tiles - self.mean) / self.std
+        pixels = ((some_tiles - self.mean) / self.std).to(next(self.tower.parameters()).dtype)
         is_trained = any(p.requires_grad for p in self.tower.parameters())
         with nullcontext() if is_trained else eval_mode(self.tower):
-            return self._patch_features(pixels.to(next(self.tower.parameters()).dtype))[: len(tiles)]
+            return self._patch_features(self.tower, pixels)[: len(tiles)]
 
 
 @contextmanager
@@ -103,8 +103,10 @@ def build_tower(config: dict[str, Any]) -> Tower:
     if kind not in TOWERS:
         known = ", ".join(name for name in TOWERS if name != OPEN_CLIP)
         raise ValueError(f"vision tower: model_type is '{kind}'; expected {known} or an open_clip vision_cfg")
+    # `auto_map` names code in the model folder, which must never run.
+    not_its_own = ("model_type", "image_mean", "image_std", "auto_map")
     try:
-        return TOWERS[kind](config)
+        return TOWERS[kind]({key: value for key, value in config.items() if key not in not_its_own})
     # What open_clip, timm and transformers raise at settings they do not know.
     except (KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -112,31 +114,25 @@ def build_tower(config: dict[str, Any]) -> Tower:
 
 
 def _intern_vit(config: dict[str, Any]) -> Tower:
-    config = dict(config)
-    mean, std = config.pop("image_mean", IMAGENET_MEAN), config.pop("image_std", IMAGENET_STD)
-    config.pop("auto_map", None)  # names code in the model folder, which must never run
-    settings = AutoConfig.for_model(config.pop("model_type"), **config)
-    # Tiles all have the same length, so the tower needs none of the language model's packed attention.
-    module = AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+    settings = AutoConfig.for_model("internvl_vision", **config)
     return Tower(
-        module=module,
-        patch_features=partial(_last_patch_states, module),
+        # Tiles all have the same length, so the tower needs none of the language model's packed attention.
+        module=AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32),
+        patch_features=_last_patch_states,
         width=settings.hidden_size,
         tile_size=settings.image_size[0],
         patch_size=settings.patch_size[0],
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )
 
 
-def _last_patch_states(module: nn.Module, pixels: Tensor) -> Tensor:
+def _last_patch_states(module: Any, pixels: Tensor) -> Tensor:
     return module(pixel_values=pixels).last_hidden_state[:, 1:]
 
 
 def _open_clip_tower(config: dict[str, Any]) -> Tower:
     config = {**config, "timm_model_pretrained": False}  # weights come from the model folder
-    mean = config.pop("image_mean", open_clip.OPENAI_DATASET_MEAN)
-    std = config.pop("image_std", open_clip.OPENAI_DATASET_STD)
     quick_gelu = config.pop("quick_gelu", False)
     clip = open_clip.CLIP(embed_dim=8, vision_cfg=config, text_cfg=_NO_TEXT, quick_gelu=quick_gelu)
     module: Any = clip.visual
@@ -147,17 +143,16 @@ def _open_clip_tower(config: dict[str, Any]) -> Tower:
         module.proj = None
         width, patch_size = config["width"], config["patch_size"]
     else:
-        raise ValueError(
-            "the vision tower pools its patches (ResNet or CoCa); take a plain ViT or a timm tower"
-        )
+        advice = "take a plain ViT or a timm tower"
+        raise ValueError(f"the vision tower pools its patches (ResNet or CoCa); {advice}")
     return Tower(
         module=module,
-        patch_features=partial(_last_intermediates, module),
+        patch_features=_last_intermediates,
         width=width,
         tile_size=config["image_size"],
         patch_size=patch_size,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
     )
 
 
