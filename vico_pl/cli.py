@@ -195,11 +195,10 @@ def generate(
 ) -> None:
     """Answer a question about an image, with routing if the model is calibrated."""
     from vico_pl.data.decode import read_image
-    from vico_pl.inference.generate import answer_image
     from vico_pl.inference.predictor import Predictor
 
     pixels = read_image(image)
-    typer.echo(answer_image(Predictor.load(_local(model)), pixels, prompt, max_new_tokens=max_new_tokens))
+    typer.echo(Predictor.load(_local(model)).answer_image(pixels, prompt, max_new_tokens=max_new_tokens))
 
 
 @app.command()

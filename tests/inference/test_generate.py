@@ -5,8 +5,7 @@ from tests.helpers import encoded_image
 from tests.sessions import full_ratios, tiled
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import read_image
-from vico_pl.inference.generate import answer, answer_image, generate_ids, pad_left
-from vico_pl.inference.predictor import question_text
+from vico_pl.inference.predictor import pad_left, question_text
 from vico_pl.model.language import run_packed
 
 MAX_NEW = 9
@@ -29,8 +28,8 @@ def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
 
 def batched_ids(predictor, samples, questions, ratios, max_new_tokens=MAX_NEW):
     features = [predictor.model.encode_tiles(sample.tiles) for sample in samples]
-    return generate_ids(
-        predictor, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
+    return predictor.generate_ids(
+        samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
     )
 
 
@@ -105,8 +104,7 @@ def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(predictor, mixed)
     pad = predictor.tokenizer.pad_token_id
     expected = [ids + [pad] * (MAX_NEW - len(ids)) for ids in alone]
     assert batched_ids(predictor, samples, questions, ratios).tolist() == expected
-    texts = answer(
-        predictor,
+    texts = predictor.answer(
         samples,
         questions,
         features=[predictor.model.encode_tiles(s.tiles) for s in samples],
@@ -135,7 +133,7 @@ def test_an_image_is_answered_at_the_ratios_the_router_chooses(predictor, tmp_pa
     answers = []
     for ratios in ([4, 4, 4, 4, 4], [16, 4, 16, 4, 4]):
         monkeypatch.setattr(type(predictor), "route", lambda *_, ratios=ratios: torch.tensor(ratios))
-        answers.append(answer_image(predictor, image, "What is A?", max_new_tokens=MAX_NEW))
+        answers.append(predictor.answer_image(image, "What is A?", max_new_tokens=MAX_NEW))
         ids = naive_ids(predictor, sample, "What is A?", torch.tensor(ratios))
         assert answers[-1] == predictor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert answers[0] != answers[1]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vico_pl.data.shards.reader import read_index
 from vico_pl.evaluation.metrics import SKILLS, is_correct
-from vico_pl.inference.generate import answer
 from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Sample, TiledSample
 
@@ -137,8 +136,7 @@ class Answerer:
 
     def _answer(self, keys: Sequence[_Key]) -> list[str]:
         owners = [self._owner(question) for question, _ in keys]
-        return answer(
-            self._predictor,
+        return self._predictor.answer(
             [self._group.samples[s] for s in owners],
             [self._group.questions[question].text for question, _ in keys],
             features=[self._group.features[s] for s in owners],

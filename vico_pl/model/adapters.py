@@ -10,13 +10,15 @@ may carry several, each around the one before.
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from vico_pl.model.vision import switched
 
 ALL_LINEAR = "all-linear"
 _NAME = "default"  # peft's name for the only adapter
@@ -89,18 +91,10 @@ def _check_targets(language: PreTrainedModel, config: LoraConfig) -> None:
         )
 
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
     """Run a model as it was before it got adapters."""
-    layers = _adapted_layers(model).values()
-    for layer in layers:
-        # peft's own switch also takes requires_grad from the adapters, whose gradients may be under way.
-        layer._disable_adapters = True  # noqa: SLF001
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False  # noqa: SLF001
+    # peft's own switch also takes requires_grad from the adapters, whose gradients may be under way.
+    return switched(_adapted_layers(model).values(), "_disable_adapters", to=True)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ boundaries from position ids, but leaks silently with `use_cache=True` or an all
 passed explicitly.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -80,11 +79,6 @@ class Prefixes:
     starts: list[int]  # place in that pass of each segment's first token
     lengths: list[int]
 
-    def before(self, pieces: Sequence[Tensor], kept: Tensor) -> list[Tensor]:
-        """Put the prefix of each segment before its piece, along the tokens."""
-        ranges = zip(pieces, self.starts, self.lengths, strict=True)
-        return [torch.cat([kept.narrow(2, start, length), piece], 2) for piece, start, length in ranges]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
@@ -103,11 +97,13 @@ class Segments:
         layer = cast("int", module.layer_idx)
         if self.keep is not None:
             self.keep[layer] = (key, value)
-        keys, values = (list(x.split(self.lengths, dim=2)) for x in (key, value))
-        if self.prefixes is None:
-            return keys, values
-        kept_key, kept_value = self.prefixes.kept[layer]
-        return self.prefixes.before(keys, kept_key), self.prefixes.before(values, kept_value)
+        pieces = [list(x.split(self.lengths, dim=2)) for x in (key, value)]
+        if self.prefixes is not None:
+            ranges = list(zip(self.prefixes.starts, self.prefixes.lengths, strict=True))
+            for own, kept in zip(pieces, self.prefixes.kept[layer], strict=True):
+                before = [kept.narrow(2, start, length) for start, length in ranges]
+                own[:] = [torch.cat(both, 2) for both in zip(before, own, strict=True)]
+        return pieces[0], pieces[1]
 
 
 def run_packed(
@@ -149,15 +145,12 @@ def check_flash_attention(device: torch.device) -> None:
         ValueError: it cannot; the message says what to do.
     """
     if device.type != "cuda":
-        raise ValueError(
-            f"model.attention is 'flash', which runs on CUDA devices, but this run is on {device.type}; "
-            "set model.attention=sdpa"
-        )
-    if find_spec("flash_attn") is None:
-        raise ValueError(
-            "model.attention is 'flash', but flash-attn is not installed; "
-            "pip install flash-attn, or set model.attention=sdpa"
-        )
+        problem = f"which runs on CUDA devices, but this run is on {device.type}; set model.attention=sdpa"
+    elif find_spec("flash_attn") is None:
+        problem = "but flash-attn is not installed; pip install flash-attn, or set model.attention=sdpa"
+    else:
+        return
+    raise ValueError(f"model.attention is 'flash', {problem}")
 
 
 # Attention functions as transformers calls them: query is (1, heads, S, width), key and value may have fewer

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vico_pl.model.adapters import adapters_off, own_parameters
-from vico_pl.model.vision import eval_mode
+from vico_pl.model.vision import switched
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
 
@@ -56,7 +56,7 @@ class FrozenReference(nn.Module):
         """
         model, beside = self._models
         shares_vision = beside is not None and beside.vision is model.vision
-        with eval_mode(model), adapters_off(model):
+        with switched(model.modules(), "training", to=False), adapters_off(model):
             if policy_features is None or not shares_vision:
                 policy_features = model.encode_tiles(batch.tiles)
             return model.response_states(batch, policy_features.detach(), model.full_ratios(batch))

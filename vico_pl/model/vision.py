@@ -8,15 +8,15 @@ The configuration selects the kind of tower:
 Both give the patch tokens of their last layer; class tokens are dropped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, UInt8
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -26,8 +26,7 @@ OPEN_CLIP = "open_clip"
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tower:
+class Tower(NamedTuple):
     """A vision tower and its properties."""
 
     module: nn.Module
@@ -35,8 +34,8 @@ class Tower:
     width: int
     tile_size: int  # px
     patch_size: int  # px
-    mean: tuple[float, ...]  # of the pixels that such towers are trained on, 0 to 1
-    std: tuple[float, ...]
+    mean: Sequence[float]  # of the pixels that such towers are trained on, 0 to 1
+    std: Sequence[float]
 
 
 class VisionEncoder(nn.Module):
@@ -76,21 +75,21 @@ class VisionEncoder(nn.Module):
         some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
         pixels = ((some_tiles - self.mean) / self.std).to(next(self.tower.parameters()).dtype)
         is_trained = any(p.requires_grad for p in self.tower.parameters())
-        with nullcontext() if is_trained else eval_mode(self.tower):
+        with nullcontext() if is_trained else switched(self.tower.modules(), "training", to=False):
             return self._patch_features(self.tower, pixels)[: len(tiles)]
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch modules from training to eval mode, and back at the end."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def switched(modules: Iterable[nn.Module], name: str, *, to: bool) -> Iterator[None]:
+    """Switch an attribute of modules, and back at the end."""
+    others = [module for module in modules if getattr(module, name) is not to]
+    for module in others:
+        setattr(module, name, to)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in others:
+            setattr(module, name, not to)
 
 
 def build_tower(config: dict[str, Any]) -> Tower:
@@ -115,16 +114,10 @@ def build_tower(config: dict[str, Any]) -> Tower:
 
 def _intern_vit(config: dict[str, Any]) -> Tower:
     settings = AutoConfig.for_model("internvl_vision", **config)
-    return Tower(
-        # Tiles all have the same length, so the tower needs none of the language model's packed attention.
-        module=AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32),
-        patch_features=_last_patch_states,
-        width=settings.hidden_size,
-        tile_size=settings.image_size[0],
-        patch_size=settings.patch_size[0],
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-    )
+    # Tiles all have the same length, so the tower needs none of the language model's packed attention.
+    module = AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
+    sizes = (settings.hidden_size, settings.image_size[0], settings.patch_size[0])
+    return Tower(module, _last_patch_states, *sizes, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _last_patch_states(module: Any, pixels: Tensor) -> Tensor:
@@ -145,15 +138,8 @@ def _open_clip_tower(config: dict[str, Any]) -> Tower:
     else:
         advice = "take a plain ViT or a timm tower"
         raise ValueError(f"the vision tower pools its patches (ResNet or CoCa); {advice}")
-    return Tower(
-        module=module,
-        patch_features=_last_intermediates,
-        width=width,
-        tile_size=config["image_size"],
-        patch_size=patch_size,
-        mean=open_clip.OPENAI_DATASET_MEAN,
-        std=open_clip.OPENAI_DATASET_STD,
-    )
+    sizes, pixels = (width, config["image_size"], patch_size), (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    return Tower(module, _last_intermediates, *sizes, *pixels)
 
 
 def _prepare_timm(module: Any, image_size: int) -> tuple[int, int]:
