@@ -52,7 +52,7 @@ def batches(monkeypatch):
         assert [len(f) for f in features] == [len(s.tiles) for s in samples] == [len(r) for r in ratios]
         return [f"{q} {r.tolist()}" for q, r in zip(questions, ratios, strict=True)]
 
-    monkeypatch.setattr(questions_module, "answer", fake)
+    monkeypatch.setattr("vico_pl.inference.predictor.Predictor.answer", fake)
     return seen
 
 
@@ -133,7 +133,10 @@ def test_a_long_expected_answer_can_be_right(predictor, samples):
 
 def test_right_and_wrong_follow_the_questions(predictor, group, monkeypatch):
     replies = {"long question about it?": " RED", "Who?": "a b", "Why?": "x", "B?": "x"}
-    monkeypatch.setattr(questions_module, "answer", lambda _, __, asked, **___: [replies[q] for q in asked])
+    monkeypatch.setattr(
+        "vico_pl.inference.predictor.Predictor.answer",
+        lambda _, __, asked, **___: [replies[q] for q in asked],
+    )
     assert Answerer(predictor, group).correct(choice([4], [4] * 5, [])) == [True, False, True, False]
 
 
