@@ -113,9 +113,3 @@ def test_a_batch_of_text_alone_has_no_vision_tokens(training):
     tokens, counts = connectors().train(training)(features(0), torch.empty(0, dtype=torch.int64))
     assert tokens.shape == (0, LANGUAGE)
     assert counts.shape == (0,)
-
-
-@pytest.mark.parametrize("ratios", [[], [1], [16], [16, 4], [4, 4], [4, 8], [4, 64, 16]])
-def test_ratios_are_squares_that_rise_from_four(ratios):
-    with pytest.raises(ValueError, match="expected rising square numbers that begin with 4"):
-        connectors(ratios)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.helpers import TILE, WIDTH, tiny_spec
-from vico_pl.model.vision import VisionEncoder, build_tower
+from vico_pl.model.vision import VisionEncoder
 
 CONFIG = tiny_spec().vision
 
@@ -201,6 +201,6 @@ def test_tiles_that_patches_do_not_divide_are_refused(config, side, patch):
 )
 def test_settings_that_no_tower_has_are_refused_in_a_sentence(config, said):
     with pytest.raises(ValueError, match="vision tower: ") as caught:
-        build_tower(config)
+        VisionEncoder(config)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

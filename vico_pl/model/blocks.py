@@ -24,12 +24,8 @@ def find_blocks(network: nn.Module) -> list[nn.Module]:
 
     It goes by `resblocks` in open_clip, `blocks` or `stages` in timm, `layer` or `layers` in transformers.
     """
-
-    def num_weights(layers: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in layers.parameters())
-
-    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-    return list(max(lists, key=num_weights, default=[]))
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[]))
 
 
 def compile_blocks(network: nn.Module) -> None:

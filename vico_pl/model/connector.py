@@ -51,16 +51,8 @@ class Connectors(nn.Module):
     """The connectors of all ratios; runs only the chosen one on each tile."""
 
     def __init__(self, ratios: Sequence[int], *, vision_width: int, language_width: int) -> None:
-        """Build one connector per ratio; the first ratio means full tokens.
-
-        Raises:
-            ValueError: the ratios are others than rising squares from 4 on.
-        """
+        """Build one connector per ratio."""
         super().__init__()
-        is_rising = list(ratios) == sorted(set(ratios)) and list(ratios)[:1] == [FULL_RATIO]
-        if not is_rising or any(math.isqrt(ratio) ** 2 != ratio for ratio in ratios):
-            expected = f"rising square numbers that begin with {FULL_RATIO}"
-            raise ValueError(f"ratios {list(ratios)}: expected {expected}")
         self.by_ratio = nn.ModuleDict(
             {str(r): Connector(r, vision_width=vision_width, language_width=language_width) for r in ratios}
         )

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPEN_CLIP = "open_clip"
 # The towers' text halves are never used; this is the smallest one that open_clip builds.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
@@ -53,7 +52,7 @@ class VisionEncoder(nn.Module):
             ValueError: no such tower can be built, or it has no square grid of patches.
         """
         super().__init__()
-        tower = build_tower(config)
+        tower = _build_tower(config)
         side, rest = divmod(tower.tile_size, tower.patch_size)
         if rest:
             raise ValueError(
@@ -92,15 +91,10 @@ def switched(modules: Iterable[nn.Module], name: str, *, to: bool) -> Iterator[N
             setattr(module, name, not to)
 
 
-def build_tower(config: dict[str, Any]) -> Tower:
-    """Build the tower that a configuration describes, with random weights.
-
-    Raises:
-        ValueError: no such tower can be built.
-    """
-    kind = config.get("model_type", OPEN_CLIP)
+def _build_tower(config: dict[str, Any]) -> Tower:
+    kind = config.get("model_type")
     if kind not in TOWERS:
-        known = ", ".join(name for name in TOWERS if name != OPEN_CLIP)
+        known = ", ".join(filter(None, TOWERS))
         raise ValueError(f"vision tower: model_type is '{kind}'; expected {known} or an open_clip vision_cfg")
     # `auto_map` names code in the model folder, which must never run.
     not_its_own = ("model_type", "image_mean", "image_std", "auto_map")
@@ -165,7 +159,7 @@ def _last_intermediates(module: Any, pixels: Tensor) -> Tensor:
 
 
 # Builders by `model_type`; a configuration without one is an open_clip `vision_cfg`.
-TOWERS: dict[str, Callable[[dict[str, Any]], Tower]] = {
-    OPEN_CLIP: _open_clip_tower,
+TOWERS: dict[str | None, Callable[[dict[str, Any]], Tower]] = {
+    None: _open_clip_tower,
     "internvl_vision": _intern_vit,
 }

@@ -72,12 +72,12 @@ class VisionLanguageModel(nn.Module):
         """Build the model with random weights.
 
         Raises:
-            ValueError: tiles do not divide into patches, or patches into vision tokens.
+            ValueError: no such part can be built, or patches do not divide into vision tokens.
         """
         super().__init__()
         self.spec = spec
         self.vision = VisionEncoder(spec.vision)
-        _check_grid(self.vision, spec.ratios)
+        _check_ratios(spec.ratios, self.vision)
         self.language = build_language_model(spec.language)
         self.connectors = Connectors(
             spec.ratios, vision_width=self.vision.width, language_width=self.language.config.hidden_size
@@ -141,11 +141,15 @@ class VisionLanguageModel(nn.Module):
         return torch.full_like(batch.tile_to_sample, FULL_RATIO)
 
 
-def _check_grid(vision: VisionEncoder, ratios: list[int]) -> None:
+def _check_ratios(ratios: list[int], vision: VisionEncoder) -> None:
+    is_square = all(math.isqrt(ratio) ** 2 == ratio for ratio in ratios)
+    if not is_square or ratios != sorted(set(ratios)) or ratios[:1] != [FULL_RATIO]:
+        expected = f"rising square numbers that begin with {FULL_RATIO}"
+        raise ValueError(f"ratios {ratios}: expected {expected}")
     side = math.isqrt(vision.num_patches)
-    for ratio in ratios:
-        if side % math.isqrt(ratio):
+    for ratio, factor in ((ratio, math.isqrt(ratio)) for ratio in ratios):
+        if side % factor:
             raise ValueError(
-                f"tiles of {vision.tile_size} px are {side} x {side} patches, which do not fold by "
-                f"{math.isqrt(ratio)} for ratio {ratio}; choose another image_size or other ratios"
+                f"tiles of {vision.tile_size} px are {side} x {side} patches, which do not fold by {factor} "
+                f"for ratio {ratio}; choose another image_size or other ratios"
             )
