@@ -10,6 +10,7 @@ Both give the patch tokens of their last layer; class tokens are dropped.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import open_clip
@@ -59,7 +60,7 @@ class VisionEncoder(nn.Module):
                 f"the vision tower sees tiles of {tower.tile_size} px, which patches of {tower.patch_size} px"
                 " do not divide; set image_size to a multiple"
             )
-        self.tower, self._patch_features = tower.module, tower.patch_features
+        self.tower, self._patch_features = tower.module, partial(tower.patch_features, tower.module)
         self.width, self.tile_size, self.num_patches = tower.width, tower.tile_size, side * side
         for name, default in (("mean", tower.mean), ("std", tower.std)):
             values = torch.tensor(config.get(f"image_{name}", default)).view(3, 1, 1) * 255
@@ -75,7 +76,7 @@ class VisionEncoder(nn.Module):
         pixels = ((some_tiles - self.mean) / self.std).to(next(self.tower.parameters()).dtype)
         is_trained = any(p.requires_grad for p in self.tower.parameters())
         with nullcontext() if is_trained else switched(self.tower.modules(), "training", to=False):
-            return self._patch_features(self.tower, pixels)[: len(tiles)]
+            return self._patch_features(pixels)[: len(tiles)]
 
 
 @contextmanager
