@@ -5,7 +5,7 @@ from tests.helpers import encoded_image
 from tests.sessions import full_ratios, tiled
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import read_image
-from vico_pl.inference.predictor import pad_left, question_text
+from vico_pl.inference.predictor import question_text
 from vico_pl.model.language import run_packed
 
 MAX_NEW = 9
@@ -144,13 +144,6 @@ def test_training_time_attention_does_not_leak_into_generation(predictor, mixed)
     first = batched_ids(predictor, samples, questions, ratios)
     predictor.first_token(samples[0], ratios[0], routes=False)  # runs packed attention on the same model
     assert torch.equal(batched_ids(predictor, samples, questions, ratios), first)
-
-
-def test_rows_end_together():
-    packed = torch.arange(1.0, 13.0).view(1, 2, 6, 1)  # two heads; samples of 4 and 2 tokens
-    padded = pad_left(packed, [4, 2])
-    assert padded[0, :, :, 0].tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
-    assert padded[1, :, :, 0].tolist() == [[0, 0, 5, 6], [0, 0, 11, 12]]
 
 
 def test_prompts_run_in_one_pass_without_padding_and_only_once(predictor, mixed):

@@ -38,12 +38,6 @@ def test_it_equals_the_published_pixel_shuffle_v2(tiles, blocks, factor, c):
     assert torch.equal(pixel_unshuffle(features, factor), expected)
 
 
-def test_the_worked_example():
-    patches = torch.arange(16.0).view(1, 16, 1)  # a 4 x 4 grid of patch numbers
-    expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert pixel_unshuffle(patches, 2)[0].tolist() == expected
-
-
 def test_each_connector_has_the_layers_of_its_published_model():
     short, long = (Connector(ratio, vision_width=VISION, language_width=LANGUAGE) for ratio in (4, 16))
     # mlp1: LayerNorm(4h), Linear(4h -> H), GELU, Linear(H -> H)
