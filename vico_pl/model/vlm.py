@@ -56,10 +56,10 @@ def splice(
     origin = torch.arange(len(expansion), device=expansion.device).repeat_interleave(expansion)  # (S,)
     embeddings = text_embeddings[origin]
     embeddings[is_placeholder[origin]] = vision_tokens.to(embeddings.dtype)
-    ends = expansion.cumsum(0)
+    ends, samples = expansion.cumsum(0), pad(sample_lengths.cumsum(0), (1, 0))  # in L: where samples begin
     return Spliced(
         embeddings=embeddings,
-        segment_lengths=pad(ends, (1, 0))[pad(sample_lengths.cumsum(0), (1, 0))].diff().tolist(),
+        segment_lengths=pad(ends, (1, 0))[samples].diff().tolist(),
         tile_starts=(ends - expansion)[is_placeholder],
         response_positions=response_mask[origin].nonzero().squeeze(1) - 1,
     )
