@@ -176,10 +176,9 @@ def generate(
 ) -> None:
     """Answer a question about an image, with routing if the model is calibrated."""
     from vico_pl.data.decode import read_image
-    from vico_pl.inference.generate import answer_image
 
     pixels = read_image(image)
-    echo(answer_image(_open(model), pixels, prompt, max_new_tokens=max_new_tokens))
+    echo(_open(model).answer_image(pixels, prompt, max_new_tokens=max_new_tokens))
 
 
 @app.command()

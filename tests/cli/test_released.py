@@ -16,7 +16,6 @@ from tests.released import (
 )
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image, tile_sample
-from vico_pl.inference.generate import generate_ids
 from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import compress_probability
 from vico_pl.model.families.base import CALIBRATION_NAME
@@ -79,8 +78,8 @@ def answer_ids(folder, photo):
     sample = tile_sample(Sample(id="x", images=[read_image(photo)], turns=[], metadata={}), session.tiling)
     features = session.encode(sample.tiles)
     ratios = session.route(features)
-    ids = generate_ids(
-        session, [sample], ["What is it?"], features=[features], ratios=[ratios], max_new_tokens=6
+    ids = session.generate_ids(
+        [sample], ["What is it?"], features=[features], ratios=[ratios], max_new_tokens=6
     )
     assert sorted(ratios.tolist()) == [4, 16, 16]
     return ids.tolist(), ratios.tolist()

@@ -73,9 +73,7 @@ def harm_by_hand(predictor, sample):
 
     def log_probabilities(ratios):
         spliced = predictor.model.splice_batch(batch, features, ratios)
-        states = run_packed(
-            predictor.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
-        )
+        states = run_packed(predictor.model.language, spliced.embeddings, spliced.segment_lengths)
         return log_softmax((states[spliced.response_positions] @ predictor.model.head.T).double(), -1)
 
     full = torch.full((len(sample.tiles),), 4)

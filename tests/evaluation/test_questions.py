@@ -13,7 +13,6 @@ from vico_pl.evaluation.questions import (
     folder_groups,
     read_groups,
 )
-from vico_pl.inference.generate import generate_ids
 from vico_pl.inference.routing import at_threshold, threshold_for
 from vico_pl.types import Turn
 
@@ -50,7 +49,7 @@ def batches(monkeypatch):
         assert [len(f) for f in features] == [len(s.tiles) for s in samples] == [len(r) for r in ratios]
         return [f"{q} {r.tolist()}" for q, r in zip(questions, ratios, strict=True)]
 
-    monkeypatch.setattr(questions_module, "answer", fake)
+    monkeypatch.setattr("vico_pl.inference.predictor.Predictor.answer", fake)
     return seen
 
 
@@ -104,7 +103,7 @@ def test_a_long_expected_answer_can_be_right(predictor, samples):
     settings = {"features": features, "ratios": full_ratios(sample)}
     expected = "x" * 40
     length = len(predictor.tokenizer.encode(expected, add_special_tokens=False)) + EXTRA_TOKENS
-    ids = generate_ids(predictor, [sample], ["A?"], **settings, max_new_tokens=length)
+    ids = predictor.generate_ids([sample], ["A?"], **settings, max_new_tokens=length)
     question = EvalQuestion(sample=0, skill="ocr", text="A?", expected=expected)
     group = Group(samples=[sample], features=features, questions=[question], first=0)
     ((given,),) = answer_group(predictor, group, [full_ratios(sample)])

@@ -34,10 +34,6 @@ def embeddings(lengths, *, seed=1):
     return torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def positions(lengths):
-    return torch.cat([torch.arange(n) for n in lengths])
-
-
 def one_by_one(model, x, lengths):
     """Each sample alone, with transformers' own attention."""
     model = copy.deepcopy(model)
@@ -48,24 +44,16 @@ def one_by_one(model, x, lengths):
 
 def test_packed_samples_equal_samples_one_by_one(language):
     x = embeddings(LENGTHS)
-    packed = run_packed(language, x, positions(LENGTHS), LENGTHS)
+    packed = run_packed(language, x, LENGTHS)
     torch.testing.assert_close(packed, one_by_one(language, x, LENGTHS), rtol=0, atol=1e-5)
 
 
 def test_packed_gradients_equal_those_of_samples_one_by_one(language):
     packed, alone = embeddings(LENGTHS).requires_grad_(), embeddings(LENGTHS).requires_grad_()
     weights = embeddings(LENGTHS, seed=2)
-    (run_packed(language.train(), packed, positions(LENGTHS), LENGTHS) * weights).sum().backward()
+    (run_packed(language.train(), packed, LENGTHS) * weights).sum().backward()
     (one_by_one(language, alone, LENGTHS) * weights).sum().backward()
     torch.testing.assert_close(packed.grad, alone.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_a_token_sees_its_own_sample_up_to_itself_and_nothing_else(language):
-    x = embeddings(LENGTHS).requires_grad_()
-    states = run_packed(language, x, positions(LENGTHS), LENGTHS)
-    states[6].sum().backward()  # the fourth token of the second sample, which takes places 3 to 9
-    seen = x.grad.abs().sum(1).nonzero().flatten().tolist()
-    assert seen == [3, 4, 5, 6]
 
 
 # Segments that go on from the samples of LENGTHS: after how many tokens of which, and by how many.
@@ -74,13 +62,11 @@ PREFIXES = [(1, 4, 3), (1, 0, 2), (3, 5, 1), (1, 7, 4)]
 
 def run_after_prefixes(model, x, more):
     starts, kept = [0, 3, 10, 11], {}
-    run_packed(model, x, positions(LENGTHS), LENGTHS, keep=kept)
+    run_packed(model, x, LENGTHS, keep=kept)
     prefixes = Prefixes(
         kept=kept, starts=[starts[s] for s, _, _ in PREFIXES], lengths=[length for _, length, _ in PREFIXES]
     )
-    position_ids = torch.cat([torch.arange(length, length + n) for _, length, n in PREFIXES])
-    lengths = [n for _, _, n in PREFIXES]
-    return run_packed(model, more, position_ids, lengths, prefixes=prefixes)
+    return run_packed(model, more, [n for _, _, n in PREFIXES], prefixes=prefixes)
 
 
 def whole_after_prefixes(model, x, more):
@@ -146,9 +132,9 @@ def flash_calls(monkeypatch):
 
 def test_flash_attention_computes_the_same_in_one_call_per_layer(language, flash_calls):
     x = embeddings(LENGTHS)
-    expected = run_packed(language, x, positions(LENGTHS), LENGTHS)
+    expected = run_packed(language, x, LENGTHS)
     set_packed_attention(language, "flash")
-    torch.testing.assert_close(run_packed(language, x, positions(LENGTHS), LENGTHS), expected)
+    torch.testing.assert_close(run_packed(language, x, LENGTHS), expected)
     assert len(flash_calls) == 2
     first = flash_calls[0]
     assert first["cu_seqlens_q"] == first["cu_seqlens_k"] == [0, 3, 10, 11, 16]
@@ -170,7 +156,7 @@ def test_flash_attention_goes_on_from_tokens_of_an_earlier_pass(language, flash_
 def test_flash_attention_is_given_half_precision_under_autocast(language, flash_calls):
     set_packed_attention(language, "flash")
     with torch.autocast("cpu", torch.bfloat16):
-        run_packed(language, embeddings(LENGTHS), positions(LENGTHS), LENGTHS)
+        run_packed(language, embeddings(LENGTHS), LENGTHS)
     assert {flash_calls[0][name].dtype for name in "qkv"} == {torch.bfloat16}
 
 
@@ -193,9 +179,9 @@ def test_the_real_flash_attention_computes_the_same(language):
     pytest.importorskip("flash_attn")
     language.to("cuda", torch.bfloat16)
     x = embeddings(LENGTHS).to("cuda", torch.bfloat16)
-    expected = run_packed(language, x, positions(LENGTHS).cuda(), LENGTHS)
+    expected = run_packed(language, x, LENGTHS)
     set_packed_attention(language, "flash")
-    found = run_packed(language, x, positions(LENGTHS).cuda(), LENGTHS)
+    found = run_packed(language, x, LENGTHS)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
 
 

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from vico_pl.data.shards.reader import read_index
 from vico_pl.evaluation.metrics import SKILLS, is_correct
-from vico_pl.inference.generate import answer
 from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Sample, TiledSample
 
@@ -106,8 +105,7 @@ def answer_group(predictor: Predictor, group: Group, choices: Sequence[Ratios]) 
     for batch in _batches(unique, group, limits, num_patches=predictor.model.vision.num_patches):
         questions = [group.questions[number] for number, _ in batch]
         places = [question.sample - group.first for question in questions]
-        answers = answer(
-            predictor,
+        answers = predictor.answer(
             [group.samples[place] for place in places],
             [question.text for question in questions],
             features=[group.features[place] for place in places],

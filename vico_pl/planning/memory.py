@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
+from vico_pl.model.blocks import split_units
 from vico_pl.model.flops import build_without_weights
-from vico_pl.model.sharding import split_units
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.planning.meter import METERED_ATTENTION, DeviceRules, MemoryMeter, autocast_on_meta
 from vico_pl.planning.sources import MicroBatch, ModelShape

@@ -60,7 +60,7 @@ def their_logits(model, sample):
 def our_logits(model, *samples):
     batch = batch_of(*samples)
     spliced = model.splice_batch(batch, model.encode_tiles(batch.tiles), model.full_ratios(batch))
-    hidden = run_packed(model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
+    hidden = run_packed(model.language, spliced.embeddings, spliced.segment_lengths)
     return (hidden @ model.head.T).split(spliced.segment_lengths)
 
 

@@ -158,7 +158,7 @@ def test_logits_are_those_of_the_language_model_in_transformers(tmp_path, archit
 
     ours, batch = load_model(tmp_path / "whole"), batch_of(mixed_sample(1, num_tiles=2))
     spliced = ours.splice_batch(batch, ours.encode_tiles(batch.tiles), ours.full_ratios(batch))
-    hidden = run_packed(ours.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
+    hidden = run_packed(ours.language, spliced.embeddings, spliced.segment_lengths)
     assert_close(hidden @ ours.head.T, theirs(inputs_embeds=spliced.embeddings[None]).logits[0], atol=1e-5)
 
 
