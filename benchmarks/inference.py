@@ -21,8 +21,7 @@ from torch import Tensor
 from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig
-from vico_pl.inference.generate import generate_ids, prefill
-from vico_pl.inference.predictor import Predictor
+from vico_pl.inference.predictor import Predictor, prefill
 from vico_pl.inference.routing import NEVER
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import ModelSpec
@@ -122,8 +121,7 @@ def generate(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
     with torch.no_grad():
         if routes:
             prompts.predictor.route(prompts.features)
-        ids = generate_ids(
-            prompts.predictor,
+        ids = prompts.predictor.generate_ids(
             prompts.samples,
             [f"<image>\n{QUESTION}"] * count,
             features=prompts.features.split(TILES),

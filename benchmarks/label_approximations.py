@@ -29,7 +29,7 @@ from vico_pl.inference.predictor import Predictor
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.losses.routing import loss_ratio
 from vico_pl.model.families.folder import load_model
-from vico_pl.model.language import KeyValues, Prefixes, run_packed
+from vico_pl.model.packed import KeyValues, Prefixes, run_packed
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.labels import tile_loss_ratios
@@ -44,22 +44,20 @@ def frozen_states(policy: VisionLanguageModel, batch: Batch, features: Tensor) -
     kept: KeyValues = {}
     full = policy.full_ratios(batch)
     spliced = policy.splice_batch(batch, features, full)
-    run_packed(policy.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths, keep=kept)
+    run_packed(policy.language, spliced.embeddings, spliced.segment_lengths, keep=kept)
     compressed, _ = policy.connectors(features, torch.full_like(full, policy.ratios[-1]))
     full_length, text = (
         policy.tokens_per_full_tile,
         int(spliced.tile_starts[-1]) + policy.tokens_per_full_tile,
     )
     tail = spliced.embeddings[text:]
-    tail_positions = spliced.position_ids[text:] - full_length + len(compressed) // len(full)
     for start, own in zip(spliced.tile_starts.tolist(), compressed.chunk(len(full)), strict=True):
         again: KeyValues = {}
-        positions = torch.arange(start, start + len(own))
         before = Prefixes(kept=kept, starts=[0], lengths=[start])
-        run_packed(policy.language, own, positions, [len(own)], keep=again, prefixes=before)
+        run_packed(policy.language, own, [len(own)], keep=again, prefixes=before)
         seen = _replaced(kept, again, start=start, stop=start + full_length, end=text)
         prefix = Prefixes(kept=seen, starts=[0], lengths=[text - full_length + len(own)])
-        hidden = run_packed(policy.language, tail, tail_positions, [len(tail)], prefixes=prefix)
+        hidden = run_packed(policy.language, tail, [len(tail)], prefixes=prefix)
         yield hidden[spliced.response_positions - text]
 
 

@@ -23,7 +23,7 @@ from harness import Goal
 from vico_pl.config import RunConfig, parse_config
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import build_optimizer
-from vico_pl.planning.memory import GIB, draw_batch, measure_memory, per_gpu, ready, trained_parameters
+from vico_pl.planning.memory import GIB, Layout, draw_batch, measure_memory, ready, trained_parameters
 from vico_pl.planning.sources import MicroBatch, ModelShape
 from vico_pl.stages import build_stage
 
@@ -135,9 +135,7 @@ def predict(case: str, micro_batch: MicroBatch) -> dict[str, float]:
     """Return the prediction for a case, in MiB by term."""
     config = recipe(case)
     shape = ModelShape(name="this benchmark", spec=SPEC, dtype=torch.float32)
-    checkpointing = config.trainer.activation_checkpointing
-    memory = measure_memory(config, shape, micro_batch, checkpointing=checkpointing)
-    terms = per_gpu(memory, sharded=False, world=1, foreach=False)
+    terms = measure_memory(config, shape, micro_batch).per_gpu(Layout(), foreach=False)
     return {name: size / GIB * 1024 for name, size in terms.items()}
 
 

@@ -12,7 +12,6 @@ from vico_pl.data.decode import decode_record
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.files import write_json
-from vico_pl.inference.generate import generate_ids
 from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.folder import save_model
 from vico_pl.tokens import PLACEHOLDER, build_tokenizer, token_id
@@ -67,8 +66,7 @@ def full_ratios(*samples):
 def own_answers(session, sample, questions, *, max_tokens=6):
     """What the model answers at full tokens, for the questions whose answer ends and says something."""
     features = [session.model.encode_tiles(sample.tiles)] * len(questions)
-    ids = generate_ids(
-        session,
+    ids = session.generate_ids(
         [sample] * len(questions),
         questions,
         features=features,

@@ -9,14 +9,14 @@ import json
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vico_pl.data.module import DataConfig, build_order, open_sources
-from vico_pl.data.order import SampleOrder
+from vico_pl.data.order import Place
 from vico_pl.data.shards.locations import without_secrets
 from vico_pl.data.shards.reader import ShardIndex
 from vico_pl.data.shards.tars import TAR_ERRORS, member_key
@@ -37,21 +37,6 @@ class Audit:
     faults: list[BadRecord]  # sample or log line, and how it deviates from the order
 
 
-class _Attempt(NamedTuple):
-    number: int
-    first_step: int
-    world: int
-
-
-class _Step(NamedTuple):
-    step: int
-    ids: Counter[str]
-    bad: Counter[str]
-
-
-_Lines = list[tuple[str, _Attempt | _Step]]  # (file and line number, content)
-
-
 def audit_run(run_dir: Path, config: DataConfig, *, seed: int, completed_steps: int) -> Audit:
     """Compare a run's sample logs with its sample order.
 
@@ -61,23 +46,59 @@ def audit_run(run_dir: Path, config: DataConfig, *, seed: int, completed_steps: 
         ValueError: there is no sample log, or a source is missing or damaged.
     """
     faults: list[BadRecord] = []
-    lines = _read_logs(run_dir, faults)
-    attempts = [line for _, line in lines[0] if isinstance(line, _Attempt)]
-    steps, num_logged = _merge_ranks(lines, attempts, faults)
-    num_steps = max(completed_steps, num_logged)
+    num_attempts, num_logged, ids, bad = _read_logs(run_dir, faults)
     indexes = open_sources(config)
-    ledger = _Ledger(build_order(config, indexes, seed=seed), indexes, config.batch_size, faults)
+    order, names = build_order(config, indexes, seed=seed), [SampleNames(index) for index in indexes]
+    counts: defaultdict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+    num_steps = max(completed_steps, num_logged)
     for step in range(num_steps):
-        attempt = next((a.number for a in reversed(attempts) if a.first_step <= step), None)
-        ledger.check(steps.get((attempt, step)) or _Step(step, Counter(), Counter()))
-    sizes = [index.num_samples for index in indexes]
+        due = map(order, range(step * config.batch_size, (step + 1) * config.batch_size))
+        for name, reason in _deviations(due, ids[step], bad[step], names, counts):
+            faults.append(BadRecord(id=name, reason=f"step {step}: {reason}"))
+    paths = [without_secrets(source.path) for source in config.sources]
     return Audit(
-        sources=[(without_secrets(s.path), size) for s, size in zip(config.sources, sizes, strict=True)],
+        sources=[(path, index.num_samples) for path, index in zip(paths, indexes, strict=True)],
         num_steps=num_steps,
-        num_attempts=len(attempts),
-        counts=dict(ledger.counts),
+        num_attempts=num_attempts,
+        counts=dict(counts),
         faults=faults,
     )
+
+
+def _deviations(
+    due: Iterable[Place],
+    ids: Counter[str],
+    bad: Counter[str],
+    names: Sequence["SampleNames"],
+    counts: Mapping[tuple[int, int], Counter[str]],
+) -> Iterator[tuple[str, str]]:
+    """Count what all ranks used in a step, whichever rank it was; yield each deviation and its reason."""
+    for place in due:
+        name, count = names[place.source](place.sample), counts[place.source, place.epoch]
+        number = f"source {place.source}, sample {place.sample}"  # logged where the key is unreadable
+        if _take(ids, name):
+            count["used"] += 1
+        elif _take(bad, name) or _take(bad, number):
+            count["bad"] += 1
+        else:
+            count["missing"] += 1
+            yield name or number, f"due but not used ({number})"
+    for name in (ids + bad).elements():
+        source = next((number for number, known in enumerate(names) if name in known), None)
+        if source is None:
+            yield name, "used but in no source of the run"
+        else:
+            epoch = max((epoch for number, epoch in counts if number == source), default=0)
+            counts[source, epoch]["twice"] += 1
+            yield name, f"used but not due (source {source})"
+
+
+def _take(names: Counter[str], name: str | None) -> bool:
+    """Remove one occurrence of a name; return whether there was one."""
+    if name is None or not names[name]:
+        return False
+    names[name] -= 1
+    return True
 
 
 def format_table(audit: Audit) -> str:
@@ -101,11 +122,14 @@ def format_verdict(audit: Audit) -> str:
     return f"{covered}: every sample of each source and epoch was used once, as the order says"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class SampleNames:
     """Names the samples of a source `shard/key`, reading one tar header per sample."""
 
     def __init__(self, index: ShardIndex) -> None:
-        """Open nothing yet."""
         self._index = index
         self._known: dict[str, set[str | None]] = {}  # by shard
 
@@ -132,57 +156,45 @@ class SampleNames:
         return name in self._known.get(shard, ())
 
 
-class _Ledger:
-    """Counts the samples that steps used, and adds deviations from the order to `faults`."""
-
-    def __init__(
-        self, order: SampleOrder, indexes: list[ShardIndex], batch_size: int, faults: list[BadRecord]
-    ) -> None:
-        self._order, self._batch_size, self._faults = order, batch_size, faults
-        self._names = [SampleNames(index) for index in indexes]
-        self._epochs = [0] * len(indexes)  # the current one of each source
-        self.counts: defaultdict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-
-    def check(self, used: _Step) -> None:
-        """Compare what all ranks used in a step; it does not matter which rank used what."""
-        for position in range(used.step * self._batch_size, (used.step + 1) * self._batch_size):
-            place = self._order(position)
-            self._epochs[place.source] = place.epoch
-            name = self._names[place.source](place.sample)
-            number = f"source {place.source}, sample {place.sample}"  # logged where the key is unreadable
-            count = self.counts[place.source, place.epoch]
-            if _take(used.ids, name):
-                count["used"] += 1
-            elif _take(used.bad, name) or _take(used.bad, number):
-                count["bad"] += 1
-            else:
-                count["missing"] += 1
-                self._add(used, name or number, f"due but not used ({number})")
-        for name in (used.ids + used.bad).elements():
-            source = next((i for i, names in enumerate(self._names) if name in names), None)
-            if source is None:
-                self._add(used, name, "used but in no source of the run")
-            else:
-                self.counts[source, self._epochs[source]]["twice"] += 1
-                self._add(used, name, f"used but not due (source {source})")
-
-    def _add(self, used: _Step, name: str, reason: str) -> None:
-        self._faults.append(BadRecord(id=name, reason=f"step {used.step}: {reason}"))
+class _Attempt(NamedTuple):
+    number: int
+    first_step: int
+    world: int
 
 
-def _take(names: Counter[str], name: str | None) -> bool:
-    """Remove one occurrence of a name; return whether there was one."""
-    if name is None or not names[name]:
-        return False
-    names[name] -= 1
-    return True
+class _Step(NamedTuple):
+    number: int
+    ids: Counter[str]
+    bad: Counter[str]
 
 
-def _read_logs(run_dir: Path, faults: list[BadRecord]) -> dict[int, _Lines]:
+_Names = defaultdict[int, Counter[str]]  # by step
+
+
+def _read_logs(run_dir: Path, faults: list[BadRecord]) -> tuple[int, int, _Names, _Names]:
+    """Return how many attempts there were, how many steps all ranks logged, and the samples used and bad."""
     paths = {int(path.stem.split("-")[-1]): path for path in run_dir.glob("samples-rank-*.jsonl")}
     if 0 not in paths:
         raise ValueError(f"{run_dir}: no samples-rank-0.jsonl; training writes it from its first step on")
-    return {rank: list(_whole_lines(path, faults)) for rank, path in sorted(paths.items())}
+    lines = {rank: list(_whole_lines(path, faults)) for rank, path in sorted(paths.items())}
+    attempts = [line for _, line in lines[0] if isinstance(line, _Attempt)]
+    last = attempts[-1] if attempts else _Attempt(0, 0, 1)
+    ids, bad = _Names(Counter), _Names(Counter)
+    ends = [last.first_step] * last.world  # of each rank of the last attempt: the step after its last
+    for rank, of_rank in lines.items():
+        current = None
+        for where, line in of_rank:
+            if isinstance(line, _Attempt):
+                current = next((a for a in reversed(attempts) if a.number == line.number), None)
+            elif current is None or rank >= current.world or line.number < current.first_step:
+                reason = f"step {line.number} belongs to no attempt of rank 0"
+                faults.append(BadRecord(id=where, reason=reason))
+            elif current is next(a for a in reversed(attempts) if a.first_step <= line.number):
+                ids[line.number].update(line.ids)
+                bad[line.number].update(line.bad)
+                if current is last:
+                    ends[rank] = max(ends[rank], line.number + 1)
+    return len(attempts), min(ends), ids, bad
 
 
 def _whole_lines(path: Path, faults: list[BadRecord]) -> Iterator[tuple[str, _Attempt | _Step]]:
@@ -190,8 +202,9 @@ def _whole_lines(path: Path, faults: list[BadRecord]) -> Iterator[tuple[str, _At
     truncated: list[BadRecord] = []
     for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
         where = f"{path.name}, line {number}"
-        line = _parse(raw)
-        if line is None:
+        try:
+            line = _parse(json.loads(raw))
+        except (ValueError, TypeError, KeyError):
             truncated.append(BadRecord(id=where, reason="unreadable"))
             continue
         if isinstance(line, _Step):
@@ -200,41 +213,7 @@ def _whole_lines(path: Path, faults: list[BadRecord]) -> Iterator[tuple[str, _At
         yield where, line
 
 
-def _parse(raw: bytes) -> _Attempt | _Step | None:
-    try:
-        line = json.loads(raw)
-        if "attempt" in line:
-            return _Attempt(int(line["attempt"]), int(line["from_step"]), max(int(line["world"]), 1))
-        return _Step(int(line["step"]), Counter(line["ids"]), Counter(line.get("bad", [])))
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
-def _merge_ranks(
-    lines: dict[int, _Lines], attempts: list[_Attempt], faults: list[BadRecord]
-) -> tuple[dict[tuple[int | None, int], _Step], int]:
-    """Return steps by (attempt, step), and the number of steps logged by all ranks of the last attempt."""
-    known = {attempt.number: attempt for attempt in attempts}
-    steps: dict[tuple[int | None, int], _Step] = {}
-    ends: Counter[tuple[int, int]] = Counter()  # by (attempt, rank): after its last step
-    for rank, of_rank in lines.items():
-        current = None
-        for where, line in of_rank:
-            if isinstance(line, _Attempt):
-                current = known.get(line.number)
-            elif current is None or rank >= current.world or line.step < current.first_step:
-                reason = f"step {line.step} belongs to no attempt of rank 0"
-                faults.append(BadRecord(id=where, reason=reason))
-            else:
-                step = steps.setdefault((current.number, line.step), _Step(line.step, Counter(), Counter()))
-                step.ids.update(line.ids)
-                step.bad.update(line.bad)
-                ends[current.number, rank] = max(ends[current.number, rank], line.step + 1)
-    if not attempts:
-        return steps, 0
-    last = attempts[-1]
-    return steps, min(max(ends[last.number, rank], last.first_step) for rank in range(last.world))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _parse(line: Any) -> _Attempt | _Step:
+    if "attempt" in line:
+        return _Attempt(int(line["attempt"]), int(line["from_step"]), max(int(line["world"]), 1))
+    return _Step(int(line["step"]), Counter(line["ids"]), Counter(line.get("bad", [])))

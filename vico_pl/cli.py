@@ -4,34 +4,28 @@ Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer, echo
 
 from vico_pl.shards_cli import report_faults, shards
 
 # Each command imports what it needs: `vico --help` must not wait for torch.
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(shards, name="shards")
 
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
-Recipe = Annotated[Path, typer.Argument(help="YAML recipe, such as recipes/demo/router.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that override the recipe: key=value ...")
-]
-Model = Annotated[str, typer.Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
-Output = Annotated[Path, typer.Option(help="File to write.")]
-Data = Annotated[Path, typer.Option(help="Folder of shards with questions and answers.")]
+Recipe = Annotated[Path, Argument(help="YAML recipe, such as recipes/demo/router.yaml.")]
+Overrides = Annotated[list[str] | None, Argument(help="Settings that override the recipe: key=value ...")]
+Model = Annotated[str, Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
+Output = Annotated[Path, Option(help="File to write.")]
+Data = Annotated[Path, Option(help="Folder of shards with questions and answers.")]
 
 
 @app.command()
-def train(
-    recipe: Recipe,
-    overrides: Overrides = None,
-) -> None:
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train a stage; the same command resumes an interrupted run."""
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -40,7 +34,7 @@ def train(
 
     config = prepare_run(recipe, overrides or [])
     if is_finished(Path(config.run_dir)):
-        typer.echo(f"{config.run_dir} is finished: its model is {config.run_dir}/model")
+        echo(f"{config.run_dir} is finished: its model is {config.run_dir}/model")
         return
     try:
         model = run(config)
@@ -48,11 +42,11 @@ def train(
         _discard_unused(Path(config.run_dir))
         raise
     if model is not None and getattr(rank_zero_only, "rank", 0) == 0:
-        typer.echo(f"{model} is written")
+        echo(f"{model} is written")
 
 
 @app.command()
-def audit(run: Annotated[Path, typer.Argument(help="Run folder, finished or not.")]) -> None:
+def audit(run: Annotated[Path, Argument(help="Run folder, finished or not.")]) -> None:
     """Check that a run used each sample once per epoch, in order (exit code 1 if not)."""
     from vico_pl.audit import audit_run, format_table, format_verdict
     from vico_pl.config import load_config
@@ -62,8 +56,7 @@ def audit(run: Annotated[Path, typer.Argument(help="Run folder, finished or not.
     config = load_config(run / "config.yaml", [])
     done = _completed_steps(run, max_steps=config.trainer.max_steps)
     found = audit_run(run, config.data, seed=config.seed, completed_steps=done)
-    typer.echo(format_table(found))
-    typer.echo(format_verdict(found))
+    echo(f"{format_table(found)}\n{format_verdict(found)}")
     report_faults(found.faults)
 
 
@@ -73,38 +66,35 @@ def plan(
     overrides: Overrides = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Plan for this size of InternVL3.5 instead of the recipe's model, for example 8b."),
+        Option(help="Plan for this size of InternVL3.5 instead of the recipe's model, for example 8b."),
     ] = None,
     mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Model FLOPs utilisation: achieved fraction of peak FLOPs.")
+        float, Option(min=0.01, max=1, help="Model FLOPs utilisation: achieved fraction of peak FLOPs.")
     ] = 0.4,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write the plan to this JSON file.")
-    ] = None,
+    json_: Annotated[Path | None, Option("--json", help="Also write the plan to this JSON file.")] = None,
 ) -> None:
     """Predict what a recipe needs: memory per GPU, FLOPs, hours, and which GPUs fit."""
     from vico_pl.config import load_config
     from vico_pl.files import write_json
-    from vico_pl.planning.plan import build_plan
-    from vico_pl.planning.report import format_plan, plan_as_json
+    from vico_pl.planning.plan import build_plan, format_plan
 
     made = build_plan(load_config(recipe, overrides or []), shape=shape, mfu=mfu)
-    typer.echo(format_plan(made))
+    echo(format_plan(made))
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
-        write_json(plan_as_json(made), json_)
-        typer.echo(f"\n{json_} is written")
+        write_json(made.figures, json_)
+        echo(f"\n{json_} is written")
 
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe to check as well.")] = None,
+    recipe: Annotated[Path | None, Argument(help="Recipe to check as well.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check this machine, and a recipe, for problems that would stop a run (exit code 1 if any)."""
     from vico_pl.doctor import examine
 
-    raise SystemExit(examine(recipe, overrides or [], write=typer.echo))
+    raise SystemExit(examine(recipe, overrides or [], write=echo))
 
 
 @app.command()
@@ -112,29 +102,25 @@ def calibrate(
     model: Model,
     data: Data,
     retention: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of the full-token accuracy to keep.")
+        float, Option(min=0, max=1, help="Fraction of the full-token accuracy to keep.")
     ] = 0.995,
     budget: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention."),
+        float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
     ] = None,
 ) -> None:
     """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
-    from vico_pl.evaluation.calibrate import calibration_record, check_goal, choose_point, measure_curve
+    from vico_pl.evaluation.calibrate import calibrate as choose
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
 
     session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
-    check_goal(session, data, budget)
-    curve = measure_curve(session, data, track=_progress)
-    chosen = choose_point(curve, retention=retention, budget=budget)
-    record = calibration_record(curve, chosen, data=str(data), retention=retention, budget=budget)
+    chosen, record = choose(session, data, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
     kept = chosen.retention["mean"]
     accuracy = "accuracy not measured" if kept is None else f"{kept:.2%} of the accuracy"
-    typer.echo(
+    echo(
         f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {accuracy}; "
         f"written to {written}"
     )
@@ -144,86 +130,80 @@ def calibrate(
 def eval_(
     model: Model,
     data: Data,
-    output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: MODEL/report.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random arm and the bootstrap.")] = 0,
+    output: Annotated[Path | None, Option(help="Folder of the report. Default: MODEL/report.")] = None,
+    seed: Annotated[int, Option(help="Seed of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with baselines of the same token budget; write report.json and report.html."""
     from vico_pl.evaluation.evaluate import evaluate
-    from vico_pl.evaluation.pictures import build_gallery
-    from vico_pl.evaluation.report import format_table, write_html
+    from vico_pl.evaluation.report import build_gallery, format_table, write_html
     from vico_pl.files import write_json
-    from vico_pl.inference.predictor import Predictor
 
-    opened = _local(model)
-    folder = output or opened / "report"
-    session = Predictor.load(opened)
-    report, examples = evaluate(session, data, seed=seed, track=_progress)
-    folder.mkdir(parents=True, exist_ok=True)
+    session = _open(model)
+    folder = output or session.folder / "report"
+    report, examples = evaluate(session, data, seed=seed)
     write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples))
     write_json(report, folder / "report.json")
-    typer.echo(format_table(report))
-    typer.echo(f"{folder}/report.html and {folder}/report.json are written")
+    echo(format_table(report))
+    echo(f"{folder}/report.html and {folder}/report.json are written")
 
 
 @app.command()
 def route(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP file.")],
+    image: Annotated[Path, Argument(help="JPEG, PNG or WebP file.")],
     output: Output,
 ) -> None:
     """Draw which tiles of an image keep full vision tokens."""
     from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.pictures import route_image, routing_picture
-    from vico_pl.inference.predictor import Predictor
+    from vico_pl.evaluation.report import route_image, routing_picture
 
-    pixels, session = read_image(image), Predictor.load(_local(model))
+    pixels, session = read_image(image), _open(model)
     if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
     ratios = route_image(session, pixels)
     output.parent.mkdir(parents=True, exist_ok=True)
     routing_picture(session, pixels, ratios, caption=image.name).save(output)
     num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
-    typer.echo(f"{num_compressed} of {len(ratios)} tiles compressed; {output} is written")
+    echo(f"{num_compressed} of {len(ratios)} tiles compressed; {output} is written")
 
 
 @app.command()
 def generate(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP file.")],
-    prompt: Annotated[str, typer.Option(help="Question about the image.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")] = 128,
+    image: Annotated[Path, Argument(help="JPEG, PNG or WebP file.")],
+    prompt: Annotated[str, Option(help="Question about the image.")],
+    max_new_tokens: Annotated[int, Option(min=1, help="Length limit of the answer, in tokens.")] = 128,
 ) -> None:
     """Answer a question about an image, with routing if the model is calibrated."""
     from vico_pl.data.decode import read_image
-    from vico_pl.inference.generate import answer_image
-    from vico_pl.inference.predictor import Predictor
 
     pixels = read_image(image)
-    typer.echo(answer_image(Predictor.load(_local(model)), pixels, prompt, max_new_tokens=max_new_tokens))
+    echo(_open(model).answer_image(pixels, prompt, max_new_tokens=max_new_tokens))
 
 
 @app.command()
 def export(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    output: Annotated[Path, Argument(help="Folder to write.")],
     layout: Annotated[
-        str, typer.Option(help="flash or internvl (released code, LMDeploy), hf (transformers) or ours.")
+        str, Option(help="flash or internvl (released code, LMDeploy), hf (transformers) or ours.")
     ] = "flash",
     template: Annotated[
-        Path | None, typer.Option(help="Released model folder whose code and tokenizer files are copied.")
+        Path | None, Option(help="Released model folder whose code and tokenizer files are copied.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Dtype of the weights: stored (unchanged), bfloat16 or float32.")
+        str, Option(help="Dtype of the weights: stored (unchanged), bfloat16 or float32.")
     ] = "stored",
 ) -> None:
     """Convert a model to another layout; weights change only with --dtype."""
-    from vico_pl.model.families.export import export as write
+    from vico_pl.model.families.folder import export as write
+    from vico_pl.model.families.hub import local_folder
     from vico_pl.stages.settings import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
-    write(_local(model), output, layout=layout, template=template, dtype=DTYPES[dtype])
-    typer.echo(f"{output} is written in the layout '{layout}'")
+    write(local_folder(model), output, layout=layout, template=template, dtype=DTYPES[dtype])
+    echo(f"{output} is written in the layout '{layout}'")
 
 
 def main() -> None:
@@ -231,25 +211,20 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        typer.echo(f"vico: {error}", err=True)
+        echo(f"vico: {error}", err=True)
         raise SystemExit(2) from error
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("vico: interrupted; the same command resumes", err=True)
+            echo("vico: interrupted; the same command resumes", err=True)
         raise
 
 
-def _local(model: str) -> Path:
-    """Return the folder of a model, downloaded if it is on the Hub."""
+def _open(model: str) -> Any:
+    """Load a model folder, downloaded if it is on the Hub."""
+    from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.hub import local_folder
 
-    return local_folder(model)
-
-
-def _progress(groups: Iterable[Any], title: str, total: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    yield from tqdm(groups, desc=title, total=total, unit="group")
+    return Predictor.load(local_folder(model))
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:

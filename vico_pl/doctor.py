@@ -9,12 +9,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import distributions, metadata, requires
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.shards.cache import StreamingConfig
@@ -24,7 +24,7 @@ from vico_pl.model.families.folder import check_tensors, open_folder, own_tensor
 from vico_pl.model.families.hub import is_hub_id
 from vico_pl.model.flops import build_without_weights
 from vico_pl.planning.memory import GIB
-from vico_pl.planning.plan import Layout, Plan, build_plan
+from vico_pl.planning.plan import Plan, build_plan
 from vico_pl.planning.sources import find_config
 from vico_pl.stages import STAGES
 from vico_pl.tokens import load_tokenizer
@@ -32,47 +32,32 @@ from vico_pl.tokens import load_tokenizer
 PACKAGE = "vico-pl"
 MIN_SHARED_GIB = 1.0  # of /dev/shm, through which data workers pass batches
 
-Check = Callable[[], str]
-
-
-class Finding(NamedTuple):
-    """The result of a check."""
-
-    name: str
-    detail: str
-    problem: bool
-
 
 def examine(recipe: Path | None, overrides: Sequence[str], *, write: Callable[[str], None]) -> bool:
     """Run all checks and write a line for each; returns whether there is a problem."""
     failed = False
     for name, check in checks(recipe, overrides):
-        found = find(name, check)
-        write(f"{'problem' if found.problem else 'ok'}: {name}: {found.detail}")
-        failed |= found.problem
+        try:
+            line = f"ok: {name}: {check()}"
+        except Exception as error:  # a bug in one check must not hide the others
+            failed, kind = True, type(error).__name__
+            problem = " ".join(str(error).split()) or kind
+            if not isinstance(error, ValueError | OSError):
+                problem = f"the check itself failed with {kind}: {problem}; please report it"
+            line = f"problem: {name}: {problem}"
+        write(line)
     return failed
 
 
-def find(name: str, check: Check) -> Finding:
-    """Run one check, whatever it raises."""
-    try:
-        return Finding(name, check(), problem=False)
-    except Exception as error:  # a bug in one check must not hide the others
-        detail = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, ValueError | OSError):
-            detail = f"the check itself failed with {type(error).__name__}: {detail}; please report it"
-        return Finding(name, detail, problem=True)
-
-
-def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str, Check]]:
+def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield the checks of the machine and, if the recipe can be loaded, of the recipe."""
-    yield "python", check_python
-    yield "packages", check_packages
-    yield "devices", check_devices
-    yield "memory", lambda: f"{num_cores()} cores, {_available_gib():.0f} GiB of memory available"
-    yield "/dev/shm", check_shared_memory
+    yield "python", _check_python
+    yield "packages", _check_packages
+    yield "devices", _check_devices
+    yield "memory", lambda: f"{_num_cores()} cores, {_available_gib():.0f} GiB of memory available"
+    yield "/dev/shm", _check_shared_memory
     if recipe is None:
-        yield "slurm", check_slurm
+        yield "slurm", _check_slurm
         return
     load = cache(partial(load_config, recipe, overrides))
     yield "recipe", lambda: _describe(load())
@@ -80,63 +65,58 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
         config = load()
     except (ValueError, OSError):  # reported by the check above
         return
-    yield "slurm", partial(check_slurm, config)
-    yield "workers", partial(check_workers, config)
+    yield "slurm", partial(_check_slurm, config)
+    yield "workers", partial(_check_workers, config)
     for source in config.data.sources:
-        yield "shards", partial(check_shards, source.path, config.data.streaming)
-    for path in dict.fromkeys([config.model.path, config.model.reference]):
-        if path is not None:
-            yield "model", partial(check_model, path)
-    yield "kernels", partial(check_kernels, config)
+        yield "shards", partial(_check_shards, source.path, config.data.streaming)
+    for path in filter(None, dict.fromkeys([config.model.path, config.model.reference])):
+        yield "model", partial(_check_model, path)
+    yield "kernels", partial(_check_kernels, config)
     plan = cache(partial(build_plan, config))  # for the two checks that need it
-    yield "run folder", partial(check_run_dir, config, plan)
-    yield "memory of the run", partial(check_fit, config, plan)
+    yield "run folder", partial(_check_run_dir, config, plan)
+    yield "memory of the run", partial(_check_fit, config, plan)
 
 
-def check_python() -> str:
-    """Compare Python with what the package needs."""
-    found, needed = platform.python_version(), Requirement(f"python{metadata(PACKAGE)['Requires-Python']}")
-    if not needed.specifier.contains(found, prereleases=True):
-        raise ValueError(f"Python is {found}, needed is {needed.specifier}; make PYTHON=/path/to/python3 env")
+def _check_python() -> str:
+    found, needed = platform.python_version(), SpecifierSet(metadata(PACKAGE)["Requires-Python"])
+    if not needed.contains(found, prereleases=True):
+        raise ValueError(f"Python is {found}, needed is {needed}; make PYTHON=/path/to/python3 env")
     return found
 
 
-def check_packages() -> str:
+def _check_packages() -> str:
     """Compare the installed packages with what the package needs; `!=` excludes faulty releases."""
     needed = [Requirement(line) for line in requires(PACKAGE) or []]
     needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    problems = []
-    for requirement in needed:
-        found = _installed(requirement.name)
-        if found is None or not requirement.specifier.contains(found, prereleases=True):
-            state = "is not installed" if found is None else f"is {found}"
-            problems.append(f"{requirement.name} {state}; pip install '{requirement}'")
+    found = {r.name: next((d.version for d in distributions(name=r.name)), "") for r in needed}
+    problems = [
+        f"{r.name} is {found[r.name] or 'not installed'}; pip install '{r}'"
+        for r in needed
+        if not found[r.name] or not r.specifier.contains(found[r.name], prereleases=True)
+    ]
     if problems:
         raise ValueError("; ".join(problems))
-    return f"{len(needed)} as needed, torch {_installed('torch')}, lightning {_installed('lightning')}"
+    return f"{len(needed)} as needed, torch {found['torch']}, lightning {found['lightning']}"
 
 
-def check_devices() -> str:
-    """List the GPUs, and check that PyTorch can use those of the machine."""
+def _check_devices() -> str:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         half = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use trainer.precision=32-true"
         return f"{len(names)} GPUs ({', '.join(dict.fromkeys(names))}), {half}"
     if not Path("/proc/driver/nvidia/version").exists():
         return "no GPU; runs use the CPU"
-    reason = (
-        "is built for the CPU; install torch with CUDA"
-        if torch.version.cuda is None
-        else f"(CUDA {torch.version.cuda}) sees none; update the driver, install a torch for an older CUDA, "
-        "or check CUDA_VISIBLE_DEVICES"
-    )
-    raise ValueError(f"the machine has NVIDIA GPUs, but this torch {reason}")
+    fault = "is built for the CPU; install torch with CUDA"
+    if cuda := torch.version.cuda:
+        remedy = "update the driver, install a torch for an older CUDA, or check CUDA_VISIBLE_DEVICES"
+        fault = f"(CUDA {cuda}) sees none; {remedy}"
+    raise ValueError(f"the machine has NVIDIA GPUs, but this torch {fault}")
 
 
-def check_shared_memory() -> str:
-    """Check the size of /dev/shm, which containers often limit."""
-    gib = shared_gib()
-    if gib < MIN_SHARED_GIB:
+def _check_shared_memory() -> str:
+    path = Path("/dev/shm")
+    gib = shutil.disk_usage(path).total / GIB if path.is_dir() else 0.0
+    if gib < MIN_SHARED_GIB:  # containers often limit it
         raise ValueError(
             f"{gib:.2f} GiB, but data workers pass batches through it; give the container more "
             "(docker run --shm-size=8g), or set data.num_workers=0"
@@ -144,7 +124,7 @@ def check_shared_memory() -> str:
     return f"{gib:.0f} GiB"
 
 
-def check_slurm(config: RunConfig | None = None) -> str:
+def _check_slurm(config: RunConfig | None = None) -> str:
     """Compare the Slurm job with the recipe: as many nodes, and one task per device."""
     if "SLURM_JOB_ID" not in os.environ:
         return "not under Slurm"
@@ -153,7 +133,8 @@ def check_slurm(config: RunConfig | None = None) -> str:
         raise ValueError(f"{', '.join(absent)} not found: preempted runs are not requeued; fix PATH")
     nodes, tasks = os.environ.get("SLURM_JOB_NUM_NODES", "1"), os.environ.get("SLURM_NTASKS", "1")
     if config is not None:
-        wanted, ranks = config.trainer.num_nodes, config.trainer.num_nodes * _ranks_per_node(config)
+        wanted = config.trainer.num_nodes
+        ranks = wanted * _ranks_per_node(config)
         if nodes != str(wanted):
             raise ValueError(
                 f"the job has {nodes} nodes, trainer.num_nodes is {wanted}; set one to the other"
@@ -167,27 +148,24 @@ def check_slurm(config: RunConfig | None = None) -> str:
     return f"job {os.environ['SLURM_JOB_ID']}, {tasks} tasks"
 
 
-def check_workers(config: RunConfig) -> str:
-    """Compare data workers with cores."""
-    ranks, cores = _ranks_per_node(config), num_cores()
-    workers = config.data.num_workers * ranks
-    if workers > cores:
+def _check_workers(config: RunConfig) -> str:
+    ranks, cores, workers = _ranks_per_node(config), _num_cores(), config.data.num_workers
+    if workers * ranks > cores:
         raise ValueError(
-            f"data.num_workers is {config.data.num_workers} for each of {ranks} processes, but there are "
-            f"{cores} cores; set data.num_workers={max(cores // ranks, 1)} or ask for more cores"
+            f"data.num_workers is {workers} for each of {ranks} processes, but there are {cores} cores; "
+            f"set data.num_workers={max(cores // ranks, 1)} or ask for more cores"
         )
-    return f"{workers} on {cores} cores"
+    return f"{workers * ranks} on {cores} cores"
 
 
-def check_shards(path: str, streaming: StreamingConfig) -> str:
-    """Open the index and decode the first sample."""
+def _check_shards(path: str, streaming: StreamingConfig) -> str:
     count = read_index(path, streaming=streaming).num_samples
     if next(read_samples(path, streaming=streaming), None) is None:
         raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' lists the faults")
     return f"{path}: {count} samples, the first decodes"
 
 
-def check_model(path: str) -> str:
+def _check_model(path: str) -> str:
     """Open a model folder: its tokenizer, and the name and shape of every tensor."""
     file = find_config(path)
     if file is None and is_hub_id(path):
@@ -197,25 +175,23 @@ def check_model(path: str) -> str:
     load_tokenizer(folder)
     model = build_without_weights(opened.contents.spec)
     model.language.tie_weights()
-    wanted = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-    check_tensors(opened, opened.family.parts(wanted), wanted)
+    check_tensors(opened, own_tensors(model))
     return f"{path}: layout {opened.family.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
 
 
-def check_kernels(config: RunConfig) -> str:
-    """Check that the device can run the kernels of the stage."""
+def _check_kernels(config: RunConfig) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     STAGES[config.stage].check_device(config, device)
     return f"run on {device.type}"
 
 
-def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
+def _check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     """Check write permission and room for checkpoints."""
     folder = Path(config.run_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{existing} cannot be written to; set run_dir to another folder")
-    free, needed = shutil.disk_usage(existing).free / GIB, make_plan().disk_gib
+    free, needed = shutil.disk_usage(existing).free / GIB, make_plan().figures["run_dir_gib"]
     if free < needed:
         raise ValueError(
             f"{existing} has {free:.1f} GiB free, checkpoints take {needed:.1f}; free some, set run_dir, or "
@@ -224,10 +200,8 @@ def check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     return f"{free:.0f} GiB free, {needed:.1f} GiB needed"
 
 
-def check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
-    """Compare the memory that the plan predicts with that of the device."""
-    checkpointing = config.trainer.activation_checkpointing
-    needed = make_plan().gib(Layout(world=1, sharded=False), checkpointing=checkpointing)
+def _check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
+    needed = sum(make_plan().memory["1 GPU"].values())
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
     available = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else _available_gib()
     if needed > available:
@@ -238,15 +212,8 @@ def check_fit(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
     return f"{needed:.1f} GiB of {available:.0f}"
 
 
-def num_cores() -> int:
-    """Return the cores that this process may use."""
+def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def shared_gib() -> float:
-    """Return the size of /dev/shm; 0 where there is none."""
-    path = Path("/dev/shm")
-    return shutil.disk_usage(path).total / GIB if path.is_dir() else 0.0
 
 
 def _available_gib() -> float:
@@ -262,11 +229,4 @@ def _describe(config: RunConfig) -> str:
 
 def _ranks_per_node(config: RunConfig) -> int:
     devices = config.trainer.devices
-    return max(int(devices) if devices.isdigit() else torch.cuda.device_count(), 1)
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return max(torch.cuda.device_count(), 1) if devices == "auto" else int(devices)

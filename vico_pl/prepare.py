@@ -20,7 +20,7 @@ from vico_pl.config import (
 from vico_pl.data.glyphs import question_words
 from vico_pl.model.assemble import assemble_model
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.families.hub import is_pin_of, local_folder, pinned
+from vico_pl.model.families.hub import local_folder, pinned
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages import STAGES
@@ -125,7 +125,7 @@ def _completed(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, 
     for key in ("path", "reference"):
         if model.get(key) is not None:
             begun_with = getattr(stored.model, key) if stored is not None else None
-            model[key] = begun_with if is_pin_of(begun_with, model[key]) else pinned(model[key])
+            model[key] = pinned(model[key], begun_with)
     processing = open_folder(local_folder(model["path"])).contents.processing or {}
     data = dict(settings.get("data") or {})
     for part, values in processing.items():

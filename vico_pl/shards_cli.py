@@ -1,32 +1,33 @@
 """The `vico shards` commands: build, index, check and inspect sets of shards."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer, echo
 
-shards = typer.Typer(no_args_is_help=True, help="Build and inspect sets of WebDataset shards.")
+shards = Typer(no_args_is_help=True, help="Build and inspect sets of WebDataset shards.")
 
 Source = Annotated[
-    str, typer.Argument(help="Folder, glob, brace range or tar, local or at a URL (see data/README.md).")
+    str, Argument(help="Folder, glob, brace range or tar, local or at a URL (see data/README.md).")
 ]
-Output = Annotated[Path, typer.Option(help="File or folder to write.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU core.")]
+Output = Annotated[Path, Option(help="File or folder to write.")]
+Workers = Annotated[int | None, Option(min=1, help="Number of processes. Default: one per CPU core.")]
 
 
 @shards.command()
 def glyphs(
     output: Output,
-    num_samples: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
-    max_tiles: Annotated[int, typer.Option(help="Most tiles per image, 1 to 6.")] = 6,
-    questions: Annotated[int, typer.Option(help="Questions per image.")] = 4,
-    comparisons: Annotated[int, typer.Option(help="Most comparison questions per image.")] = 1,
+    num_samples: Annotated[int, Option(min=1, help="Number of images.")] = 1000,
+    seed: Annotated[int, Option(help="Seed of the images.")] = 0,
+    max_tiles: Annotated[int, Option(help="Most tiles per image, 1 to 6.")] = 6,
+    questions: Annotated[int, Option(help="Questions per image.")] = 4,
+    comparisons: Annotated[int, Option(help="Most comparison questions per image.")] = 1,
     read_fraction: Annotated[
-        float, typer.Option(help="Fraction of images that are text pages to transcribe.")
+        float, Option(help="Fraction of images that are text pages to transcribe.")
     ] = 0.0,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 500,
+    samples_per_shard: Annotated[int, Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
     """Generate GlyphDocs, the data set of the demo."""
     from vico_pl.data.glyphs import GlyphsConfig
@@ -38,34 +39,30 @@ def glyphs(
         comparisons_per_image=comparisons,
         read_fraction=read_fraction,
     )
-    index = build_glyphs(
-        output, config, num_samples=num_samples, seed=seed, samples_per_shard=samples_per_shard
-    )
-    _print_totals(output, index)
+    size = {"num_samples": num_samples, "samples_per_shard": samples_per_shard}
+    _print_totals(output, build_glyphs(output, config, seed=seed, **size))
 
 
 @shards.command()
 def build(
     annotations: Annotated[
-        list[Path],
-        typer.Option(help="JSONL or JSON list in the format of LLaVA or InternVL; repeatable."),
+        list[Path], Option(help="JSONL or JSON list in the format of LLaVA or InternVL; repeatable.")
     ],
-    images: Annotated[Path, typer.Option(help="Folder to which image paths are relative.")],
+    images: Annotated[Path, Option(help="Folder to which image paths are relative.")],
     output: Output,
     samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Most records per tar. Default: 1000, without --shard-size.")
+        int | None, Option(min=1, help="Most records per tar. Default: 1000, without --shard-size.")
     ] = None,
-    shard_size: Annotated[
-        float | None, typer.Option(min=0, help="Most megabytes (10^6 bytes) per tar.")
-    ] = None,
+    shard_size: Annotated[float | None, Option(min=0, help="Most megabytes (10^6 bytes) per tar.")] = None,
     workers: Workers = None,
 ) -> None:
     """Write annotations and their images as shards; bad records are reported and left out (exit code 1)."""
-    from vico_pl.data.shards.annotations import ShardLimits, build_from_annotations
+    from vico_pl.data.shards.build import build_from_annotations
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
-    limits = ShardLimits(max_samples=samples_per_shard, max_bytes=max_bytes)
-    index, faults = build_from_annotations(annotations, images, output, limits=limits, workers=workers)
+    index, faults = build_from_annotations(
+        annotations, images, output, max_samples=samples_per_shard, max_bytes=max_bytes, workers=workers
+    )
     _print_totals(output, index)
     report_faults(faults)
 
@@ -85,42 +82,45 @@ def check(source: Source) -> None:
     from vico_pl.data.shards.inspect import find_faults
     from vico_pl.data.shards.reader import read_index
 
-    num_samples = read_index(source).num_samples
-    if num_samples == 0:
+    index = read_index(source)
+    if index.num_samples == 0:
         raise ValueError(f"{_shown(source)}: no records; expected members KEY.json, KEY.jpg (data/README.md)")
-    report_faults(find_faults(source))
-    typer.echo(f"{_shown(source)}: all {num_samples} records are usable")
+    report_faults(find_faults(index))
+    echo(f"{_shown(source)}: all {index.num_samples} records are usable")
 
 
 @shards.command()
 def stats(
     source: Source,
-    output: Annotated[Path | None, typer.Option(help="Also draw histograms to this PNG.")] = None,
+    output: Annotated[Path | None, Option(help="Also draw histograms to this PNG.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Model folder whose tokenizer counts text in tokens instead of bytes.")
+        str | None, Option(help="Model folder whose tokenizer counts text in tokens instead of bytes.")
     ] = None,
 ) -> None:
     """Count samples, images, tiles, text, answers and bad records; optionally draw histograms."""
     from vico_pl.data.shards.stats import draw, survey
 
-    found = survey(source, count_tokens=None if tokenizer is None else _token_counter(tokenizer))
+    tokenize = None
+    if tokenizer is not None:
+        from vico_pl.tokens import load_tokenizer
+
+        tokenize = load_tokenizer(tokenizer).tokenize
+    found = survey(source, tokenize=tokenize)
     for name, value in found.counts().items():
-        typer.echo(f"{name:24} {value}")
+        echo(f"{name:24} {value}")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         draw(found).savefig(output, dpi=120)
-        typer.echo(f"{output} is written")
+        echo(f"{output} is written")
 
 
 @shards.command()
 def preview(
     source: Source,
     output: Output = Path("preview.png"),
-    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 12,
+    count: Annotated[int, Option(min=1, help="Number of samples.")] = 12,
 ) -> None:
     """Draw the first samples with their questions and answers."""
-    from itertools import islice
-
     from vico_pl.data.shards.inspect import read_samples
     from vico_pl.data.shards.preview import contact_sheet
 
@@ -130,30 +130,23 @@ def preview(
         raise ValueError(f"{shown}: no usable sample to show; see 'vico shards check {shown}'")
     output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(samples).save(output)
-    typer.echo(f"{output} is written")
+    echo(f"{output} is written")
 
 
 def report_faults(faults: Iterable[Any]) -> None:
     """Print faults as they are found; exit with code 1 if there was one."""
     found = False
     for fault in faults:
-        typer.echo(f"{fault.id}: {fault.reason}", err=True)
+        echo(f"{fault.id}: {fault.reason}", err=True)
         found = True
     if found:
         raise SystemExit(1)
 
 
-def _token_counter(model: str) -> Callable[[str], int]:
-    from vico_pl.tokens import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def _print_totals(source: Path | str, index: Any) -> None:
     sizes = [entry.num_bytes for entry in index.entries]
     size = "" if None in sizes else f", {sum(sizes):,} bytes"
-    typer.echo(f"{_shown(source)}: {index.num_samples} samples in {len(index.names)} shards{size}")
+    echo(f"{_shown(source)}: {index.num_samples} samples in {len(index.names)} shards{size}")
 
 
 def _shown(source: Path | str) -> str:

@@ -25,9 +25,9 @@ from vico_pl.callbacks.signals import REQUEUE_SIGNAL, StopSignals, requeue
 from vico_pl.config import RunConfig
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
+from vico_pl.model.blocks import whole_state
 from vico_pl.model.families.folder import save_model
 from vico_pl.model.flops import count_flops
-from vico_pl.model.sharding import whole_state
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.prepare import FolderModels
 from vico_pl.stages import STAGES, build_stage

@@ -14,6 +14,15 @@ from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME
 
+TWO_STEPS = [
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "optim.warmup_steps=0",
+    "trainer.max_steps=2",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+]
+
 
 @pytest.fixture
 def vico(monkeypatch, capsys):
@@ -40,6 +49,20 @@ def refused(vico):
         assert err.startswith("vico: ")
         assert err.count("\n") == 1, err
         return err.removeprefix("vico: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def train(vico, shards, tmp_path):
+    """Train two steps of one of the repository's recipes; returns the folder of the model."""
+
+    def run(recipe, *settings):
+        run_dir = tmp_path / recipe.split("/")[1]
+        places = [f"data.sources=[{{path: {shards}}}]", f"run_dir={run_dir}"]
+        code, _, err = vico("train", f"recipes/{recipe}.yaml", *TWO_STEPS, *places, *settings)
+        assert code == 0, err
+        return run_dir / "model"
 
     return run
 

@@ -74,16 +74,3 @@ def test_what_is_no_run_is_refused(refused, trained, tmp_path):
     assert refused("audit", tmp_path) == f"{tmp_path}: no config.yaml; expected the folder of a run"
     (tmp_path / "config.yaml").write_text((trained[2] / "config.yaml").read_text())
     assert refused("audit", tmp_path).startswith(f"{tmp_path}: no samples-rank-0.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("sources", "expected"),
-    [
-        ("[{path: a, weight: 1}, {path: b}]", "data.sources: b needs a 'weight', as other sources have one"),
-        ("[{path: a, weight: 1, steps: 5}]", "data.sources: a has 'steps' where sources have a 'weight'"),
-        ("[{path: a, weight: 0}]", "data.sources: a has weight 0.0; expected a number above 0"),
-        ("[{path: a, weight: .inf}]", "data.sources: a has weight inf; expected a number above 0"),
-    ],
-)
-def test_sources_that_are_neither_a_curriculum_nor_a_mixture_are_refused(refused, trained, sources, expected):
-    assert expected in refused("train", trained[0], f"data.sources={sources}", "run_dir=absent")

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 import vico_pl.cli
+import vico_pl.evaluation.questions
 import vico_pl.files
 from tests.helpers import record
 from tests.sessions import tree, write_model_folder, write_set
@@ -43,14 +44,8 @@ def test_glyphs_are_drawn_counted_checked_and_shown(vico, tmp_path):
     shown, everything = pixels(picture), tmp_path / "all.png"
     vico("shards", "preview", folder, "--output", everything)
     assert pixels(everything).shape[0] > shown.shape[0], "three samples take one row, five take two"
-
-
-def test_a_set_of_another_seed_is_another_set(vico, tmp_path):
-    for seed in (1, 2):
-        vico(
-            "shards", "glyphs", "--output", tmp_path / f"{seed}" / "set", "--num-samples", "2", "--seed", seed
-        )
-    first, second = (next(iter(read_samples(tmp_path / f"{seed}" / "set"))) for seed in (1, 2))
+    vico("shards", "glyphs", "--output", tmp_path / "other", *settings, "--seed", "1")
+    first, second = (next(read_samples(path)) for path in (folder, tmp_path / "other"))
     assert first.turns != second.turns
 
 
@@ -81,52 +76,40 @@ def test_foreign_tars_are_indexed(vico, tmp_path, shards):
     assert (folder / "index.json").exists()
 
 
-def test_build_packs_what_is_usable_and_names_the_rest(vico, tmp_path, photo):
-    images = tmp_path / "images"
+@pytest.mark.filterwarnings("ignore:.*set-000001.tar. named in index.json but absent:UserWarning")
+def test_build_packs_what_is_usable_of_several_files_and_names_the_rest(vico, tmp_path, photo, model):
+    images, folder, picture = tmp_path / "images", tmp_path / "set", tmp_path / "new" / "stats.png"
     images.mkdir()
     for name in ("a.png", "b.png"):
         shutil.copy(photo, images / name)
 
-    def entry(text, **fields):
+    def entry(text, image):
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]
-        return json.dumps({"conversations": turns, **fields})
+        return {"conversations": turns, "image": image}
 
     lines = [
-        entry("<image>\nOne?", image="a.png"),
-        entry("<image>\nAbsent?", image="absent.png"),
-        entry("<image>\nOutside?", image="../photo.png"),
-        entry("<image><image>\nTwo?", image=["a.png", "b.png"]),
+        entry("<image>\nOne?", "a.png"),
+        entry("<image>\nAbsent?", "absent.png"),
+        entry("<image>\nOutside?", "../photo.png"),
+        entry("<image><image>\nTwo?", ["a.png", "b.png"]),
     ]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    arguments = ["--annotations", tmp_path / "train.jsonl", "--images", images, "--output", tmp_path / "out"]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "list.json").write_text(json.dumps([entry("<image>\nThree?", "b.png")]))
+    files = [part for name in ("train.jsonl", "list.json") for part in ("--annotations", tmp_path / name)]
+    arguments = [*files, "--images", images, "--output", folder, "--shard-size", "0.001", "--workers", "2"]
     code, out, err = vico("shards", "build", *arguments)
-    assert (code, out) == (1, f"{tmp_path}/out: 2 samples in 1 shards, 30,720 bytes\n")
-    faults = [line for line in err.splitlines() if line.startswith("train.jsonl:")]
-    assert faults[0] == "train.jsonl:2: image 'absent.png' is absent"
-    assert faults[1].startswith("train.jsonl:3: image path '../photo.png' leads out of")
-    assert len(faults) == 2
-    assert [len(sample.images) for sample in read_samples(tmp_path / "out")] == [1, 2]
-    assert vico("shards", "check", tmp_path / "out")[0] == 0
+    assert (code, out) == (1, f"{folder}: 3 samples in 3 shards, 40,960 bytes\n")
+    absent, outside = (line for line in err.splitlines() if line.startswith("train.jsonl:"))
+    assert absent == "train.jsonl:2: image 'absent.png' is absent"
+    assert outside.startswith("train.jsonl:3: image path '../photo.png' leads out of")
+    assert [len(sample.images) for sample in read_samples(folder)] == [1, 2, 1]
 
-
-@pytest.mark.filterwarnings("ignore:.*set-000001.tar. named in index.json but absent:UserWarning")
-def test_a_set_is_made_from_several_files_and_surveyed(vico, tmp_path, photo, model):
-    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]
-    entry = {"conversations": turns, "image": photo.name}
-    (tmp_path / "lines.jsonl").write_text(json.dumps(entry) + "\n")
-    (tmp_path / "list.json").write_text(json.dumps([entry, entry]))
-    files = [part for name in ("lines.jsonl", "list.json") for part in ("--annotations", tmp_path / name)]
-    folder, picture = tmp_path / "set", tmp_path / "new" / "stats.png"
-    places = ["--images", photo.parent, "--output", folder]
-    code, out, _ = vico("shards", "build", *files, *places, "--shard-size", "0.001", "--workers", "2")
-    assert (code, out.split(",")[0]) == (0, f"{folder}: 3 samples in 3 shards")
     code, out, _ = vico("shards", "stats", f"{folder}/set-00000[12].tar", "--output", picture)
     counts = dict(line.rsplit(maxsplit=1) for line in out.splitlines()[:-1])
-    assert (code, counts["samples"], counts["text bytes"]) == (0, "2", "20")
+    assert (code, counts["samples"], counts["text bytes"]) == (0, "2", "39")
     assert pixels(picture).shape[1] == 1440
     code, out, _ = vico("shards", "stats", folder, "--tokenizer", model)
-    assert code == 0
-    assert "text tokens" in out
+    assert (code, "text tokens" in out) == (0, True)
     (folder / "set-000001.tar").unlink()
     code, _, err = vico("shards", "check", folder)
     assert (code, err.count("set-000001.tar, sample 1 of the set")) == (1, 1)
@@ -136,19 +119,15 @@ def test_what_follows_a_question_mark_is_not_shown(refused):
     assert "hush" not in refused("shards", "check", "memory://nowhere/set?hush")
 
 
-def test_a_finished_run_says_so_and_trains_nothing(vico, recipe, tmp_path, monkeypatch):
+def test_a_finished_run_says_so_and_trains_nothing(vico, refused, recipe, tmp_path):
     prepare_run(recipe(), [])
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / CONFIG_NAME).write_text("{}")
     before = tree(tmp_path)
     code, out, _ = vico("train", recipe())
     assert (code, out) == (0, f"{tmp_path}/run is finished: its model is {tmp_path}/run/model\n")
-    assert tree(tmp_path) == before
-
-
-def test_a_finished_run_with_other_settings_is_refused(refused, recipe, tmp_path):
-    prepare_run(recipe(), [])
     assert "seed: 0 -> 3" in refused("train", recipe(), "seed=3")
+    assert tree(tmp_path) == before
 
 
 def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered):
@@ -168,7 +147,7 @@ def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(vico_pl.files.os, "fsync", full)
-    monkeypatch.setattr(vico_pl.cli, "_progress", lambda groups, *_: groups)
+    monkeypatch.setattr(vico_pl.evaluation.questions, "tqdm", lambda groups, **_: groups)
     assert "No space left on device" in refused("calibrate", model, "--data", answered)
     assert tree(model) == before
 
@@ -201,21 +180,28 @@ def test_route_draws_the_picture_and_counts_compressed_tiles(vico, model, photo,
     assert (dimmed != bright).mean() > 0.1
 
 
-def test_generate_answers_with_at_most_the_asked_tokens(vico, photo, tmp_path):
+def test_generate_follows_the_router_and_the_limit_of_tokens(vico, photo, tmp_path):
     model = write_model_folder(tmp_path / "endless", ends=False)
-    one, six = (
-        vico("generate", model, photo, "--prompt", "What is A?", "--max-new-tokens", limit)[:2]
-        for limit in (1, 6)
-    )
-    assert one[0] == six[0] == 0
-    assert 0 < len(one[1].strip()) < len(six[1].strip())
-    assert six[1].startswith(one[1].strip().rstrip("\ufffd"))
+
+    def answer(limit):
+        code, out, _ = vico("generate", model, photo, "--prompt", "What is A?", "--max-new-tokens", limit)
+        assert code == 0
+        return out.strip()
+
+    one, six = answer(1), answer(6)
+    assert 0 < len(one) < len(six)
+    assert six.startswith(one.rstrip("\ufffd"))
+    write_json({"threshold": 0.0}, model / CALIBRATION_NAME)
+    compressed = answer(6)
+    write_json({"threshold": 1.1}, model / CALIBRATION_NAME)
+    assert compressed != answer(6)
 
 
-def test_generate_follows_the_router_of_a_calibrated_model(vico, photo, tmp_path):
-    model = write_model_folder(tmp_path / "endless", ends=False)
-    answers = set()
-    for threshold in (0.0, 1.1):
-        write_json({"threshold": threshold}, model / CALIBRATION_NAME)
-        answers.add(vico("generate", model, photo, "--prompt", "What is B?", "--max-new-tokens", 6)[1])
-    assert len(answers) == 2
+def test_plan_prints_and_writes_the_same(vico, recipe, tmp_path):
+    code, out, err = vico("plan", recipe(), "trainer.max_steps=20", "--json", tmp_path / "out" / "plan.json")
+    assert (code, err) == (0, "")
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert written["samples"] == 40
+    assert written["memory_gib"]["no_activation_checkpointing"]["1 GPU"]["policy weights"] > 0
+    assert all(line in out for line in written["advice"])
+    assert "20 steps of 2 samples" in out

@@ -14,14 +14,6 @@ from vico_pl.model.families.folder import load_model
 from vico_pl.tokens import load_tokenizer
 
 NAME = "vico-test-llava"
-FIXED = [
-    "data.batch_size=2",
-    "trainer.max_steps=2",
-    "optim.warmup_steps=0",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
-    "data.num_workers=0",
-]
 
 
 @pytest.fixture
@@ -53,38 +45,27 @@ def shards(tmp_path):
     return write_set(tmp_path / "captions", [(str(i), {**f, "json": content}) for i, f in enumerate(files)])
 
 
-def test_parts_become_a_model_that_routes(vico, parts, shards, tmp_path):
-    def train(stage, *settings):
-        common = [
-            *FIXED,
-            "data.batch_size=2",
-            f"data.sources=[{{path: {shards}}}]",
-            f"run_dir={tmp_path}/{stage}",
-        ]
-        code, _, err = vico("train", f"recipes/llava/{stage}.yaml", *common, *settings)
-        assert code == 0, err
-        return load_model(tmp_path / stage / "model")
-
-    pretrained = train("pretrain", *parts)
-    instructed = train("instruct", f"model.path={tmp_path}/pretrain/model")
-    policy = train("consistency", f"model.path={tmp_path}/instruct/model")
-    start = [f"model.path={tmp_path}/consistency/model", f"model.reference={tmp_path}/instruct/model"]
-    routed = train("router", *start, "router.min_history=1", "model.router_heads=4")
-
+def test_parts_become_a_model_that_routes(vico, train, parts, tmp_path):
+    pretrained = train("llava/pretrain", *parts)
+    instructed = train("llava/instruct", f"model.path={pretrained}")
+    policy = train("llava/consistency", f"model.path={instructed}")
+    start = [f"model.path={policy}", f"model.reference={instructed}", "model.router_heads=4"]
+    routed = train("llava/router", *start, "router.min_history=1")
+    models = [load_model(folder) for folder in (pretrained, instructed, policy, routed)]
     tower, words = "vision.tower.conv1.weight", "language.model.embed_tokens.weight"
     before = torch.load(tmp_path / "tower.pt")
-    states = [model.state_dict() for model in (pretrained, instructed, policy, routed)]
+    states = [model.state_dict() for model in models]
     assert torch.equal(states[0][tower], before["visual.conv1.weight"]), "pretrain leaves the tower alone"
     assert torch.equal(states[1][tower], states[0][tower])
     assert not torch.equal(states[1][words], states[0][words]), "instruct trains the language model"
     assert not torch.equal(states[2][tower], states[1][tower]), "stage 1 trains all of it"
     assert torch.equal(states[3][words], states[2][words])
-    assert [model.ratios for model in (instructed, policy)] == [[4], [4, 16]]
-    assert len(load_tokenizer(tmp_path / "router" / "model")) <= len(routed.head)
+    assert [model.ratios for model in models] == [[4], [4], [4, 16], [4, 16]]
+    assert len(load_tokenizer(routed)) <= len(models[-1].head)
 
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(encoded_image(size=(128, 64)))
     answer = ["--prompt", "What is it?", "--max-new-tokens", "3"]
-    assert vico("generate", tmp_path / "router" / "model", photo, *answer)[0] == 0
-    code, _, err = vico("export", tmp_path / "router" / "model", tmp_path / "flash")
+    assert vico("generate", routed, photo, *answer)[0] == 0
+    code, _, err = vico("export", routed, tmp_path / "flash")
     assert (code, "InternViT towers alone" in err) == (2, True)

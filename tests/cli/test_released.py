@@ -16,7 +16,6 @@ from tests.released import (
 )
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image, tile_sample
-from vico_pl.inference.generate import generate_ids
 from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import compress_probability
 from vico_pl.model.families.base import CALIBRATION_NAME
@@ -60,20 +59,6 @@ def shards(vico, tmp_path):
     return tmp_path / "shards"
 
 
-def train(vico, recipe, *settings):
-    fixed = [
-        "trainer.max_steps=2",
-        "optim.warmup_steps=0",
-        "trainer.accelerator=cpu",
-        "trainer.precision=32-true",
-        "data.num_workers=0",
-    ]
-    code, _, err = vico(
-        "train", f"recipes/internvl3_5-1b/{recipe}.yaml", *fixed, "data.batch_size=2", *settings
-    )
-    assert code == 0, err
-
-
 @torch.no_grad()
 def compress_two_of_three(model, photo):
     """Set the threshold so that a photo's most detailed tile is kept: Flash always keeps at least one."""
@@ -93,20 +78,19 @@ def answer_ids(folder, photo):
     sample = tile_sample(Sample(id="x", images=[read_image(photo)], turns=[], metadata={}), session.tiling)
     features = session.encode(sample.tiles)
     ratios = session.route(features)
-    ids = generate_ids(
-        session, [sample], ["What is it?"], features=[features], ratios=[ratios], max_new_tokens=6
+    ids = session.generate_ids(
+        [sample], ["What is it?"], features=[features], ratios=[ratios], max_new_tokens=6
     )
     assert sorted(ratios.tolist()) == [4, 16, 16]
     return ids.tolist(), ratios.tolist()
 
 
-def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, released, shards, tmp_path):
-    sources, stage1, stage2 = f"data.sources=[{{path: {shards}}}]", tmp_path / "stage1", tmp_path / "stage2"
-    train(vico, "consistency", f"model.path={released}", f"run_dir={stage1}", sources)
-    start = [f"model.path={stage1}/model", f"model.reference={released}"]
-    train(vico, "router", *start, f"run_dir={stage2}", sources, "router.min_history=1")
+def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, train, released, shards, tmp_path):
+    policy = train("internvl3_5-1b/consistency", f"model.path={released}")
+    start = [f"model.path={policy}", f"model.reference={released}"]
+    model = train("internvl3_5-1b/router", *start, "router.min_history=1")
 
-    model, flash, photo = stage2 / "model", tmp_path / "flash", tmp_path / "1.jpg"
+    flash, photo = tmp_path / "flash", tmp_path / "1.jpg"
     assert vico("calibrate", model, "--data", shards, "--budget", "0.8")[0] == 0
     compress_two_of_three(model, photo)
     assert vico("export", model, flash, "--layout", "flash", "--template", released)[0] == 0
@@ -126,14 +110,8 @@ def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, released, shards
     assert vico("route", flash, photo, "--output", tmp_path / "routed.png")[0] == 0
 
 
-def test_a_run_takes_tiles_and_prompts_from_the_released_model(vico, released, shards, tmp_path):
-    train(
-        vico,
-        "consistency",
-        f"model.path={released}",
-        f"run_dir={tmp_path}/run",
-        f"data.sources=[{{path: {shards}}}]",
-    )
-    data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+def test_a_run_takes_tiles_and_prompts_from_the_released_model(train, released):
+    model = train("internvl3_5-1b/consistency", f"model.path={released}")
+    data = yaml.safe_load((model.parent / "config.yaml").read_text())["data"]
     assert data["tiling"] == {"tile_size": 448, "min_tiles": 1, "max_tiles": 4, "use_thumbnail": True}
     assert "InternVL" in data["chat"]["system"]

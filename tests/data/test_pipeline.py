@@ -92,7 +92,7 @@ def test_bytes_that_are_no_record_become_a_bad_record(tmp_path, tokenizer):
     write_shard(tmp_path / "f.tar", [(str(i), record().files) for i in range(3)])
     write_index(tmp_path)
     index = read_index(tmp_path)
-    first, second = index.boundaries[0][1:3]
+    first, second = index.open(0).bounds[1:3]
     content = bytearray((tmp_path / "f.tar").read_bytes())
     content[first:second] = b"\xff" * (second - first)
     (tmp_path / "f.tar").write_bytes(content)

@@ -9,8 +9,7 @@ from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.evaluation.calibrate import (
     SKILL_SLACK,
     CalibrationPoint,
-    calibration_record,
-    check_goal,
+    calibrate,
     choose_point,
     measure_curve,
 )
@@ -54,11 +53,6 @@ def test_one_skill_may_fall_a_little_below_the_mean_but_not_far():
     assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * SKILL_SLACK)) == NEVER
 
 
-def test_a_skill_without_questions_decides_nothing():
-    assert point(0.5, 0.5).retention["reasoning"] is None
-    assert chosen(point(0.5, 0.5)) == 0.5
-
-
 def test_within_a_budget_the_most_accurate_point_is_chosen_and_of_equals_the_cheapest():
     curve = [
         point(0.9, 0.8, accuracy=0.95),
@@ -72,14 +66,10 @@ def test_within_a_budget_the_most_accurate_point_is_chosen_and_of_equals_the_che
     assert chosen(*curve, budget=1.0, retention=0.1) == NEVER  # the budget alone counts
 
 
-def test_a_budget_that_cannot_be_met_is_refused_before_and_after_measuring(predictor, answered):
-    check_goal(predictor, answered, 0.25)
-    for refuse in (
-        lambda: check_goal(predictor, answered, 0.2),
-        lambda: chosen(point(0.0, 0.25), budget=0.2),
-    ):
-        with pytest.raises(ValueError, match=r"budget 0\.2 cannot be met: all tiles compressed cost 0\.25"):
-            refuse()
+def test_a_budget_that_cannot_be_met_is_refused(predictor, answered):
+    assert calibrate(predictor, answered, retention=1.0, budget=0.25)[0].threshold == 0.0
+    with pytest.raises(ValueError, match=r"budget 0\.2 cannot be met: all tiles compressed cost 0\.25"):
+        calibrate(predictor, answered, retention=1.0, budget=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +77,7 @@ def curve(model_folder, answered):
     return measure_curve(Predictor.load(model_folder), answered)
 
 
-def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve):
+def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve, model_folder, answered):
     fractions = [p.token_fraction for p in curve]
     assert (fractions[0], fractions[-1]) == (1.0, 0.25)
     assert fractions == sorted(set(fractions), reverse=True)
@@ -95,13 +85,9 @@ def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve):
     thresholds = [p.threshold for p in curve]
     assert thresholds == sorted(set(thresholds), reverse=True)
     assert len(curve) >= 10
-
-
-def test_each_point_spends_what_its_threshold_says(curve, model_folder, answered):
     probabilities = router_probabilities(Predictor.load(model_folder), answered)
     for p in curve:
-        compressed = (probabilities >= p.threshold).mean()
-        assert p.token_fraction == pytest.approx(1 - 0.75 * compressed)
+        assert p.token_fraction == pytest.approx(1 - 0.75 * (probabilities >= p.threshold).mean())
 
 
 def test_a_model_that_answers_itself_is_right_at_full_tokens_and_less_so_below(curve):
@@ -114,17 +100,15 @@ def test_a_model_that_answers_itself_is_right_at_full_tokens_and_less_so_below(c
 
 def test_retention_is_relative_to_full_tokens(predictor, answered, tmp_path):
     """With one of two answers expected wrongly, what is kept of the other still counts in full."""
+    index = read_index(answered)
     records = []
-    for number, sample in enumerate(predictor.samples(answered)):
-        turns = [turn for turn in sample.turns if turn.skill is not None][:1]
-        if turns:
-            texts = (sample.turns[0].text, turns[0].text, "Why?", "no: zz")
-            conversations = [
-                {"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, texts, strict=True)
-            ]
-            annotation = {"conversations": conversations, "skills": ["ocr", "ocr"]}
-            files = {"png": original_image(answered, sample.id), "json": json.dumps(annotation).encode()}
-            records.append((f"{number:04d}", files))
+    for original in map(RecordReader(index), range(index.num_samples)):
+        annotation = json.loads(bytes(original.files["json"]))
+        if annotation["skills"]:
+            wrong = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "no: zz"}]
+            turns = {"conversations": annotation["conversations"][:2] + wrong, "skills": ["ocr", "ocr"]}
+            files = {"png": bytes(original.files["png"]), "json": json.dumps(turns).encode()}
+            records.append((original.key, files))
     curve = measure_curve(predictor, write_set(tmp_path / "half", records))
     assert curve[0].accuracy["mean"] == 0.5
     assert curve[0].retention == {"perception": None, "reasoning": None, "ocr": 1.0, "mean": 1.0}
@@ -132,33 +116,20 @@ def test_retention_is_relative_to_full_tokens(predictor, answered, tmp_path):
         assert p.retention["ocr"] == pytest.approx(2 * p.accuracy["ocr"])
 
 
-def original_image(folder, sample_id):
-    index = read_index(folder)
-    records = map(RecordReader(index), range(index.num_samples))
-    return next(bytes(record.files["png"]) for record in records if record.id == sample_id)
-
-
-def test_the_choice_is_read_back_by_a_session(curve, tmp_path):
-    folder = write_model_folder(tmp_path / "model")
-    chosen = curve[len(curve) // 2]
-    record = calibration_record(curve, chosen, data="val", retention=0.8, budget=None)
-    write_json(record, folder / CALIBRATION_NAME)
-    predictor = Predictor.load(folder)
-    assert predictor.rule == RoutingRule(threshold=chosen.threshold)
-    stored = json.loads((folder / CALIBRATION_NAME).read_text())
-    assert stored["chosen"]["token_fraction"] == chosen.token_fraction
-    assert [p["threshold"] for p in stored["curve"]] == [p.threshold for p in curve]
-    assert (stored["data"], stored["retention"], stored["budget"]) == ("val", 0.8, None)
-
-
 @torch.no_grad()
-def test_the_calibrated_session_spends_what_the_curve_promised(curve, predictor, answered):
-    point = curve[len(curve) // 2]
-    object.__setattr__(predictor, "rule", RoutingRule(threshold=point.threshold))
-    ratios = torch.cat(
-        [predictor.route(predictor.model.encode_tiles(s.tiles)) for s in predictor.samples(answered)]
-    )
-    assert (4 / ratios).mean().item() == pytest.approx(point.token_fraction)
+def test_a_session_reads_the_choice_back_and_spends_what_was_promised(predictor, answered, curve, tmp_path):
+    folder = write_model_folder(tmp_path / "model")
+    chosen, record = calibrate(predictor, answered, retention=0.8, budget=0.8)
+    write_json(record, folder / CALIBRATION_NAME)
+    session = Predictor.load(folder)
+    assert session.rule == RoutingRule(threshold=chosen.threshold)
+    stored = json.loads((folder / CALIBRATION_NAME).read_text())
+    assert [p["threshold"] for p in stored["curve"]] == [p.threshold for p in curve]
+    assert (stored["data"], stored["retention"], stored["budget"]) == (str(answered), 0.8, 0.8)
+    tiles = [sample.tiles for sample in session.samples(answered)]
+    ratios = torch.cat([session.route(session.encode(of_sample)) for of_sample in tiles])
+    assert (4 / ratios).mean().item() == pytest.approx(chosen.token_fraction)
+    assert chosen.token_fraction < 0.8
 
 
 def text_record(answer_skill=None):
@@ -184,28 +155,18 @@ def unasked(tmp_path):
     )
 
 
-def test_a_set_without_skills_has_no_accuracy_to_keep(predictor, unasked, answered):
-    check_goal(predictor, answered, None)
+def test_a_set_without_skills_has_no_accuracy_to_keep(predictor, unasked):
     with pytest.raises(
         ValueError, match=r"no question with a skill, so no accuracy to keep; .* set a budget"
     ):
-        check_goal(predictor, unasked, None)
+        calibrate(predictor, unasked, retention=0.9)
 
 
 def test_a_set_without_skills_does_for_a_budget(predictor, unasked):
-    check_goal(predictor, unasked, 0.6)
-    shown = []
-
-    def track(groups, title, total):
-        shown.append((title, total))
-        return groups
-
-    curve = measure_curve(predictor, unasked, track=track)
-    assert shown == [("scoring tiles", 1)]
-    assert {point.accuracy["mean"] for point in curve} == {None}
-    chosen = choose_point(curve, retention=0.995, budget=0.6)
-    cheaper = [point.token_fraction for point in curve if point.token_fraction <= 0.6]
-    assert chosen.token_fraction == max(cheaper) > 0.5
+    chosen, record = calibrate(predictor, unasked, retention=0.995, budget=0.6)
+    assert {point["accuracy"]["mean"] for point in record["curve"]} == {None}
+    fractions = [point["token_fraction"] for point in record["curve"]]
+    assert chosen.token_fraction == max(f for f in fractions if f <= 0.6) > 0.5
 
 
 def test_a_model_without_router_cannot_be_calibrated(tmp_path, answered):

@@ -10,7 +10,8 @@ from tests.sessions import write_set
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image
 from vico_pl.evaluation.evaluate import RoutedExample
-from vico_pl.evaluation.pictures import COMPRESSED, KEPT, build_gallery, route_image, routing_picture
+from vico_pl.evaluation.questions import EvalQuestion
+from vico_pl.evaluation.report import COMPRESSED, KEPT, build_gallery, route_image, routing_picture
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
 
@@ -33,15 +34,9 @@ def coloured(tmp_path):
 
 
 def example(sample, ratios):
-    return RoutedExample(
-        sample=sample,
-        ratios=ratios,
-        token_fraction=0.5,
-        question="<image>\nWhich colour?",
-        expected="green",
-        full_answer="green",
-        router_answer="grey",
-    )
+    question = EvalQuestion(sample=sample, skill="ocr", text="<image>\nWhich?", expected="green")
+    answers = {"full_answer": "green", "router_answer": "grey"}
+    return RoutedExample(question=question, ratios=ratios, token_fraction=0.5, **answers)
 
 
 def area_of(picture, colour):
@@ -50,7 +45,7 @@ def area_of(picture, colour):
 
 def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(predictor, coloured):
     items = build_gallery(predictor, coloured, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
-    assert [example.sample for example, _ in items] == [1, 2], "in the order of the set"
+    assert [example.question.sample for example, _ in items] == [1, 2], "in the order of the set"
     (_, green), (_, blue) = items
     assert area_of(green, COLOURS[1]) > 0.1
     assert area_of(blue, COLOURS[2]) > 0.1
@@ -58,13 +53,16 @@ def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(pr
         assert [area_of(picture, colour) for colour in others] == [0, 0]
 
 
-def test_compressed_tiles_are_dimmed_in_their_place(predictor, tmp_path):
+def test_compressed_tiles_are_dimmed_in_their_place_and_framed_in_their_colour(predictor, tmp_path):
     image = read_image(png(tmp_path, COLOURS[1]))
     none, one, all_but_thumbnail = (
         area_of(routing_picture(predictor, image, ratios), COLOURS[1])
         for ratios in ([4] * 5, [16, 4, 4, 4, 4], [16, 16, 16, 16, 4])
     )
     assert none > one > all_but_thumbnail > 0
+    kept, compressed = (routing_picture(predictor, image, [ratio] * 5) for ratio in (4, 16))
+    assert area_of(kept, KEPT) > 0.01 > area_of(kept, COMPRESSED)
+    assert area_of(compressed, COMPRESSED) > 0.01 > area_of(compressed, KEPT)
 
 
 @torch.no_grad()
@@ -76,13 +74,6 @@ def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(predictor, tmp_
     assert ratios == predictor.route(features).tolist()
     assert len(ratios) == tiles
     assert routing_picture(predictor, image, ratios).width > 100
-
-
-def test_frames_and_titles_have_the_colour_of_their_state(predictor, tmp_path):
-    image = read_image(png(tmp_path, COLOURS[0]))
-    kept, compressed = (routing_picture(predictor, image, [ratio] * 5) for ratio in (4, 16))
-    assert area_of(kept, KEPT) > 0.01 > area_of(kept, COMPRESSED)
-    assert area_of(compressed, COMPRESSED) > 0.01 > area_of(compressed, KEPT)
 
 
 def test_tiles_show_their_part_of_the_image(predictor):

@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace
 
 import pytest
@@ -6,18 +5,15 @@ import torch
 
 import vico_pl.evaluation.questions as questions_module
 from tests.sessions import full_ratios, tiled
-from vico_pl.evaluation.metrics import accuracy_by_skill
 from vico_pl.evaluation.questions import (
     EXTRA_TOKENS,
-    SAMPLES_PER_GROUP,
-    Answerer,
     EvalQuestion,
     Group,
-    count_groups,
+    answer_group,
+    folder_groups,
     read_groups,
 )
-from vico_pl.inference.generate import generate_ids
-from vico_pl.inference.routing import at_threshold, threshold_for, vision_tokens
+from vico_pl.inference.routing import at_threshold, threshold_for
 from vico_pl.types import Turn
 
 
@@ -53,7 +49,7 @@ def batches(monkeypatch):
         assert [len(f) for f in features] == [len(s.tiles) for s in samples] == [len(r) for r in ratios]
         return [f"{q} {r.tolist()}" for q, r in zip(questions, ratios, strict=True)]
 
-    monkeypatch.setattr(questions_module, "answer", fake)
+    monkeypatch.setattr("vico_pl.inference.predictor.Predictor.answer", fake)
     return seen
 
 
@@ -61,42 +57,32 @@ def choice(*of_samples):
     return [torch.tensor(ratios, dtype=torch.int64) for ratios in of_samples]
 
 
+FULL = choice([4], [4] * 5, [])
+
+
 def test_answers_come_in_the_order_of_the_questions_whatever_the_order_of_the_batch(
     predictor, group, batches
 ):
-    given = Answerer(predictor, group)(choice([4], [4, 16, 4, 4, 4], []))
+    (given,) = answer_group(predictor, group, [choice([4], [4, 16, 4, 4, 4], [])])
     assert given == ["long question about it? [4, 16, 4, 4, 4]", "Who? [4]", "Why? []", "B? [4, 16, 4, 4, 4]"]
     assert batches[0][0] != [q.text for q in group.questions], "the batch was sorted by length"
 
 
-def test_equal_choices_are_answered_once(predictor, group, batches):
-    answerer = Answerer(predictor, group)
-    full, one_tile = choice([4], [4, 4, 4, 4, 4], []), choice([16], [4, 4, 4, 4, 4], [])
-    first = answerer(full)
-    assert answerer(full) == first
-    assert len(batches) == 1
-    answerer(one_tile)  # the first sample alone looks different
-    assert batches[1][0] == ["Who?"]
-    assert len(batches) == 2
-
-
-def test_several_choices_are_prepared_in_one_batch(predictor, group, batches):
-    answerer = Answerer(predictor, group)
+def test_several_choices_are_answered_in_one_batch_and_equal_ones_once(predictor, group, batches):
     several = [choice([a], [b, 4, 4, 4, 4], []) for a in (4, 16) for b in (4, 16)]
-    answerer.prepare(several)
+    answers = answer_group(predictor, group, [*several, FULL])
+    assert answers[0] == answers[-1] != answers[1]
+    assert [of_choice[1] for of_choice in answers] == ["Who? [4]"] * 2 + ["Who? [16]"] * 2 + ["Who? [4]"]
     assert len(batches) == 1
     # First sample: 2 ways, second: 2 ways x 2 questions, text alone: 1.
     assert len(batches[0][0]) == 2 + 4 + 1
-    for ratios in several:
-        answerer(ratios)
-    assert len(batches) == 1
 
 
 def test_batches_keep_within_the_token_budget_but_a_long_prompt_is_asked_alone(
     predictor, group, batches, monkeypatch
 ):
     monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 60)
-    expected = Answerer(predictor, group)(choice([4], [4] * 5, []))
+    expected = answer_group(predictor, group, [FULL])
     assert len(batches) > 1
     for asked, ratios, limit in batches:
         lengths = [sum(16 // r for r in rs) + len(q) for q, rs in zip(asked, ratios, strict=True)]
@@ -104,15 +90,8 @@ def test_batches_keep_within_the_token_budget_but_a_long_prompt_is_asked_alone(
     assert sorted(q for asked, _, _ in batches for q in asked) == sorted(q.text for q in group.questions)
     monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 1)
     batches.clear()
-    assert Answerer(predictor, group)(choice([4], [4] * 5, [])) == expected
+    assert answer_group(predictor, group, [FULL]) == expected
     assert [len(asked) for asked, _, _ in batches] == [1, 1, 1, 1]
-
-
-def test_answers_may_be_longer_than_the_longest_expected_one_by_a_margin(predictor, group, batches):
-    Answerer(predictor, group)(choice([4], [4] * 5, []))
-    longest = len(predictor.tokenizer.encode("a b c d e f", add_special_tokens=False))
-    assert longest > 6
-    assert batches[0][2] == longest + EXTRA_TOKENS
 
 
 @torch.no_grad()
@@ -124,18 +103,16 @@ def test_a_long_expected_answer_can_be_right(predictor, samples):
     settings = {"features": features, "ratios": full_ratios(sample)}
     expected = "x" * 40
     length = len(predictor.tokenizer.encode(expected, add_special_tokens=False)) + EXTRA_TOKENS
-    ids = generate_ids(predictor, [sample], ["A?"], **settings, max_new_tokens=length)
+    ids = predictor.generate_ids([sample], ["A?"], **settings, max_new_tokens=length)
     question = EvalQuestion(sample=0, skill="ocr", text="A?", expected=expected)
     group = Group(samples=[sample], features=features, questions=[question], first=0)
-    (given,) = Answerer(predictor, group)(full_ratios(sample))
+    ((given,),) = answer_group(predictor, group, [full_ratios(sample)])
     assert given == predictor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     assert length > 40
 
 
-def test_right_and_wrong_follow_the_questions(predictor, group, monkeypatch):
-    replies = {"long question about it?": " RED", "Who?": "a b", "Why?": "x", "B?": "x"}
-    monkeypatch.setattr(questions_module, "answer", lambda _, __, asked, **___: [replies[q] for q in asked])
-    assert Answerer(predictor, group).correct(choice([4], [4] * 5, [])) == [True, False, True, False]
+def test_right_and_wrong_follow_the_questions(group):
+    assert group.grade([" RED", "a b", "x", "x"]) == [True, False, True, False]
 
 
 def test_groups_number_samples_through_and_hold_their_own_features(predictor, monkeypatch):
@@ -162,10 +139,11 @@ def test_only_turns_with_a_known_skill_are_questions(predictor):
     assert [(q.text, q.expected, q.skill) for q in group.questions] == [asked[0], asked[3]]
 
 
-def test_the_number_of_groups_is_known_before_they_are_read(predictor, answered, monkeypatch):
-    assert count_groups(answered) == math.ceil(14 / SAMPLES_PER_GROUP) == 1
+def test_progress_knows_the_number_of_groups(predictor, answered, monkeypatch, capsys):
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 5)
-    assert count_groups(answered) == 3 == len(list(read_groups(predictor, predictor.samples(answered))))
+    assert len(list(folder_groups(predictor, answered, title="reading"))) == 3
+    assert "reading: 100%" in (shown := capsys.readouterr().err)
+    assert "3/3" in shown
 
 
 def scores(*of_samples):
@@ -186,11 +164,3 @@ def test_tiles_of_equal_score_are_treated_alike():
     given = scores([0.5, 0.5], [0.5, 0.1])
     threshold = threshold_for(given, compressed_fraction=0.25)
     assert [r.tolist() for r in at_threshold(given, threshold, ratios=[4, 16])] == [[16, 16], [16, 4]]
-
-
-def test_vision_tokens_are_counted_per_sample():
-    assert vision_tokens(choice([4, 16, 16], [], [4]), num_patches=1024) == [256 + 64 + 64, 0, 256]
-
-
-def test_without_questions_there_is_no_accuracy():
-    assert accuracy_by_skill([], []) == {"perception": None, "reasoning": None, "ocr": None, "mean": None}

@@ -5,9 +5,8 @@ from tests.helpers import encoded_image
 from tests.sessions import full_ratios, tiled
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import read_image
-from vico_pl.inference.generate import answer, answer_image, generate_ids, pad_left
 from vico_pl.inference.predictor import question_text
-from vico_pl.model.language import run_packed
+from vico_pl.model.packed import run_packed
 
 MAX_NEW = 9
 
@@ -21,8 +20,7 @@ def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
     embed = predictor.model.language.get_input_embeddings()
     ids = []
     while len(ids) < max_new_tokens and predictor.tokenizer.eos_token_id not in ids:
-        length = len(embeddings)
-        states = run_packed(predictor.model.language, embeddings, torch.arange(length), [length])
+        states = run_packed(predictor.model.language, embeddings, [len(embeddings)])
         ids.append(int((states[-1] @ predictor.model.head.T).argmax()))
         embeddings = torch.cat([embeddings, embed(torch.tensor(ids[-1:]))])
     return ids
@@ -30,8 +28,8 @@ def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
 
 def batched_ids(predictor, samples, questions, ratios, max_new_tokens=MAX_NEW):
     features = [predictor.model.encode_tiles(sample.tiles) for sample in samples]
-    return generate_ids(
-        predictor, samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
+    return predictor.generate_ids(
+        samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
     )
 
 
@@ -106,8 +104,7 @@ def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(predictor, mixed)
     pad = predictor.tokenizer.pad_token_id
     expected = [ids + [pad] * (MAX_NEW - len(ids)) for ids in alone]
     assert batched_ids(predictor, samples, questions, ratios).tolist() == expected
-    texts = answer(
-        predictor,
+    texts = predictor.answer(
         samples,
         questions,
         features=[predictor.model.encode_tiles(s.tiles) for s in samples],
@@ -136,7 +133,7 @@ def test_an_image_is_answered_at_the_ratios_the_router_chooses(predictor, tmp_pa
     answers = []
     for ratios in ([4, 4, 4, 4, 4], [16, 4, 16, 4, 4]):
         monkeypatch.setattr(type(predictor), "route", lambda *_, ratios=ratios: torch.tensor(ratios))
-        answers.append(answer_image(predictor, image, "What is A?", max_new_tokens=MAX_NEW))
+        answers.append(predictor.answer_image(image, "What is A?", max_new_tokens=MAX_NEW))
         ids = naive_ids(predictor, sample, "What is A?", torch.tensor(ratios))
         assert answers[-1] == predictor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert answers[0] != answers[1]
@@ -147,13 +144,6 @@ def test_training_time_attention_does_not_leak_into_generation(predictor, mixed)
     first = batched_ids(predictor, samples, questions, ratios)
     predictor.first_token(samples[0], ratios[0], routes=False)  # runs packed attention on the same model
     assert torch.equal(batched_ids(predictor, samples, questions, ratios), first)
-
-
-def test_rows_end_together():
-    packed = torch.arange(1.0, 13.0).view(1, 2, 6, 1)  # two heads; samples of 4 and 2 tokens
-    padded = pad_left(packed, [4, 2])
-    assert padded[0, :, :, 0].tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
-    assert padded[1, :, :, 0].tolist() == [[0, 0, 5, 6], [0, 0, 11, 12]]
 
 
 def test_prompts_run_in_one_pass_without_padding_and_only_once(predictor, mixed):

@@ -116,13 +116,3 @@ def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(predictor):
     alone = map(predictor.route, features.split([len(s.tiles) for s in samples]))
     assert together == torch.cat(list(alone)).tolist()
     assert set(together) == {4, 16}
-
-
-@torch.no_grad()
-def test_an_image_of_one_tile_is_routed_like_any_other(predictor):
-    sample = tiled(predictor, (32, 32))
-    features = predictor.model.encode_tiles(sample.tiles)
-    probability = compress_probability(predictor.router_logits(features)).item()
-    for threshold, expected in ((probability, [16]), (probability * 1.01, [4])):
-        object.__setattr__(predictor, "rule", RoutingRule(threshold=threshold))
-        assert predictor.route(features).tolist() == expected

@@ -116,10 +116,8 @@ def test_own_parameters_are_named_as_without_adapters(language):
 
 def test_experts_have_adapters_of_their_own_that_are_trained(batch):
     model = adapted(tiny_model(language=EXPERTS), trained=False)
-    states_of_training = model.response_states(
-        batch, model.encode_tiles(batch.tiles), model.full_ratios(batch)
-    )
-    states_of_training.square().sum().backward()
+    hidden = model.response_states(batch, model.encode_tiles(batch.tiles), model.full_ratios(batch))
+    hidden.square().sum().backward()
     trained = {name: p for name, p in model.language.named_parameters() if p.requires_grad}
     assert sum(".experts." in name and "lora_B" in name for name in trained) == 4  # two weights, two layers
     assert all(p.grad.any() for name, p in trained.items() if "lora_B" in name)
@@ -127,17 +125,13 @@ def test_experts_have_adapters_of_their_own_that_are_trained(batch):
 
 def test_adapters_of_experts_that_should_have_dropout_are_refused():
     model = tiny_model(language=EXPERTS)
-    with pytest.raises(
-        ValueError, match=r"dropout is 0.1, .* or model.lora.targets to some of k_proj, o_proj"
-    ):
+    with pytest.raises(ValueError, match=r"dropout is 0.1, .*targets to some of k_proj, o_proj"):
         adapted(model, dropout=0.1)
     adapted(model, dropout=0.1, targets=["q_proj"])
 
 
 def test_targets_that_the_model_lacks_are_told_with_those_it_has(model):
-    with pytest.raises(
-        ValueError, match=r"targets names lm_head, qproj; .* are down_proj, gate_proj, k_proj"
-    ):
+    with pytest.raises(ValueError, match=r"names lm_head, qproj; .* are down_proj, gate_proj, k_proj"):
         adapted(model, targets=["qproj", "v_proj", "lm_head"])
 
 
@@ -154,7 +148,7 @@ def test_adapters_without_peft_are_refused_with_the_command_that_installs_it(mod
         ({"alpha": 0}, "model.lora.alpha is 0; expected more than 0"),
         ({"dropout": 1.0}, "model.lora.dropout is 1.0; expected 0 to less than 1"),
         ({"targets": "q_proj"}, "model.lora.targets is 'q_proj'; expected all-linear or a list"),
-        ({"targets": []}, r"model.lora.targets is '\[\]'; expected all-linear or a list"),
+        ({"targets": []}, r"model.lora.targets is \[\]; expected all-linear or a list"),
     ],
 )
 def test_settings_that_make_no_adapter_are_refused(settings, message):

@@ -2,91 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.helpers import PLACEHOLDER_ID, batch_of, encoded_sample, mixed_samples, tiny_model
-from vico_pl.model.branches import branch_per_tile, branch_states
-from vico_pl.model.splice import splice
-
-PLACEHOLDER, TEXT, RESPONSE = "#", "t", "r"
-FULL, COMPRESSED = 4, 1  # vision tokens of a tile
-samples_of_tokens = st.lists(
-    st.lists(st.sampled_from([PLACEHOLDER, TEXT, RESPONSE]), max_size=9).map(lambda tokens: [TEXT, *tokens]),
-    min_size=1,
-    max_size=3,
-)
-
-
-def numbered_splice(samples, counts):
-    """Splice embeddings of width 1 that name the token: 0 1 2 ... for text, -1.00 -1.01 ... in tile 1."""
-    tokens = [token for sample in samples for token in sample]
-    vision = [-(tile + place / 100) for tile, count in enumerate(counts, start=1) for place in range(count)]
-    return splice(
-        torch.arange(float(len(tokens)))[:, None],
-        torch.tensor(vision)[:, None],
-        torch.tensor(counts, dtype=torch.int64),
-        is_placeholder=torch.tensor([token == PLACEHOLDER for token in tokens]),
-        response_mask=torch.tensor([token == RESPONSE for token in tokens]),
-        sample_lengths=torch.tensor([len(sample) for sample in samples]),
-    )
-
-
-def owners_of(samples):
-    return [number for number, sample in enumerate(samples) for token in sample if token == PLACEHOLDER]
-
-
-def branches_of(samples):
-    """The branches of samples at full tokens, and the embeddings that their tokens point to."""
-    owners = owners_of(samples)
-    spliced = numbered_splice(samples, [FULL] * len(owners))
-    compressed = -torch.arange(1.0, len(owners) + 1)[:, None]  # -i for tile i
-    branches = branch_per_tile(
-        spliced,
-        torch.tensor(owners, dtype=torch.int64),
-        full_length=FULL,
-        compressed_length=COMPRESSED,
-    )
-    return spliced, branches, torch.cat([spliced.embeddings, compressed])
-
-
-def test_the_worked_example():
-    spliced, branches, embeddings = branches_of([["t", "#", "#", "t", "r"]])
-    assert spliced.embeddings.squeeze(1).tolist()[:5] == pytest.approx([0, -1.0, -1.01, -1.02, -1.03])
-    a, b = embeddings[branches.tokens].squeeze(1).split(branches.lengths)
-    assert a.tolist() == pytest.approx([-1, -2, -2.01, -2.02, -2.03, 3, 4])
-    assert b.tolist() == [-2, 3, 4]
-    assert branches.prefix_lengths == [1, 5]
-    assert branches.position_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7]
-    assert branches.response_places.tolist() == [5, 8]  # the tokens "3", before the response
-
-
-@given(samples_of_tokens)
-def test_a_prefix_and_its_branch_are_the_sample_with_that_tile_compressed(samples):
-    spliced, branches, embeddings = branches_of(samples)
-    owners, begin = owners_of(samples), 0
-    for tile, owner in enumerate(owners):
-        counts = [COMPRESSED if other == tile else FULL for other in range(len(owners))]
-        wanted = numbered_splice(samples, counts)
-        first, length = branches.prefix_starts[tile], branches.prefix_lengths[tile]
-        end = begin + branches.lengths[tile]
-        branch = embeddings[branches.tokens[begin:end]]
-        found = torch.cat([spliced.embeddings[first : first + length], branch])
-        parts = wanted.embeddings.split(wanted.segment_lengths)
-        assert torch.equal(found, parts[owner])
-        positions = torch.cat([torch.arange(length), branches.position_ids[begin:end]])
-        assert torch.equal(positions, torch.arange(len(found)))
-
-        mine = branches.response_branch == tile
-        places = branches.response_places[mine]
-        origin = branches.response_origin[mine]
-        before = spliced.embeddings[spliced.response_positions[origin]]
-        predicting = torch.where((places < 0)[:, None], before, embeddings[branches.tokens[places]])
-        ends = torch.tensor(wanted.segment_lengths).cumsum(0)
-        is_own = torch.bucketize(wanted.response_positions, ends, right=True) == owner
-        assert torch.equal(predicting, wanted.embeddings[wanted.response_positions[is_own]])
-        begin = end
-    assert begin == len(branches.tokens)
+from vico_pl.model.branches import branch_states
 
 
 def later_images(seed):
@@ -94,11 +12,11 @@ def later_images(seed):
     layout = [*"t#ttrr#t#rrt#tr"]
     base = encoded_sample(seed, images=(1, 1, 1, 1), answers=(len(layout),))
     words = torch.arange(len(layout)) + 6
-    is_tile = torch.tensor([token == PLACEHOLDER for token in layout])
+    is_tile = torch.tensor([token == "#" for token in layout])
     return replace(
         base,
         input_ids=words.masked_fill(is_tile, PLACEHOLDER_ID),
-        response_mask=torch.tensor([token == RESPONSE for token in layout]),
+        response_mask=torch.tensor([token == "r" for token in layout]),
     )
 
 

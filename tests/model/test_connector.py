@@ -38,20 +38,6 @@ def test_it_equals_the_published_pixel_shuffle_v2(tiles, blocks, factor, c):
     assert torch.equal(pixel_unshuffle(features, factor), expected)
 
 
-def test_the_worked_example():
-    patches = torch.arange(16.0).view(1, 16, 1)  # a 4 x 4 grid of patch numbers
-    expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
-    assert pixel_unshuffle(patches, 2)[0].tolist() == expected
-
-
-@pytest.mark.parametrize(("num_patches", "factor"), [(15, 1), (16, 3), (36, 4)])
-def test_grids_that_do_not_fold_are_refused(num_patches, factor):
-    with pytest.raises(
-        ValueError, match=f"{num_patches} patches per tile do not fold by {factor} x {factor}"
-    ):
-        pixel_unshuffle(torch.zeros(1, num_patches, 2), factor)
-
-
 def test_each_connector_has_the_layers_of_its_published_model():
     short, long = (Connector(ratio, vision_width=VISION, language_width=LANGUAGE) for ratio in (4, 16))
     # mlp1: LayerNorm(4h), Linear(4h -> H), GELU, Linear(H -> H)
@@ -121,15 +107,3 @@ def test_a_batch_of_text_alone_has_no_vision_tokens(training):
     tokens, counts = connectors().train(training)(features(0), torch.empty(0, dtype=torch.int64))
     assert tokens.shape == (0, LANGUAGE)
     assert counts.shape == (0,)
-
-
-@pytest.mark.parametrize("ratio", [2, 8, 1, 12])
-def test_ratios_that_are_no_squares_from_four_on_are_refused(ratio):
-    with pytest.raises(ValueError, match=f"compression ratio {ratio}: expected a square number from 4 on"):
-        Connector(ratio, vision_width=VISION, language_width=LANGUAGE)
-
-
-@pytest.mark.parametrize("ratios", [[], [16], [16, 4], [4, 4], [4, 64, 16]])
-def test_lists_of_ratios_rise_from_four(ratios):
-    with pytest.raises(ValueError, match="expected rising square numbers that begin with 4"):
-        connectors(ratios)

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,40 +5,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import tiny_spec
 from vico_pl.model.flops import build_without_weights, count_flops
 from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.planning.sources import RELEASED
 
 TERA = 1e12
-INTERN_VIT_300M = {
-    "model_type": "internvl_vision",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "attention_bias": True,
-    "image_size": 448,
-    "patch_size": 14,
-}
-QWEN3 = {
-    "model_type": "qwen3",
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
-QWEN3_06B = {
-    **QWEN3,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-}
-QWEN3_8B = {
-    **QWEN3,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-}
-
 SMALL_VISION = {
     "intern_vit": {
         "model_type": "internvl_vision",
@@ -143,13 +110,13 @@ def test_experts_that_a_token_does_not_meet_cost_nothing():
 
 
 @pytest.mark.parametrize(
-    ("language", "at_full_tokens", "compressed", "head"),
-    [(QWEN3_06B, 1.57, 0.50, 0.03), (QWEN3_8B, 21.4, 7.45, 0.12)],
-    ids=["1B", "8B"],
+    ("size", "at_full_tokens", "compressed", "head"),
+    [("1b", 1.57, 0.50, 0.03), ("8b", 21.4, 7.45, 0.12)],
 )
-def test_released_shapes_cost_what_has_been_worked_out_by_hand(language, at_full_tokens, compressed, head):
+def test_released_shapes_cost_what_has_been_worked_out_by_hand(size, at_full_tokens, compressed, head):
     """Five tiles and 200 text tokens, 100 of them the response: 1490 tokens, or 530 with all compressed."""
-    flops = count_flops(replace(tiny_spec(), vision=INTERN_VIT_300M, language=language))
+    vision, language = RELEASED[size]
+    flops = count_flops(tiny_spec(vision=vision, language=language))
     assert flops.vision_tokens_per_tile == {4: 256, 16: 64}
     assert flops.vision_per_tile / TERA == pytest.approx(0.724, rel=0.01)
     assert flops.language(1490) / TERA == pytest.approx(at_full_tokens, rel=0.01)

@@ -1,102 +1,87 @@
-import copy
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+"""Each family of language models computes what it computes in transformers, or is refused in a sentence."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers import WIDTH, tiny_spec
-from vico_pl.model.language import (
-    Prefixes,
-    build_language_model,
-    check_flash_attention,
-    run_packed,
-    set_packed_attention,
-)
+from tests.helpers import tiny_spec
+from vico_pl.model.language import build_language_model, check_parity
+from vico_pl.model.packed import Prefixes, run_packed
 
-LENGTHS = [3, 7, 1, 5]
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+FAMILIES = {  # name: (model_type and settings that matter, why it is refused)
+    "Llama, SmolLM2": ({"model_type": "llama"}, None),
+    "Qwen2": ({"model_type": "qwen2"}, None),
+    "Qwen2 with a sliding window": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        None,
+    ),
+    "Qwen3": ({"model_type": "qwen3"}, None),
+    "Qwen3-MoE": ({"model_type": "qwen3_moe"}, None),
+    "Qwen3-Next": ({"model_type": "qwen3_next"}, "packed samples would see each other"),
+    "Gemma": ({"model_type": "gemma"}, None),
+    "Gemma 2": ({"model_type": "gemma2"}, "final_logit_softcapping is set"),
+    "Gemma 3": ({"model_type": "gemma3_text"}, None),
+    "Phi-1, Phi-2": ({"model_type": "phi"}, "its output layer has a bias"),
+    "Phi-3": ({"model_type": "phi3", "sliding_window": 2047}, None),
+    "Mistral": ({"model_type": "mistral", "sliding_window": 4096}, None),
+    "SmolLM3": ({"model_type": "smollm3"}, None),
+    "Granite": ({"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 12.0}, None),
+    "Cohere": ({"model_type": "cohere", "logit_scale": 0.0625}, None),
+    "Cohere 2": ({"model_type": "cohere2"}, None),
+    "OLMo 2": ({"model_type": "olmo2"}, None),
+    "Falcon": ({"model_type": "falcon"}, "packed samples would see each other"),
+    "StableLM": ({"model_type": "stablelm"}, "packed samples cannot run through it"),
+    "Nemotron": ({"model_type": "nemotron"}, "packed samples cannot run through it"),
+}
 
 
-@pytest.fixture
-def language():
+def check(settings):
+    settings = dict(settings)
+    check_parity(AutoConfig.for_model(settings.pop("model_type"), **settings))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_computes_what_transformers_computes_or_is_refused(name):
+    settings, problem = FAMILIES[name]
+    if problem is None:
+        check(settings)
+    else:
+        with pytest.raises(ValueError, match=f"is not supported: .*{problem}") as caught:
+            check(settings)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_page_lists_the_families():
+    kinds = {name: (settings["model_type"], problem) for name, (settings, problem) in FAMILIES.items()}
+    rows = [f"| {name} | `{kind}` | {problem or 'supported'} |" for name, (kind, problem) in kinds.items()]
+    table = PAGE.read_text().partition("<!-- families: begin -->\n")[2].partition("<!-- families: end")[0]
+    assert table.splitlines()[2:] == rows
+
+
+def test_the_check_draws_no_random_number_and_leaves_the_device_alone():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        check_parity(AutoConfig.for_model("llama", rope_theta=1234.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_segment_that_continues_a_prefix_keeps_to_the_sliding_window():
+    """As one run, though the window begins in the prefix."""
     torch.manual_seed(0)
-    model = build_language_model(tiny_spec().language).eval()
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = AutoConfig.for_model("mistral", **sizes, **heads, sliding_window=5)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    embeddings, kept = torch.randn(20, 32), {}
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=0.2)
-    return model
-
-
-def embeddings(lengths, *, seed=1):
-    return torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-def positions(lengths):
-    return torch.cat([torch.arange(n) for n in lengths])
-
-
-def one_by_one(model, x, lengths):
-    """Each sample alone, with transformers' own attention."""
-    model = copy.deepcopy(model)
-    model.set_attn_implementation("eager")
-    states = [model.base_model(inputs_embeds=part[None]).last_hidden_state[0] for part in x.split(lengths)]
-    return torch.cat(states)
-
-
-def test_packed_samples_equal_samples_one_by_one(language):
-    x = embeddings(LENGTHS)
-    packed = run_packed(language, x, positions(LENGTHS), LENGTHS)
-    torch.testing.assert_close(packed, one_by_one(language, x, LENGTHS), rtol=0, atol=1e-5)
-
-
-def test_packed_gradients_equal_those_of_samples_one_by_one(language):
-    packed, alone = embeddings(LENGTHS).requires_grad_(), embeddings(LENGTHS).requires_grad_()
-    weights = embeddings(LENGTHS, seed=2)
-    (run_packed(language.train(), packed, positions(LENGTHS), LENGTHS) * weights).sum().backward()
-    (one_by_one(language, alone, LENGTHS) * weights).sum().backward()
-    torch.testing.assert_close(packed.grad, alone.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_a_token_sees_its_own_sample_up_to_itself_and_nothing_else(language):
-    x = embeddings(LENGTHS).requires_grad_()
-    states = run_packed(language, x, positions(LENGTHS), LENGTHS)
-    states[6].sum().backward()  # the fourth token of the second sample, which takes places 3 to 9
-    seen = x.grad.abs().sum(1).nonzero().flatten().tolist()
-    assert seen == [3, 4, 5, 6]
-
-
-# Segments that go on from the samples of LENGTHS: after how many tokens of which, and by how many.
-PREFIXES = [(1, 4, 3), (1, 0, 2), (3, 5, 1), (1, 7, 4)]
-
-
-def run_after_prefixes(model, x, more):
-    starts, kept = [0, 3, 10, 11], {}
-    run_packed(model, x, positions(LENGTHS), LENGTHS, keep=kept)
-    prefixes = Prefixes(
-        kept=kept, starts=[starts[s] for s, _, _ in PREFIXES], lengths=[length for _, length, _ in PREFIXES]
-    )
-    position_ids = torch.cat([torch.arange(length, length + n) for _, length, n in PREFIXES])
-    lengths = [n for _, _, n in PREFIXES]
-    return run_packed(model, more, position_ids, lengths, prefixes=prefixes)
-
-
-def whole_after_prefixes(model, x, more):
-    """Each continuation as one sample, prefix and all."""
-    parts, found = x.split(LENGTHS), []
-    for (sample, length, n), own in zip(PREFIXES, more.split([n for _, _, n in PREFIXES]), strict=True):
-        whole = torch.cat([parts[sample][:length], own])
-        found.append(one_by_one(model, whole, [length + n])[length:])
-    return torch.cat(found)
-
-
-def test_segments_go_on_from_tokens_of_an_earlier_pass(language):
-    x, more = embeddings(LENGTHS), embeddings([10], seed=2)
-    with torch.no_grad():
-        found, expected = run_after_prefixes(language, x, more), whole_after_prefixes(language, x, more)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        whole = run_packed(model, embeddings, [20])
+        run_packed(model, embeddings[:12], [12], keep=kept)
+        rest = run_packed(model, embeddings[12:], [8], prefixes=Prefixes(kept=kept, starts=[0], lengths=[12]))
+    torch.testing.assert_close(rest, whole[12:], rtol=1e-5, atol=1e-5)
 
 
 def test_code_that_a_config_names_never_runs(tmp_path, monkeypatch):
@@ -113,113 +98,15 @@ def test_the_configuration_is_left_as_it_was():
     assert config == tiny_spec().language
 
 
-@pytest.fixture
-def flash_calls(monkeypatch):
-    """A flash-attn package that computes the same in plain PyTorch; returns how it was called."""
-    calls = []
-
-    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, **rest):
-        bounds = {"cu_seqlens_q": cu_seqlens_q.tolist(), "cu_seqlens_k": cu_seqlens_k.tolist()}
-        calls.append({"q": q, "k": k, "v": v, "causal": causal, **bounds, **rest})
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        alone = []
-        splits = ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
-        for one_q, one_k, one_v in zip(
-            *(x.transpose(0, 1).split(bounds.diff().tolist(), dim=1) for x, bounds in splits), strict=True
-        ):
-            queries, keys = one_q.shape[1], one_k.shape[1]
-            mask = torch.ones(queries, keys, dtype=torch.bool).tril(
-                keys - queries
-            )  # as the package aligns it
-            alone.append(
-                scaled_dot_product_attention(
-                    one_q, one_k, one_v, attn_mask=mask, scale=softmax_scale, enable_gqa=True
-                )
-            )
-        return torch.cat(alone, dim=1).transpose(0, 1)  # S heads width
-
-    package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func, package.__spec__ = varlen, ModuleSpec("flash_attn", None)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    return calls
-
-
-def test_flash_attention_computes_the_same_in_one_call_per_layer(language, flash_calls):
-    x = embeddings(LENGTHS)
-    expected = run_packed(language, x, positions(LENGTHS), LENGTHS)
-    set_packed_attention(language, "flash")
-    torch.testing.assert_close(run_packed(language, x, positions(LENGTHS), LENGTHS), expected)
-    assert len(flash_calls) == 2
-    first = flash_calls[0]
-    assert first["cu_seqlens_q"] == first["cu_seqlens_k"] == [0, 3, 10, 11, 16]
-    assert (first["max_seqlen_q"], first["max_seqlen_k"], first["dropout_p"]) == (7, 7, 0.0)
-    assert first["causal"]
-    assert (first["q"].shape, first["k"].shape, first["v"].shape) == ((16, 2, 16), (16, 1, 16), (16, 1, 16))
-
-
-def test_flash_attention_goes_on_from_tokens_of_an_earlier_pass(language, flash_calls):
-    x, more = embeddings(LENGTHS), embeddings([10], seed=2)
-    expected = run_after_prefixes(language, x, more)
-    set_packed_attention(language, "flash")
-    torch.testing.assert_close(run_after_prefixes(language, x, more), expected)
-    last = flash_calls[-1]
-    assert (last["cu_seqlens_q"], last["cu_seqlens_k"]) == ([0, 3, 5, 6, 10], [0, 7, 9, 15, 26])
-    assert (last["max_seqlen_q"], last["max_seqlen_k"]) == (4, 11)
-
-
-def test_flash_attention_is_given_half_precision_under_autocast(language, flash_calls):
-    set_packed_attention(language, "flash")
-    with torch.autocast("cpu", torch.bfloat16):
-        run_packed(language, embeddings(LENGTHS), positions(LENGTHS), LENGTHS)
-    assert {flash_calls[0][name].dtype for name in "qkv"} == {torch.bfloat16}
-
-
-def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"runs on CUDA devices, but this run is on cpu; set model\.attention=sdpa"
-    ):
-        check_flash_attention(torch.device("cpu"))
-    monkeypatch.setattr("vico_pl.model.language.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="flash-attn is not installed; pip install flash-attn"):
-        check_flash_attention(torch.device("cuda"))
-
-
-def test_flash_attention_is_welcome_on_a_gpu_that_has_the_package(flash_calls):
-    check_flash_attention(torch.device("cuda"))
-
-
-@pytest.mark.gpu
-def test_the_real_flash_attention_computes_the_same(language):
-    pytest.importorskip("flash_attn")
-    language.to("cuda", torch.bfloat16)
-    x = embeddings(LENGTHS).to("cuda", torch.bfloat16)
-    expected = run_packed(language, x, positions(LENGTHS).cuda(), LENGTHS)
-    set_packed_attention(language, "flash")
-    found = run_packed(language, x, positions(LENGTHS).cuda(), LENGTHS)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
-
-
 @pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"model_type": "gpt_of_nobody"}, "gpt_of_nobody"),
         ({"model_type": "qwen3", "hidden_size": "wide"}, "'hidden_size' expected int"),
-        (
-            {"model_type": "gemma2", "num_hidden_layers": 2},
-            "gemma2 has layers of sliding_attention, soft-capped",
-        ),
-        (
-            {
-                "model_type": "qwen2",
-                "use_sliding_window": True,
-                "max_window_layers": 0,
-                "num_hidden_layers": 1,
-            },
-            "qwen2 has layers of sliding_attention; packed samples run through causal attention",
-        ),
+        ({"model_type": "gemma2", "num_hidden_layers": 2}, "final_logit_softcapping is set"),
     ],
 )
-def test_models_that_packed_attention_cannot_run_are_refused_in_a_sentence(config, said):
+def test_configs_of_no_usable_model_are_refused_in_a_sentence(config, said):
     with pytest.raises(ValueError, match=r"language model: |Unrecognized") as caught:
         build_language_model(config)
     assert said in str(caught.value)

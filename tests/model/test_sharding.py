@@ -15,9 +15,9 @@ from torch.multiprocessing import spawn
 from tests.helpers import encoded_sample, tiny_model, tiny_spec
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
+from vico_pl.model.blocks import shard_model, whole_state
 from vico_pl.model.branches import branch_states
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.sharding import shard_model, whole_state
 from vico_pl.optim import OptimConfig, clip_gradients
 from vico_pl.stages.base import Ranks
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage

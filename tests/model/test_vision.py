@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.helpers import TILE, WIDTH, tiny_spec
-from vico_pl.model.vision import VisionEncoder, build_tower
+from vico_pl.model.vision import VisionEncoder
 
 CONFIG = tiny_spec().vision
 
@@ -12,9 +12,9 @@ def encoder(**changes):
     return VisionEncoder({**CONFIG, **changes}).eval()
 
 
-def tiles(count, *, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, TILE, TILE), generator=generator, dtype=torch.uint8)
+def tiles(count, side=TILE):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
 def test_it_returns_the_normalised_patch_tokens_of_the_tower_without_the_class_token():
@@ -71,14 +71,9 @@ def timm_encoder(**changes):
     return VisionEncoder({**TIMM, **changes})
 
 
-def big_tiles(count, side):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
-
-
 def untrained(module):
     """Names of parameters that the patch features do not depend on."""
-    features = module.train()(big_tiles(2, module.tile_size))
+    features = module.train()(tiles(2, module.tile_size))
     (features * torch.randn(features.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
     return [name for name, parameter in module.named_parameters() if parameter.grad is None]
 
@@ -94,20 +89,20 @@ def untrained(module):
 )
 def test_a_vit_of_timm_gives_its_patch_tokens_however_it_pools_for_classification(changes):
     module = timm_encoder(**changes)
-    assert module(big_tiles(3, 64)).shape == (3, 16, 192)
+    assert module(tiles(3, 64)).shape == (3, 16, 192)
     assert (module.num_patches, module.width) == (16, 192)
     assert untrained(module) == []
 
 
 def test_the_patch_tokens_of_a_timm_vit_are_those_before_its_class_token_is_taken():
-    module, x = timm_encoder().eval(), big_tiles(2, 64)
+    module, x = timm_encoder().eval(), tiles(2, 64)
     expected = module.tower.trunk.forward_features((x - module.mean) / module.std)
     torch.testing.assert_close(module(x), expected[:, 1:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_timm_tower_with_a_grid_of_its_own_is_as_wide_as_its_last_stage():
     module = timm_encoder(timm_model_name="convnext_atto")
-    assert module(big_tiles(2, 64)).shape == (2, 4, 320)
+    assert module(tiles(2, 64)).shape == (2, 4, 320)
     assert (module.num_patches, module.width) == (4, 320)
     assert untrained(module) == []
 
@@ -201,6 +196,6 @@ def test_tiles_that_patches_do_not_divide_are_refused(config, side, patch):
 )
 def test_settings_that_no_tower_has_are_refused_in_a_sentence(config, said):
     with pytest.raises(ValueError, match="vision tower: ") as caught:
-        build_tower(config)
+        VisionEncoder(config)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,9 +1,13 @@
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model
+from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model, tiny_spec
+from vico_pl.model.vlm import splice
 
 RATIOS = torch.tensor([4, 16, 4, 16, 16, 4, 16])  # of the seven tiles of `mixed_samples`
 
@@ -57,14 +61,7 @@ def test_the_ratio_of_a_tile_changes_how_many_tokens_stand_for_it(model, batch):
     text = [int(n) for n in batch.sample_lengths - torch.bincount(batch.tile_to_sample, minlength=4)]
     assert full.segment_lengths == [text[0] + 12, text[1], text[2] + 12, text[3] + 4]
     assert mixed.segment_lengths == [text[0] + 9, text[1], text[2] + 6, text[3] + 1]
-    assert model.tokens_per_full_tile == 4
-
-
-@torch.no_grad()
-def test_both_ratios_meet_on_the_same_response_rows(model, batch):
-    assert (
-        states(model, batch, RATIOS).shape == states(model, batch, model.full_ratios(batch)).shape == (17, 32)
-    )
+    assert len(full.response_positions) == len(mixed.response_positions) == 17
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -88,8 +85,69 @@ def test_hidden_states_times_the_head_are_the_language_models_logits(model):
     torch.testing.assert_close(ours, logits[predicting], rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_without_router_has_none():
+def test_a_model_has_the_router_of_its_description():
     assert tiny_model(router_heads=None).router is None
-    assert tiny_model(
-        router_heads=2, ratios=[4, 16, 64], vision={**tiny_model().spec.vision, "patch_size": 4}
-    ).router(torch.zeros(1, 64, 32)).shape == (1, 3)
+    vision = {**tiny_spec().vision, "patch_size": 4}
+    router = tiny_model(router_heads=2, ratios=[4, 16, 64], vision=vision).router
+    assert router(torch.zeros(1, 64, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("ratios", [[], [1], [16], [16, 4], [4, 4], [4, 8], [4, 64, 16]])
+def test_ratios_are_squares_that_rise_from_four(ratios):
+    with pytest.raises(ValueError, match="expected rising square numbers that begin with 4"):
+        tiny_model(ratios=ratios)
+
+
+# --- splicing -----------------------------------------------------------------------------------------------
+
+PLACEHOLDER, TEXT, RESPONSE = "#", "t", "r"
+samples_of_tokens = st.lists(
+    st.lists(st.sampled_from([PLACEHOLDER, TEXT, TEXT, RESPONSE]), max_size=12).map(lambda x: [TEXT, *x]),
+    min_size=1,
+    max_size=4,
+)
+
+
+def run_splice(samples, counts):
+    """Splice embeddings of width 1: 1000 and on for text, 0 and on for vision tokens."""
+    tokens = [token for sample in samples for token in sample]
+    return splice(
+        torch.arange(1000.0, 1000.0 + len(tokens))[:, None],
+        torch.arange(float(sum(counts)))[:, None],
+        torch.tensor(counts, dtype=torch.int64),
+        is_placeholder=torch.tensor([token == PLACEHOLDER for token in tokens]),
+        response_mask=torch.tensor([token == RESPONSE for token in tokens]),
+        sample_lengths=torch.tensor([len(sample) for sample in samples]),
+    )
+
+
+def test_a_worked_example():
+    spliced = run_splice([[TEXT, PLACEHOLDER, RESPONSE]], [4])  # a # b -> a v v v v b
+    assert spliced.embeddings[:, 0].tolist() == [1000, 0, 1, 2, 3, 1002]
+    assert spliced.segment_lengths == [6]
+    assert spliced.tile_starts.tolist() == [1]
+    assert spliced.response_positions.tolist() == [4]  # the last vision token predicts b
+
+
+@given(samples=samples_of_tokens, data=st.data())
+def test_splicing_equals_splicing_one_token_after_the_other(samples, data):
+    num_tiles = sum(sample.count(PLACEHOLDER) for sample in samples)
+    counts = data.draw(st.lists(st.sampled_from([1, 4, 5]), min_size=num_tiles, max_size=num_tiles))
+    values, lengths, starts, predicting = [], [], [], []
+    text, vision, tiles = itertools.count(1000), itertools.count(), iter(counts)
+    for sample in samples:
+        begin = len(values)
+        for token in sample:
+            number = next(text)
+            if token == PLACEHOLDER:
+                starts.append(len(values))
+                values += [next(vision) for _ in range(next(tiles))]
+            else:
+                predicting += [len(values) - 1] * (token == RESPONSE)
+                values.append(number)
+        lengths.append(len(values) - begin)
+    spliced = run_splice(samples, counts)
+    assert spliced.embeddings[:, 0].tolist() == values
+    assert spliced.segment_lengths == lengths
+    assert spliced.tile_starts.tolist() == starts
+    assert spliced.response_positions.tolist() == predicting

@@ -9,16 +9,15 @@ from tests.helpers import tiny_spec
 from vico_pl.config import load_config
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.memory import (
+    Layout,
     RunMemory,
     draw_batch,
     measure_memory,
     num_bytes,
-    per_gpu,
     ready,
     stage_on_meta,
     step_terms,
     trained_parameters,
-    with_routing,
 )
 from vico_pl.planning.sources import MicroBatch, ModelShape, find_model
 from vico_pl.stages import build_stage
@@ -40,20 +39,20 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
 
 class RandomModels:
-    """Models with random weights for a stage to start from."""
+    """Models with random weights in the place of those of a stage on `meta`."""
 
     same_weights = True
 
-    def __init__(self, spec, config):
-        self.spec, self.config = spec, config
+    def __init__(self, stage, dropout):
+        self.specs, self.dropout = [model.spec for model in stage.sharded_models()], dropout
 
     def policy(self):
-        model = VisionLanguageModel(with_routing(self.spec, self.config))
-        model.set_dropout(self.config.dropout)
+        model = VisionLanguageModel(self.specs[0])
+        model.set_dropout(self.dropout)
         return model
 
     def reference(self):
-        return VisionLanguageModel(self.spec)
+        return VisionLanguageModel(self.specs[-1])
 
 
 def real_peak(stage, micro_batch):
@@ -87,18 +86,12 @@ def test_the_plan_predicts_the_peak_of_a_real_step(name, setting):
     changes = [setting, "router.min_history=1", "consistency.ratio_draw=full"]
     demo = load_config(DEMO / f"{name}.yaml", changes)
     config = replace(demo, model=replace(demo.model, reference=demo.model.path))
-    checkpointing = config.trainer.activation_checkpointing
     spec = find_model(load_config(DEMO / "pretrain.yaml", []).model).spec
     micro_batch = MicroBatch(num_samples=4, tiles=5, text_tokens=60, response_tokens=30)
-    shape = ModelShape(name="demo", spec=spec, dtype=torch.float32)
-    planned = stage_on_meta(config, shape, checkpointing=checkpointing)
+    planned = stage_on_meta(config, ModelShape(name="demo", spec=spec, dtype=torch.float32))
     predicted = sum(step_terms(planned, micro_batch, precision="32-true").values())
-    real = ready(build_stage(config, RandomModels(spec, config.model)))
+    real = ready(build_stage(config, RandomModels(planned, config.model.dropout)))
     assert predicted == pytest.approx(real_peak(real, micro_batch), rel=0.05)
-
-
-def measured(config, shape, micro_batch=MICRO_BATCH, *, checkpointing=False):
-    return measure_memory(config, shape, micro_batch, checkpointing=checkpointing)
 
 
 def trained_bytes(part, dtype_bytes=4):
@@ -106,57 +99,52 @@ def trained_bytes(part, dtype_bytes=4):
     return sum(p.numel() for p in getattr(model, part).parameters()) * dtype_bytes
 
 
-def test_what_is_trained_is_float32_and_what_is_frozen_as_stored(config, shape):
-    memory = measured(config(), shape)
+@pytest.fixture
+def measured(config, shape):
+    """Measure stage 1 with some settings."""
+    return lambda **sections: measure_memory(config(**sections), shape, MICRO_BATCH)
+
+
+def test_what_is_trained_is_float32_and_what_is_frozen_as_stored(measured, shape):
+    memory = measured()
     parts = sum(trained_bytes(part) for part in ("vision", "connectors", "language"))
-    assert memory.weights["policy weights"] == parts
-    assert memory.gradients == parts
-    assert memory.optimizer == 2 * parts
+    assert (memory.weights["policy weights"], memory.gradients, memory.optimizer) == (parts, parts, 2 * parts)
     reference = VisionLanguageModel(shape.spec)
     assert memory.weights["reference weights"] == num_bytes(reference.parameters()) / 2
 
 
-def test_frozen_parts_serve_the_reference_too(config, shape):
-    shared = measured(config(model={"trainable": ["connectors"]}), shape)
-    apart = measured(config(model={"trainable": ["connectors"], "reference": "other"}), shape)
-    connector = trained_bytes("connectors", 2)
-    assert 0 < shared.weights["reference weights"] < connector
+def test_frozen_parts_serve_the_reference_too(measured):
+    shared = measured(model={"trainable": ["connectors"]})
+    apart = measured(model={"trainable": ["connectors"], "reference": "other"})
+    assert 0 < shared.weights["reference weights"] < trained_bytes("connectors", 2)
     assert apart.weights["reference weights"] > shared.weights["reference weights"]
     assert shared.gradients == trained_bytes("connectors")
 
 
-def test_adapters_take_less_than_the_language_model(config, shape):
-    adapters = measured(config(model={"trainable": ["lora"], "lora": {"rank": 2}}), shape)
-    whole = measured(config(model={"trainable": ["language"]}), shape)
-    connectors = measured(config(model={"trainable": ["connectors"]}), shape)
-    assert 0 < adapters.gradients < whole.gradients / 4
+def test_adapters_take_less_than_the_language_model(measured):
+    adapters = measured(model={"trainable": ["lora"], "lora": {"rank": 2}})
+    assert 0 < adapters.gradients < measured(model={"trainable": ["language"]}).gradients / 4
+    connectors = measured(model={"trainable": ["connectors"]})
     assert adapters.shared == connectors.shared  # the reference shares the language model, not its adapters
 
 
-def test_stage_router_trains_the_router_alone(config, shape):
-    stage = stage_on_meta(config("router"), shape, checkpointing=False)
-    trained = [p for p in stage.policy.model.router.parameters() if p.requires_grad]
-    assert measured(config("router"), shape).gradients == num_bytes(trained)
-    assert {p.dtype for p in trained} == {torch.float32}
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "consistency"])
-def test_activations_grow_with_the_micro_batch_and_shrink_by_recomputing(config, shape, stage):
-    model = {"ratios": [4]} if stage == "pretrain" else {}
-    settings = config(stage, model=model)
-    small = measured(settings, shape).micro_batch
-    large = measured(settings, shape, replace(MICRO_BATCH, num_samples=8)).micro_batch
-    again = measured(settings, shape, replace(MICRO_BATCH, num_samples=8), checkpointing=True).micro_batch
+@pytest.mark.parametrize(("stage", "ratios"), [("pretrain", [4]), ("consistency", [4, 16])])
+def test_activations_grow_with_the_micro_batch_and_shrink_by_recomputing(config, shape, stage, ratios):
+    settings = config(stage, model={"ratios": ratios})
+    recomputing = config(stage, model={"ratios": ratios}, trainer={"activation_checkpointing": True})
+    more = replace(MICRO_BATCH, num_samples=8)
+    small = measure_memory(settings, shape, MICRO_BATCH).micro_batch
+    large, again = (measure_memory(each, shape, more).micro_batch for each in (settings, recomputing))
     for part in ("vision activations", "language activations"):
         assert large[part] == pytest.approx(4 * small[part], rel=0.05)
     assert sum(again.values()) < sum(large.values())
 
 
-def test_half_precision_saves_activations(config, shape):
-    whole = measured(config(), shape).micro_batch
-    settings = config(trainer={"precision": "bf16-mixed"})
-    mixed = measured(settings, shape).micro_batch
-    recomputed = measured(settings, shape, checkpointing=True).micro_batch
+def test_half_precision_saves_activations(measured):
+    whole = measured().micro_batch
+    half = {"precision": "bf16-mixed"}
+    mixed = measured(trainer=half).micro_batch
+    recomputed = measured(trainer={**half, "activation_checkpointing": True}).micro_batch
     assert mixed["language activations"] < whole["language activations"]
     assert sum(recomputed.values()) < sum(mixed.values())
     assert "weights as autocast has them" in mixed
@@ -164,14 +152,14 @@ def test_half_precision_saves_activations(config, shape):
 
 
 def test_ddp_adds_its_buckets_whatever_the_number_of_gpus():
-    one, two, many = (per_gpu(MEMORY, sharded=False, world=world) for world in (1, 2, 64))
+    one, two, many = (MEMORY.per_gpu(Layout(world=world)) for world in (1, 2, 64))
     weights = {"policy weights": 800, "reference weights": 400}
     assert one == {**weights, "gradients": 160, "optimizer": 320, "activations": 1000}
     assert two == many == {**one, "buckets of DDP": 160}
 
 
 def test_fsdp_divides_all_but_the_micro_batch_and_what_computes():
-    terms = per_gpu(replace(MEMORY, shared=200.0), sharded=True, world=4)
+    terms = replace(MEMORY, shared=200.0).per_gpu(Layout(world=4, sharded=True))
     assert [terms[name] for name in ("policy weights", "gradients", "optimizer")] == [200, 40, 80]
     assert terms["activations"] == 1000
     assert terms["gathered by FSDP"] == (2 * 80 + 40) * 3 / 4 + 80
@@ -180,9 +168,9 @@ def test_fsdp_divides_all_but_the_micro_batch_and_what_computes():
 
 def test_the_optimizer_counts_where_it_takes_more_than_a_micro_batch():
     small = replace(MEMORY, micro_batch={"activations": 100.0})
-    assert per_gpu(small, sharded=False, world=1)["optimizer's temporaries"] == 160
-    assert "activations" not in per_gpu(small, sharded=False, world=1)
-    assert per_gpu(small, sharded=False, world=1, foreach=False)["activations"] == 100
+    assert small.per_gpu(Layout())["optimizer's temporaries"] == 160
+    assert "activations" not in small.per_gpu(Layout())
+    assert small.per_gpu(Layout(), foreach=False)["activations"] == 100
 
 
 @pytest.mark.parametrize("placeholder_id", [0, 5])

@@ -24,30 +24,26 @@ from vico_pl.planning.sources import (
 from vico_pl.stages.settings import ModelConfig
 
 SAMPLE = SampleShape(tiles=2.0, text_tokens=10.0, response_tokens=4.0, num_samples=None, origin="test")
-MILLION = 1e6
-
-
-def num_parameters(part):
-    return sum(parameter.numel() for parameter in part.parameters())
 
 
 @pytest.mark.parametrize(
     ("shape", "vision", "language"),
     [
-        ("1b", 304, 752),
-        ("2b", 304, 2032),
-        ("4b", 304, 4411),
-        ("8b", 304, 8191),
-        ("14b", 304, 14768),
-        ("38b", 5538, 32762),
-        ("30b-a3b", 304, 30532),
+        ("1b", 304e6, 752e6),
+        ("2b", 304e6, 2032e6),
+        ("4b", 304e6, 4411e6),
+        ("8b", 304e6, 8191e6),
+        ("14b", 304e6, 14768e6),
+        ("38b", 5538e6, 32762e6),
+        ("30b-a3b", 304e6, 30532e6),
     ],
 )
 def test_released_shapes_have_the_parameters_of_their_names(shape, vision, language):
     source = find_model(ModelConfig(), shape)
     model = build_without_weights(source.spec)
-    assert num_parameters(model.vision) / MILLION == pytest.approx(vision, rel=0.01)
-    assert num_parameters(model.language) / MILLION == pytest.approx(language, rel=0.01)
+    parts = (model.vision, model.language)
+    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+    assert counts == pytest.approx([vision, language], rel=0.01)
     assert source.dtype == torch.bfloat16
 
 
@@ -59,28 +55,31 @@ def test_a_released_name_needs_no_folder():
     assert find_model(absent).spec.language == RELEASED["2b"][1]
 
 
-@pytest.mark.parametrize("path", ["runs/none/model", "someone/something", "OpenGVLab/InternVL3_5-9000B"])
-def test_an_unknown_shape_is_an_error(path):
-    with pytest.raises(ValueError, match=r"--shape 1b\|2b"):
-        find_model(ModelConfig(path=path))
-
-
-def test_an_unknown_size_is_an_error():
-    with pytest.raises(ValueError, match="--shape is '9b'; expected one of 1b"):
-        find_model(ModelConfig(path="anything"), "9b")
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        ({"path": "runs/none/model"}, None, r"--shape 1b\|2b"),
+        ({"path": "someone/something"}, None, r"--shape 1b\|2b"),
+        ({"path": "OpenGVLab/InternVL3_5-9000B"}, None, r"--shape 1b\|2b"),
+        ({"path": "anything"}, "9b", "--shape is '9b'; expected one of 1b"),
+        ({"vision": {"open_clip": "NoSuchTower"}}, None, "which open_clip does not know"),
+        ({"language": {"path": "someone/nothing"}}, None, "its shape is not known here"),
+    ],
+)
+def test_what_is_not_known_is_an_error(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        find_model(ModelConfig(**model), shape)
 
 
 @pytest.mark.parametrize("write", [write_official, write_native])
 def test_a_config_alone_gives_the_shape_of_the_whole_folder(tmp_path, write):
-    write(tmp_path / "whole")
-    whole = open_folder(tmp_path / "whole").contents.spec
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "whole" / "config.json").rename(tmp_path / "bare" / "config.json")
-    spec, _ = read_shape(tmp_path / "bare" / "config.json")
-    shapes = [
-        {name: p.shape for name, p in build_without_weights(s).named_parameters()} for s in (spec, whole)
-    ]
-    assert shapes[0] == shapes[1]
+    write(tmp_path)
+    whole = open_folder(tmp_path).contents.spec
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    spec, _ = read_shape(tmp_path / "config.json")
+    ours, theirs = (build_without_weights(each).named_parameters() for each in (spec, whole))
+    assert [(name, p.shape) for name, p in ours] == [(name, p.shape) for name, p in theirs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,8 +88,7 @@ def test_the_dtype_of_the_weights_is_read(tmp_path, dtype):
     assert read_shape(tmp_path / "config.json")[1] == torch.bfloat16
     save_model(VisionLanguageModel(tiny_spec()).to(dtype), tmp_path)
     spec, found = read_shape(tmp_path / "config.json")
-    assert found == dtype
-    assert asdict(spec) == asdict(tiny_spec())
+    assert (asdict(spec), found) == (asdict(tiny_spec()), dtype)
 
 
 @pytest.mark.parametrize("content", ["{}", "no JSON", '{"architectures": ["InternVLChatModel"]}', "[]"])
@@ -100,74 +98,58 @@ def test_other_configs_are_errors(tmp_path, content):
         read_shape(tmp_path / "config.json")
 
 
-def test_parts_that_a_recipe_names(tmp_path):
-    config = ModelConfig(
-        vision={"open_clip": "ViT-B-16", "image_size": 448}, language={"path": "Qwen/Qwen3-0.6B"}, ratios=[4]
-    )
-    model = build_without_weights(find_model(config).spec)
-    assert model.vision.tile_size == 448
-    assert model.language.config.hidden_size == 1024
+def test_parts_that_a_recipe_names():
+    vision, language = {"open_clip": "ViT-B-16", "image_size": 448}, {"path": "Qwen/Qwen3-0.6B"}
+    found = find_model(ModelConfig(vision=vision, language=language, ratios=[4]))
+    model = build_without_weights(found.spec)
+    assert (model.vision.tile_size, model.language.config.hidden_size) == (448, 1024)
 
 
 @pytest.mark.parametrize(
-    ("vision", "language", "message"),
+    ("limits", "world", "expected"),
     [
-        ({"open_clip": "NoSuchTower"}, {}, "which open_clip does not know"),
-        ({}, {"path": "someone/nothing"}, "its shape is not known here"),
+        (MicroBatchLimits(max_tiles=9, max_tokens=1000), 1, 4),  # 4 x 2 tiles
+        (MicroBatchLimits(max_tiles=99, max_tokens=60), 1, 3),  # 3 x 18 tokens
+        (MicroBatchLimits(max_tiles=99, max_tokens=1000), 8, 2),  # the samples of a rank
+        (MicroBatchLimits(max_tiles=1, max_tokens=1), 1, 1),  # one sample that exceeds them
     ],
 )
-def test_parts_that_are_not_known(vision, language, message):
-    with pytest.raises(ValueError, match=message):
-        find_model(ModelConfig(vision=vision, language=language))
-
-
-@pytest.mark.parametrize(
-    ("limits", "batch_size", "world", "expected"),
-    [
-        (MicroBatchLimits(max_tiles=9, max_tokens=1000), 16, 1, 4),  # 4 x 2 tiles
-        (MicroBatchLimits(max_tiles=99, max_tokens=60), 16, 1, 3),  # 3 x 18 tokens
-        (MicroBatchLimits(max_tiles=99, max_tokens=1000), 16, 8, 2),  # the samples of a rank
-        (MicroBatchLimits(max_tiles=1, max_tokens=1), 16, 1, 1),  # one sample that exceeds them
-    ],
-)
-def test_micro_batches_keep_to_the_limits(config, limits, batch_size, world, expected):
-    data = replace(config().data, micro_batch=limits, batch_size=batch_size)
+def test_micro_batches_keep_to_the_limits(config, limits, world, expected):
+    data = replace(config().data, micro_batch=limits, batch_size=16)
     found = largest_micro_batch(data, SAMPLE, tokens_per_tile=4, world=world)
     assert found == MicroBatch(num_samples=expected, tiles=2, text_tokens=10, response_tokens=4)
 
 
-def test_shards_have_their_sizes(config, tmp_path):
+@pytest.fixture
+def samples(config, tmp_path):
+    """Read the samples of shards in `tmp_path`, or elsewhere."""
+    return lambda path=tmp_path: read_samples(config(data={"sources": [{"path": str(path)}]}).data)
+
+
+def test_shards_have_their_sizes(samples, tmp_path):
     """Two samples of 1000 x 500 px, of three tiles each, and 20 and 40 tokens of text."""
     write_entries([ShardEntry(name="a.tar", num_samples=2)], tmp_path / INDEX_NAME)
     sizes = [SampleSize(text_tokens=n, num_images=1, width=1000, height=500) for n in (20, 40)]
     write_sidecar(Contents(np.array([0, 5, 9]), np.array(sizes)), tmp_path / "a.tar")
-    found = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
+    found = samples()
     assert (found.num_samples, found.tiles, found.text_tokens, found.response_tokens) == (2, 3, 30, 15)
     assert found.origin.startswith("mean of 2 samples")
 
 
-def test_without_sizes_typical_figures_are_assumed(config, tmp_path):
+def test_without_sizes_typical_figures_are_assumed(samples, tmp_path):
     write_entries([ShardEntry(name="a.tar", num_samples=9)], tmp_path / INDEX_NAME)
-    counted = read_samples(config(data={"sources": [{"path": str(tmp_path)}]}).data)
-    unknown = read_samples(config().data)
-    assert [(s.num_samples, s.tiles, s.text_tokens) for s in (counted, unknown)] == [
-        (9, 5, 200),
-        (None, 5, 200),
-    ]
-    assert all("assumed" in sample.origin for sample in (counted, unknown))
+    for found, count in ((samples(), 9), (samples("nowhere"), None)):
+        assert (found.num_samples, found.tiles, found.text_tokens) == (count, 5, 200)
+        assert "assumed" in found.origin
 
 
-def test_a_range_of_shards_counts_what_it_names(config, tmp_path):
-    names = ["train-0.tar", "train-1.tar", "train-2.tar"]
-    entries = [ShardEntry(name=name, num_samples=count) for name, count in zip(names, (9, 7, 5), strict=True)]
+def test_a_range_of_shards_counts_what_it_names(samples, tmp_path):
+    counts = {"train-0.tar": 9, "train-1.tar": 7, "train-2.tar": 5}
+    entries = [ShardEntry(name=name, num_samples=count) for name, count in counts.items()]
     write_entries(entries, tmp_path / INDEX_NAME)
-    for name in names:
+    for name in counts:
         (tmp_path / name).touch()
-
-    def count(named):
-        return read_samples(config(data={"sources": [{"path": f"{tmp_path}/{named}"}]}).data).num_samples
-
-    assert count("train-{0..1}.tar") == 16
-    assert count("train-[12].tar") == 12
-    assert count("train-{0..3}.tar") is None  # the last is not counted
-    assert count("other-*.tar") is None
+    assert samples(tmp_path / "train-{0..1}.tar").num_samples == 16
+    assert samples(tmp_path / "train-[12].tar").num_samples == 12
+    assert samples(tmp_path / "train-{0..3}.tar").num_samples is None  # the last is not counted
+    assert samples(tmp_path / "other-*.tar").num_samples is None

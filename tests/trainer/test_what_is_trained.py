@@ -10,8 +10,8 @@ from tests.helpers import PLACEHOLDER_ID, batch_of, mixed_samples
 from tests.runs import break_run, differing, run, watch_steps, weights
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
+from vico_pl.model.blocks import cast_trained
 from vico_pl.model.families.folder import load_model
-from vico_pl.model.sharding import cast_trained
 from vico_pl.prepare import FolderModels, is_finished
 from vico_pl.stages import build_stage
 

@@ -1,22 +1,12 @@
 """Correctness of an answer; accuracy and retention with paired bootstrap intervals over images."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 SKILLS = ("perception", "reasoning", "ocr")
 NUM_RESAMPLES = 2000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Which questions each arm answered correctly; all arms answer the same ones."""
-
-    sample: np.ndarray  # int (Q,): the image of each question
-    skill: np.ndarray  # str (Q,)
-    correct: Mapping[str, np.ndarray]  # arm -> bool (Q,); one arm is `full`
 
 
 def is_correct(given: str, expected: str) -> bool:
@@ -35,24 +25,25 @@ def accuracy_by_skill(skills: Sequence[str], correct: Sequence[bool]) -> dict[st
     {'perception': 1.0, 'reasoning': None, 'ocr': 0.5, 'mean': 0.75}
     """
     once = np.ones((1, len(skills)), dtype=int)
-    table = _resampled_accuracy(
-        np.arange(len(skills)), np.array(skills, dtype=str), np.array(correct, dtype=bool), once
-    )
+    table = _resampled_accuracy(np.arange(len(skills)), skills, correct, once)
     return {name: None if np.isnan(values[0]) else float(values[0]) for name, values in table.items()}
 
 
-def accuracy_tables(scores: Scores, *, seed: int) -> dict[str, dict[str, Any]]:
+def accuracy_tables(
+    images: Sequence[int], skills: Sequence[str], correct: Mapping[str, Sequence[bool]], *, seed: int
+) -> dict[str, dict[str, Any]]:
     """Return for every arm accuracy and retention per skill and on average, each with its 95 % interval.
 
-    The bootstrap draws images with replacement, the same ones for all arms. The mean is over skills, so a
-    skill with more questions has no more weight. A skill without questions is None.
+    `images` and `skills` have an entry per question, and so has `correct` for each arm; one is `full`. The
+    bootstrap draws images with replacement, the same ones for all arms. The mean is over skills, so a skill
+    with more questions has no more weight. A skill without questions is None.
     """
-    images, image = np.unique(scores.sample, return_inverse=True)
-    uniform = np.full(len(images), 1 / len(images))
-    draws = np.random.default_rng(seed).multinomial(len(images), uniform, NUM_RESAMPLES)
-    once = np.ones((1, len(images)), dtype=int)
+    names, image = np.unique(images, return_inverse=True)
+    uniform = np.full(len(names), 1 / len(names))
+    draws = np.random.default_rng(seed).multinomial(len(names), uniform, NUM_RESAMPLES)
+    once = np.ones((1, len(names)), dtype=int)
     point, drawn = (
-        {arm: _resampled_accuracy(image, scores.skill, c, times) for arm, c in scores.correct.items()}
+        {arm: _resampled_accuracy(image, skills, right, times) for arm, right in correct.items()}
         for times in (once, draws)
     )
     return {
@@ -62,28 +53,22 @@ def accuracy_tables(scores: Scores, *, seed: int) -> dict[str, dict[str, Any]]:
             "retention": {k: _number(_ratio(v, point["full"][k])[0]) for k, v in point[arm].items()},
             "retention_ci": {k: _interval(_ratio(v, drawn["full"][k])) for k, v in drawn[arm].items()},
         }
-        for arm in scores.correct
+        for arm in correct
     }
 
 
 def _resampled_accuracy(
-    image: np.ndarray, skill: np.ndarray, correct: np.ndarray, draws: np.ndarray
+    image: np.ndarray, skills: Sequence[str], correct: Sequence[bool], draws: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return accuracy per skill and their mean for every resample.
-
-    Args:
-        image: index of each question's image, (Q,).
-        skill: skill of each question, (Q,).
-        correct: whether each question was answered correctly, (Q,).
-        draws: how often each image is in each resample, (resamples, images).
-    """
+    """Return accuracy per skill and their mean for every resample; `draws` counts images, (resamples, I)."""
     table = {}
+    is_right = np.array(correct, dtype=bool)
     for name in SKILLS:
-        mine = skill == name
+        mine = np.array(skills, dtype=str) == name
         asked = draws @ np.bincount(image[mine], minlength=draws.shape[1])
-        right = draws @ np.bincount(image[mine & correct], minlength=draws.shape[1])
+        right = draws @ np.bincount(image[mine & is_right], minlength=draws.shape[1])
         table[name] = _ratio(right, asked)
-    present = [table[name] for name in SKILLS if (skill == name).any()]
+    present = [table[name] for name in SKILLS if name in skills]
     return {**table, "mean": np.nanmean(present, axis=0) if present else np.full(len(draws), np.nan)}
 
 

@@ -1,6 +1,6 @@
 """Questions with known answers: read them from shards and answer them in batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from tqdm import tqdm
 
 from vico_pl.data.shards.reader import read_index
 from vico_pl.evaluation.metrics import SKILLS, is_correct
-from vico_pl.inference.generate import answer
 from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Sample, TiledSample
 
 SAMPLES_PER_GROUP = 32
 TOKENS_PER_BATCH = 16384  # of generation, padding included
 EXTRA_TOKENS = 8  # an answer that is longer than the expected one by this many is wrong anyway
+
+Ratios = Sequence[Int64[Tensor, " _"]]  # one entry per sample
+_Prompt = tuple[int, tuple[int, ...]]  # number of a question in its group, and its sample's ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +47,18 @@ class Group:
         """Where the samples are in the set."""
         return slice(self.first, self.first + len(self.samples))
 
-
-_Key = tuple[int, tuple[int, ...]]  # a question of the group, and the ratios of its sample's tiles
-Track = Callable[[Iterable[Group], str, int], Iterable[Group]]  # progress: groups, title, number of groups
-
-
-def silent(groups: Iterable[Group], title: str, total: int) -> Iterable[Group]:
-    """Show no progress."""
-    return groups
+    def grade(self, answers: Sequence[str]) -> list[bool]:
+        """Return for each question whether it is answered correctly."""
+        return [is_correct(text, q.expected) for text, q in zip(answers, self.questions, strict=True)]
 
 
-def count_groups(folder: Path) -> int:
-    """Return the number of groups of a folder's samples."""
-    return -(-read_index(folder).num_samples // SAMPLES_PER_GROUP)
-
-
-def folder_groups(predictor: Predictor, folder: Path, *, title: str, track: Track) -> Iterable[Group]:
-    """Read the groups of a folder and show progress."""
-    return track(read_groups(predictor, predictor.samples(folder)), title, count_groups(folder))
+def folder_groups(
+    predictor: Predictor, folder: Path, *, title: str, samples: Iterable[TiledSample] | None = None
+) -> Iterator[Group]:
+    """Encode the samples of a folder, or `samples` made of them, with a progress bar."""
+    groups = read_groups(predictor, predictor.samples(folder) if samples is None else samples)
+    total = -(-read_index(folder).num_samples // SAMPLES_PER_GROUP)
+    yield from tqdm(groups, desc=title, total=total, unit="group")
 
 
 def read_groups(predictor: Predictor, samples: Iterable[TiledSample]) -> Iterator[Group]:
@@ -84,70 +81,61 @@ def has_questions(samples: Iterable[Sample]) -> bool:
     return any(any(_questions(sample, 0)) for sample in samples)
 
 
-class Answerer:
-    """Answers all questions of one group for any ratios; the same question at the same ratios only once."""
-
-    def __init__(self, predictor: Predictor, group: Group) -> None:
-        self._predictor, self._group = predictor, group
-        self._known: dict[_Key, str] = {}
-        encode = predictor.tokenizer.encode
-        self._limits = [
-            len(encode(q.expected, add_special_tokens=False)) + EXTRA_TOKENS for q in group.questions
-        ]
-
-    def prepare(self, choices: Iterable[Sequence[Int64[Tensor, " _"]]]) -> None:
-        """Answer all questions at several choices of ratios together, in few batches."""
-        asked = dict.fromkeys(key for ratios in choices for key in self._keys(ratios))  # unique, in order
-        for batch in self._batches([key for key in asked if key not in self._known]):
-            self._known.update(zip(batch, self._answer(batch), strict=True))
-
-    def __call__(self, ratios: Sequence[Int64[Tensor, " _"]]) -> list[str]:
-        """Answer the group's questions with tiles at the given ratios, one entry per sample."""
-        self.prepare([ratios])
-        return [self._known[key] for key in self._keys(ratios)]
-
-    def correct(self, ratios: Sequence[Int64[Tensor, " _"]]) -> list[bool]:
-        """Return for each question whether it is answered correctly."""
-        given = self(ratios)
-        return [is_correct(text, q.expected) for text, q in zip(given, self._group.questions, strict=True)]
-
-    def _keys(self, ratios: Sequence[Int64[Tensor, " _"]]) -> list[_Key]:
-        of_sample = [tuple(r.tolist()) for r in ratios]
-        return [(i, of_sample[self._owner(i)]) for i in range(len(self._group.questions))]
-
-    def _owner(self, question: int) -> int:
-        return self._group.questions[question].sample - self._group.first
-
-    def _batches(self, keys: Sequence[_Key]) -> Iterator[list[_Key]]:
-        """Batch prompts of similar length, at most TOKENS_PER_BATCH tokens with padding."""
-        batch: list[_Key] = []
-        for key in sorted(keys, key=self._length):
-            if batch and (len(batch) + 1) * self._length(key) > TOKENS_PER_BATCH:
-                yield batch
-                batch = []
-            batch.append(key)
-        if batch:
-            yield batch
-
-    def _length(self, key: _Key) -> int:
-        """Estimate the tokens of a prompt and its answer; a text has at most as many tokens as bytes."""
-        question, ratios = key
-        vision = sum(self._predictor.model.vision.num_patches // ratio for ratio in ratios)
-        return vision + len(self._group.questions[question].text.encode()) + self._limits[question]
-
-    def _answer(self, keys: Sequence[_Key]) -> list[str]:
-        owners = [self._owner(question) for question, _ in keys]
-        return answer(
-            self._predictor,
-            [self._group.samples[s] for s in owners],
-            [self._group.questions[question].text for question, _ in keys],
-            features=[self._group.features[s] for s in owners],
-            ratios=[torch.tensor(ratios, dtype=torch.int64) for _, ratios in keys],
-            max_new_tokens=max(self._limits[question] for question, _ in keys),
-        )
-
-
 def _questions(sample: Sample | TiledSample, position: int) -> Iterator[EvalQuestion]:
     for human, gpt in zip(sample.turns[::2], sample.turns[1::2], strict=True):
         if gpt.skill in SKILLS:
             yield EvalQuestion(sample=position, skill=gpt.skill, text=human.text, expected=gpt.text)
+
+
+def answer_folder(
+    predictor: Predictor, folder: Path, choices: Sequence[Ratios]
+) -> Iterator[tuple[Group, list[list[str]]]]:
+    """Answer the questions of a folder at several choices of ratios, group by group."""
+    for group in folder_groups(predictor, folder, title="answering"):
+        yield group, answer_group(predictor, group, [ratios[group.positions] for ratios in choices])
+
+
+def answer_group(predictor: Predictor, group: Group, choices: Sequence[Ratios]) -> list[list[str]]:
+    """Answer all questions of a group at each choice of ratios; the same question at the same ratios once."""
+    asked = [_prompts(group, ratios) for ratios in choices]
+    unique = dict.fromkeys(prompt for prompts in asked for prompt in prompts)  # in order
+    encode = predictor.tokenizer.encode
+    limits = [len(encode(q.expected, add_special_tokens=False)) + EXTRA_TOKENS for q in group.questions]
+    known: dict[_Prompt, str] = {}
+    for batch in _batches(unique, group, limits, num_patches=predictor.model.vision.num_patches):
+        questions = [group.questions[number] for number, _ in batch]
+        places = [question.sample - group.first for question in questions]
+        answers = predictor.answer(
+            [group.samples[place] for place in places],
+            [question.text for question in questions],
+            features=[group.features[place] for place in places],
+            ratios=[torch.tensor(ratios, dtype=torch.int64) for _, ratios in batch],
+            max_new_tokens=max(limits[number] for number, _ in batch),
+        )
+        known.update(zip(batch, answers, strict=True))
+    return [[known[prompt] for prompt in prompts] for prompts in asked]
+
+
+def _prompts(group: Group, ratios: Ratios) -> list[_Prompt]:
+    of_sample = [tuple(r.tolist()) for r in ratios]
+    return [(i, of_sample[q.sample - group.first]) for i, q in enumerate(group.questions)]
+
+
+def _batches(
+    prompts: Iterable[_Prompt], group: Group, limits: Sequence[int], *, num_patches: int
+) -> Iterator[list[_Prompt]]:
+    """Batch prompts of similar length, at most TOKENS_PER_BATCH tokens with padding."""
+
+    def length(prompt: _Prompt) -> int:  # an estimate: a text has at most as many tokens as bytes
+        number, ratios = prompt
+        vision = sum(num_patches // ratio for ratio in ratios)
+        return vision + len(group.questions[number].text.encode()) + limits[number]
+
+    batch: list[_Prompt] = []
+    for prompt in sorted(prompts, key=length):
+        if batch and (len(batch) + 1) * length(prompt) > TOKENS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch

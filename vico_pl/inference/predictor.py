@@ -1,13 +1,18 @@
-"""A model folder opened for inference: model, tokenizer, tiling, chat format and calibrated threshold."""
+"""The Python API: a model folder opened for inference, routed and batched greedy generation.
 
-from collections.abc import Iterator
+Prompts run packed, as samples do in training; only the key-value cache is padded.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.collate import collate
@@ -15,13 +20,13 @@ from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.inference.routing import choose_ratios
-from vico_pl.model.families.base import PROCESSING_NAME, Contents
+from vico_pl.model.families.base import PROCESSING_NAME, FolderContents
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.language import run_packed
+from vico_pl.model.packed import KeyValues, run_packed
 from vico_pl.model.router import RoutingRule
-from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.tokens import load_tokenizer
-from vico_pl.types import TiledSample
+from vico_pl.model.vlm import Spliced, VisionLanguageModel
+from vico_pl.tokens import TURN_END, load_tokenizer, token_id
+from vico_pl.types import Batch, Image, Sample, TiledSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +57,17 @@ class Predictor:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if place.type == "cpu" else None
         model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
-        encoder = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile)
-        return cls(
-            folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=contents.rule
-        )
+        encoder, rule = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile), contents.rule
+        return cls(folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.head.device
+
+    def samples(self, folder: Path) -> Iterator[TiledSample]:
+        """Read the usable samples of a folder of shards, tiled as in training."""
+        return (tile_sample(sample, self.tiling) for sample in read_samples(folder))
 
     def encode(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
         """Return the patch features of tiles."""
@@ -73,9 +80,8 @@ class Predictor:
             ValueError: the model has none.
         """
         if self.model.router is None:
-            raise ValueError(
-                f"{self.folder}: the model has no router; train one with a recipe of stage router"
-            )
+            lacks = "the model has no router; train one with a recipe of stage router"
+            raise ValueError(f"{self.folder}: {lacks}")
         return self.model.router(features).float().cpu()
 
     def route(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
@@ -85,22 +91,101 @@ class Predictor:
         return choose_ratios(self.router_logits(features), ratios=self.model.ratios, rule=self.rule)
 
     @torch.no_grad()
+    def answer_image(self, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
+        """Answer a question about one image, routed."""
+        sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), self.tiling)
+        features = self.encode(sample.tiles)
+        given = {"features": [features], "ratios": [self.route(features)]}
+        (text,) = self.answer([sample], [question], **given, max_new_tokens=max_new_tokens)
+        return text
+
+    def answer(
+        self,
+        samples: Sequence[TiledSample],
+        questions: Sequence[str],
+        *,
+        features: Sequence[Float[Tensor, "_ P C"]],
+        ratios: Sequence[Int64[Tensor, " _"]],
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        """Answer question i about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`.
+
+        Samples may have any number of tiles, or none. An answer does not depend on the rest of the batch.
+        """
+        ids = self.generate_ids(
+            samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        samples: Sequence[TiledSample],
+        questions: Sequence[str],
+        *,
+        features: Sequence[Float[Tensor, "_ P C"]],
+        ratios: Sequence[Int64[Tensor, " _"]],
+        max_new_tokens: int,
+    ) -> Int64[Tensor, "B n"]:
+        """Return the token ids of the answers, padded on the right after the end of the turn."""
+        batch, language = self._encode_prompts(samples, questions), self.model.language
+        chosen = torch.cat(list(ratios)).to(self.device)
+        spliced = self.model.splice_batch(batch, torch.cat(list(features)), chosen)
+        cache = prefill(language, spliced)
+        language.set_attn_implementation("sdpa")
+        generate: Any = language.generate  # typed by its mixin alone
+        last = batch.input_ids[batch.sample_lengths.cumsum(0) - 1]
+        # generate() needs only the number of cached tokens, not their ids.
+        seen = last[:, None].expand(-1, cache.get_seq_length() + 1)
+        mask = [torch.ones(length, dtype=torch.int64) for length in spliced.segment_lengths]
+        ids = generate(
+            inputs=seen,
+            past_key_values=cache,
+            attention_mask=pad_sequence(mask, batch_first=True, padding_side="left").to(self.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            # In some families the tokenizer's end of text is another token.
+            eos_token_id=token_id(self.tokenizer, TURN_END),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return ids[:, seen.shape[1] :]
+
+    @torch.no_grad()
     def first_token(self, sample: TiledSample, ratios: Int64[Tensor, " t"], *, routes: bool) -> int:
         """Run everything from tiles to the first answer token, for timing; `routes` runs the router too."""
         features = self.encode(sample.tiles)
         if routes:
             self.router_logits(features)
-        question = question_text(sample.turns[0].text, num_images=len(sample.tiles_per_image))
-        batch = collate([self.chat.encode_prompt(sample, question)]).to(self.device)
+        batch = self._encode_prompts([sample], [sample.turns[0].text])
         spliced = self.model.splice_batch(batch, features, ratios.to(self.device))
-        states = run_packed(
-            self.model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths
-        )
+        states = run_packed(self.model.language, spliced.embeddings, spliced.segment_lengths)
         return int((states[-1] @ self.model.head.T).argmax())
 
-    def samples(self, folder: Path) -> Iterator[TiledSample]:
-        """Read the usable samples of a folder of shards, tiled as in training."""
-        return (tile_sample(sample, self.tiling) for sample in read_samples(folder))
+    def _encode_prompts(self, samples: Sequence[TiledSample], questions: Sequence[str]) -> Batch:
+        prompts = [
+            self.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+            for sample, question in zip(samples, questions, strict=True)
+        ]
+        return collate(prompts).to(self.device)
+
+
+def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
+    """Run prompts; return the keys and values of all but their last tokens, where decoding starts."""
+    kept: KeyValues = {}
+    run_packed(language, spliced.embeddings, spliced.segment_lengths, keep=kept)
+    cache = DynamicCache()
+    for layer in sorted(kept):
+        key, value = (pad_left(x, spliced.segment_lengths)[:, :, :-1] for x in kept.pop(layer))
+        cache.update(key, value, layer)
+    return cache
+
+
+def pad_left(
+    packed: Float[Tensor, "1 heads S width"], lengths: list[int]
+) -> Float[Tensor, "B heads longest width"]:
+    """Turn packed samples into left-padded rows."""
+    rows = packed[0].transpose(0, 1).split(lengths)  # each: tokens, heads, width
+    return pad_sequence(list(rows), batch_first=True, padding_side="left").transpose(1, 2)
 
 
 def question_text(prompt: str, *, num_images: int) -> str:
@@ -116,13 +201,12 @@ def question_text(prompt: str, *, num_images: int) -> str:
     return f"{IMAGE_TOKEN}\n" * num_images + prompt.replace(IMAGE_TOKEN, "").strip()
 
 
-def _processing(folder: Path, contents: Contents) -> tuple[TilingConfig, ChatConfig]:
+def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, ChatConfig]:
     settings = contents.processing
     if settings is None:
         raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it next to the weights")
     try:
         return TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
-    except KeyError as error:
-        raise ValueError(f"{folder / PROCESSING_NAME}: {error} is missing") from error
-    except (TypeError, ValueError) as error:  # unknown settings or invalid values
-        raise ValueError(f"{folder / PROCESSING_NAME}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:  # missing or unknown settings, or invalid values
+        problem = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder / PROCESSING_NAME}: {problem}") from error

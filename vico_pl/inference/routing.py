@@ -14,7 +14,7 @@ NEVER = 1.1  # a threshold above every probability: every tile keeps full tokens
 
 def compress_probability(logits: Float[Tensor, "T K"]) -> Float[Tensor, " T"]:
     """Return P(compress): the probability of any ratio coarser than full tokens."""
-    return _coarser_probabilities(logits)[:, -1]
+    return _coarser_scores(logits)[:, -1]
 
 
 def routing_scores(logits: Float[Tensor, "T K"], rule: RoutingRule) -> Float[Tensor, " T"]:
@@ -75,15 +75,11 @@ def vision_tokens(ratios: Sequence[Int64[Tensor, " _"]], *, num_patches: int) ->
     return [int((num_patches // of_sample).sum()) for of_sample in ratios]
 
 
-def _coarser_scores(logits: Tensor, rule: RoutingRule) -> Tensor:
-    scores = _coarser_probabilities(logits)
-    if rule.relative_threshold is None or not len(scores):
+def _coarser_scores(logits: Float[Tensor, "T K"], rule: RoutingRule | None = None) -> Float[Tensor, "T K-1"]:
+    """Return for each ratio except full tokens the score of it or a coarser one, coarsest first."""
+    scores = logits.softmax(-1).cumsum(-1)[:, :-1]
+    if rule is None or rule.relative_threshold is None or not len(scores):
         return scores
     # In float32 and strictly above, as released code compares.
     is_above = scores > torch.quantile(scores.float(), rule.relative_threshold, dim=0)
     return torch.where(is_above, scores, -1.0)
-
-
-def _coarser_probabilities(logits: Float[Tensor, "T K"]) -> Float[Tensor, "T K-1"]:
-    """Return for each ratio except full tokens the probability of it or a coarser one, coarsest first."""
-    return logits.softmax(-1).cumsum(-1)[:, :-1]

@@ -16,8 +16,7 @@ def response_cross_entropy(
 ) -> tuple[Float[Tensor, " R"], Bool[Tensor, " R"]]:
     """Return the loss of each token in nats and whether its most probable word is the target.
 
-    Logits exist for `chunk_size` tokens at a time, in float32 whatever the type of the states (float64
-    stays); the backward pass computes them again, chunk by chunk.
+    Logits, in float32 or float64, exist for `chunk_size` tokens at a time and are made again going backward.
 
     Raises:
         ValueError: `chunk_size` is below 1.

@@ -30,7 +30,6 @@ class SlidingPercentile(nn.Module):
     seen: Tensor
 
     def __init__(self, *, percentile: float, window: int, min_history: int) -> None:
-        """Begin with an empty window."""
         super().__init__()
         self._percentile, self._min_history = percentile, min_history
         self.register_buffer("values", torch.zeros(window))

@@ -10,13 +10,15 @@ may carry several, each around the one before.
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from vico_pl.model.vision import switched
 
 ALL_LINEAR = "all-linear"
 _NAME = "default"  # peft's name for the only adapter
@@ -34,16 +36,15 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no adapter can be made of."""
-        if self.rank < 1:
-            raise ValueError(f"model.lora.rank is {self.rank}; expected 1 or more")
-        if self.alpha <= 0:
-            raise ValueError(f"model.lora.alpha is {self.alpha}; expected more than 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.lora.dropout is {self.dropout}; expected 0 to less than 1")
-        if not self.targets or (isinstance(self.targets, str) and self.targets != ALL_LINEAR):
-            raise ValueError(
-                f"model.lora.targets is '{self.targets}'; expected {ALL_LINEAR} or a list of layer names"
-            )
+        is_named = self.targets == ALL_LINEAR or (self.targets and not isinstance(self.targets, str))
+        for name, is_possible, expected in (
+            ("rank", self.rank >= 1, "1 or more"),
+            ("alpha", self.alpha > 0, "more than 0"),
+            ("dropout", 0 <= self.dropout < 1, "0 to less than 1"),
+            ("targets", is_named, f"{ALL_LINEAR} or a list of layer names"),
+        ):
+            if not is_possible:
+                raise ValueError(f"model.lora.{name} is {getattr(self, name)!r}; expected {expected}")
 
 
 def add_adapters(language: PreTrainedModel, config: LoraConfig) -> None:
@@ -58,9 +59,8 @@ def add_adapters(language: PreTrainedModel, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ValueError(
-            "model.trainable names lora, which needs peft: pip install 'vico_pl[lora]'"
-        ) from error
+        needed = "model.trainable names lora, which needs peft: pip install 'vico_pl[lora]'"
+        raise ValueError(needed) from error
     _check_targets(language, config)
     language.requires_grad_(requires_grad=False)
     settings = peft.LoraConfig(
@@ -72,43 +72,6 @@ def add_adapters(language: PreTrainedModel, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, language.base_model, _NAME)
     for adapter in (parameter for parameter in language.parameters() if parameter.requires_grad):
         adapter.data = adapter.data.float()
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run a model as it was before it got adapters."""
-    layers = _adapted_layers(model).values()
-    for layer in layers:
-        # peft's own switch also takes requires_grad from the adapters, whose gradients may be under way.
-        layer._disable_adapters = True  # noqa: SLF001
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False  # noqa: SLF001
-
-
-@contextmanager
-def adapters_merged(model: nn.Module) -> Iterator[None]:
-    """Put plain layers in the place of adapted ones, for as long as the model is written."""
-    adapted = {name: layer for name, layer in _adapted_layers(model).items() if not _is_within_another(name)}
-    for name, layer in adapted.items():
-        model.set_submodule(name, _merged_layer(layer))
-    try:
-        yield
-    finally:
-        for name, layer in adapted.items():
-            model.set_submodule(name, layer)
-
-
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by the names they have without adapters, and none of an adapter's."""
-    adapters = tuple(f"{name}.lora_" for name in _adapted_layers(model))
-    return {
-        re.sub(r"(\.base_layer)+\.", ".", name): parameter
-        for name, parameter in model.named_parameters()
-        if not name.startswith(adapters)
-    }
 
 
 def _check_targets(language: PreTrainedModel, config: LoraConfig) -> None:
@@ -128,13 +91,39 @@ def _check_targets(language: PreTrainedModel, config: LoraConfig) -> None:
         )
 
 
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Run a model as it was before it got adapters."""
+    # peft's own switch also takes requires_grad from the adapters, whose gradients may be under way.
+    return switched(_adapted_layers(model).values(), "_disable_adapters", to=True)
+
+
+@contextmanager
+def adapters_merged(model: nn.Module) -> Iterator[None]:
+    """Put plain layers in the place of adapted ones, for as long as the model is written."""
+    # A layer of experts may have adapters around adapters; the outermost takes all with it.
+    layers = _adapted_layers(model).items()
+    adapted = {name: layer for name, layer in layers if not name.endswith(".base_layer")}
+    for name, layer in adapted.items():
+        model.set_submodule(name, _merged_layer(layer))
+    try:
+        yield
+    finally:
+        for name, layer in adapted.items():
+            model.set_submodule(name, layer)
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by the names they have without adapters, and none of an adapter's."""
+    adapters = tuple(f"{name}.lora_" for name in _adapted_layers(model))
+    return {
+        re.sub(r"(\.base_layer)+\.", ".", name): parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith(adapters)
+    }
+
+
 def _adapted_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-
-
-def _is_within_another(name: str) -> bool:
-    """Say whether an adapted layer is a module of experts that an adapter of another weight stands around."""
-    return name.endswith(".base_layer")
 
 
 def _merged_layer(adapted: Any) -> nn.Module:

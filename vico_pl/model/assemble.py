@@ -33,72 +33,60 @@ def assemble_model(
     """
     tower, language_model = None, None
     if "open_clip" in vision:
-        _check_settings("vision", vision, beside="open_clip", known=("pretrained", "image_size"))
-        vision, tower = pretrained_tower(
-            vision["open_clip"],
-            pretrained=vision.get("pretrained"),
-            image_size=vision.get("image_size"),
-        )
+        _check_settings("vision", vision, "open_clip", "pretrained", "image_size")
+        vision, tower = _pretrained_tower(vision)
     if "path" in language:
-        _check_settings("language", language, beside="path", known=("revision",))
-        language_model = pretrained_language_model(
-            language["path"], revision=language.get("revision"), vocab_size=vocab_size
-        )
+        _check_settings("language", language, "path", "revision")
+        language_model = _pretrained_language_model(language, vocab_size)
         language = language_model.config.to_dict()
     else:
         language = {**language, "vocab_size": vocab_size}
-    model = VisionLanguageModel(
-        ModelSpec(vision=vision, language=language, ratios=ratios, placeholder_id=placeholder_id)
-    )
+    spec = ModelSpec(vision=vision, language=language, ratios=ratios, placeholder_id=placeholder_id)
+    model = VisionLanguageModel(spec)
     if tower is not None:
-        _load_tower(model.vision.tower, tower)
+        state = tower.state_dict()  # with weights of the pooled embedding, which are not needed
+        own = model.vision.tower
+        own.load_state_dict({name: state[name] for name in own.state_dict()})
     if language_model is not None:
         model.language = language_model
     return model
 
 
-def pretrained_tower(
-    name: str, *, pretrained: str | None = None, image_size: int | None = None
-) -> tuple[dict[str, Any], nn.Module]:
-    """Return the description of an open_clip tower and the tower with its weights.
+def _check_settings(part: str, given: dict[str, Any], beside: str, *known: str) -> None:
+    for name in given.keys() - {beside, *known}:
+        raise ValueError(f"model.{part} has no setting '{name}' beside {beside}; expected {', '.join(known)}")
 
-    `pretrained` is one of open_clip's tags or a file; `image_size` fits position embeddings to other tiles.
 
-    Raises:
-        ValueError: open_clip does not know the name or the tag, or cannot fetch the weights.
-    """
+def _pretrained_tower(settings: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
+    """Return the description of an open_clip tower and the tower with its weights."""
+    name, pretrained, image_size = (settings.get(key) for key in ("open_clip", "pretrained", "image_size"))
     known = open_clip.get_model_config(name)
     if known is None:
         raise ValueError(f"model.vision.open_clip is '{name}', which open_clip does not know")
     try:
-        clip = open_clip.create_model(
+        tower = open_clip.create_model(
             name,
-            pretrained=pretrained,
-            force_image_size=image_size,
+            pretrained=pretrained,  # a tag or a file
+            force_image_size=image_size,  # fits position embeddings to other tiles
             require_pretrained=pretrained is not None,
-        )
+        ).visual
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model.vision: open_clip has no weights '{pretrained}' for {name} ({reason})"
         ) from error
-    config = dict(known["vision_cfg"])
-    seen = clip.visual.preprocess_cfg
-    config |= {
-        "image_size": image_size or config["image_size"],
-        "image_mean": list(seen["mean"]),
-        "image_std": list(seen["std"]),
+    config = {
+        **known["vision_cfg"],
+        "image_mean": list(tower.preprocess_cfg["mean"]),
+        "image_std": list(tower.preprocess_cfg["std"]),
         "quick_gelu": known.get("quick_gelu", False),
     }
-    return config, clip.visual
+    return config | ({"image_size": image_size} if image_size else {}), tower
 
 
-def pretrained_language_model(path: str, *, revision: str | None, vocab_size: int) -> PreTrainedModel:
-    """Load a causal language model of transformers in float32; code of the folder never runs.
-
-    Raises:
-        ValueError: there is none at `path`.
-    """
+def _pretrained_language_model(settings: dict[str, Any], vocab_size: int) -> PreTrainedModel:
+    """Load a causal language model of transformers in float32; code of the folder never runs."""
+    path, revision = settings["path"], settings.get("revision")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
@@ -109,16 +97,3 @@ def pretrained_language_model(path: str, *, revision: str | None, vocab_size: in
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size)
     return model
-
-
-def _check_settings(part: str, given: dict[str, Any], *, beside: str, known: tuple[str, ...]) -> None:
-    for name in given.keys() - {beside, *known}:
-        raise ValueError(f"model.{part} has no setting '{name}' beside {beside}; expected {', '.join(known)}")
-
-
-def _load_tower(tower: nn.Module, pretrained: nn.Module) -> None:
-    """Copy the weights that compute patch features; those of the pooled embedding are not needed."""
-    state = pretrained.state_dict()
-    missing = tower.state_dict().keys() - state.keys()
-    assert not missing, f"open_clip built a tower without {sorted(missing)}"
-    tower.load_state_dict({name: state[name] for name in tower.state_dict()})

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from vico_pl.model.blocks import find_blocks
@@ -36,15 +36,6 @@ class ModelFlops:
         return self.language_per_token * num_tokens + self.language_per_pair * pairs
 
 
-def count_flops(spec: ModelSpec) -> ModelFlops:
-    """Count what each part of a model costs.
-
-    Raises:
-        ValueError: no model can be built from the description.
-    """
-    return flops_of(build_without_weights(spec))
-
-
 def build_without_weights(spec: ModelSpec) -> VisionLanguageModel:
     """Build a model whose tensors have shapes but no memory.
 
@@ -55,43 +46,40 @@ def build_without_weights(spec: ModelSpec) -> VisionLanguageModel:
         return VisionLanguageModel(spec)
 
 
-def flops_of(model: VisionLanguageModel) -> ModelFlops:
-    """Count what each part of a model without weights costs."""
-    size, num_patches = model.vision.tile_size, model.vision.num_patches
+def count_flops(spec: ModelSpec) -> ModelFlops:
+    """Count what each part of a model costs.
+
+    Raises:
+        ValueError: no model can be built from the description.
+    """
+    model = build_without_weights(spec)
+    size, num_patches, config = model.vision.tile_size, model.vision.num_patches, model.language.config
     tile = torch.empty(1, 3, size, size, dtype=torch.uint8, device="meta")
     features = torch.empty(1, num_patches, model.vision.width, device="meta")
     connectors = {ratio: model.connectors.by_ratio[str(ratio)] for ratio in model.ratios}
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention_width = config.num_attention_heads * head_width
     return ModelFlops(
         vision_per_tile=_count(model.encode_tiles, tile),
         router_per_tile=0.0 if model.router is None else _count(model.router, features),
         connector_per_tile={ratio: _count(connector, features) for ratio, connector in connectors.items()},
         vision_tokens_per_tile={ratio: num_patches // ratio for ratio in model.ratios},
-        language_per_token=2.0 * active_weights(model.language),
-        language_per_pair=_attention_per_pair(model.language.config),
+        language_per_token=2.0 * _active_weights(model.language),
+        # Each head multiplies a query with a key, and the weight that comes out with a value.
+        language_per_pair=2.0 * 2 * attention_width * config.num_hidden_layers,
         head_per_token=2.0 * model.head.numel(),
     )
 
 
-def active_weights(language: PreTrainedModel) -> float:
+def _active_weights(language: PreTrainedModel) -> float:
     """Return how many weights of its blocks a token uses; vectors, below a thousandth, do not count."""
-    return sum(
-        _active(weight, language.config) for block in find_blocks(language) for weight in block.parameters()
-    )
-
-
-def _active(weight: nn.Parameter, config: PreTrainedConfig) -> float:
-    """Return how many entries of a weight a token uses; 3-D weights hold all experts of a layer."""
-    if weight.ndim < 2:
-        return 0.0
-    fraction = config.num_experts_per_tok / weight.shape[0] if weight.ndim == 3 else 1.0
-    return weight.numel() * fraction
-
-
-def _attention_per_pair(config: PreTrainedConfig) -> float:
-    """Each head multiplies a query with a key, and the weight that comes out with a value."""
-    heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2.0 * 2 * heads * head_width * config.num_hidden_layers
+    total = 0.0
+    for weight in (weight for block in find_blocks(language) for weight in block.parameters()):
+        if weight.ndim == 3:  # all experts of a layer
+            total += weight.numel() * (language.config.num_experts_per_tok / weight.shape[0])
+        elif weight.ndim > 1:
+            total += weight.numel()
+    return total
 
 
 def _count(function: Callable[[Tensor], Tensor], given: Tensor) -> float:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vico_pl.model.adapters import adapters_off, own_parameters
-from vico_pl.model.vision import eval_mode
+from vico_pl.model.vision import switched
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.types import Batch
 
@@ -29,8 +29,8 @@ class FrozenReference(nn.Module):
         the reference runs, and restored afterwards.
         """
         super().__init__()
-        self._hidden = [model.requires_grad_(requires_grad=False).eval()]
-        self._beside = [beside]  # in a list, as it is no submodule either
+        # In a tuple, so that neither is a submodule.
+        self._models = (model.requires_grad_(requires_grad=False).eval(), beside)
         for part in SHAREABLE_PARTS if beside is not None else ():
             if _is_frozen_same(getattr(beside, part), getattr(model, part)):
                 setattr(model, part, getattr(beside, part))
@@ -38,7 +38,7 @@ class FrozenReference(nn.Module):
     @property
     def model(self) -> VisionLanguageModel:
         """The frozen model."""
-        return self._hidden[0]
+        return self._models[0]
 
     @property
     def head(self) -> Float[Tensor, "V D"]:
@@ -54,14 +54,12 @@ class FrozenReference(nn.Module):
         `policy_features` are the policy's features of the same tiles; they are reused if both models share a
         vision encoder.
         """
-        (beside,) = self._beside
-        shares_vision = beside is not None and beside.vision is self.model.vision
-        with eval_mode(self.model), adapters_off(self.model):
-            if policy_features is not None and shares_vision:
-                features = policy_features.detach()
-            else:
-                features = self.model.encode_tiles(batch.tiles)
-            return self.model.response_states(batch, features, self.model.full_ratios(batch))
+        model, beside = self._models
+        shares_vision = beside is not None and beside.vision is model.vision
+        with switched(model.modules(), "training", to=False), adapters_off(model):
+            if policy_features is None or not shares_vision:
+                policy_features = model.encode_tiles(batch.tiles)
+            return model.response_states(batch, policy_features.detach(), model.full_ratios(batch))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenReference":  # noqa: FBT001, FBT002
         self.model._apply(fn, recurse)  # noqa: SLF001 - the hook through which nn.Module moves tensors

@@ -8,36 +8,34 @@ The configuration selects the kind of tower:
 Both give the patch tokens of their last layer; class tokens are dropped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, UInt8
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPEN_CLIP = "open_clip"
 # The towers' text halves are never used; this is the smallest one that open_clip builds.
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tower:
+class Tower(NamedTuple):
     """A vision tower and its properties."""
 
     module: nn.Module
-    patch_features: Callable[[Tensor], Tensor]  # normalised pixels (T, 3, H, W) -> (T, P, C)
+    patch_features: Callable[[Any, Tensor], Tensor]  # module, normalised pixels (T, 3, H, W) -> (T, P, C)
     width: int
     tile_size: int  # px
     patch_size: int  # px
-    mean: tuple[float, ...]  # of the pixels it was trained on, 0 to 1
-    std: tuple[float, ...]
+    mean: Sequence[float]  # of the pixels that such towers are trained on, 0 to 1
+    std: Sequence[float]
 
 
 class VisionEncoder(nn.Module):
@@ -52,20 +50,21 @@ class VisionEncoder(nn.Module):
         `config` may hold `image_mean` and `image_std` next to the tower's own settings.
 
         Raises:
-            ValueError: the tower has no square grid of patches.
+            ValueError: no such tower can be built, or it has no square grid of patches.
         """
         super().__init__()
-        tower = build_tower(config)
+        tower = _build_tower(config)
         side, rest = divmod(tower.tile_size, tower.patch_size)
         if rest:
             raise ValueError(
                 f"the vision tower sees tiles of {tower.tile_size} px, which patches of {tower.patch_size} px"
                 " do not divide; set image_size to a multiple"
             )
-        self.tower, self._patch_features = tower.module, tower.patch_features
+        self.tower, self._patch_features = tower.module, partial(tower.patch_features, tower.module)
         self.width, self.tile_size, self.num_patches = tower.width, tower.tile_size, side * side
-        self.register_buffer("mean", torch.tensor(tower.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(tower.std).view(3, 1, 1) * 255, persistent=False)
+        for name, default in (("mean", tower.mean), ("std", tower.std)):
+            values = torch.tensor(config.get(f"image_{name}", default)).view(3, 1, 1) * 255
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
         """Encode tiles.
@@ -74,37 +73,34 @@ class VisionEncoder(nn.Module):
         A frozen tower always runs in eval mode, so that all models that share it get the same features.
         """
         some_tiles = tiles if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:])
-        pixels = (some_tiles - self.mean) / self.std
+        pixels = ((some_tiles - self.mean) / self.std).to(next(self.tower.parameters()).dtype)
         is_trained = any(p.requires_grad for p in self.tower.parameters())
-        with nullcontext() if is_trained else eval_mode(self.tower):
-            return self._patch_features(pixels.to(next(self.tower.parameters()).dtype))[: len(tiles)]
+        with nullcontext() if is_trained else switched(self.tower.modules(), "training", to=False):
+            return self._patch_features(pixels)[: len(tiles)]
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch modules from training to eval mode, and back at the end."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def switched(modules: Iterable[nn.Module], name: str, *, to: bool) -> Iterator[None]:
+    """Switch an attribute of modules, and back at the end."""
+    others = [module for module in modules if getattr(module, name) is not to]
+    for module in others:
+        setattr(module, name, to)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in others:
+            setattr(module, name, not to)
 
 
-def build_tower(config: dict[str, Any]) -> Tower:
-    """Build the tower that a configuration describes, with random weights.
-
-    Raises:
-        ValueError: no such tower can be built.
-    """
-    kind = config.get("model_type", OPEN_CLIP)
+def _build_tower(config: dict[str, Any]) -> Tower:
+    kind = config.get("model_type")
     if kind not in TOWERS:
-        known = ", ".join(name for name in TOWERS if name != OPEN_CLIP)
+        known = ", ".join(filter(None, TOWERS))
         raise ValueError(f"vision tower: model_type is '{kind}'; expected {known} or an open_clip vision_cfg")
+    # `auto_map` names code in the model folder, which must never run.
+    not_its_own = ("model_type", "image_mean", "image_std", "auto_map")
     try:
-        return TOWERS[kind](config)
+        return TOWERS[kind]({key: value for key, value in config.items() if key not in not_its_own})
     # What open_clip, timm and transformers raise at settings they do not know.
     except (KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -112,31 +108,19 @@ def build_tower(config: dict[str, Any]) -> Tower:
 
 
 def _intern_vit(config: dict[str, Any]) -> Tower:
-    config = dict(config)
-    mean, std = config.pop("image_mean", IMAGENET_MEAN), config.pop("image_std", IMAGENET_STD)
-    config.pop("auto_map", None)  # names code in the model folder, which must never run
-    settings = AutoConfig.for_model(config.pop("model_type"), **config)
+    settings = AutoConfig.for_model("internvl_vision", **config)
     # Tiles all have the same length, so the tower needs none of the language model's packed attention.
     module = AutoModel.from_config(settings, attn_implementation="sdpa", dtype=torch.float32)
-    return Tower(
-        module=module,
-        patch_features=partial(_last_patch_states, module),
-        width=settings.hidden_size,
-        tile_size=settings.image_size[0],
-        patch_size=settings.patch_size[0],
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+    sizes = (settings.hidden_size, settings.image_size[0], settings.patch_size[0])
+    return Tower(module, _last_patch_states, *sizes, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _last_patch_states(module: nn.Module, pixels: Tensor) -> Tensor:
+def _last_patch_states(module: Any, pixels: Tensor) -> Tensor:
     return module(pixel_values=pixels).last_hidden_state[:, 1:]
 
 
 def _open_clip_tower(config: dict[str, Any]) -> Tower:
     config = {**config, "timm_model_pretrained": False}  # weights come from the model folder
-    mean = config.pop("image_mean", open_clip.OPENAI_DATASET_MEAN)
-    std = config.pop("image_std", open_clip.OPENAI_DATASET_STD)
     quick_gelu = config.pop("quick_gelu", False)
     clip = open_clip.CLIP(embed_dim=8, vision_cfg=config, text_cfg=_NO_TEXT, quick_gelu=quick_gelu)
     module: Any = clip.visual
@@ -147,18 +131,10 @@ def _open_clip_tower(config: dict[str, Any]) -> Tower:
         module.proj = None
         width, patch_size = config["width"], config["patch_size"]
     else:
-        raise ValueError(
-            "the vision tower pools its patches (ResNet or CoCa); take a plain ViT or a timm tower"
-        )
-    return Tower(
-        module=module,
-        patch_features=partial(_last_intermediates, module),
-        width=width,
-        tile_size=config["image_size"],
-        patch_size=patch_size,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+        advice = "take a plain ViT or a timm tower"
+        raise ValueError(f"the vision tower pools its patches (ResNet or CoCa); {advice}")
+    sizes, pixels = (width, config["image_size"], patch_size), (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    return Tower(module, _last_intermediates, *sizes, *pixels)
 
 
 def _prepare_timm(module: Any, image_size: int) -> tuple[int, int]:
@@ -184,7 +160,7 @@ def _last_intermediates(module: Any, pixels: Tensor) -> Tensor:
 
 
 # Builders by `model_type`; a configuration without one is an open_clip `vision_cfg`.
-TOWERS: dict[str, Callable[[dict[str, Any]], Tower]] = {
-    OPEN_CLIP: _open_clip_tower,
+TOWERS: dict[str | None, Callable[[dict[str, Any]], Tower]] = {
+    None: _open_clip_tower,
     "internvl_vision": _intern_vit,
 }

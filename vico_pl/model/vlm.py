@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vico_pl.model.connector import FULL_RATIO, Connectors
-from vico_pl.model.language import build_language_model, run_packed
+from vico_pl.model.language import build_language_model
+from vico_pl.model.packed import run_packed
 from vico_pl.model.router import DEFAULT_ROUTER, build_router
-from vico_pl.model.splice import Spliced, splice
 from vico_pl.model.vision import VisionEncoder
 from vico_pl.types import Batch
 
@@ -28,6 +29,43 @@ class ModelSpec:
     router: str = DEFAULT_ROUTER  # name of its builder in `router.ROUTERS`
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spliced:
+    """Samples after expansion, end to end, ready for the language model."""
+
+    embeddings: Float[Tensor, "S D"]
+    segment_lengths: list[int]  # tokens of each sample
+    tile_starts: Int64[Tensor, " T"]  # position of each tile's first vision token
+    response_positions: Int64[Tensor, " R"]  # of the tokens that predict it: one before each response token
+
+
+def splice(
+    text_embeddings: Float[Tensor, "L D"],
+    vision_tokens: Float[Tensor, "TN D"],
+    tokens_per_tile: Int64[Tensor, " T"],
+    *,
+    is_placeholder: Bool[Tensor, " L"],
+    response_mask: Bool[Tensor, " L"],
+    sample_lengths: Int64[Tensor, " B"],
+) -> Spliced:
+    """Put the vision tokens of the i-th tile in the place of the i-th placeholder.
+
+    With ids `a # b`, one tile of 4 tokens: `a v v v v b`.
+    """
+    expansion = torch.ones_like(is_placeholder, dtype=torch.int64)
+    expansion[is_placeholder] = tokens_per_tile
+    origin = torch.arange(len(expansion), device=expansion.device).repeat_interleave(expansion)  # (S,)
+    embeddings = text_embeddings[origin]
+    embeddings[is_placeholder[origin]] = vision_tokens.to(embeddings.dtype)
+    ends, samples = expansion.cumsum(0), pad(sample_lengths.cumsum(0), (1, 0))  # in L: where samples begin
+    return Spliced(
+        embeddings=embeddings,
+        segment_lengths=pad(ends, (1, 0))[samples].diff().tolist(),
+        tile_starts=(ends - expansion)[is_placeholder],
+        response_positions=response_mask[origin].nonzero().squeeze(1) - 1,
+    )
+
+
 class VisionLanguageModel(nn.Module):
     """Vision encoder, connectors, language model and router."""
 
@@ -35,12 +73,12 @@ class VisionLanguageModel(nn.Module):
         """Build the model with random weights.
 
         Raises:
-            ValueError: tiles do not divide into patches, or patches into vision tokens.
+            ValueError: no such part can be built, or patches do not divide into vision tokens.
         """
         super().__init__()
         self.spec = spec
         self.vision = VisionEncoder(spec.vision)
-        _check_grid(self.vision, spec.ratios)
+        _check_ratios(spec.ratios, self.vision)
         self.language = build_language_model(spec.language)
         self.connectors = Connectors(
             spec.ratios, vision_width=self.vision.width, language_width=self.language.config.hidden_size
@@ -89,7 +127,7 @@ class VisionLanguageModel(nn.Module):
     ) -> Float[Tensor, "R D"]:
         """Return the hidden states that predict the response tokens."""
         spliced = self.splice_batch(batch, features, ratios)
-        hidden = run_packed(self.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
+        hidden = run_packed(self.language, spliced.embeddings, spliced.segment_lengths)
         return hidden[spliced.response_positions]
 
     def set_dropout(self, probability: float) -> None:
@@ -104,11 +142,15 @@ class VisionLanguageModel(nn.Module):
         return torch.full_like(batch.tile_to_sample, FULL_RATIO)
 
 
-def _check_grid(vision: VisionEncoder, ratios: list[int]) -> None:
+def _check_ratios(ratios: list[int], vision: VisionEncoder) -> None:
+    is_square = all(math.isqrt(ratio) ** 2 == ratio for ratio in ratios)
+    if not is_square or ratios != sorted(set(ratios)) or ratios[:1] != [FULL_RATIO]:
+        expected = f"rising square numbers that begin with {FULL_RATIO}"
+        raise ValueError(f"ratios {ratios}: expected {expected}")
     side = math.isqrt(vision.num_patches)
-    for ratio in ratios:
-        if side % math.isqrt(ratio):
+    for ratio, factor in ((ratio, math.isqrt(ratio)) for ratio in ratios):
+        if side % factor:
             raise ValueError(
-                f"tiles of {vision.tile_size} px are {side} x {side} patches, which do not fold by "
-                f"{math.isqrt(ratio)} for ratio {ratio}; choose another image_size or other ratios"
+                f"tiles of {vision.tile_size} px are {side} x {side} patches, which do not fold by {factor} "
+                f"for ratio {ratio}; choose another image_size or other ratios"
             )

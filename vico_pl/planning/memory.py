@@ -5,7 +5,7 @@ stage's own step runs on `meta`. Those tensors are freed before the optimizer st
 the larger of the two counts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
+from vico_pl.model.blocks import split_units
 from vico_pl.model.flops import build_without_weights
-from vico_pl.model.sharding import split_units
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.planning.meter import METERED_ATTENTION, DeviceRules, MemoryMeter, autocast_on_meta
 from vico_pl.planning.sources import MicroBatch, ModelShape
@@ -25,6 +25,19 @@ from vico_pl.types import Batch, EncodedSample
 
 GIB = 2**30
 Terms = dict[str, float]  # bytes by what takes them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The number of GPUs of a run, and whether FSDP shards the models."""
+
+    world: int = 1
+    sharded: bool = False  # FSDP; otherwise DDP, or one GPU
+
+    def __str__(self) -> str:
+        if self.world == 1:
+            return "1 GPU"
+        return f"FSDP x{self.world}" if self.sharded else "DDP"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +53,35 @@ class RunMemory:
     unit: float  # the largest unit (block, router) that FSDP gathers
     root: float  # what is in no unit: embeddings, head, connectors
 
+    def per_gpu(self, layout: Layout, *, foreach: bool = True) -> Terms:
+        """Return what each GPU holds.
+
+        DDP copies all gradients into buckets that it sends. FSDP keeps 1/world of weights, gradients and
+        optimizer state, but gathers what computes: the running block and the next one; the gradients of the
+        running block; and what is in no block, for the whole micro-batch.
+        """
+        fraction = 1 / layout.world if layout.sharded else 1.0
+        terms = {name: size * fraction for name, size in self.weights.items()}
+        if layout.sharded and self.shared:  # a part can be sharded for one model only
+            terms["reference weights"] += self.shared * fraction
+        terms |= {"gradients": self.gradients * fraction, "optimizer": self.optimizer * fraction}
+        if layout.world > 1 and layout.sharded:
+            terms["gathered by FSDP"] = (2 * self.unit + self.root) * (1 - fraction) + self.unit
+        elif layout.world > 1:
+            terms["buckets of DDP"] = self.gradients
+        # On GPUs AdamW takes the roots of all second averages at once; on the CPU one's, and a quotient.
+        temporaries = self.gradients * fraction if foreach else 2 * self.largest
+        if temporaries > sum(self.micro_batch.values()):
+            return {**terms, "optimizer's temporaries": temporaries}
+        return {**terms, **self.micro_batch}
+
+    def gib(self, layout: Layout) -> float:
+        """Return the sum of what each GPU holds, in GiB."""
+        return sum(self.per_gpu(layout).values()) / GIB
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelsOnMeta:
+class _ModelsOnMeta:
     """Gives a stage its models as `FolderModels` does, but on `meta`."""
 
     config: ModelConfig
@@ -50,21 +89,18 @@ class ModelsOnMeta:
 
     @property
     def same_weights(self) -> bool:
-        """Whether policy and reference start from the same folder."""
         return self.config.reference in (None, self.config.path)
 
     def policy(self) -> VisionLanguageModel:
-        """Return the model to start from, with the connectors and the router that the recipe adds."""
-        spec = with_routing(self.shape.spec, self.config)
-        unknown = set(self.shape.spec.ratios) - set(spec.ratios)
-        if unknown:
-            raise ValueError(f"model.ratios is {spec.ratios}, but the model has {self.shape.spec.ratios}")
-        model = self._build(spec)
+        spec, ratios = self.shape.spec, self.config.ratios
+        if not set(spec.ratios) <= set(ratios):
+            raise ValueError(f"model.ratios is {ratios}, but the model has {spec.ratios}")
+        heads = spec.router_heads or self.config.router_heads
+        model = self._build(replace(spec, ratios=ratios, router_heads=heads))
         model.set_dropout(self.config.dropout)
         return model
 
     def reference(self) -> VisionLanguageModel:
-        """Return the model that the policy is compared with."""
         return self._build(self.shape.spec)
 
     def _build(self, spec: ModelSpec) -> VisionLanguageModel:
@@ -74,24 +110,19 @@ class ModelsOnMeta:
         return model
 
 
-def with_routing(spec: ModelSpec, config: ModelConfig) -> ModelSpec:
-    """Return the shape of a model with the connectors and the router that a recipe adds."""
-    return replace(spec, ratios=config.ratios, router_heads=spec.router_heads or config.router_heads)
-
-
-def stage_on_meta(config: RunConfig, shape: ModelShape, *, checkpointing: bool) -> Stage:
+def stage_on_meta(config: RunConfig, shape: ModelShape) -> Stage:
     """Build the stage of a recipe as the trainer does, without weights and with all tiles at full tokens.
 
-    PyTorch's kernels replace those that need a GPU, and models are not sharded: `per_gpu` does that.
+    PyTorch's kernels replace those that need a GPU, and models are not sharded: `RunMemory` does that.
 
     Raises:
         ValueError: the model lacks what the stage needs.
     """
     consistency = replace(config.consistency, ratio_draw="full", kernel="native")
-    trainer = replace(config.trainer, activation_checkpointing=checkpointing, compile=False, strategy="auto")
+    trainer = replace(config.trainer, compile=False, strategy="auto")
     run = replace(config, consistency=consistency, trainer=trainer)
     with torch.device("meta"), autocast_on_meta():  # adapters of experts run while they are built
-        stage = build_stage(run, ModelsOnMeta(config=config.model, shape=shape))
+        stage = build_stage(run, _ModelsOnMeta(config=config.model, shape=shape))
     for model in stage.sharded_models():
         model.language.packed_attention = METERED_ATTENTION  # type: ignore[assignment]  # nn.Module: or a tensor
     return ready(stage)
@@ -103,14 +134,12 @@ def ready(stage: Stage) -> Stage:
     return stage.train()
 
 
-def measure_memory(
-    config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, *, checkpointing: bool
-) -> RunMemory:
+def measure_memory(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> RunMemory:
     """Measure the memory of a run by running the step of one micro-batch on `meta`."""
-    stage = stage_on_meta(config, shape, checkpointing=checkpointing)
-    policy, networks = stage.trained_model(), stage.sharded_models()
+    stage = stage_on_meta(config, shape)
+    policy, networks, trained = stage.trained_model(), stage.sharded_models(), trained_parameters(stage)
     whole = num_bytes({id(p): p for network in networks for p in network.parameters()}.values())
-    of_policy, gradients = num_bytes(policy.parameters()), num_bytes(trained_parameters(stage))
+    of_policy, gradients = num_bytes(policy.parameters()), num_bytes(trained)
     units = [unit for network in networks for unit in split_units(network)]
     sizes = {id(unit): num_bytes(unit.parameters()) for unit in units}  # models may share a unit
     return RunMemory(
@@ -118,34 +147,11 @@ def measure_memory(
         shared=num_bytes(shared_parameters(stage)),
         gradients=gradients,
         optimizer=2 * gradients,  # AdamW keeps two averages of each gradient, in the dtype of the weight
-        largest=max(num_bytes([parameter]) for parameter in trained_parameters(stage)),
+        largest=max(num_bytes([parameter]) for parameter in trained),
         micro_batch=step_terms(stage, micro_batch, precision=config.trainer.precision),
         unit=max(sizes.values()),
         root=whole - sum(sizes.values()),
     )
-
-
-def per_gpu(memory: RunMemory, *, sharded: bool, world: int, foreach: bool = True) -> Terms:
-    """Return what each of `world` GPUs holds, under DDP or sharded by FSDP.
-
-    DDP copies all gradients into buckets that it sends. FSDP keeps 1/world of weights, gradients and
-    optimizer state, but gathers what computes: the running block and the next one; the gradients of the
-    running block; and what is in no block, for the whole micro-batch.
-    """
-    fraction = 1 / world if sharded else 1.0
-    terms = {name: size * fraction for name, size in memory.weights.items()}
-    if sharded and memory.shared:  # a part can be sharded for one model only
-        terms["reference weights"] += memory.shared * fraction
-    terms |= {"gradients": memory.gradients * fraction, "optimizer": memory.optimizer * fraction}
-    if sharded and world > 1:
-        terms["gathered by FSDP"] = (2 * memory.unit + memory.root) * (1 - fraction) + memory.unit
-    if not sharded and world > 1:
-        terms["buckets of DDP"] = memory.gradients
-    # On GPUs AdamW takes the roots of all second averages at once; on the CPU one weight's, and a quotient.
-    temporaries = memory.gradients * fraction if foreach else 2 * memory.largest
-    if temporaries > sum(memory.micro_batch.values()):
-        return {**terms, "optimizer's temporaries": temporaries}
-    return {**terms, **memory.micro_batch}
 
 
 def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Terms:
@@ -153,18 +159,18 @@ def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Term
 
     Gradients exist already: those of earlier micro-batches of the same step.
     """
-    trained, policy, networks = trained_parameters(stage), stage.trained_model(), stage.sharded_models()
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
+    policy, networks = stage.trained_model(), stage.sharded_models()
+    gradients = [torch.empty_like(parameter) for parameter in trained_parameters(stage)]
+    for parameter, gradient in zip(trained_parameters(stage), gradients, strict=True):
+        parameter.grad = gradient
     batch = draw_batch(policy, micro_batch)
-    known = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    gradients = [p.grad for p in trained if p.grad is not None]
-    meter = MemoryMeter([*known, *stage.buffers(), *gradients, batch.tiles])
-    _name_parts(networks, meter)
+    weights = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    meter = MemoryMeter([*weights, *stage.buffers(), *gradients, batch.tiles])
+    _name_parts(stage, meter)
     lowered = torch.bfloat16 if precision == "bf16-mixed" else None
     rules = DeviceRules(lowered, meter)
-    for part in (policy.vision, policy.language):
-        rules.hold_in_recomputed(part)
+    rules.hold_in_recomputed(policy.vision)
+    rules.hold_in_recomputed(policy.language)
     with autocast_on_meta(lowered), meter, rules:
         loss = stage.step(batch).loss_sum
         with meter.part("backward pass"):
@@ -172,20 +178,15 @@ def step_terms(stage: Stage, micro_batch: MicroBatch, *, precision: str) -> Term
     return {name: float(size) for name, size in meter.at_peak.items() if size}
 
 
-def _name_parts(networks: Sequence[VisionLanguageModel], meter: MemoryMeter) -> None:
+def _name_parts(stage: Stage, meter: MemoryMeter) -> None:
     """Name what the policy and the reference run; all else belongs to the loss."""
-    policy, *others = networks
+    policy, *others = stage.sharded_models()
     meter.watch(policy, "encode_tiles", part="vision activations")
-    for owner, method in (
-        (policy, "response_states"),
-        (policy, "splice_batch"),
-        (policy.connectors, "forward"),
-        (policy.language.base_model, "forward"),
-    ):
-        meter.watch(owner, method, part="language activations")
+    meter.watch(policy, "response_states", "splice_batch", part="language activations")
+    meter.watch(policy.connectors, "forward", part="language activations")
+    meter.watch(policy.language.base_model, "forward", part="language activations")
     for model in others:
-        meter.watch(model, "encode_tiles", part="reference pass")
-        meter.watch(model, "response_states", part="reference pass")
+        meter.watch(model, "encode_tiles", "response_states", part="reference pass")
     if policy.router is not None:
         meter.watch(policy.router, "forward", part="router")
 
@@ -204,7 +205,7 @@ def shared_parameters(stage: Stage) -> list[Tensor]:
 
 def num_bytes(tensors: Iterable[Tensor]) -> float:
     """Return the size of tensors."""
-    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    return float(sum(tensor.nbytes for tensor in tensors))
 
 
 def draw_batch(model: VisionLanguageModel, micro_batch: MicroBatch) -> Batch:

@@ -5,7 +5,8 @@ supplies what `meta` lacks: fused attention, which keeps no (S, S) tensor, autoc
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from vico_pl.losses import consistency
 from vico_pl.model.blocks import find_blocks
-from vico_pl.model.language import Segments
+from vico_pl.model.packed import Segments
 
 METERED_ATTENTION = "vico_metered"  # the name under which transformers knows `packed_attention`
 REST = "loss"  # what no watched part of a step made
@@ -61,14 +62,13 @@ def autocast_on_meta(lowered: torch.dtype | None = None) -> Iterator[None]:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Adds up the live tensors on `meta`; those on the CPU keep their values and do not count."""
+    """Adds up the live tensors on `meta`, except `known` ones; those on the CPU keep their values."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        """Leave out tensors that exist already, such as weights and their gradients."""
         super().__init__()
         self.peak = 0  # bytes
         self.at_peak: dict[str, int] = {}  # bytes by the part of the step that made them
-        self._alive: dict[str, int] = {}
+        self._alive: Counter[str] = Counter()
         self._part = REST
         self._storages = {tensor.untyped_storage()._cdata for tensor in known}  # noqa: SLF001 - its identity
 
@@ -81,23 +81,19 @@ class MemoryMeter(TorchDispatchMode):
         finally:
             self._part = before
 
-    def watch(self, owner: Any, method: str, *, part: str) -> None:
-        """Name what a method makes, unless it is called within another part."""
-        function = getattr(owner, method)
+    def watch(self, owner: Any, *methods: str, part: str) -> None:
+        """Name what methods make, unless they are called within another part."""
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with self.part(part if self._part == REST else self._part):
-                return function(*args, **kwargs)
+                return method(*args, **kwargs)
 
-        setattr(owner, method, run)
+        for name in methods:
+            setattr(owner, name, partial(run, getattr(owner, name)))
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation and count what it made."""
-        given = (tuple(args), kwargs or {})
-        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-        if any(tensor.is_meta for tensor in tensors):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(given)):
             given = tree_map(_without_memory, given)
         made = func(*given[0], **given[1])
         for tensor in tree_leaves(made):
@@ -111,7 +107,7 @@ class MemoryMeter(TorchDispatchMode):
         if identity in self._storages:
             return
         self._storages.add(identity)
-        self._alive[part] = self._alive.get(part, 0) + size
+        self._alive[part] += size
         weakref.finalize(storage, self._forget, identity, size, part)
         total = sum(self._alive.values())
         if total > self.peak:
@@ -123,18 +119,14 @@ class MemoryMeter(TorchDispatchMode):
 
 
 class DeviceRules(TorchFunctionMode):
-    """Runs attention as fused kernels do and each function in autocast's dtype, and invents values."""
+    """Runs attention as fused kernels do and functions in autocast's dtype, if any, and invents values."""
 
     def __init__(self, lowered: torch.dtype | None, meter: MemoryMeter) -> None:
-        """Take the lower dtype of autocast; None: no autocast."""
         super().__init__()
         self._lowered, self._meter = lowered, meter
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # of weights: autocast casts each once per step
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Call a function, or what takes its place."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ANSWERS and args[0].is_meta:
             return _ANSWERS[func](*args, **kwargs)
@@ -143,30 +135,22 @@ class DeviceRules(TorchFunctionMode):
             return args[0].to(moved.dtype) if moved.is_meta else moved
         if func is functional.multi_head_attention_forward:
             with self:  # PyTorch would run what is inside without rules
-                return _multi_head_attention(*args, **kwargs), None
+                return _multi_head_attention(*args), None
         if func is functional.scaled_dot_product_attention:
-            query, key, value = (self._lower(tensor) for tensor in args[:3])
-            return _FusedAttention.apply(query, key, value)
+            return _FusedAttention.apply(*map(self._lower, args[:3]))
         if "out" in kwargs or self._lowered is None:  # autocast leaves these alone
             return func(*args, **kwargs)
         if func in _LOWERED:
-            args, kwargs = tree_map(self._lower, (tuple(args), kwargs))
+            args, kwargs = tree_map(self._lower, (args, kwargs))
         elif func in _RAISED:
-            args, kwargs = tree_map(_raise, (tuple(args), kwargs))
+            args, kwargs = tree_map(_raise, (args, kwargs))
         return func(*args, **kwargs)
 
     def hold_in_recomputed(self, network: nn.Module) -> None:
         """Apply the rules in blocks that the backward pass recomputes, where PyTorch lets no mode in."""
         for block in find_blocks(network):
-            forward = block.forward
-            if isinstance(forward, partial):  # by `checkpoint_blocks`
-                block.forward = partial(
-                    forward.func, partial(self._run_within, *forward.args), **forward.keywords
-                )
-
-    def _run_within(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self:
-            return forward(*args, **kwargs)
+            if isinstance(block.forward, partial):  # by `checkpoint_blocks`
+                block.forward = partial(block.forward, context_fn=lambda: (nullcontext(), self))
 
     def _lower(self, given: Any) -> Any:
         if self._lowered is None or not isinstance(given, Tensor) or given.dtype != torch.float32:
@@ -194,19 +178,10 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _multi_head_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    width: int,
-    num_heads: int,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    *rest: Any,
-    **_: Any,
-) -> Tensor:
+def _multi_head_attention(*args: Any) -> Tensor:
     """Take the memory of `nn.MultiheadAttention` over one (L, B, C): query, key and value are the same."""
-    out_weight, out_bias = rest[4:6]
+    query, _, _, width, num_heads, in_weight, in_bias = args[:7]
+    out_weight, out_bias = args[11:13]
     packed = functional.linear(query, in_weight, in_bias).unflatten(-1, (3, width))
     projected = packed.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
     heads = [x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected]  # B heads L width
@@ -215,14 +190,7 @@ def _multi_head_attention(
 
 
 def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    segments: Segments,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, segments: Segments, **__: Any
 ) -> tuple[Tensor, None]:
     """Take the memory of `segment_attention`, whose masks cannot be made while a meter watches."""
     queries, visible = query.split(segments.lengths, dim=2), segments.visible(module, key, value)

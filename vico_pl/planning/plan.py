@@ -1,42 +1,36 @@
-"""The plan of a recipe: memory, operations and hours, from configurations alone."""
+"""The plan of a recipe: memory, operations and hours, from configurations alone; as text and as JSON."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-
-from torch import nn
+from typing import Any, NamedTuple
 
 from vico_pl.config import RunConfig
 from vico_pl.model.adapters import own_parameters
 from vico_pl.model.flops import count_flops
+from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.memory import (
     GIB,
+    Layout,
     RunMemory,
     Terms,
     measure_memory,
-    per_gpu,
     shared_parameters,
     stage_on_meta,
-    with_routing,
 )
-from vico_pl.planning.sources import (
-    MicroBatch,
-    ModelShape,
-    SampleShape,
-    find_model,
-    largest_micro_batch,
-    read_samples,
-)
-from vico_pl.stages.base import Stage
+from vico_pl.planning.sources import MicroBatch, ModelShape, find_model, largest_micro_batch, read_samples
+from vico_pl.stages import STAGES
 from vico_pl.stages.settings import PARTS
 
-WORLDS = (1, 2, 4, 8)
+WORLDS = (2, 4, 8)  # numbers of GPUs that are shown under FSDP
 MAX_WORLD = 64  # the largest number of GPUs that is tried
 MFU = 0.4  # fraction of a GPU's peak that large runs reach
 USABLE = 0.92  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation take the rest
+ONE_GPU, DDP = Layout(), Layout(world=2)  # under DDP each GPU holds the same, however many there are
+SMALL_GIB = 0.01  # terms that are smaller in every layout are left out of tables, not of sums
+CHECKPOINTING = {False: "no_activation_checkpointing", True: "activation_checkpointing"}  # in figures
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A GPU by NVIDIA's data sheet, its speed without sparsity."""
 
     memory_gib: float  # as the driver reports it, a little less than the name says
@@ -47,26 +41,18 @@ class Gpu:
         """Return the peak at one of Lightning's precisions."""
         return self.full_tflops if precision.startswith("32") else self.half_tflops
 
+    @property
+    def usable_gib(self) -> float:
+        """What a run may take of the memory."""
+        return self.memory_gib * USABLE
+
 
 GPUS = {
-    "L40S": Gpu(memory_gib=44.4, half_tflops=362.0, full_tflops=91.6),
-    "A100-80": Gpu(memory_gib=79.2, half_tflops=312.0, full_tflops=19.5),
-    "H100-80": Gpu(memory_gib=79.1, half_tflops=989.0, full_tflops=67.0),
-    "H200": Gpu(memory_gib=139.8, half_tflops=989.0, full_tflops=67.0),
+    "L40S": Gpu(44.4, 362.0, 91.6),
+    "A100-80": Gpu(79.2, 312.0, 19.5),
+    "H100-80": Gpu(79.1, 989.0, 67.0),
+    "H200": Gpu(139.8, 989.0, 67.0),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The number of GPUs of a run, and whether FSDP shards the models."""
-
-    world: int
-    sharded: bool  # FSDP; otherwise DDP, or one GPU
-
-    def __str__(self) -> str:
-        if self.world == 1:
-            return "1 GPU"
-        return f"FSDP x{self.world}" if self.sharded else "DDP"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,68 +60,14 @@ class Plan:
     """What a run will take."""
 
     config: RunConfig
-    stage: type[Stage]
-    shape: ModelShape
-    parameters: dict[str, tuple[int, int]]  # part -> total, trained
+    figures: dict[str, Any]  # as `vico plan --json` writes them
     shared_parameters: int  # of the policy, used by the reference too
-    sample: SampleShape
-    micro_batch: MicroBatch
-    memory: dict[bool, RunMemory]  # with and without activation checkpointing
-    flops: dict[str, float]  # of a sample, by part
-    vision_tokens: dict[str, float]  # of a sample, by model
     mfu: float
-    world: int | None  # GPUs that the recipe names; None: it names none
 
     @property
-    def own_memory(self) -> RunMemory:
-        """Memory at the recipe's own setting of activation checkpointing."""
-        return self.memory[self.config.trainer.activation_checkpointing]
-
-    def per_gpu(self, layout: Layout, *, checkpointing: bool) -> Terms:
-        """Return the bytes that each GPU holds."""
-        return per_gpu(self.memory[checkpointing], sharded=layout.sharded, world=layout.world)
-
-    def gib(self, layout: Layout, *, checkpointing: bool) -> float:
-        """Return the sum of `per_gpu`."""
-        return sum(self.per_gpu(layout, checkpointing=checkpointing).values()) / GIB
-
-    def layouts(self) -> list[Layout]:
-        """Return the layouts to show."""
-        worlds = sorted({*WORLDS, *([self.world] if self.world else [])})
-        sharded = [Layout(world=world, sharded=True) for world in worlds if world > 1]
-        return [Layout(world=1, sharded=False), Layout(world=2, sharded=False), *sharded]
-
-    def hours(self, gpu: str, world: int) -> float:
-        """Return how long all steps take."""
-        rate = GPUS[gpu].tflops(self.config.trainer.precision) * 1e12 * self.mfu * world
-        return self.run_flops / rate / 3600
-
-    @property
-    def run_samples(self) -> int:
-        """Samples of the whole run."""
-        return self.config.trainer.max_steps * self.config.data.batch_size
-
-    @property
-    def epochs(self) -> float | None:
-        """How often the run sees each sample; None: the number of samples is unknown."""
-        return self.run_samples / self.sample.num_samples if self.sample.num_samples else None
-
-    @property
-    def sample_flops(self) -> float:
-        """Operations of a sample."""
-        return sum(self.flops.values())
-
-    @property
-    def run_flops(self) -> float:
-        """Operations of the whole run."""
-        return self.run_samples * self.sample_flops
-
-    @property
-    def disk_gib(self) -> float:
-        """Size of the run folder: checkpoints with optimizer state, one being written, and the model."""
-        memory = self.own_memory
-        kept = self.config.trainer.keep_checkpoints + 1
-        return (kept * (memory.gradients + memory.optimizer) + memory.weights["policy weights"]) / GIB
+    def memory(self) -> dict[str, Terms]:
+        """GiB on each GPU by layout and term, with activation checkpointing as the recipe has it."""
+        return self.figures["memory_gib"][CHECKPOINTING[self.config.trainer.activation_checkpointing]]
 
 
 def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU) -> Plan:
@@ -144,79 +76,209 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     Raises:
         ValueError: the shape of its model is unknown, or does not fit the stage.
     """
-    found, sample, world = find_model(config.model, shape), read_samples(config.data), _world(config)
-    stage = stage_on_meta(config, found, checkpointing=False)
-    flops = count_flops(with_routing(found.spec, config.model))
-    cost = type(stage).cost(config, flops)
-    tokens_per_tile = stage.trained_model().tokens_per_full_tile
-    micro_batch = largest_micro_batch(config.data, sample, tokens_per_tile=tokens_per_tile, world=world or 1)
-    return Plan(
-        config=config,
-        stage=type(stage),
-        shape=found,
-        parameters=_count_parts(stage),
-        shared_parameters=sum(p.numel() for p in shared_parameters(stage)),
-        sample=sample,
-        micro_batch=micro_batch,
-        memory={on: measure_memory(config, found, micro_batch, checkpointing=on) for on in (False, True)},
-        flops=cost.expected_parts(sample.tiles, sample.text_tokens, sample.response_tokens),
-        vision_tokens=cost.vision_tokens(sample.tiles),
-        mfu=mfu,
-        world=world,
+    found, sample, trainer = find_model(config.model, shape), read_samples(config.data), config.trainer
+    stage = stage_on_meta(config, found)
+    policy, world = stage.trained_model(), _num_gpus(config)
+    micro_batch = largest_micro_batch(
+        config.data, sample, tokens_per_tile=policy.tokens_per_full_tile, world=world or 1
     )
+    memory = {on: measure_memory(_recomputing(config, on=on), found, micro_batch) for on in (False, True)}
+    own = memory[trainer.activation_checkpointing]
+    state = own.gradients + own.optimizer
+    cost = type(stage).cost(config, count_flops(policy.spec))
+    flops = cost.expected_parts(sample.tiles, sample.text_tokens, sample.response_tokens)
+    num_samples = trainer.max_steps * config.data.batch_size
+    run_flops = num_samples * sum(flops.values())
+    figures = {
+        "stage": stage.name,
+        "model": found.name,
+        "parameters": _count_parts(policy),
+        "sample": vars(sample),
+        "micro-batch": vars(micro_batch),
+        "memory_gib": {CHECKPOINTING[on]: _by_layout(held, world) for on, held in memory.items()},
+        "flops_per_sample": flops,
+        "flops_per_step": sum(flops.values()) * config.data.batch_size,
+        "flops": run_flops,
+        "vision_tokens_per_sample": cost.vision_tokens(sample.tiles),
+        "samples": num_samples,
+        "epochs": num_samples / sample.num_samples if sample.num_samples else None,
+        "gpu_hours": {
+            name: run_flops / (gpu.tflops(trainer.precision) * 1e12 * mfu) / 3600
+            for name, gpu in GPUS.items()
+        },
+        # Checkpoints with optimizer state, one being written, and the model.
+        "run_dir_gib": ((trainer.keep_checkpoints + 1) * state + own.weights["policy weights"]) / GIB,
+        "advice": list(advice(config, found, micro_batch, own)),
+    }
+    shared = sum(p.numel() for p in shared_parameters(stage))
+    return Plan(config=config, figures=figures, shared_parameters=shared, mfu=mfu)
 
 
-def fits(memory: RunMemory, layout: Layout, memory_gib: float) -> bool:
-    """Return whether a run fits on GPUs of this size."""
-    held = per_gpu(memory, sharded=layout.sharded, world=layout.world)
-    return sum(held.values()) / GIB <= memory_gib * USABLE
+def _num_gpus(config: RunConfig) -> int | None:
+    """Return the number of GPUs that a recipe names; None: it names none."""
+    devices = config.trainer.devices
+    return None if devices == "auto" else int(devices) * config.trainer.num_nodes
 
 
-def smallest_layout(memory: RunMemory, memory_gib: float) -> Layout | None:
-    """Return the layout with the fewest GPUs that fits; None: none up to `MAX_WORLD` does."""
-    layouts = [Layout(world=2**n, sharded=n > 0) for n in range(MAX_WORLD.bit_length())]
-    return next((layout for layout in layouts if fits(memory, layout, memory_gib)), None)
+def _recomputing(config: RunConfig, *, on: bool) -> RunConfig:
+    return replace(config, trainer=replace(config.trainer, activation_checkpointing=on))
 
 
-def cheaper_settings(plan: Plan) -> Iterator[tuple[str, RunMemory]]:
-    """Yield changes of the recipe that take less memory, and the memory they take."""
-    config, micro_batch, trainable = plan.config, plan.micro_batch, plan.config.model.trainable
-    on = config.trainer.activation_checkpointing
-    if plan.stage.trains_parts:
-        if not on:
-            yield "trainer.activation_checkpointing=true", plan.memory[True]
-        smaller = {
-            "vision": [part for part in trainable if part != "vision"],
-            "language": ["connectors", "lora"],
-        }
-        for parts in (smaller[name] for name in smaller if name in trainable):
-            changed = replace(config, model=replace(config.model, trainable=parts))
-            memory = measure_memory(changed, plan.shape, micro_batch, checkpointing=on)
-            yield f"model.trainable=[{','.join(parts)}]", memory
-    if micro_batch.num_samples > 1:
-        half = replace(micro_batch, num_samples=micro_batch.num_samples // 2)
-        memory = measure_memory(config, plan.shape, half, checkpointing=on)
-        yield f"data.micro_batch.max_tiles={half.num_samples * half.tiles}", memory
-
-
-def _world(config: RunConfig) -> int | None:
-    devices = str(config.trainer.devices)
-    return int(devices) * config.trainer.num_nodes if devices.isdigit() and int(devices) else None
-
-
-def _count_parts(stage: Stage) -> dict[str, tuple[int, int]]:
-    policy = stage.trained_model()
+def _count_parts(policy: VisionLanguageModel) -> dict[str, dict[str, int]]:
     own = {id(parameter) for parameter in own_parameters(policy).values()}
-    parts = {name: list(getattr(policy, name).parameters()) for name in PARTS}
-    counts = {name: _count(p for p in part if id(p) in own) for name, part in parts.items()}
-    adapters = [p for p in parts["language"] if id(p) not in own]
-    if adapters:
-        counts["adapters (LoRA)"] = _count(adapters)
-    if policy.router is not None:
-        counts["router"] = _count(policy.router.parameters())
+    counts = {part: {"total": 0, "trained": 0} for part in PARTS}
+    for name, parameter in policy.named_parameters():
+        part = name.partition(".")[0] if id(parameter) in own else "adapters (LoRA)"
+        count = counts.setdefault(part, {"total": 0, "trained": 0})
+        count["total"] += parameter.numel()
+        count["trained"] += parameter.numel() * parameter.requires_grad
     return counts
 
 
-def _count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    pairs = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
-    return sum(total for total, _ in pairs), sum(trained for _, trained in pairs)
+def _by_layout(memory: RunMemory, world: int | None) -> dict[str, Terms]:
+    worlds = sorted({*WORLDS, world or 1} - {1})
+    layouts = [ONE_GPU, DDP, *(Layout(world=world, sharded=True) for world in worlds)]
+    return {
+        str(layout): {name: size / GIB for name, size in memory.per_gpu(layout).items()} for layout in layouts
+    }
+
+
+def advice(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, memory: RunMemory) -> Iterator[str]:
+    """Say what fits where, and what would make it fit."""
+    layouts = {name: smallest_layout(memory, gpu) for name, gpu in GPUS.items()}
+    for name, layout in layouts.items():
+        usable = GPUS[name].usable_gib
+        if layout is None:
+            verdict = f"does not fit, not even sharded by FSDP over {MAX_WORLD} GPUs"
+        elif layout.sharded:
+            verdict = f"needs FSDP over {layout.world} GPUs or more"
+        elif memory.gib(DDP) <= usable:
+            verdict = "fits on each GPU; several can run under DDP"
+        else:
+            verdict = "fits on each GPU; not under DDP, whose buckets do not fit"
+        yield f"{name} ({usable:.0f} GiB usable): {verdict}."
+    if any(layout != ONE_GPU for layout in layouts.values()):
+        yield "Settings that take less on each GPU without FSDP:"
+        for setting, run, drawn in cheaper_settings(config, micro_batch):
+            held = measure_memory(run, shape, drawn).gib(ONE_GPU)
+            fitting = ", ".join(name for name, gpu in GPUS.items() if held <= gpu.usable_gib)
+            yield f"  {setting}: {held:.1f} GiB, fits {fitting or 'none of these GPUs'}"
+
+
+def smallest_layout(memory: RunMemory, gpu: Gpu) -> Layout | None:
+    """Return the layout with the fewest GPUs that fits; None: none up to `MAX_WORLD` does."""
+    layouts = [Layout(world=2**n, sharded=n > 0) for n in range(MAX_WORLD.bit_length())]
+    return next((layout for layout in layouts if memory.gib(layout) <= gpu.usable_gib), None)
+
+
+def cheaper_settings(
+    config: RunConfig, micro_batch: MicroBatch
+) -> Iterator[tuple[str, RunConfig, MicroBatch]]:
+    """Yield changes of a recipe that take less memory, with the recipe and the micro-batch that they give."""
+    trainable = config.model.trainable
+    if STAGES[config.stage].trains_parts:
+        if not config.trainer.activation_checkpointing:
+            yield "trainer.activation_checkpointing=true", _recomputing(config, on=True), micro_batch
+        without_vision = [part for part in trainable if part != "vision"]
+        for part, smaller in (("vision", without_vision), ("language", ["connectors", "lora"])):
+            if part in trainable:
+                model = replace(config.model, trainable=smaller)
+                yield f"model.trainable=[{','.join(smaller)}]", replace(config, model=model), micro_batch
+    if micro_batch.num_samples > 1:
+        half = replace(micro_batch, num_samples=micro_batch.num_samples // 2)
+        yield f"data.micro_batch.max_tiles={half.num_samples * half.tiles}", config, half
+
+
+def format_plan(plan: Plan) -> str:
+    """Return the plan as tables and sentences."""
+    config, trainer, figures = plan.config, plan.config.trainer, plan.figures
+    on, drawn = trainer.activation_checkpointing, figures["micro-batch"]
+    title = "Memory per GPU, GiB, {} activation checkpointing".format
+    sections = [
+        f"Stage {figures['stage']}, model of {figures['model']}; precision {trainer.precision}, "
+        f"{trainer.max_steps} steps of {config.data.batch_size} samples",
+        _table(_parameter_rows(plan)),
+        f"{title('with' if on else 'without')}; micro-batches of {drawn['num_samples']} samples "
+        f"({drawn['tiles']} tiles, {drawn['text_tokens']} text tokens each), every tile at full tokens",
+        _table(_memory_rows(plan.memory)),
+    ]
+    if STAGES[config.stage].trains_parts:  # otherwise nothing is recomputed
+        others = _memory_rows(figures["memory_gib"][CHECKPOINTING[not on]])
+        sections += [title("without" if on else "with"), _table(others)]
+    sections += [
+        "Work",
+        f"{_table(_work_rows(plan))}\n  (tiles and text: {figures['sample']['origin']})",
+        f"Hours for {trainer.max_steps} steps at {plan.mfu:.0%} of a GPU's peak",
+        _table(_hour_rows(plan)),
+        "What fits",
+        "\n".join(f"  {sentence}" for sentence in figures["advice"]),
+    ]
+    return "\n\n".join(sections)
+
+
+def _parameter_rows(plan: Plan) -> Iterator[list[str]]:
+    yield ["parameters", "total", "trained", "frozen"]
+    counts = {part: (count["total"], count["trained"]) for part, count in plan.figures["parameters"].items()}
+    policy = [sum(column) for column in zip(*counts.values(), strict=True)]
+    for part, (total, trained) in {**counts, "policy": policy}.items():
+        yield [part, *map(_number, (total, trained, total - trained))]
+    if plan.shared_parameters:
+        yield ["shared with the reference", _number(plan.shared_parameters), "", ""]
+
+
+def _memory_rows(held: Mapping[str, Terms]) -> Iterator[list[str]]:
+    yield ["", *held]
+    for name in dict.fromkeys(name for terms in held.values() for name in terms):
+        sizes = [terms.get(name, 0.0) for terms in held.values()]
+        if max(sizes) >= SMALL_GIB:
+            yield [name, *(_gib(size) if size else "-" for size in sizes)]
+    yield ["sum", *(_gib(sum(terms.values())) for terms in held.values())]
+
+
+def _work_rows(plan: Plan) -> Iterator[list[str]]:
+    yield ["", "per sample", "per step", "run"]
+    figures, flops = plan.figures, plan.figures["flops_per_sample"]
+    per_sample = {
+        **{f"FLOPs, {name}": count for name, count in flops.items()},
+        "FLOPs": sum(flops.values()),
+        "tiles": figures["sample"]["tiles"],
+        **{f"vision tokens, {name}": n for name, n in figures["vision_tokens_per_sample"].items()},
+        "text tokens": figures["sample"]["text_tokens"],
+        "samples": 1,
+    }
+    for name, count in per_sample.items():
+        times = (1, plan.config.data.batch_size, figures["samples"])
+        yield [name, *(_number(count * n) for n in times)]
+    if figures["epochs"] is not None:
+        yield ["epochs", "", "", f"{figures['epochs']:.2f}"]
+
+
+def _hour_rows(plan: Plan) -> Iterator[list[str]]:
+    worlds = sorted({1, 8, _num_gpus(plan.config) or 1})
+    yield ["", *(f"{world} GPU{'s' if world > 1 else ''}" for world in worlds)]
+    for gpu, hours in plan.figures["gpu_hours"].items():
+        yield [gpu, *("< 0.1" if hours / world < 0.1 else f"{hours / world:.1f}" for world in worlds)]
+
+
+def _table(rows: Iterator[list[str]]) -> str:
+    """Indent rows; align the first column to the left and the others to the right."""
+    lines = list(rows)
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = (["", label.ljust(first), *map(str.rjust, values, others)] for label, *values in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def _gib(size: float) -> str:
+    return f"{size:.2f}" if size < 10 else f"{size:.1f}"
+
+
+def _number(count: int | float) -> str:
+    """Write a number with three digits and a prefix.
+
+    >>> _number(7), _number(1490), _number(3.62e12)
+    ('7', '1.49 k', '3.62 T')
+    """
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if count >= 0.9995 * 10**power:
+            return f"{count / 10**power:.3g} {prefix}"
+    return f"{count:.3g}"

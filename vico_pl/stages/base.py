@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 
 from vico_pl.model.adapters import LoraConfig
+from vico_pl.model.blocks import cast_trained, shard_model
 from vico_pl.model.flops import ModelFlops
-from vico_pl.model.language import check_flash_attention
-from vico_pl.model.sharding import cast_trained, shard_model
+from vico_pl.model.packed import check_flash_attention
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients, numbered_by_module
 from vico_pl.stages.cost import StageCost

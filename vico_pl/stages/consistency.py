@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vico_pl.losses.consistency import consistency_kl
-from vico_pl.losses.liger import check_liger, liger_kl_sum
+from vico_pl.losses.consistency import check_liger, consistency_kl, liger_kl_sum
+from vico_pl.model.blocks import release
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult

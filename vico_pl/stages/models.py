@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from vico_pl.model.adapters import add_adapters
 from vico_pl.model.blocks import checkpoint_blocks, compile_blocks
-from vico_pl.model.language import set_packed_attention
+from vico_pl.model.packed import set_packed_attention
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.settings import DTYPES, PARTS, RunSettings

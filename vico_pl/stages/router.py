@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc
 
 from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, router_targets
+from vico_pl.model.blocks import release
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult

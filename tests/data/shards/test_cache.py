@@ -72,9 +72,9 @@ FAULTS = {
     "forbidden": ([(403, 0, b"")], "io", "answered 403", 1),
     "broken": ([(500, 0, b"")], "io", "answered 500", cache_module.TRIES),
     "cut": ([(200, len(TAR), TAR[:5000])], "io", r"payload|Content|closed|Response", cache_module.TRIES),
-    "too large": (ok(bytes(100_001)), "shard", "larger than max_shard_bytes", 1),
-    "too large, unsaid": (ok(bytes(100_001), False), "shard", "larger than max_shard_bytes", 1),
-    "bomb": (ok(gzip.compress(bytes(10**7))), "shard", "unpacks to more than", 1),
+    "too large": (ok(bytes(100_001)), "shard", "a.tar: more than the limit, 100000 bytes", 1),
+    "too large, unsaid": (ok(bytes(100_001), False), "shard", "a.tar: more than the limit, 100000 bytes", 1),
+    "bomb": (ok(gzip.compress(bytes(10**7))), "shard", "a.tar, unpacked: more than the limit", 1),
     "packed, cut": (ok(gzip.compress(os.urandom(5000))[:-50]), "shard", "ended before", cache_module.TRIES),
     "packed, damaged": (ok(gzip.compress(TAR)[:-8] + bytes(8)), "shard", "CRC", cache_module.TRIES),
 }
@@ -89,6 +89,15 @@ def test_what_cannot_be_fetched_is_said_and_leaves_nothing(server, cache, name):
     assert caught.value.kind == kind
     assert len(server.requests) == tries
     assert [p.name for p in (cache.folder / "set").iterdir()] in ([], ["a.tar.lock"])
+
+
+def test_a_server_that_drips_is_given_up(server, cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "TIMEOUT_S", 0.0)
+    monkeypatch.setattr(cache_module, "MIN_BYTES_PER_S", 1e12)
+    server.answers["a.tar"] = ok(TAR)
+    with pytest.raises(RecordError, match=r"a\.tar: only \d+ bytes came in 0 s"):
+        cache.open(f"{server.url}/a.tar", cache.folder / "set" / "a.tar", None, check=len_of)
+    assert len(server.requests) == 1
 
 
 def test_a_length_that_lies_short_makes_no_short_shard(server, cache):
@@ -118,7 +127,7 @@ def test_what_passes_is_tried_again(server, cache):
 
 def test_a_shard_that_fails_its_check_is_not_kept(server, cache):
     def refuse(path):
-        raise ValueError("not a readable tar")
+        raise RecordError("not a readable tar", kind="shard")
 
     server.answers["a.tar"] = ok(TAR)
     with pytest.raises(RecordError, match=r"not a readable tar") as caught:

@@ -6,7 +6,6 @@ import torch
 from matplotlib.figure import Figure
 
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
-from vico_pl.data.shards import preview
 from vico_pl.data.shards.preview import contact_sheet
 from vico_pl.types import Sample, Turn
 
@@ -38,11 +37,11 @@ def lines(monkeypatch):
 
 
 def test_sheet_has_rows_of_columns():
-    one, three, four = (contact_sheet([sample()] * n, columns=3).size for n in (1, 3, 4))
-    assert three[0] > 2.5 * one[0]
-    assert three[1] == one[1]
-    assert four[0] == three[0]
-    assert four[1] > 1.8 * three[1]
+    one, four, five = (contact_sheet([sample()] * n).size for n in (1, 4, 5))
+    assert four[0] > 3.5 * one[0]
+    assert four[1] == one[1]
+    assert five[0] == four[0]
+    assert five[1] > 1.8 * four[1]
 
 
 def test_small_images_are_enlarged_and_photographs_are_not_shrunk():
@@ -53,11 +52,6 @@ def test_small_images_are_enlarged_and_photographs_are_not_shrunk():
 def test_every_image_of_a_sample_is_drawn():
     single, double = (count(contact_sheet([sample(num_images=n)]), RED) for n in (1, 2))
     assert double == 2 * single
-
-
-def test_sheet_shows_id_questions_and_answers(lines):
-    contact_sheet([sample(question="What colour is the ring?", answer="dark blue")])
-    assert lines == ["train-000000.tar/00000017", "What colour is the ring?  ->  dark blue"]
 
 
 def test_all_questions_of_a_glyphs_record_are_on_the_sheet(lines):
@@ -83,19 +77,3 @@ def test_text_only_sample_is_drawn(lines):
     turns = [Turn(role="human", text="Who wrote it?"), Turn(role="gpt", text="Nobody.\nKnown.")]
     contact_sheet([Sample(id="a/1", images=[], turns=turns, metadata={})])
     assert lines == ["a/1", "Who wrote it?  ->  Nobody.", "Known."]
-
-
-@pytest.mark.parametrize(
-    "text", ["a few words that do not fit on a line", "x" * 80, "so " + "y" * 70 + " it is", ""]
-)
-def test_wrapped_lines_fit_and_keep_every_character(text):
-    wrapped = preview._wrap(text, 120)
-    assert all(len(line) * preview.CHARACTER <= 120 for line in wrapped)
-    assert "".join(wrapped).replace(" ", "") == text.replace(" ", "")
-
-
-def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="0 samples in 4 columns"):
-        contact_sheet([])
-    with pytest.raises(ValueError, match="1 samples in 0 columns"):
-        contact_sheet([sample()], columns=0)

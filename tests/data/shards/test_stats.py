@@ -28,18 +28,7 @@ def test_samples_are_measured_one_by_one(tmp_path):
     assert (found.tiles, found.images, found.answers) == ([3, 0], [1, 0], [1, 1])
     assert found.text == [len("<image>") + 2, 6]
     assert found.image_sizes == [(1000, 500)]
-    assert found.counts() == {
-        "shards": 1,
-        "samples": 2,
-        "images": 1,
-        "tiles": 3,
-        "answers": 2,
-        "text bytes": 15,
-        "answers: ocr": 1,
-        "bad records": 1,
-        "bad records: json": 1,
-    }
-    tokens = survey(tmp_path, count_tokens=lambda text: 10 * len(text))
+    tokens = survey(tmp_path, tokenize=lambda text: 10 * text)
     assert (tokens.text, tokens.text_unit) == ([80, 60], "tokens")
 
 

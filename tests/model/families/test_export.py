@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,23 +15,16 @@ from tests.released import (
     write_native,
     write_official,
 )
+from vico_pl.files import read_json
 from vico_pl.model.families.base import CALIBRATION_NAME
-from vico_pl.model.families.export import export
-from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+from vico_pl.model.families.folder import export, load_model, open_folder, save_model
+from vico_pl.model.router import RoutingRule
+from vico_pl.model.vlm import VisionLanguageModel
 
 ROUTING = ("mlp2.", "pooling_before_gating.", "gating.")
-MIXTURE = {
-    **LANGUAGE_CONFIG,
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-LANGUAGES = {"qwen3": LANGUAGE_CONFIG, "qwen3_moe": MIXTURE}
+MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
+MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LANGUAGES = {"qwen3": LANGUAGE_CONFIG, "qwen3_moe": {**LANGUAGE_CONFIG, **MIXTURE}}
 
 
 @pytest.fixture
@@ -40,7 +34,7 @@ def flash(tmp_path):
 
 
 def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
+    return read_json(folder / "config.json")
 
 
 def without(config, *names):
@@ -52,10 +46,6 @@ def assert_same_tensors(actual, expected):
     for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype, name
         assert torch.equal(actual[name], tensor), name
-
-
-def base_part(tensors):
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(ROUTING)}
 
 
 def calibrate(folder, **record):
@@ -78,26 +68,17 @@ def test_every_tensor_comes_through_all_layouts_bit_for_bit(tmp_path, dtype, lan
     export(tmp_path / "3", tmp_path / "4", layout="hf")
     with pytest.warns(UserWarning, match="system message None"):  # which the layout hf does not say
         export(tmp_path / "4", tmp_path / "5", layout="internvl")
-    assert_same_tensors(folder_tensors(tmp_path / "5"), base_part(original))
+    base = {name: tensor for name, tensor in original.items() if not name.startswith(ROUTING)}
+    assert_same_tensors(folder_tensors(tmp_path / "5"), base)
 
 
-def test_a_model_read_from_an_export_is_the_model(tmp_path, flash):
-    expected = load_model(flash).state_dict()
-    for layout in ("ours", "flash"):
-        export(flash, tmp_path / "out" / layout, layout=layout)
-        assert_same_tensors(load_model(tmp_path / "out" / layout).state_dict(), expected)
-
-
-def test_a_flash_folder_holds_the_official_tensors_and_nothing_else(tmp_path, flash):
+def test_a_flash_folder_holds_the_official_tensors_and_no_remote_code(tmp_path, flash):
     export(flash, tmp_path / "out", layout="flash")
     shapes = {name: tuple(tensor.shape) for name, tensor in folder_tensors(tmp_path / "out").items()}
     assert shapes == dict(official_shapes(official_config(), flash=True))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert "auto_map" not in config_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize("layout", ["internvl", "hf"])
@@ -142,9 +123,8 @@ def test_without_another_type_that_of_the_weights_is_told(tmp_path):
 def test_transformers_reads_an_hf_export_to_the_same_model(tmp_path, language):
     write_official(tmp_path / "in", flash=True, config=official_config(llm_config=LANGUAGES[language]))
     export(tmp_path / "in", tmp_path / "hf", layout="hf")
-    theirs, report = InternVLForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", output_loading_info=True
-    )
+    folder, reader = tmp_path / "hf", InternVLForConditionalGeneration
+    theirs, report = reader.from_pretrained(folder, output_loading_info=True)
     assert {name: list(found) for name, found in report.items() if found} == {}
     expected = load_model(tmp_path / "in")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -169,6 +149,7 @@ def test_an_export_of_what_transformers_wrote_is_what_transformers_writes(tmp_pa
 
 def test_a_flash_configuration_keeps_tiling_template_and_thresholds(tmp_path, flash):
     export(flash, tmp_path / "ours", layout="ours")
+    assert open_folder(tmp_path / "ours").contents == open_folder(flash).contents
     export(tmp_path / "ours", tmp_path / "back", layout="flash")
     before, after = config_of(flash), config_of(tmp_path / "back")
     told_elsewhere = ("auto_map", "torch_dtype", "vision_config", "llm_config")
@@ -178,29 +159,17 @@ def test_a_flash_configuration_keeps_tiling_template_and_thresholds(tmp_path, fl
     assert after["vision_config"].items() >= without(before["vision_config"], *of_training).items()
 
 
-def test_a_rule_without_a_relative_threshold_has_zero_in_flash(tmp_path, flash):
-    calibrate(flash)
-    export(flash, tmp_path / "out", layout="flash")
-    config = config_of(tmp_path / "out")
-    assert (config["flash_absolute_threshold"], config["flash_relative_threshold"]) == (0.7, 0.0)
-
-
 def test_a_calibration_goes_before_the_thresholds_of_the_configuration(tmp_path, flash):
-    assert open_folder(flash).contents.rule.threshold == 0.45
-    calibrate(flash, relative_threshold=0.1)
-    rule = open_folder(flash).contents.rule
-    assert (rule.threshold, rule.relative_threshold) == (0.7, 0.1)
-
-
-def test_a_calibration_goes_along_to_ours_with_its_curve(tmp_path, flash):
+    assert open_folder(flash).contents.rule == RoutingRule(threshold=0.45, relative_threshold=0.25)
     calibrate(flash)
-    export(flash, tmp_path / "out", layout="ours")
+    assert open_folder(flash).contents.rule == RoutingRule(threshold=0.7)
+    export(flash, tmp_path / "flash-again", layout="flash")
+    config = config_of(tmp_path / "flash-again")
+    assert (config["flash_absolute_threshold"], config["flash_relative_threshold"]) == (0.7, 0.0)
+    calibrate(flash, relative_threshold=0.1)
+    assert open_folder(flash).contents.rule == RoutingRule(threshold=0.7, relative_threshold=0.1)
+    export(flash, tmp_path / "out", layout="ours")  # with its curve
     assert (tmp_path / "out" / CALIBRATION_NAME).read_bytes() == (flash / CALIBRATION_NAME).read_bytes()
-
-
-def test_the_thresholds_of_flash_go_along_to_ours(tmp_path, flash):
-    export(flash, tmp_path / "out", layout="ours")
-    assert open_folder(tmp_path / "out").contents == open_folder(flash).contents
 
 
 def test_the_image_processor_of_an_hf_export_is_read_by_transformers(tmp_path, flash):
@@ -210,14 +179,10 @@ def test_the_image_processor_of_an_hf_export_is_read_by_transformers(tmp_path, f
     assert (processor.size.height, tuple(processor.image_mean)) == (56, (0.485, 0.456, 0.406))
 
 
+SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1_000_000.0},
-    "scaled": {
-        "rope_type": "yarn",
-        "rope_theta": 5_000_000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 1024,
-    },
+    "scaled": {**SCALED, "rope_theta": 5_000_000.0},
 }
 
 
@@ -227,9 +192,8 @@ def test_the_rope_of_transformers_5_is_also_told_to_version_4(tmp_path, rope, la
     flash_folder(tmp_path / "in", rope_parameters=ROPES[rope])
     export(tmp_path / "in", tmp_path / "out", layout=layout)
     language = config_of(tmp_path / "out")[part]
-    scaling = {key: value for key, value in ROPES[rope].items() if key != "rope_theta"}
     assert language["rope_theta"] == ROPES[rope]["rope_theta"]
-    assert language["rope_scaling"] == (None if rope == "default" else scaling)
+    assert language["rope_scaling"] == (None if rope == "default" else SCALED)
 
     read_back = AutoConfig.for_model(**language).rope_parameters
     expected = load_model(tmp_path / "in").language.config.rope_parameters
@@ -243,9 +207,8 @@ def flash_folder(folder, **language):
     """A model of ours that can become Flash, its language configuration as transformers 5 writes it."""
     common = without(LANGUAGE_CONFIG, "rope_theta", "rope_scaling", "torch_dtype", "transformers_version")
     write_official(folder / "released", flash=True)
-    spec = open_folder(folder / "released").contents.spec
-    spec = ModelSpec(**{**vars(spec), "language": {**common, **language}})
-    processing = open_folder(folder / "released").contents.processing
-    save_model(VisionLanguageModel(spec), folder, processing=processing)
+    contents = open_folder(folder / "released").contents
+    spec = replace(contents.spec, language={**common, **language})
+    save_model(VisionLanguageModel(spec), folder, processing=contents.processing)
     qwen_tokenizer().save_pretrained(folder)
     calibrate(folder)

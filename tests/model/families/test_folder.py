@@ -14,14 +14,9 @@ def folder(tmp_path, model):
     return tmp_path / "model"
 
 
-def edit_weights(folder, change):
-    weights = load_file(folder / WEIGHTS_NAME)
-    change(weights)
-    save_file(weights, folder / WEIGHTS_NAME)
-
-
-def test_a_model_comes_back_bit_for_bit(folder, model):
-    restored = load_model(folder)
+@pytest.mark.parametrize("wanted", [{}, {"ratios": [4, 16], "router_heads": 4}], ids=["all", "by name"])
+def test_a_model_comes_back_bit_for_bit(folder, model, wanted):
+    restored = load_model(folder, **wanted)
     assert restored.spec == model.spec
     assert restored.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
@@ -43,19 +38,13 @@ def test_a_head_that_is_tied_to_the_embeddings_comes_back_tied(tmp_path):
 
 
 def test_connectors_and_a_router_that_the_folder_lacks_begin_fresh(tmp_path):
-    save_model(tiny_model(ratios=[4], router_heads=None), tmp_path)
-    stored = load_model(tmp_path)
+    save_model(tiny_model(ratios=[4], router_heads=None).bfloat16(), tmp_path)
+    stored, grown = load_model(tmp_path), load_model(tmp_path, ratios=[4, 16], router_heads=4, dtype=None)
     assert (stored.ratios, stored.router) == ([4], None)
-    grown = load_model(tmp_path, ratios=[4, 16], router_heads=4)
     assert (grown.ratios, grown.spec.router_heads) == ([4, 16], 4)
+    assert {tensor.dtype for tensor in grown.connectors.parameters()} == {torch.bfloat16}
     for name, tensor in stored.state_dict().items():
-        assert torch.equal(grown.state_dict()[name], tensor), name
-
-
-def test_the_stored_connectors_and_router_are_kept_when_asked_for_again(folder, model):
-    again = load_model(folder, ratios=[4, 16], router_heads=4)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(grown.state_dict()[name].float(), tensor), name
 
 
 def test_a_stored_router_keeps_its_number_of_heads(folder):
@@ -64,26 +53,11 @@ def test_a_stored_router_keeps_its_number_of_heads(folder):
         load_model(folder, router_heads=2)
 
 
-def test_all_tensors_that_do_not_fit_are_told_at_once(folder):
-    def change(weights):
-        del weights["vision.tower.class_embedding"]
-        del weights["connectors.by_ratio.4.mlp.1.bias"]
-        weights["visual.extra"] = torch.zeros(1)
-        weights["language.lm_head.weight"] = torch.zeros(3, 2)
-
-    edit_weights(folder, change)
-    with pytest.raises(ValueError, match="4 tensors do not fit") as caught:
-        load_model(folder)
-    assert str(folder) in str(caught.value)
-    assert "missing vision.tower.class_embedding" in str(caught.value)
-    assert "missing connectors.by_ratio.4.mlp.1.bias" in str(caught.value)
-    assert "unknown visual.extra" in str(caught.value)
-    assert "language.lm_head.weight has shape [3, 2], expected [61, 32]" in str(caught.value)
-
-
 @pytest.mark.parametrize("name", ["connectors.by_ratio.16.mlp.1.weight", "router.gating.gate.1.bias"])
 def test_a_part_that_the_folder_claims_to_have_must_be_whole(folder, name):
-    edit_weights(folder, lambda weights: weights.pop(name))
+    weights = load_file(folder / WEIGHTS_NAME)
+    del weights[name]
+    save_file(weights, folder / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=f"missing {name}"):
         load_model(folder)
 

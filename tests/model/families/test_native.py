@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -7,16 +8,10 @@ from safetensors.torch import save_file
 from tests.helpers import batch_of
 from tests.released import TILE, folder_tensors, qwen_tokenizer, write_native
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.language import run_packed
+from vico_pl.model.packed import run_packed
 from vico_pl.types import EncodedSample
 
 PLACEHOLDER = qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
-STORED_AND_MODULE_NAMES = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +60,7 @@ def their_logits(model, sample):
 def our_logits(model, *samples):
     batch = batch_of(*samples)
     spliced = model.splice_batch(batch, model.encode_tiles(batch.tiles), model.full_ratios(batch))
-    hidden = run_packed(model.language, spliced.embeddings, spliced.position_ids, spliced.segment_lengths)
+    hidden = run_packed(model.language, spliced.embeddings, spliced.segment_lengths)
     return (hidden @ model.head.T).split(spliced.segment_lengths)
 
 
@@ -77,19 +72,12 @@ def test_logits_are_those_of_transformers(native):
         torch.testing.assert_close(mine, their_logits(native[1], one), rtol=0, atol=1e-5)
 
 
-def test_names_of_modules_are_read_like_stored_ones(native, tmp_path):
-    def module_name(name):
-        (renamed,) = (
-            new + name.removeprefix(old) for old, new in STORED_AND_MODULE_NAMES if name.startswith(old)
-        )
-        return renamed
-
-    write_native(tmp_path)
-    tensors = {module_name(name): tensor for name, tensor in folder_tensors(tmp_path).items()}
-    assert {name.split(".")[0] for name in tensors} == {"model", "lm_head"}
-    save_file(tensors, tmp_path / "model.safetensors")
+def test_names_of_modules_are_read_like_stored_ones(native, folder):
+    named_as_modules = native[1].state_dict()
+    assert {name.split(".")[0] for name in named_as_modules} == {"model", "lm_head"}
+    save_file(named_as_modules, folder / "model.safetensors")
     expected = load_model(native[0]).state_dict()
-    for name, tensor in load_model(tmp_path).state_dict().items():
+    for name, tensor in load_model(folder).state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -101,26 +89,15 @@ def test_it_is_a_base_model_that_says_nothing_of_its_system_message(native):
 
 
 def test_the_tiling_is_that_of_the_image_processor(folder):
-    assert open_folder(folder).contents.processing["tiling"] == {
-        "tile_size": TILE,
-        "min_tiles": 1,
-        "max_tiles": 12,
-        "use_thumbnail": True,
-    }
+    tiling = {"tile_size": TILE, "min_tiles": 1, "max_tiles": 12, "use_thumbnail": True}
+    assert open_folder(folder).contents.processing["tiling"] == tiling
     (folder / "preprocessor_config.json").write_text(json.dumps({"min_patches": 2, "max_patches": 6}))
-    tiling = open_folder(folder).contents.processing["tiling"]
-    assert (tiling["min_tiles"], tiling["max_tiles"]) == (2, 6)
-
-
-def test_an_image_processor_inside_the_whole_processor_goes_first(folder):
-    # transformers 5 writes it there and reads it from there first.
-    (folder / "preprocessor_config.json").write_text(json.dumps({"max_patches": 6}))
-    inner = {"min_patches": 2, "max_patches": 3}
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
-    tiling = open_folder(folder).contents.processing["tiling"]
-    assert (tiling["min_tiles"], tiling["max_tiles"]) == (2, 3)
+    assert open_folder(folder).contents.processing["tiling"] == tiling | {"min_tiles": 2, "max_tiles": 6}
+    # transformers 5 writes it into the whole processor, and reads it from there first.
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"max_patches": 3}}))
+    assert open_folder(folder).contents.processing["tiling"] == tiling | {"max_tiles": 3}
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": "InternVLProcessor"}))
-    assert open_folder(folder).contents.processing["tiling"]["max_tiles"] == 6
+    assert open_folder(folder).contents.processing["tiling"] == tiling | {"min_tiles": 2, "max_tiles": 6}
 
 
 def test_a_head_that_is_not_stored_is_tied(folder):
@@ -135,46 +112,25 @@ def test_a_head_that_is_not_stored_is_tied(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config.update(downsample_ratio=0.25), "downsample_ratio is 0.25; expected 0.5"),
         (
-            lambda config: config.update(vision_feature_layer=-2),
-            "vision_feature_layer is -2; only the last one, -1, is read",
+            lambda config: config.update(downsample_ratio=0.25, vision_feature_layer=-2),
+            "downsample_ratio is 0.25; only 0.5 is read; vision_feature_layer is -2; only -1 is read",
         ),
         (
             lambda config: config["text_config"].update(model_type="mistral"),
             "text_config.model_type is 'mistral'; expected one of llama, qwen2, qwen3, qwen3_moe",
         ),
-        (lambda config: config.pop("text_config"), "text_config is missing"),
-        (lambda config: config.pop("vision_config"), "vision_config is missing"),
+        (lambda config: config.pop("text_config"), "vision_config or text_config is missing"),
+        (lambda config: config.pop("vision_config"), "vision_config or text_config is missing"),
         (lambda config: config["vision_config"].update(use_mean_pooling=False), "use_mean_pooling is false"),
         (
-            lambda config: config["vision_config"].update(image_size=[56, 112]),
-            "vision_config.image_size is [56, 112]; tiles and patches must be square",
-        ),
-        (
-            lambda config: config["vision_config"].update(patch_size=[14, 28]),
+            lambda config: config["vision_config"].update(image_size=[56, 112], patch_size=[14, 28]),
+            "vision_config.image_size is [56, 112]; tiles and patches must be square; "
             "vision_config.patch_size is [14, 28]; tiles and patches must be square",
         ),
     ],
 )
 def test_a_configuration_that_we_would_misread_is_refused(folder, change, message):
     edit_config(folder, change)
-    with pytest.raises(ValueError, match=r"config\.json: ") as caught:
-        load_model(folder)
-    assert str(caught.value).startswith(f"{folder}/config.json: {message}")
-
-
-def test_all_that_is_wrong_with_a_configuration_is_told_together(folder):
-    edit_config(folder, lambda config: config.update(downsample_ratio=1, vision_feature_layer=-2))
-    with pytest.raises(ValueError, match=r"downsample_ratio is 1; expected 0\.5; vision_feature_layer is -2"):
-        load_model(folder)
-
-
-def test_tensors_that_do_not_fit_are_listed_under_their_stored_names(folder):
-    tensors = folder_tensors(folder)
-    del tensors["multi_modal_projector.linear_2.bias"]
-    tensors["mlp2.0.weight"] = torch.zeros(1)
-    save_file(tensors, folder / "model.safetensors")
-    expected = "2 tensors do not fit: missing multi_modal_projector.linear_2.bias; unknown mlp2.0.weight"
-    with pytest.raises(ValueError, match=f"{folder}: {expected}"):
+    with pytest.raises(ValueError, match=re.escape(f"{folder}/config.json: {message}")):
         load_model(folder)

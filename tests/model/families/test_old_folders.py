@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import batch_of, encoded_sample, tiny_model, tiny_spec
+from tests.helpers import batch_of, encoded_sample, tiny_model
 from vico_pl.model.families.base import CONFIG_NAME, PROCESSING_NAME
-from vico_pl.model.families.export import export
-from vico_pl.model.families.folder import load_model, open_folder, save_model
+from vico_pl.model.families.folder import export, load_model, open_folder, save_model
 from vico_pl.model.router import DEFAULT_ROUTER, ROUTERS, RoutingRule
-from vico_pl.model.vlm import VisionLanguageModel
 
 FOLDER = Path(__file__).parents[2] / "fixtures" / "model-2026-11"
 
@@ -66,4 +64,4 @@ def test_a_model_with_another_router_comes_back_from_its_folder(tmp_path, monkey
 
 def test_an_unknown_router_is_refused():
     with pytest.raises(ValueError, match="router is 'gru'; expected one of vir"):
-        VisionLanguageModel(tiny_spec(router="gru"))
+        tiny_model(router="gru")

@@ -1,89 +1,146 @@
-"""Writing sets of shards: several processes, whole shards or none; an interrupted set is continued.
+"""Writing sets of shards, from GlyphDocs or from LLaVA / InternVL annotation files.
 
 The plan of a set is written first, as `build.json`: how it was asked for, and how many samples each shard
-gets. A later build into the same folder must have the same plan, or the set would be of two kinds.
+gets. Shards are written by several processes, whole or not at all; the same command completes an interrupted
+set. A build with another plan into the same folder is refused, or the set would be of two kinds.
 """
 
+import codecs
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence, Sized
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from tqdm import tqdm
+
+from vico_pl.data.decode import IMAGE_EXTENSIONS, parse_conversation
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
 from vico_pl.data.shards.parallel import run_parallel
 from vico_pl.data.shards.reader import ShardIndex, read_index, write_index, write_shard
+from vico_pl.errors import RecordError
 from vico_pl.files import write_json
+from vico_pl.types import BadRecord
 
-Part = TypeVar("Part", bound=Sized)  # what a shard is made of, as long as it has samples
+IMAGE_FIELDS = ("image", "images")  # one path or a list of paths, relative to the image folder
+SAMPLES_PER_SHARD = 1000  # of annotations, by default
+_BLOCK = 512  # bytes of a tar block: a header takes one, contents are padded to whole ones
+
+Part = TypeVar("Part", bound=Sized)  # what a shard is made of; its length is the number of samples
+Records = Iterable[tuple[str, dict[str, bytes]]]  # key and files of each record
+
+
+class Line(NamedTuple):
+    """A usable record of an annotation file: its number in the set, its JSON's place, its size in a tar."""
+
+    number: int
+    path: Path
+    start: int  # byte
+    length: int
+    num_bytes: int
 
 
 def build_glyphs(
-    folder: Path,
-    config: GlyphsConfig,
-    *,
-    num_samples: int,
-    seed: int,
-    samples_per_shard: int,
-    workers: int | None = None,
+    folder: Path, config: GlyphsConfig, *, num_samples: int, seed: int, samples_per_shard: int
 ) -> ShardIndex:
     """Draw GlyphDocs shards."""
     starts = range(0, num_samples, samples_per_shard)
     parts = [range(start, min(start + samples_per_shard, num_samples)) for start in starts]
-    write = partial(_write_glyphs, config=config, seed=seed)
-    return build_set(folder, write, parts, settings={**vars(config), "seed": seed}, workers=workers)
+    records = partial(_glyphs, config=config, seed=seed)
+    return build_set(folder, records, parts, settings={**vars(config), "seed": seed})
+
+
+def build_from_annotations(
+    annotations: Sequence[Path],
+    images: Path,
+    output: Path,
+    *,
+    max_samples: int | None = None,
+    max_bytes: int | None = None,
+    workers: int | None = None,
+) -> tuple[ShardIndex, list[BadRecord]]:
+    """Write annotation files and their images as shards; returns their index and the bad records.
+
+    A file is JSONL, or one JSON list. Records keep the order of the files and of their lines. A shard has
+    at most `max_samples` and `max_bytes`, by default 1,000 samples; a larger sample gets its own shard.
+
+    Raises:
+        ValueError: a file or the image folder is absent, a list is unreadable, or no record is usable.
+    """
+    for path in annotations:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; expected JSONL or a JSON list with 'conversations'")
+    if not images.is_dir():
+        raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
+    lines, faults, checksum = _usable_lines(annotations, images)
+    if not lines:
+        first = faults[0].reason if faults else "empty"
+        raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
+    max_samples = max_samples or (len(lines) if max_bytes else SAMPLES_PER_SHARD)
+    parts = _cut(lines, max_samples=max_samples, max_bytes=max_bytes)
+    settings = {"annotations": [path.name for path in annotations], "content": checksum}
+    records = partial(_records, images=images)
+    return build_set(output, records, parts, settings=settings, workers=workers), faults
 
 
 def build_set(
     folder: Path,
-    write: Callable[[Path, Part], None],
+    records: Callable[[Part], Records],
     parts: Sequence[Part],
     *,
     settings: Mapping[str, Any],
     workers: int | None = None,
 ) -> ShardIndex:
-    """Write a set of shards with `write(path, part)`; shards that are already whole are kept.
+    """Write `records(part)` as a shard for each part; shards that are already whole are kept.
 
-    `settings` tell what else the records depend on. `workers` is the number of processes, by default that of
+    `settings` say what else the records depend on. `workers` is the number of processes, by default that of
     the CPU cores; the bytes do not depend on it.
 
     Raises:
         ValueError: the folder already holds a set, or a part of one, that was asked for otherwise.
     """
-    plan = _plan(settings, [len(part) for part in parts])
+    plan = {"version": 1, "settings": dict(settings), "num_samples": [len(part) for part in parts]}
+    plan["sha256"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     if _is_whole(folder, plan):
         return read_index(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.partial"):  # of a process that was killed
         leftover.unlink()
     write_json(plan, folder / PLAN_NAME)
-    paths = [folder / f"{folder.name}-{number:06d}.tar" for number in range(len(parts))]
-    jobs = [(path, part) for path, part in zip(paths, parts, strict=True) if not _is_written(path)]
-    done, run = len(parts) - len(jobs), partial(_write, write=write)
-    for _ in run_parallel(run, jobs, workers=workers, title=str(folder), done=done):
+    jobs = [(folder / f"{folder.name}-{number:06d}.tar", part) for number, part in enumerate(parts)]
+    # A shard is whole if it has a sidecar, which is written after it.
+    missing = [job for job in jobs if not (job[0].exists() and side_index_path(job[0]).exists())]
+    write, done = partial(_write, records=records), len(jobs) - len(missing)
+    for _ in run_parallel(write, missing, workers=workers, title=str(folder), done=done):
         pass
     return write_index(folder, workers=workers)
 
 
-def _plan(settings: Mapping[str, Any], counts: list[int]) -> dict[str, Any]:
-    plan = {"version": 1, "settings": dict(settings), "num_samples": counts}
-    return {**plan, "sha256": _checksum(plan)}
+def _write(job: tuple[Path, Part], *, records: Callable[[Part], Records]) -> None:
+    path, part = job
+    write_shard(path, records(part))
 
 
-def _checksum(plan: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+def _glyphs(part: range, *, config: GlyphsConfig, seed: int) -> Records:
+    return draw_records(config, seed=seed, start=part.start, count=len(part))
 
 
 def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
-    """Say whether a folder holds the set of a plan; another one, or a part of another, is refused."""
+    """Return whether a folder holds the set of a plan; another one, or a part of another, is refused."""
     is_whole, path = (folder / INDEX_NAME).exists(), folder / PLAN_NAME
     state = "already holds" if is_whole else "already holds a part of"
     remedy = "remove it or choose another folder"
     if path.exists():
         if _read_plan(path) != plan:
-            raise ValueError(f"{folder}: {state} a set of other annotations or settings; {remedy}")
+            reason = f"a set of other annotations or settings, or {PLAN_NAME} is damaged"
+            raise ValueError(f"{folder}: {state} {reason}; {remedy}")
     elif is_whole:
         found, expected = read_index(folder).num_samples, sum(plan["num_samples"])
         if found != expected:
@@ -93,25 +150,139 @@ def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     return is_whole
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
+def _read_plan(path: Path) -> Any:
+    with suppress(ValueError, RecursionError):
+        return json.loads(path.read_bytes())
+
+
+def _cut(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> list[list[Line]]:
+    """Cut records into shards, in their order."""
+    parts: list[list[Line]] = []
+    num_bytes = 0
+    for line in lines:
+        # A tar ends with two empty blocks and is padded to whole tar records.
+        size = -(-(num_bytes + line.num_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        if not parts or len(parts[-1]) == max_samples or (max_bytes is not None and size > max_bytes):
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(line)
+        num_bytes += line.num_bytes
+    return parts
+
+
+def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str]:
+    """Return usable records, bad records, and a checksum of everything that will be written."""
+    lines: list[Line] = []
+    faults: list[BadRecord] = []
+    digest = hashlib.sha256()
+    found = ((path, *item) for path in paths for item in _pieces(path))
+    for path, name, start, content in tqdm(found, desc="read annotations", unit="record", disable=None):
+        try:
+            entry, files = _parse_line(content, images)
+        except RecordError as error:
+            faults.append(BadRecord(id=f"{path.name}{name}", reason=str(error)))
+            continue
+        sizes = [file.stat().st_size for file in files]
+        digest.update(content + json.dumps([str(file.name) for file in files] + sizes).encode())
+        members = [*sizes, len(_annotation(entry))]
+        num_bytes = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in members)
+        lines.append(Line(len(lines), path, start, len(content), num_bytes))
+    return lines, faults, digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Yield the name within the file, first byte and JSON of each record."""
+    with path.open("rb") as file:
+        is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if is_list and path.suffix != ".jsonl":
+        yield from _list_items(path)
+        return
+    position = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f":{number}", position, line
+            position += len(line)
+
+
+def _list_items(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """Yield the items of a JSON list with their byte positions, so that each can be read alone later."""
     try:
-        plan: dict[str, Any] = json.loads(path.read_bytes())
-        checksum = plan.pop("sha256")
-    except (ValueError, AttributeError, KeyError, RecursionError):
-        plan, checksum = {}, ""
-    if checksum != _checksum(plan):
-        raise ValueError(f"{path}: damaged; remove the folder and build it again")
-    return {**plan, "sha256": checksum}
+        text = path.read_bytes().decode("utf-8")  # read_text() would turn \r\n into \n and shift positions
+        decoder, end = json.JSONDecoder(), text.index("[") + 1
+        position = len(text[:end].encode())
+        for number in count():
+            start = end
+            while text[start : start + 1] in (" ", "\n", "\r", "\t", ","):
+                start += 1
+            if start == len(text):
+                raise ValueError("it is truncated")
+            if text[start] == "]":
+                return
+            position += start - end  # spaces and commas take one byte each
+            with _paused_collection():
+                _, end = decoder.raw_decode(text, start)
+            content = text[start:end].encode()
+            yield f"[{number}]", position, content
+            position += len(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable JSON list ({error})") from error
 
 
-def _is_written(path: Path) -> bool:
-    """Say whether a shard is whole: its side index is written after it."""
-    return path.exists() and side_index_path(path).exists()
+@contextmanager
+def _paused_collection() -> Iterator[None]:
+    """Pause garbage collection, which would run finalizers without stack left when JSON nests too deep."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-def _write(job: tuple[Path, Part], *, write: Callable[[Path, Part], None]) -> None:
-    write(*job)
+def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Return a record without its image paths, and the image files."""
+    try:
+        with _paused_collection():
+            entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise RecordError("expected a JSON object in each line")
+    named = []
+    for given in map(entry.get, IMAGE_FIELDS):
+        if given not in (None, ""):  # both mark a text-only record
+            named += given if isinstance(given, list) else [given]
+    paths = [_image_path(name, images) for name in named]
+    parse_conversation(entry, num_images=len(paths))
+    return {k: v for k, v in entry.items() if k not in IMAGE_FIELDS}, paths
 
 
-def _write_glyphs(path: Path, part: range, *, config: GlyphsConfig, seed: int) -> None:
-    write_shard(path, draw_records(config, seed=seed, start=part.start, count=len(part)))
+def _image_path(name: Any, images: Path) -> Path:
+    if not isinstance(name, str) or "\0" in name:
+        raise RecordError(f"image path {name!r} is not a path")
+    path = Path(os.path.abspath(images / name))  # not resolve(): links may lead elsewhere
+    if not path.is_relative_to(os.path.abspath(images)):
+        raise RecordError(f"image path '{name}' leads out of {images}")
+    if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+        raise RecordError(f"image '{name}': expected one of {', '.join(IMAGE_EXTENSIONS)}")
+    if not path.is_file():
+        raise RecordError(f"image '{name}' is absent")
+    return path
+
+
+def _records(part: Sequence[Line], *, images: Path) -> Records:
+    for line in part:
+        with line.path.open("rb") as file:
+            content = os.pread(file.fileno(), line.length, line.start)
+        entry, paths = _parse_line(content, images)
+        names = [path.suffix.lower().lstrip(".") for path in paths]
+        if len(paths) > 1:
+            names = [f"{i}.{name}" for i, name in enumerate(names)]
+        files = {name: path.read_bytes() for name, path in zip(names, paths, strict=True)}
+        yield f"{line.number:08d}", {**files, "json": _annotation(entry)}
+
+
+def _annotation(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode(errors="surrogatepass")

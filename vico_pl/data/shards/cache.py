@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import fsspec
 import webdataset as wds
@@ -30,6 +30,7 @@ from vico_pl.files import atomic_path
 
 MAX_INDEX_BYTES = 2**28  # of an index.json: a million shards
 TIMEOUT_S = 60.0  # without a byte from a server
+MIN_BYTES_PER_S = 1024  # on average after that time
 TRIES = 4  # for temporary faults: a lost connection, a busy server
 BACKOFF_S = 1.0  # before the second try, then doubled each time
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vico_pl"
@@ -80,7 +81,7 @@ class ShardCache:
     ) -> int:
         """Return a descriptor of the shard kept at `path`, fetched if it is not there.
 
-        `check` is called with a fetched file before it is renamed, and raises `ValueError`. Another process
+        `check` is called with a fetched file before it is renamed, and raises `RecordError`. Another process
         that fetches it is waited for `wait_s` seconds; -1: forever.
 
         Raises:
@@ -106,23 +107,15 @@ class ShardCache:
         shown, limit = without_secrets(location), self.max_shard_bytes
         with atomic_path(path) as temporary:
             with open_location(location) as stream, temporary.open("wb") as file:
-                received = _copy(stream, file, limit, f"{shown}: larger than max_shard_bytes")
+                received = _copy(stream, file, limit, shown)
             _compare(received, entry)
             with temporary.open("rb") as file:
                 if file.read(2) == _GZIP:
                     file.seek(0)
                     temporary.unlink()  # the open file remains readable
                     with gzip.open(file) as packed, temporary.open("wb") as tar:
-                        _copy(
-                            cast(IO[bytes], packed),
-                            tar,
-                            limit,
-                            f"{shown}: unpacks to more than max_shard_bytes",
-                        )
-            try:
-                check(temporary)
-            except ValueError as error:
-                raise RecordError(f"{shown}: {error}", kind="shard") from error
+                        _copy(packed, tar, limit, f"{shown}, unpacked")
+            check(temporary)
             return os.open(temporary, os.O_RDONLY)
 
     def _make_room(self, newest: Path) -> None:
@@ -158,7 +151,7 @@ def fetch_bytes(location: str) -> bytes | None:
     def fetch() -> bytes:
         content = BytesIO()
         with open_location(location) as stream:
-            _copy(stream, content, MAX_INDEX_BYTES, f"{without_secrets(location)}: larger than allowed")
+            _copy(stream, content, MAX_INDEX_BYTES, without_secrets(location))
         return content.getvalue()
 
     try:
@@ -204,13 +197,16 @@ def _filesystem(location: str) -> tuple[Any, str]:
         raise RecordError(reason, kind="io") from error
 
 
-def _copy(stream: Any, file: Any, limit: int, too_large: str) -> tuple[int, str]:
+def _copy(stream: Any, file: Any, limit: int, shown: str) -> tuple[int, str]:
     """Copy a stream, of any kind that fsspec has, to a file; return its size and SHA-256."""
-    num_bytes, digest = 0, hashlib.sha256()
+    num_bytes, digest, begun = 0, hashlib.sha256(), time.monotonic()
     for chunk in iter(partial(stream.read, _CHUNK), b""):
         num_bytes += len(chunk)
+        elapsed_s = time.monotonic() - begun
+        if elapsed_s > TIMEOUT_S and num_bytes < MIN_BYTES_PER_S * elapsed_s:
+            raise RecordError(f"{shown}: only {num_bytes} bytes came in {elapsed_s:.0f} s", kind="io")
         if num_bytes > limit:
-            raise RecordError(f"{too_large} ({limit})", kind="shard")
+            raise RecordError(f"{shown}: more than the limit, {limit} bytes", kind="shard")
         digest.update(chunk)
         file.write(chunk)
     return num_bytes, digest.hexdigest()

@@ -9,6 +9,7 @@ each map holds a file open.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +25,8 @@ INDEX_NAME = "index.json"
 PLAN_NAME = "build.json"  # of a set that `vico shards build` writes, see `build.py`
 INDEX_VERSION = 1
 _MIN_MAPPED_BYTES = 2**16
-_PARSING = Lock()
+_MAGIC = b"\x93NUMPY"
+_PARSING = Lock()  # NumPy parses headers with `ast`, which fails in threads of 3.11 (python/cpython#106905)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,13 @@ def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
         ValueError: it is unreadable, or lists a shard outside its folder.
     """
     try:
-        entries = [_parse_entry(entry) for entry in json.loads(content)["shards"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        shards = json.loads(content)["shards"]
+        if shards and "raw_data" in shards[0]:
+            raise ValueError(
+                f"{where}: lists shards of MosaicML; expected WebDataset tars (see data/README.md)"
+            )
+        entries = [_parse_entry(entry) for entry in shards]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{where}: unreadable; {rebuild_hint(where.rpartition('/')[0])}") from error
     names = [entry.name for entry in entries]
     for name in names:
@@ -114,7 +121,7 @@ def write_sidecar(contents: Contents, path: Path) -> None:
 
 
 def read_sidecar(path: Path) -> Contents | None:
-    """Read the sidecar of the shard at `path`; None: there is none, or it is of an older version.
+    """Read the sidecar of the shard at `path`; None: there is none, or it is foreign or of an older version.
 
     Raises:
         ValueError: it is damaged.
@@ -122,29 +129,33 @@ def read_sidecar(path: Path) -> Contents | None:
     sidecar = side_index_path(path)
     try:
         is_large = sidecar.stat().st_size >= _MIN_MAPPED_BYTES
-        return parse_sidecar(load_table(sidecar, mmap_mode="r" if is_large else None))
+        return load_sidecar(sidecar, mmap_mode="r" if is_large else None)
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
+        if is_foreign(path):
+            return None
         raise ValueError(f"{sidecar}: {error}; {rebuild_hint(path.parent)}") from error
 
 
-def load_table(file: Path | BytesIO, *, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """Load an array, one thread at a time: NumPy parses its header with `ast`.
-
-    In CPython 3.11 that may fail with a SystemError if two threads do so (python/cpython#106905).
-    """
-    with _PARSING:
-        table: np.ndarray = np.load(file, allow_pickle=False, mmap_mode=mmap_mode)
-    return table
+def is_foreign(path: Path) -> bool:
+    """Say whether another tool wrote the file with the name of a shard's sidecar, as that of DALI does."""
+    with suppress(OSError), side_index_path(path).open("rb") as file:
+        return not _MAGIC.startswith(file.read(len(_MAGIC)))
+    return False
 
 
-def parse_sidecar(table: np.ndarray) -> Contents | None:
-    """Return the contents of a sidecar's array; None: it is of an older version, (n + 1,) without sizes.
+def load_sidecar(file: Path | BytesIO, *, mmap_mode: Literal["r"] | None = None) -> Contents | None:
+    """Return the contents of a sidecar; None: it is of an older version, (n + 1,) without sizes.
 
     Raises:
         ValueError: it is no sidecar.
     """
+    try:
+        with _PARSING:
+            table: np.ndarray = np.load(file, allow_pickle=False, mmap_mode=mmap_mode)
+    except EOFError as error:
+        raise ValueError(str(error)) from error
     if table.dtype != np.int64 or table.ndim not in (1, 2) or table.shape[1:] not in ((), (5,)):
         raise ValueError("not an int64 array (n + 1, 5)")
     if table.ndim == 1:
@@ -166,8 +177,8 @@ def read_sizes(path: Path, count: int) -> np.ndarray | None:
     return contents.sizes
 
 
-def check_contents(contents: Contents, path: Path, *, count: int, num_bytes: int) -> Contents:
-    """Return the contents of a shard.
+def check_contents(contents: Contents, path: Path, *, count: int, num_bytes: int) -> None:
+    """Compare the contents of the shard at `path` with index.json and the size of the tar.
 
     Raises:
         ValueError: `index.json` has another number of samples, or the tar is too short.
@@ -178,4 +189,3 @@ def check_contents(contents: Contents, path: Path, *, count: int, num_bytes: int
             f"{side_index_path(path)}: does not match {INDEX_NAME} or its shard: {found} samples in {end} "
             f"bytes, expected {count} in at most {num_bytes}; {rebuild_hint(path.parent)}"
         )
-    return contents

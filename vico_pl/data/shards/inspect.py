@@ -15,10 +15,10 @@ def read_samples(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STR
     return (item for item in read_all(read_index(source, streaming=streaming)) if isinstance(item, Sample))
 
 
-def find_faults(source: Path | str) -> Iterator[BadRecord]:
+def find_faults(index: ShardIndex) -> Iterator[BadRecord]:
     """Decode every record and yield the bad ones; a shard that cannot be opened is yielded once."""
     dead: set[str] = set()
-    for item in read_all(read_index(source)):
+    for item in read_all(index):
         if isinstance(item, BadRecord) and item.reason not in dead:
             yield item
             if item.kind == "shard":
@@ -29,8 +29,7 @@ def read_all(index: ShardIndex) -> Iterator[Sample | BadRecord]:
     """Yield every record of a set in order, decoded or as a bad record."""
     reader = RecordReader(index)
     for position in range(index.num_samples):
-        shard = index.names[index.place(position)[0]]
-        name = f"{shard}, sample {position} of the set"  # until its key is known
+        name = f"{index.names[index.place(position)[0]]}, sample {position} of the set"
         try:
             record = reader(position)
             name = printable(record.id)

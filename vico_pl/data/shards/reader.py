@@ -2,15 +2,17 @@
 
 A shard is a WebDataset tar, in which the members of a sample are neighbours: a sample is one range of bytes,
 given by the shard's sidecar file (`index.py`). A local plain tar is read in place; any other shard is first
-fetched into the cache and then read as a local tar (`opened.py`, `cache.py`).
+fetched into the cache and then read as a local tar (`shard.py`, `cache.py`).
 """
 
 import os
+import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,48 +21,38 @@ from typing import Any
 
 import numpy as np
 import webdataset as wds
+from tqdm import tqdm
 
-from vico_pl.data.shards.cache import DEFAULT_STREAMING, ShardCache, StreamingConfig, build_cache, fetch_bytes
+from vico_pl.data.shards.cache import DEFAULT_STREAMING, StreamingConfig, build_cache, fetch_bytes
 from vico_pl.data.shards.index import (
     INDEX_NAME,
     PLAN_NAME,
     Contents,
     ShardEntry,
     parse_entries,
-    read_sidecar,
-    read_sizes,
+    write_entries,
     write_sidecar,
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
-from vico_pl.data.shards.opened import (
-    MAX_OPEN,
-    OpenShard,
-    OpenShards,
-    cached_sizes,
-    check_size,
-    count_cached,
-    fetch_sizes,
-    index_folder,
-    index_tar,
-    open_cached,
-    open_in_place,
-)
 from vico_pl.data.shards.parallel import run_parallel, worth_processes
+from vico_pl.data.shards.shard import OpenShard, Shard
 from vico_pl.data.shards.sizes import UNKNOWN_SIZE, SampleSize, measure_shard
 from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members, scan_boundaries
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
 from vico_pl.types import Record
 
+MAX_OPEN = 128  # shards of a set: several sets share the 1,024 files that a process may usually open
+FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again
+_THREADS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """A set of shards. Each shard is opened on first use."""
+    """A set of shards. Each shard is opened on first use, and the most recent ones remain open."""
 
     source: Source
-    entries: Sequence[ShardEntry]  # in the order of the set
-    cache: ShardCache
-    in_memory: dict[str, Contents] = field(default_factory=dict)  # of shards in a read-only folder
+    shards: Sequence[Shard]  # in the order of the set, all counted
     has_sizes: bool = True  # of streamed sets: known of all shards or of none, so that all machines agree
 
     @property
@@ -71,12 +63,17 @@ class ShardIndex:
     @cached_property
     def is_streamed(self) -> bool:
         """Whether some shards must be fetched or uncompressed before they are read."""
-        return not (self.source.is_local and all(map(self.source.is_in_place, self.names)))
+        return not all(shard.in_place for shard in self.shards)
 
     @cached_property
     def names(self) -> list[str]:
         """File names of the shards."""
-        return [entry.name for entry in self.entries]
+        return [shard.name for shard in self.shards]
+
+    @cached_property
+    def entries(self) -> list[ShardEntry]:
+        """What is known of each shard."""
+        return [shard.entry for shard in self.shards if shard.entry is not None]
 
     @cached_property
     def shard_sizes(self) -> list[int]:
@@ -87,11 +84,6 @@ class ShardIndex:
     def num_samples(self) -> int:
         """Samples in the whole set."""
         return self.starts[-1]
-
-    @property
-    def boundaries(self) -> list[np.ndarray]:
-        """Byte positions between the samples of each shard, int64 (n + 1,); opens all shards."""
-        return [self.open(number).bounds for number in range(len(self.entries))]
 
     @cached_property
     def starts(self) -> list[int]:
@@ -105,77 +97,47 @@ class ShardIndex:
         number = bisect_right(self.starts, sample) - 1
         return number, sample - self.starts[number]
 
-    def locate(self, sample: int) -> tuple[str, int, int]:
-        """Return (shard, first byte, byte after the last) of a sample."""
-        number, place = self.place(sample)
-        return self.names[number], *self.open(number).span(place)
-
     def size_of(self, sample: int) -> SampleSize:
         """Return the size of a sample: the same on every machine."""
         number, place = self.place(sample)
-        sizes = self._sizes(number)
+        sizes = self._sizes(number) if self.has_sizes else None
         return UNKNOWN_SIZE if sizes is None else SampleSize(*sizes[place].tolist())
 
-    @cached_property
-    def open(self) -> OpenShards:
-        """Opens a shard by its number, unless it is still open."""
-        return OpenShards(self._open)
-
-    def fetch(self, number: int) -> None:
-        """Fetch a shard into the cache, unless another process does; a fault shows when it is read."""
-        with suppress(RecordError, TimeoutError, OSError):
-            self._open(number, wait_s=0.0)
-
-    def check(self, number: int) -> None:
-        """Open a local shard, but do not fetch any.
+    def open(self, number: int) -> OpenShard:
+        """Return a shard, open; a failure is remembered for a while.
 
         Raises:
-            RecordError: it is absent, damaged or not the one that was indexed.
-            ValueError: its sidecar is damaged.
+            RecordError: it cannot be opened.
         """
-        entry = self.entries[number]
-        if self.source.is_in_place(entry.name):
-            self._open(number)
-        elif self.source.is_local:
-            check_size(Path(self.source.location(entry.name)), entry)
+        failed_at, failure = self._failures.get(number, (0.0, None))
+        if failure is not None and time.monotonic() - failed_at < FAILURE_S:
+            raise RecordError(str(failure), kind=failure.kind)
+        try:
+            return self._recent(number)
+        except ValueError as error:
+            failure = error if isinstance(error, RecordError) else RecordError(str(error), kind="shard")
+            self._failures[number] = time.monotonic(), failure
+            raise failure from error
 
-    def _open(self, number: int, wait_s: float = -1.0) -> OpenShard:
-        entry = self.entries[number]
-        if self.source.is_in_place(entry.name):
-            return open_in_place(Path(self.source.location(entry.name)), entry, self.in_memory)
-        return open_cached(self.source, entry.name, self.cache, entry, wait_s=wait_s)
+    @cached_property
+    def _failures(self) -> dict[int, tuple[float, RecordError]]:
+        return {}
+
+    @cached_property
+    def _recent(self) -> Callable[[int], OpenShard]:
+        return lru_cache(MAX_OPEN)(lambda number: self.shards[number].open())
 
     @cached_property
     def _sizes(self) -> Callable[[int], np.ndarray | None]:
         return lru_cache(MAX_OPEN)(self._read_sizes)
 
     def _read_sizes(self, number: int) -> np.ndarray | None:
-        entry = self.entries[number]
-        if not self.has_sizes:
-            return None
-        if self.source.is_in_place(entry.name):
-            return self._sizes_in_place(entry)
-        sizes = cached_sizes(self.source, entry, self.cache)
-        if sizes is None:  # this machine would assign otherwise than others
-            where = f"{self.cache.folder}: the sizes of {entry.name} were"
+        shard = self.shards[number]
+        sizes = shard.sizes()
+        if sizes is None and not shard.in_place:  # this machine would assign otherwise than others
+            where = f"{shard.cache.folder}: the sizes of {shard.name} were"
             raise FileNotFoundError(f"{where} removed during the run; leave the cache alone while it is used")
         return sizes
-
-    def _sizes_in_place(self, entry: ShardEntry) -> np.ndarray | None:
-        if entry.name in self.in_memory:
-            return self.in_memory[entry.name].sizes
-        return read_sizes(Path(self.source.location(entry.name)), entry.num_samples)
-
-    def with_sizes(self) -> "ShardIndex":
-        """Return a streamed set after fetching its sizes.
-
-        Raises:
-            ValueError: those of a shard exist but cannot be fetched.
-        """
-        in_place = [entry for entry in self.entries if self.source.is_in_place(entry.name)]
-        cached = [entry for entry in self.entries if not self.source.is_in_place(entry.name)]
-        known = all(self._sizes_in_place(entry) is not None for entry in in_place)
-        return replace(self, has_sizes=known and fetch_sizes(self.source, cached, self.cache))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without open files."""
@@ -216,8 +178,10 @@ class RecordReader:
 
 
 def _fetch_all(index: ShardIndex, numbers: Sequence[int]) -> None:
+    """Fetch shards that no other process fetches; faults show when they are read."""
     for number in numbers:
-        index.fetch(number)
+        with suppress(ValueError, TimeoutError, OSError):
+            index.shards[number].open(wait_s=0.0)
 
 
 def _read_range(descriptor: int, start: int, end: int) -> tuple[str, dict[str, bytes]]:
@@ -241,15 +205,10 @@ def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREA
     found, cache = parse_source(str(source), allow_pipe=streaming.allow_pipe), build_cache(streaming)
     known = {entry.name: entry for entry in _read_entries(found, streaming)}
     names = found.names or list(known) or list_shards(Path(found.base))
-    in_memory = _index_in_place(found, names, known)
-    uncounted = [name for name in names if name not in known]
-    in_place = [name for name in uncounted if found.is_in_place(name)]
-    known.update({name: _count_in_place(Path(found.location(name)), in_memory) for name in in_place})
-    known.update(count_cached(found, [name for name in uncounted if name not in known], cache))
-    entries = [known[name] for name in names]
-    index = ShardIndex(source=found, entries=entries, cache=cache, in_memory=in_memory)
+    shards = [Shard(source=found, name=name, cache=cache, entry=known.get(name)) for name in names]
+    index = ShardIndex(source=found, shards=_prepare_all(shards, found))
     _warn_of_faults(index)
-    return index.with_sizes() if index.is_streamed else index
+    return replace(index, has_sizes=_fetch_sizes(index.shards)) if index.is_streamed else index
 
 
 def write_index(
@@ -265,8 +224,18 @@ def write_index(
     source = parse_source(str(folder))
     if not source.is_local or source.names is not None:
         raise ValueError(f"{folder}: an index is written next to the shards; expected their folder")
-    index_folder(Path(source.base), streaming, workers)
+    _index_folder(source, streaming, workers)
     return read_index(folder, streaming=streaming)
+
+
+def _index_folder(source: Source, streaming: StreamingConfig, workers: int | None = None) -> None:
+    """Write the sidecar of each shard of a folder, and `index.json` last."""
+    folder, cache = Path(source.base), build_cache(streaming)
+    names = list_shards(folder)
+    shards = [Shard(source=source, name=name, cache=cache, entry=None) for name in names]
+    workers = workers or worth_processes([shard.original for shard in shards])
+    entries = run_parallel(Shard.index, shards, workers=workers, title=f"index of {folder}")
+    write_entries(list(entries), folder / INDEX_NAME)
 
 
 def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -299,46 +268,65 @@ def _read_entries(source: Source, streaming: StreamingConfig) -> list[ShardEntry
             started = "holds a part of a set that 'vico shards build' began; the same command completes it"
             raise ValueError(f"{source.folder}: {started}")
         if os.access(source.base, os.W_OK):
-            index_folder(Path(source.base), streaming)
+            _index_folder(source, streaming)
     return parse_entries(path.read_bytes(), where=where) if path.exists() else []
 
 
-def _index_in_place(
-    source: Source, names: Sequence[str], known: Mapping[str, ShardEntry]
-) -> dict[str, Contents]:
-    """Write missing and old sidecars; return the contents of shards in a read-only folder."""
-    paths = [Path(source.location(name)) for name in names if source.is_in_place(name)]
-    paths = [path for path in paths if path.exists() and read_sidecar(path) is None]
-    jobs = [(path, path.name in known) for path in paths]
-    found = run_parallel(_try_index, jobs, workers=worth_processes(paths), title=f"index of {source.folder}")
-    return {path.name: contents for path, contents in zip(paths, found, strict=True) if contents is not None}
+def _prepare_all(shards: Sequence[Shard], source: Source) -> list[Shard]:
+    """Count the shards that `index.json` does not list, and write missing sidecars of local tars."""
+    local = [shard for shard in shards if shard.in_place and _is_new(shard)]
+    workers = worth_processes([shard.original for shard in local])
+    title = f"index of {source.folder}"
+    prepared = {s.name: s for s in run_parallel(_prepare, local, workers=workers, title=title)}
+    remote = [shard for shard in shards if shard.entry is None and not shard.in_place]
+    new = [shard for shard in remote if shard.contents() is None]
+    if new:
+        warnings.warn(
+            f"{source.folder}: {len(new)} of its shards are in no {INDEX_NAME}, so each is fetched once to "
+            f"count its samples; an {INDEX_NAME} next to them avoids that ('vico shards index' writes it)",
+            stacklevel=3,
+        )
+    with _threads() as pool:
+        bar = tqdm(pool.map(_prepare, remote), total=len(remote), unit="shard", disable=None if new else True)
+        prepared.update({shard.name: shard for shard in bar})
+    return [prepared.get(shard.name, shard) for shard in shards]
 
 
-def _try_index(job: tuple[Path, bool]) -> Contents | None:
-    path, is_counted = job
+def _is_new(shard: Shard) -> bool:
+    return shard.entry is None or (shard.original.exists() and shard.contents() is None)
+
+
+def _prepare(shard: Shard) -> Shard:
+    if shard.entry is not None:
+        with suppress(ValueError):  # reported when it is read
+            shard.open()
+    return shard.counted()
+
+
+def _fetch_sizes(shards: Sequence[Shard]) -> bool:
+    """Fetch the sizes of all samples of streamed shards, and say whether all are known."""
+    with _threads() as pool:
+        return all(map(Shard.fetch_sizes, shards[:1])) and all(pool.map(Shard.fetch_sizes, shards[1:]))
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that fetch; after a failure, what has not begun is not fetched."""
+    pool = ThreadPoolExecutor(_THREADS)
     try:
-        return index_tar(path)
-    except ValueError:
-        if is_counted:  # it is reported when it is opened
-            return None
-        raise
-
-
-def _count_in_place(path: Path, in_memory: Mapping[str, Contents]) -> ShardEntry:
-    contents = in_memory.get(path.name) or read_sidecar(path)
-    if contents is None:
-        raise FileNotFoundError(f"{path}: no such shard")
-    return ShardEntry(name=path.name, num_samples=len(contents.bounds) - 1, num_bytes=path.stat().st_size)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _warn_of_faults(index: ShardIndex) -> None:
     """Warn of local shards that cannot be opened: their records will be bad ones."""
     faults = []
-    for number in range(len(index.entries)):
+    for shard in index.shards:
         try:
-            index.check(number)
+            shard.check()
         except RecordError as error:
             faults.append(str(error))
     if faults:
         more = f" (and {len(faults) - 1} more shards)" if len(faults) > 1 else ""
-        warnings.warn(f"{faults[0]}{more}; its records will be bad ones", stacklevel=2)
+        warnings.warn(f"{faults[0]}{more}; its records will be bad ones", stacklevel=3)

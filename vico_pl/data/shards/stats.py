@@ -1,7 +1,7 @@
 """Counts of a set of shards, and one figure of how its samples differ."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from vico_pl.data.shards.inspect import read_all
 from vico_pl.data.shards.reader import read_index
 from vico_pl.data.tiling import TilingConfig, choose_grid
-from vico_pl.types import BadRecord, Sample
+from vico_pl.types import BadRecord
 
 COLOUR, FAULT_COLOUR = "#2f6db3", "#c2502e"
 NUM_BINS = 40
@@ -54,21 +54,23 @@ class Survey:
         return counts | {f"bad records: {kind}": count for kind, count in sorted(self.bad.items())}
 
 
-def survey(
-    source: Path | str,
-    *,
-    count_tokens: Callable[[str], int] | None = None,
-    tiling: TilingConfig = DEFAULT_TILING,
-) -> Survey:
-    """Read a whole set; without `count_tokens` texts are measured in bytes."""
+def survey(source: Path | str, *, tokenize: Callable[[str], Sized] | None = None) -> Survey:
+    """Read a whole set; without `tokenize` texts are measured in bytes."""
     index = read_index(source)
-    unit = "bytes" if count_tokens is None else "tokens"
+    unit, split = ("tokens", tokenize) if tokenize else ("bytes", str.encode)
     found = Survey(name=str(index.folder), num_shards=len(index.names), text_unit=unit)
     for item in read_all(index):
         if isinstance(item, BadRecord):
             found.bad[item.kind] += 1
-        else:
-            _add(found, item, count_tokens or (lambda text: len(text.encode())), tiling)
+            continue
+        sizes = [(image.shape[2], image.shape[1]) for image in item.images]
+        answers = [turn for turn in item.turns if turn.role == "gpt"]
+        found.tiles.append(count_tiles(sizes, DEFAULT_TILING))
+        found.images.append(len(sizes))
+        found.answers.append(len(answers))
+        found.skills.update(turn.skill for turn in answers if turn.skill is not None)
+        found.text.append(sum(len(split(turn.text)) for turn in item.turns))
+        found.image_sizes.extend(sizes)
     return found
 
 
@@ -88,25 +90,13 @@ def draw(found: Survey) -> Figure:
     _histogram(answers, found.answers, title="Answers per sample", unit="answers")
     _draw_sizes(sizes, found.image_sizes)
     bad.set(title="Bad records by kind", xlabel="records")
-    bars = bad.barh([*found.bad], [*found.bad.values()], color=FAULT_COLOUR)
-    bad.bar_label(bars, padding=3)
+    bad.bar_label(bad.barh([*found.bad], [*found.bad.values()], color=FAULT_COLOUR), padding=3)
     if not found.bad:
         bad.set(xticks=[], yticks=[], xlabel="none")
     counts = found.counts()
     totals = ", ".join(f"{counts[name]:,} {name}" for name in ("samples", "images", "tiles", "shards"))
     figure.suptitle(f"{found.name}: {totals}", parse_math=False)
     return figure
-
-
-def _add(found: Survey, sample: Sample, count: Callable[[str], int], tiling: TilingConfig) -> None:
-    sizes = [(image.shape[2], image.shape[1]) for image in sample.images]
-    answers = [turn for turn in sample.turns if turn.role == "gpt"]
-    found.tiles.append(count_tiles(sizes, tiling))
-    found.images.append(len(sizes))
-    found.answers.append(len(answers))
-    found.skills.update(turn.skill for turn in answers if turn.skill is not None)
-    found.text.append(sum(count(turn.text) for turn in sample.turns))
-    found.image_sizes.extend(sizes)
 
 
 @lru_cache(maxsize=65536)
@@ -120,16 +110,15 @@ def _histogram(axes: Axes, values: Sequence[int], *, title: str, unit: str) -> N
     axes.set(title=title, xlabel=unit, ylabel="samples")
     if not values:
         return
-    if max(values) - min(values) <= NUM_BINS:
-        axes.hist(
-            values, bins=[n - 0.5 for n in range(min(values), max(values) + 2)], rwidth=0.85, color=COLOUR
-        )
+    low, high = min(values), max(values)
+    if high - low <= NUM_BINS:
+        axes.hist(values, bins=[n - 0.5 for n in range(low, high + 2)], rwidth=0.85, color=COLOUR)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return
     end, median = max(float(np.percentile(values, 99)), 1.0), float(np.median(values))
     axes.hist(np.minimum(values, end), bins=NUM_BINS, range=(0, end), color=COLOUR)
     axes.axvline(median, color="black", linewidth=1, linestyle="--")
-    axes.set_title(f"{title}\nmedian {median:,.0f}, longest {max(values):,}")
+    axes.set_title(f"{title}\nmedian {median:,.0f}, longest {high:,}")
     axes.set_xlabel(f"{unit} (the longest 1 % in the last bar)")
 
 
@@ -137,9 +126,9 @@ def _draw_sizes(axes: Axes, sizes: Sequence[Size]) -> None:
     axes.set(title="Image sizes", xlabel="width, px", ylabel="height, px")
     if not sizes:
         return
-    sides = np.array(sizes).T
-    ends = [max(float(np.percentile(side, 99)), 2.0) for side in sides]
-    widths, heights = (np.minimum(side, end) for side, end in zip(sides, ends, strict=True))
+    sides = np.array(sizes)
+    ends = np.maximum(np.percentile(sides, 99, axis=0), 2.0)  # larger images lie at the edge
+    widths, heights = np.minimum(sides, ends).T
     limits = [(0, end * 1.001) for end in ends]
     *_, drawn = axes.hist2d(widths, heights, bins=NUM_BINS, range=limits, cmin=1, norm=LogNorm())
     axes.figure.colorbar(drawn, ax=axes, label="images")

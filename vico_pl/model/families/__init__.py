@@ -1,14 +1,11 @@
 """Model folders in and out: the only place that knows how other projects store their models.
 
-A family is one module that ends in a `Family`, and one line in the table below; a new vision tower or router
-is one builder and one line in `vision.TOWERS` or `router.ROUTERS`.
+A family is one module that ends in a `Family`, and one line in the table below.
 
 base.py       what a family is, and our own layout
 official.py   released InternVL checkpoints: base model and Flash
 native.py     InternVL as transformers stores it
-internvl.py   what the InternVL families have in common
-folder.py     open a folder of any family, load a model, save one
-export.py     convert a folder to another family, tensor by tensor
+folder.py     open a folder of any family, load a model, save one, write another layout
 tensors.py    safetensors files, whole or in shards
 hub.py        folders on the Hugging Face Hub
 """

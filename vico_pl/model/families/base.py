@@ -11,7 +11,7 @@ Our own layout is at the end: `config.json` is the `ModelSpec`, tensors have the
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vico_pl.files import read_json, write_json
+from vico_pl.model.families.tensors import StoredTensors
 from vico_pl.model.router import DEFAULT_ROUTER, RoutingRule
 from vico_pl.model.vlm import ModelSpec
 
@@ -30,16 +31,15 @@ FORMAT = "vico_pl"
 
 Json = dict[str, Any]
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class FolderContents:
     """What a model folder says, apart from weights and tokenizer."""
 
     spec: ModelSpec
     processing: Json | None  # {"tiling": settings, "chat": settings}; None: the folder does not say
-    rule: RoutingRule | None  # None: not calibrated
+    rule: RoutingRule | None = None  # None: not calibrated
 
 
 @dataclass(frozen=True)
@@ -57,88 +57,66 @@ class Family:
     """One way to store a model; a new family defines these functions."""
 
     name: str  # as `vico export --layout` takes it
-    recognises: Callable[[Json], bool]  # a config.json
+    marks: tuple[str, ...]  # any of them, as format, model_type or architecture, marks its config.json
     # Folder, its config.json, names of its tensors. Without names, tokenizer and weights are not opened:
     # the id of the placeholder is 0, and ratios and router are those of the base model.
-    read: Callable[[Path, Json, set[str] | None], Contents]
+    read: Callable[[Path, Json, set[str] | None], FolderContents]
     stored_name: Callable[[str], str] = str  # unifies tensors that may be stored under two names
-    parts: Callable[[Shapes], list[TensorPart]]  # of our tensors with these shapes
-    reduce: Callable[[Contents], Contents]  # what the family can store; ValueError: it cannot store the model
+    parts_of: Callable[[str, Shape], Iterable[TensorPart]]  # of our tensor with this name and shape
+    # What the family can store; ValueError: it cannot store the model.
+    reduce: Callable[[FolderContents], FolderContents] = lambda contents: contents
     # Writes further files and returns config.json; the string is the type of the weights.
-    write: Callable[[Path, Contents, str], Json]
+    write: Callable[[Path, FolderContents, str], Json]
+    takes_remote_code: bool = False  # config.json may name code in the folder, for servers
+
+    def recognises(self, config: Json) -> bool:
+        """Say whether a config.json is of this family."""
+        named = config.get("format"), config.get("model_type"), *(config.get("architectures") or [])
+        return any(mark in named for mark in self.marks)
+
+    def stored_shapes(self, own: Mapping[str, Tensor]) -> dict[str, Shape]:
+        """Return the shapes that stored tensors must have; those of `own` count, not their values."""
+        empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in own.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.to_stored(empty).items()}
+
+    def to_stored(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that the family stores, made from ours."""
+        pieces: dict[str, list[Tensor]] = defaultdict(list)
+        for part in self._parts(own):
+            pieces[part.stored].append(own[part.own][part.at])
+        return {name: found[0] if len(found) == 1 else torch.cat(found) for name, found in pieces.items()}
+
+    def to_own(
+        self, stored: StoredTensors, wanted: Mapping[str, Tensor], *, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """Read tensors of the names and shapes of `wanted`, in `dtype` or as stored; whole ones are views."""
+        own: dict[str, Tensor] = {}
+        for part in self._parts(wanted):
+            tensor = stored[part.stored]
+            tensor = tensor if part.rows is None else tensor[slice(*part.rows)]
+            if part.at == ():
+                own[part.own] = tensor.to(dtype)
+                continue
+            if part.own not in own:
+                own[part.own] = torch.empty(wanted[part.own].shape, dtype=dtype or tensor.dtype)
+            own[part.own][part.at] = tensor
+        return own
+
+    def _parts(self, own: Mapping[str, Tensor]) -> Iterator[TensorPart]:
+        for name, tensor in own.items():
+            yield from self.parts_of(name, tuple(tensor.shape))
 
 
-def stored_shapes(parts: Iterable[TensorPart], own: Shapes) -> dict[str, Shape]:
-    """Return the shapes that stored tensors must have."""
-    shapes: dict[str, Shape] = {}
-    for part in parts:
-        shape = tuple(torch.empty(own[part.own], device="meta")[part.at].shape)
-        rows = shapes[part.stored][0] if part.stored in shapes else 0
-        shapes[part.stored] = shape if part.rows is None else (rows + shape[0], *shape[1:])
-    return shapes
-
-
-def assemble_own(
-    parts: Iterable[TensorPart], own: Shapes, stored: Callable[[str], Tensor], *, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Return our tensors, in `dtype` or as stored; whole tensors are views of the stored ones."""
-    result: dict[str, Tensor] = {}
-    for name, group in _grouped(parts, lambda part: part.own).items():
-        if group[0].at == ():
-            result[name] = _rows(stored(group[0].stored), group[0]).to(dtype)
-            continue
-        result[name] = torch.empty(own[name], dtype=dtype or stored(group[0].stored).dtype)
-        for part in group:
-            result[name][part.at] = _rows(stored(part.stored), part)
-    return result
-
-
-def assemble_stored(parts: Iterable[TensorPart], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that a family stores, made from ours."""
-    result: dict[str, Tensor] = {}
-    for name, group in _grouped(parts, lambda part: part.stored).items():
-        values = [own[part.own][part.at] for part in group]
-        result[name] = values[0] if len(values) == 1 else torch.cat(values)
-    return result
-
-
-def read_rule(folder: Path) -> RoutingRule | None:
-    """Read the threshold that `vico calibrate` wrote into a folder of any family.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = folder / CALIBRATION_NAME
-    if not path.exists():
-        return None
-    content = read_json(path)
-    threshold, relative = content.get("threshold"), content.get("relative_threshold")
-    if not isinstance(threshold, float | int) or not isinstance(relative, float | int | None):
-        raise ValueError(f"{path}: its threshold is {threshold!r}, no number; run 'vico calibrate' again")
-    return RoutingRule(threshold=float(threshold), relative_threshold=relative)
-
-
-def _rows(tensor: Tensor, part: TensorPart) -> Tensor:
-    return tensor if part.rows is None else tensor[slice(*part.rows)]
-
-
-def _grouped(parts: Iterable[TensorPart], key: Callable[[TensorPart], str]) -> dict[str, list[TensorPart]]:
-    groups: dict[str, list[TensorPart]] = defaultdict(list)
-    for part in parts:
-        groups[key(part)].append(part)
-    return groups
-
-
-def _read(folder: Path, config: Json, names: set[str] | None) -> Contents:
+def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
     try:
         spec = ModelSpec(**{key: value for key, value in config.items() if key != "format"})
     except TypeError as error:  # keys missing or unknown
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     processing = folder / PROCESSING_NAME
-    return Contents(spec=spec, processing=read_json(processing) if processing.exists() else None, rule=None)
+    return FolderContents(spec=spec, processing=read_json(processing) if processing.exists() else None)
 
 
-def _write(folder: Path, contents: Contents, dtype: str) -> Json:
+def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
     """Write processing.json, and calibration.json unless one was copied with its curve."""
     if contents.processing is not None:
         write_json(contents.processing, folder / PROCESSING_NAME, indent=2)
@@ -152,9 +130,8 @@ def _write(folder: Path, contents: Contents, dtype: str) -> Json:
 
 OURS = Family(
     name="ours",
-    recognises=lambda config: config.get("format") == FORMAT,
+    marks=(FORMAT,),
     read=_read,
-    parts=lambda own: [TensorPart(name, name) for name in own],
-    reduce=lambda contents: contents,
+    parts_of=lambda name, _: [TensorPart(name, name)],
     write=_write,
 )

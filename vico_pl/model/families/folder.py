@@ -1,4 +1,4 @@
-"""Opening model folders, reading models from them and writing them.
+"""Model folders: open one of any family, load its model, save a model, write a folder in another layout.
 
 config.json          the `ModelSpec`, or the configuration of another family, which is recognised by it
 model.safetensors    weights, in numbered shards above 5 GB
@@ -7,8 +7,8 @@ processing.json      tiling and chat settings (ours; other families have them in
 calibration.json     routing threshold (takes precedence over that of a Flash configuration)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,24 +19,23 @@ from transformers.initialization import no_init_weights
 from vico_pl.files import read_json, write_json
 from vico_pl.model.connector import Connector
 from vico_pl.model.families import FAMILIES
-from vico_pl.model.families.base import (
-    CONFIG_NAME,
-    FORMAT,
-    OURS,
-    Contents,
-    Family,
-    Json,
-    Shapes,
-    TensorPart,
-    assemble_own,
-    read_rule,
-    stored_shapes,
-)
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, OURS, Family, FolderContents, Json
+from vico_pl.model.families.official import placeholder_id
 from vico_pl.model.families.tensors import StoredTensors, write_tensors
-from vico_pl.model.router import build_router
+from vico_pl.model.router import RoutingRule, build_router
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
+from vico_pl.tokens import PLACEHOLDER
 
 MAX_PROBLEMS = 20  # a wrong layout has thousands
+LAYOUTS = {family.name: family for family in FAMILIES}
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    *("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+# What an export does not copy from `--template`: the new folder has its own.
+NOT_OF_A_TEMPLATE = ("*.safetensors", "*.bin", "*.index.json", CONFIG_NAME, ".*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class ModelFolder:
 
     path: Path
     family: Family
-    contents: Contents
+    contents: FolderContents
     tensors: StoredTensors
 
 
@@ -57,14 +56,12 @@ def open_folder(path: Path | str) -> ModelFolder:
     """
     path = Path(path)
     if not (path / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{path}: no {CONFIG_NAME}; a model folder holds {CONFIG_NAME}, weights and a tokenizer"
-        )
+        raise ValueError(f"{path}: no {CONFIG_NAME}; a model folder holds it, weights and a tokenizer")
     config = read_json(path / CONFIG_NAME)
     family = _family_of(config, path / CONFIG_NAME)
     tensors = StoredTensors(path, family.stored_name)
     contents = family.read(path, config, tensors.names)
-    contents = replace(contents, rule=read_rule(path) or contents.rule)
+    contents = replace(contents, rule=_calibrated(path / CALIBRATION_NAME) or contents.rule)
     return ModelFolder(path=path, family=family, contents=contents, tensors=tensors)
 
 
@@ -77,26 +74,6 @@ def read_shape(path: Path) -> tuple[ModelSpec, torch.dtype]:
     config = read_json(path)
     spec = _family_of(config, path).read(path.parent, config, None).spec
     return spec, _stored_type(path.parent, config)
-
-
-def _family_of(config: Json, path: Path) -> Family:
-    for family in FAMILIES:
-        if family.recognises(config):
-            return family
-    raise ValueError(
-        f"{path}: its 'architectures' is {config.get('architectures')}; expected vico_pl's "
-        "own format, InternVLChatModel or InternVLForConditionalGeneration"
-    )
-
-
-def _stored_type(folder: Path, config: Json) -> torch.dtype:
-    named = config.get("torch_dtype") or config.get("dtype")
-    if named is not None:
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(named), torch.float32)
-    if config.get("format") == FORMAT and any(folder.glob("*.safetensors")):
-        tensors = StoredTensors(folder)
-        return tensors[min(tensors.names)].dtype
-    return torch.float32
 
 
 def load_model(
@@ -118,18 +95,15 @@ def load_model(
     heads = stored.router_heads or router_heads
     if router_heads not in (None, heads):
         raise ValueError(f"{path}: its router has {heads} attention heads, not {router_heads}")
-    spec = replace(stored, ratios=ratios or stored.ratios, router_heads=heads)
-    with naming(path), no_init_weights():  # untouched memory is never allocated
-        model = VisionLanguageModel(spec)
-    model.language.tie_weights()  # initialisation would have done it
-    new = _new_parts(stored, spec)
-    wanted = {k: tuple(v.shape) for k, v in own_tensors(model).items() if not k.startswith(new)}
-    parts = folder.family.parts(wanted)
-    check_tensors(folder, parts, wanted)
-    state = assemble_own(parts, wanted, folder.tensors.__getitem__, dtype=dtype)
+    model = _build(path, replace(stored, ratios=ratios or stored.ratios, router_heads=heads), device="cpu")
+    new = tuple(f"connectors.by_ratio.{ratio}." for ratio in model.ratios if ratio not in stored.ratios)
+    new += ("router.",) if stored.router_heads is None else ()
+    wanted = {name: tensor for name, tensor in own_tensors(model).items() if not name.startswith(new)}
+    check_tensors(folder, wanted)
+    state = folder.family.to_own(folder.tensors, wanted, dtype=dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.language.tie_weights()  # loading replaced one of the two
-    _initialise(model, new, dtype or model.head.dtype)
+    _initialise_new(model, stored, dtype or model.head.dtype)
     return model.eval()
 
 
@@ -137,39 +111,61 @@ def save_model(model: VisionLanguageModel, folder: Path, *, processing: Json | N
     """Write a model in our layout, the configuration last: a folder with a configuration is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).unlink(missing_ok=True)
-    state = {name: tensor.detach().cpu() for name, tensor in own_tensors(model).items()}
-    write_tensors(state, folder)
-    contents = Contents(spec=model.spec, processing=processing, rule=None)
+    write_tensors({name: tensor.detach().cpu() for name, tensor in own_tensors(model).items()}, folder)
+    contents = FolderContents(spec=model.spec, processing=processing)
     write_json(OURS.write(folder, contents, str(model.head.dtype)), folder / CONFIG_NAME, indent=2)
+
+
+def export(
+    source: Path, output: Path, *, layout: str, template: Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write the model of `source` to `output`; its configuration comes last and marks a complete folder.
+
+    No model is built and no value changes, unless `dtype` asks for another type. `template` is a released
+    folder whose remote code and tokenizer go along, as servers want them.
+
+    Raises:
+        ValueError: the layout cannot hold the model, a folder cannot be read, or `output` is not empty.
+    """
+    folder = open_folder(source)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is '{layout}'; expected one of {', '.join(LAYOUTS)}")
+    target = LAYOUTS[layout]
+    contents = target.reduce(folder.contents)
+    code = {} if template is None else _remote_code(template, folder)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: not empty; name a new folder")
+    check_tensors(folder, own_tensors(_build(source, folder.contents.spec, device="meta")))
+    kept = own_tensors(_build(source, contents.spec, device="meta"))
+    state = folder.family.to_own(folder.tensors, kept, dtype=dtype)
+    output.mkdir(parents=True, exist_ok=True)
+    write_tensors(target.to_stored(state), output)
+    for name in (*TOKENIZER_FILES, *([CALIBRATION_NAME] if target is OURS else [])):  # with its curve
+        if (folder.path / name).is_file():
+            shutil.copyfile(folder.path / name, output / name)
+    if template is not None:
+        ignored = shutil.ignore_patterns(*NOT_OF_A_TEMPLATE)
+        shutil.copytree(template, output, ignore=ignored, dirs_exist_ok=True)
+    # The output layer, or what it is tied to, stands for the whole model.
+    heads = (state[name] for name in state if name.endswith(("lm_head.weight", "embed_tokens.weight")))
+    config = target.write(output, contents, str(next(heads).dtype).removeprefix("torch."))
+    write_json(config | (code if target.takes_remote_code else {}), output / CONFIG_NAME, indent=2)
 
 
 def own_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
     """Return the state without second names of one tensor, such as a head that is tied to the embeddings."""
-    seen: set[int] = set()
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor
-    return state
+    state = model.state_dict(keep_vars=True)
+    first_names = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first_names[id(tensor)] == name}
 
 
-@contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """Prefix errors with the folder whose model cannot be built."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def check_tensors(folder: ModelFolder, parts: list[TensorPart], own: Shapes) -> None:
-    """Compare a folder's tensors with those of a model.
+def check_tensors(folder: ModelFolder, own: Mapping[str, Tensor]) -> None:
+    """Compare a folder's tensors with those of a model, whose values do not count.
 
     Raises:
         ValueError: some are missing, unknown or of another shape; the message lists them.
     """
-    wanted, found = stored_shapes(parts, own), folder.tensors.names
+    wanted, found = folder.family.stored_shapes(own), folder.tensors.names
     problems = [f"missing {name}" for name in wanted.keys() - found]
     problems += [f"unknown {name}" for name in found - wanted.keys() if not _is_tied_head(folder, name)]
     problems += [
@@ -183,6 +179,35 @@ def check_tensors(folder: ModelFolder, parts: list[TensorPart], own: Shapes) -> 
         raise ValueError(f"{folder.path}: {len(problems)} tensors do not fit: {listed}{rest}")
 
 
+def _family_of(config: Json, path: Path) -> Family:
+    family = next((family for family in FAMILIES if family.recognises(config)), None)
+    if family is None:
+        found, known = config.get("architectures"), ", ".join(LAYOUTS)
+        raise ValueError(f"{path}: its 'architectures' is {found}; expected a model in the layout {known}")
+    return family
+
+
+def _calibrated(path: Path) -> RoutingRule | None:
+    """Read the threshold that `vico calibrate` wrote into a folder of any family."""
+    if not path.exists():
+        return None
+    content = read_json(path)
+    threshold, relative = content.get("threshold"), content.get("relative_threshold")
+    if not isinstance(threshold, float | int) or not isinstance(relative, float | int | None):
+        raise ValueError(f"{path}: its threshold is {threshold!r}, no number; run 'vico calibrate' again")
+    return RoutingRule(threshold=float(threshold), relative_threshold=relative)
+
+
+def _stored_type(folder: Path, config: Json) -> torch.dtype:
+    named = config.get("torch_dtype") or config.get("dtype")
+    if named is not None:
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(named), torch.float32)
+    if OURS.recognises(config) and any(folder.glob("*.safetensors")):
+        tensors = StoredTensors(folder)
+        return tensors[min(tensors.names)].dtype
+    return torch.float32
+
+
 def _is_tied_head(folder: ModelFolder, name: str) -> bool:
     """Say whether a tensor repeats the embeddings that the output layer is tied to, as some files do."""
     if not name.endswith("lm_head.weight") or not folder.contents.spec.language.get("tie_word_embeddings"):
@@ -191,23 +216,40 @@ def _is_tied_head(folder: ModelFolder, name: str) -> bool:
     return embeddings in tensors.names and torch.equal(tensors[name], tensors[embeddings])
 
 
-def _new_parts(stored: ModelSpec, wanted: ModelSpec) -> tuple[str, ...]:
-    """Return prefixes of the parts that a folder lacks: they are randomly initialised."""
-    new_ratios = [ratio for ratio in wanted.ratios if ratio not in stored.ratios]
-    connectors = [f"connectors.by_ratio.{ratio}." for ratio in new_ratios]
-    return (*connectors, *(["router."] if stored.router_heads is None else []))
+def _build(path: Path | str, spec: ModelSpec, *, device: str) -> VisionLanguageModel:
+    """Build a model without values: its memory is never touched."""
+    try:
+        with torch.device(device), no_init_weights():
+            model = VisionLanguageModel(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model.language.tie_weights()  # initialisation would have done it
+    return model
 
 
-def _initialise(model: VisionLanguageModel, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Initialise the parts that were built without weights."""
+def _initialise_new(model: VisionLanguageModel, stored: ModelSpec, dtype: torch.dtype) -> None:
+    """Replace the parts that a folder lacks, built without values, by randomly initialised ones."""
     vision_width, language_width = model.vision.width, model.language.config.hidden_size
     for ratio in model.ratios:
-        if f"connectors.by_ratio.{ratio}." in prefixes:
+        if ratio not in stored.ratios:
             connector = Connector(ratio, vision_width=vision_width, language_width=language_width)
             model.connectors.by_ratio[str(ratio)] = connector.to(dtype)
-    heads = model.spec.router_heads
-    if "router." in prefixes and heads is not None:
+    heads, num_ratios = model.spec.router_heads, len(model.ratios)
+    if stored.router_heads is None and heads is not None:
         # Always float32: it is small, and alone in being trained in stage 2.
-        model.router = build_router(
-            model.spec.router, vision_width, num_ratios=len(model.ratios), num_heads=heads
-        )
+        model.router = build_router(model.spec.router, vision_width, num_ratios=num_ratios, num_heads=heads)
+
+
+def _remote_code(template: Path, folder: ModelFolder) -> Json:
+    """Check that a template fits the model; return where its configuration names its code."""
+    if not (template / CONFIG_NAME).is_file():
+        raise ValueError(f"{template}: no {CONFIG_NAME}; --template takes a released model folder")
+    if any((template / name).exists() for name in VOCABULARY_FILES):  # else the model's tokenizer is kept
+        theirs, ours = placeholder_id(template), folder.contents.spec.placeholder_id
+        if theirs != ours:
+            raise ValueError(
+                f"{template}: its tokenizer has {PLACEHOLDER} at {theirs}, the model at {ours}; "
+                "take the template of the same family"
+            )
+    config = read_json(template / CONFIG_NAME)
+    return {"auto_map": config["auto_map"]} if "auto_map" in config else {}

@@ -1,18 +1,16 @@
 """Model folders that live on the Hugging Face Hub: named OWNER/NAME or OWNER/NAME@REVISION, fetched once."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    HFValidationError,
-    HTTPError,  # of httpx or httpx2, whichever the Hub's client uses
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
 # Weights, configurations and tokenizers; no Python file and nothing pickled.
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-# A refused connection is an HTTPError that is neither the Hub's own nor an OSError.
+# A refused connection is an HTTPError, of httpx or httpx2, and neither the Hub's own nor an OSError.
 Unreachable = (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
 
 
@@ -32,8 +30,10 @@ def split_revision(path: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def pinned(path: str) -> str:
+def pinned(path: str, begun_with: str | None = None) -> str:
     """Return a repository's name with the commit that its revision stands for now; a folder as it is.
+
+    Without a revision, a run keeps the commit that it has begun with.
 
     Raises:
         ValueError: the Hub does not know it, or cannot be reached.
@@ -41,18 +41,12 @@ def pinned(path: str) -> str:
     name, revision = split_revision(path)
     if not is_hub_id(path) or re.fullmatch("[0-9a-f]{40}", revision or ""):
         return path
-    try:
-        commit = HfApi().model_info(name, revision=revision).sha
-    except Unreachable as error:
-        raise ValueError(_message(path, error)) from error
+    if begun_with is not None and begun_with.startswith(f"{path}@"):
+        return begun_with
+    commit = _ask(path, HfApi().model_info, name, revision=revision).sha
     if commit is None:
         raise ValueError(f"{path}: the Hub names no commit for it")
     return f"{name}@{commit}"
-
-
-def is_pin_of(candidate: str | None, path: str) -> bool:
-    """Say whether a name is that of a repository, given without a revision, with some commit behind it."""
-    return candidate is not None and is_hub_id(path) and candidate.startswith(f"{path}@")
 
 
 def local_folder(path: str) -> Path:
@@ -64,12 +58,14 @@ def local_folder(path: str) -> Path:
     if not is_hub_id(path):
         return Path(path)
     name, revision = split_revision(path)
+    return Path(_ask(path, snapshot_download, name, revision=revision, allow_patterns=PATTERNS))
+
+
+def _ask(path: str, question: Callable[..., Any], *arguments: str, **options: Any) -> Any:
+    """Call a function of the Hub's client; say in one sentence why it cannot answer."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return question(*arguments, **options)
     except Unreachable as error:
-        raise ValueError(_message(path, error)) from error
-
-
-def _message(path: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{path}: no such folder, and it cannot be had from the Hugging Face Hub ({reason})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{path}: no such folder, and it cannot be had from the Hugging Face Hub ({reason})"
+        raise ValueError(message) from error

@@ -5,141 +5,84 @@ and the names of its modules alike (`model.language_model.*`, `lm_head.weight`);
 """
 
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from vico_pl.files import read_json, write_json
-from vico_pl.model.families.base import CONFIG_NAME, Contents, Family, Json, Shape, Shapes, TensorPart
-from vico_pl.model.families.internvl import (
-    LANGUAGE_MODELS,
-    base_model,
-    for_both_generations,
-    language_parts,
-    placeholder_id,
-)
+from vico_pl.model.families import official
+from vico_pl.model.families.base import CONFIG_NAME, Family, FolderContents, Json
 from vico_pl.model.vision import IMAGENET_MEAN, IMAGENET_STD
 from vico_pl.model.vlm import ModelSpec
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
 PROCESSOR_NAME = "preprocessor_config.json"
 WHOLE_PROCESSOR_NAME = "processor_config.json"  # transformers 5 keeps the image processor in here
-CONNECTOR_PARTS = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
-MODULE_NAMES = (  # names of modules -> stored names
-    (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-    (r"^model\.", ""),
-)
+RENAMES = {  # our names -> stored names
+    "vision.tower.": "vision_tower.",
+    "connectors.by_ratio.4.mlp.0.": "multi_modal_projector.layer_norm.",
+    "connectors.by_ratio.4.mlp.1.": "multi_modal_projector.linear_1.",
+    "connectors.by_ratio.4.mlp.3.": "multi_modal_projector.linear_2.",
+}
+MODULE_NAMES = {  # names of modules -> stored names
+    r"^model\.language_model\.": "language_model.model.",
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^model\.": "",
+}
 
 
-def recognises(config: Json) -> bool:
-    """Say whether a config.json is of this layout."""
-    return ARCHITECTURE in (config.get("architectures") or []) or config.get("model_type") == "internvl"
-
-
-def stored_name(name: str) -> str:
-    """Return the stored name of a tensor that may be named as a module.
-
-    >>> stored_name("model.language_model.norm.weight"), stored_name("vision_tower.layernorm.bias")
-    ('language_model.model.norm.weight', 'vision_tower.layernorm.bias')
-    """
-    for pattern, replacement in MODULE_NAMES:
-        renamed = re.sub(pattern, replacement, name)
-        if renamed != name:
-            return renamed
+def _stored_name(name: str) -> str:
+    """Return the stored name of a tensor that may be named as a module."""
+    for pattern, stored in MODULE_NAMES.items():
+        name = re.sub(pattern, stored, name)
     return name
 
 
-def read(folder: Path, config: Json, names: set[str] | None) -> Contents:
-    """Read a checkpoint of transformers."""
-    problems = list(_problems(config))
+def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
+    problems = "; ".join(_problems(config))
     if problems:
-        raise ValueError(f"{folder / CONFIG_NAME}: " + "; ".join(problems))
-    has_head = names is None or "language_model.lm_head.weight" in names
+        raise ValueError(f"{folder / CONFIG_NAME}: {problems}")
+    has_head = names is None or official.HEAD_NAME in names
     tied = config["text_config"].get("tie_word_embeddings", config.get("tie_word_embeddings", not has_head))
     vision = {k: v for k, v in config["vision_config"].items() if k not in ("dtype", "torch_dtype")}
-    vision["image_size"] = _side(vision.get("image_size", 448))
-    vision["patch_size"] = _side(vision.get("patch_size", 14))
-    return Contents(
+    for name, default in (("image_size", 448), ("patch_size", 14)):
+        size = vision.get(name, default)
+        vision[name] = size if isinstance(size, int) else size[0]
+    return FolderContents(
         spec=ModelSpec(
             vision={**vision, "model_type": "internvl_vision"},
             language={**config["text_config"], "tie_word_embeddings": tied},
             ratios=[4],
-            router_heads=None,
-            placeholder_id=0 if names is None else placeholder_id(folder),
+            placeholder_id=0 if names is None else official.placeholder_id(folder),
         ),
         processing={"tiling": _tiling(folder, vision["image_size"]), "chat": {"system": None}},
-        rule=None,
     )
 
 
-def parts(own: Shapes) -> list[TensorPart]:
-    """Map our tensors to those of transformers."""
-    return [piece for name, shape in own.items() for piece in _parts_of(name, shape)]
-
-
-def write(folder: Path, contents: Contents, dtype: str) -> Json:
-    """Write the image processor; return the configuration."""
-    spec = contents.spec
-    tiling = (contents.processing or {}).get("tiling", {})
-    side = spec.vision["image_size"]
-    write_json(_processor(tiling, side), folder / PROCESSOR_NAME, indent=2)
-    tied = spec.language.get("tie_word_embeddings", False)
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "internvl",
-        "downsample_ratio": 0.5,
-        "image_token_id": spec.placeholder_id,
-        "image_seq_length": (side // spec.vision["patch_size"] // 2) ** 2,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": tied,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "text_config": for_both_generations({**spec.language, "tie_word_embeddings": tied}, dtype),
-        "vision_config": {
-            **spec.vision,
-            "image_size": [side] * 2,
-            "patch_size": [spec.vision["patch_size"]] * 2,
-        },
-    }
-
-
-def _parts_of(name: str, shape: Shape) -> list[TensorPart]:
-    if name.startswith("language."):
-        return list(language_parts(name, shape, "language_model."))
-    match = re.match(r"connectors\.by_ratio\.4\.mlp\.(\d)\.(.*)", name)
-    if match is not None:
-        return [TensorPart(name, f"multi_modal_projector.{CONNECTOR_PARTS[match.group(1)]}.{match.group(2)}")]
-    return [TensorPart(name, name.replace("vision.tower.", "vision_tower.", 1))]
-
-
-def _problems(config: Json) -> list[str]:
-    problems = []
-    if config.get("downsample_ratio", 0.5) != 0.5:
-        problems.append(f"downsample_ratio is {config['downsample_ratio']}; expected 0.5")
-    if config.get("vision_feature_layer", -1) != -1:
-        problems.append(
-            f"vision_feature_layer is {config['vision_feature_layer']}; only the last one, -1, is read"
-        )
-    for part in ("vision_config", "text_config"):
-        if not isinstance(config.get(part), dict):
-            return [*problems, f"{part} is missing"]
-    kind = config["text_config"].get("model_type")
-    known = LANGUAGE_MODELS.values()
+def _problems(config: Json) -> Iterator[str]:
+    """Yield everything in a configuration that we do not read."""
+    yield from official.unread(config, downsample_ratio=0.5, vision_feature_layer=-1)
+    vision, language = config.get("vision_config"), config.get("text_config")
+    if not isinstance(vision, dict) or not isinstance(language, dict):
+        yield "vision_config or text_config is missing"
+        return
+    kind, known = language.get("model_type"), official.LANGUAGE_MODELS.values()
     if kind not in known:
-        problems.append(f"text_config.model_type is {kind!r}; expected one of {', '.join(known)}")
-    if not config["vision_config"].get("use_mean_pooling", True):
-        problems.append("use_mean_pooling is false: a final norm that InternVL's layouts have no place for")
-    sizes = {name: config["vision_config"].get(name) for name in ("image_size", "patch_size")}
-    return problems + [
-        f"vision_config.{name} is {size}; tiles and patches must be square"
-        for name, size in sizes.items()
-        if isinstance(size, list) and len(set(size)) != 1
-    ]
+        yield f"text_config.model_type is {kind!r}; expected one of {', '.join(known)}"
+    if not vision.get("use_mean_pooling", True):
+        yield "use_mean_pooling is false: a final norm that InternVL's layouts have no place for"
+    for name in ("image_size", "patch_size"):
+        size = vision.get(name)
+        if isinstance(size, list) and len(set(size)) != 1:
+            yield f"vision_config.{name} is {size}; tiles and patches must be square"
 
 
 def _tiling(folder: Path, tile_size: int) -> Json:
-    processor = _stored_processor(folder)
+    """Read the image processor from where transformers looks first, if there is one."""
+    whole, alone = folder / WHOLE_PROCESSOR_NAME, folder / PROCESSOR_NAME
+    processor = read_json(whole).get("image_processor") if whole.exists() else None
+    if not processor:
+        processor = read_json(alone) if alone.exists() else {}
     return {
         "tile_size": tile_size,
         "min_tiles": processor.get("min_patches", 1),
@@ -148,11 +91,27 @@ def _tiling(folder: Path, tile_size: int) -> Json:
     }
 
 
-def _stored_processor(folder: Path) -> Json:
-    """Return the image processor's settings from where transformers looks first, or none."""
-    whole, alone = folder / WHOLE_PROCESSOR_NAME, folder / PROCESSOR_NAME
-    inner = read_json(whole).get("image_processor") if whole.exists() else None
-    return inner or (read_json(alone) if alone.exists() else {})
+def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
+    """Write the image processor; return the configuration."""
+    spec, tiling = contents.spec, (contents.processing or {}).get("tiling", {})
+    side, patch = spec.vision["image_size"], spec.vision["patch_size"]
+    write_json(_processor(tiling, side), folder / PROCESSOR_NAME, indent=2)
+    tied = spec.language.get("tie_word_embeddings", False)
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "internvl",
+        "downsample_ratio": 0.5,
+        "image_token_id": spec.placeholder_id,
+        "image_seq_length": (side // patch // 2) ** 2,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": tied,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "text_config": official.for_both_generations({**spec.language, "tie_word_embeddings": tied}, dtype),
+        "vision_config": {**spec.vision, "image_size": [side] * 2, "patch_size": [patch] * 2},
+    }
 
 
 def _processor(tiling: Json, side: int) -> Json:
@@ -173,17 +132,12 @@ def _processor(tiling: Json, side: int) -> Json:
     }
 
 
-def _side(size: int | list[int]) -> int:
-    """Return the side of a square given as one number or two."""
-    return size if isinstance(size, int) else size[0]
-
-
 HF = Family(
     name="hf",
-    recognises=recognises,
-    stored_name=stored_name,
-    read=read,
-    parts=parts,
-    reduce=base_model,
-    write=write,
+    marks=(ARCHITECTURE, "internvl"),
+    stored_name=_stored_name,
+    read=_read,
+    parts_of=partial(official.parts_of, renames=RENAMES),
+    reduce=official.base_model,
+    write=_write,
 )

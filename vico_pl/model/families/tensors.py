@@ -3,8 +3,6 @@
 Tensors are read as views of the mapped file, so that opening a checkpoint takes no memory of its own.
 """
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vico_pl.files import atomic_path
+from vico_pl.files import atomic_path, read_json, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -22,21 +20,21 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 class StoredTensors:
-    """All tensors of a model folder by name."""
+    """All tensors of a model folder by name; `stored_name` gives each the name it goes by here.
+
+    Raises:
+        ValueError: no weights, only pickled ones, a shard is absent, or a file is no safetensors.
+    """
 
     def __init__(self, folder: Path, stored_name: Callable[[str], str] = str) -> None:
-        """Read which tensors there are; `stored_name` gives each the name it goes by here.
-
-        Raises:
-            ValueError: no weights, only pickled ones, a shard is absent, or a file is no safetensors.
-        """
-        files = [_open(path) for path in _weight_files(folder)]
-        self._places = {stored_name(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
-
-    @property
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._places)
+        self._places: dict[str, tuple[Any, str]] = {}
+        for path in _weight_files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: no readable weights ({error})") from error
+            self._places |= {stored_name(name): (file, name) for name in file.keys()}  # noqa: SIM118
+        self.names = set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
@@ -59,56 +57,33 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int
         max_shard_size=max_bytes,
     )
     for name, members in plan.filename_to_tensors.items():
-        _write_file({member: tensors[member] for member in members}, folder / name)
+        whole = {member: tensors[member].contiguous() for member in members}
+        with atomic_path(folder / name) as temporary:
+            temporary.touch()
+            usual_mode = temporary.stat().st_mode
+            save_file(whole, temporary, metadata={"format": "pt"})
+            temporary.chmod(usual_mode)  # safetensors makes it readable by its owner only
     written = set(plan.filename_to_tensors)
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        with atomic_path(folder / INDEX_NAME) as temporary:
-            temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        weight_map = dict(sorted(plan.tensor_to_filename.items()))
+        write_json({"metadata": plan.metadata, "weight_map": weight_map}, folder / INDEX_NAME, indent=2)
         written.add(INDEX_NAME)
     for old in {path.name for path in folder.glob("model*.safetensors*")} - written:
         (folder / old).unlink()  # of a model that was here before
 
 
-def _write_file(tensors: Mapping[str, Tensor], path: Path) -> None:
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata={"format": "pt"})
-        temporary.chmod(_usual_mode())  # safetensors makes it readable by its owner only
-
-
-def _usual_mode() -> int:
-    """Return the permissions that any new file gets."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_NAME).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
+            names = sorted(set(read_json(folder / INDEX_NAME)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / INDEX_NAME}: no readable index of weights ({error})") from error
-        absent = [name for name in names if not (folder / name).is_file()]
+        absent = ", ".join(name for name in names if not (folder / name).is_file())
         if absent:
-            raise ValueError(
-                f"{folder}: {INDEX_NAME} names {', '.join(absent)}, which is absent; fetch it again"
-            )
+            raise ValueError(f"{folder}: {INDEX_NAME} names {absent}, which is absent; fetch it again")
         return [folder / name for name in names]
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     if any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder}: its weights are pickled, which may run code; save them as {WEIGHTS_NAME}"
-        )
-    raise ValueError(
-        f"{folder}: no {WEIGHTS_NAME}; a model folder holds config.json, weights and a tokenizer"
-    )
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: no readable weights ({error})") from error
+        raise ValueError(f"{folder}: pickled weights may run code; save them as {WEIGHTS_NAME}")
+    raise ValueError(f"{folder}: no {WEIGHTS_NAME}; a model folder holds weights next to config.json")

@@ -1,7 +1,9 @@
+import gc
 import json
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 
 from tests.helpers import encoded_image
 from vico_pl.data.decode import read_image
-from vico_pl.data.shards import annotations
-from vico_pl.data.shards.annotations import ShardLimits, build_from_annotations
+from vico_pl.data.shards import build as build_module
+from vico_pl.data.shards.build import build_from_annotations
 from vico_pl.data.shards.inspect import find_faults, read_samples
 from vico_pl.data.shards.reader import RecordReader, read_index, write_shard
 
@@ -37,8 +39,7 @@ def line(*, text="<image>\nWhat?", answer="a cat", **fields):
 def build(tmp_path, images, *lines, samples_per_shard=2):
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    limits = ShardLimits(max_samples=samples_per_shard)
-    return build_from_annotations([path], images, tmp_path / "out", limits=limits)
+    return build_from_annotations([path], images, tmp_path / "out", max_samples=samples_per_shard)
 
 
 def test_images_and_conversations_come_back_as_they_were(tmp_path, images):
@@ -50,19 +51,13 @@ def test_images_and_conversations_come_back_as_they_were(tmp_path, images):
     index, faults = build(tmp_path, images, *lines)
     assert faults == []
     assert (index.num_samples, len(index.names)) == (3, 2)
+    assert RecordReader(index)(1).files["1.jpg"] == (images / "deep" / "b.JPG").read_bytes(), "copied"
     one, two, none = read_samples(tmp_path / "out")
     assert torch.equal(one.images[0], read_image(images / "a.png"))
     assert (one.turns[1].text, one.turns[1].skill, one.metadata) == ("eine Kätzchen 猫", "ocr", {"id": 17})
     assert [i.shape[1:] for i in two.images] == [(30, 40), (50, 20)]
-    assert torch.equal(two.images[1], read_image(images / "deep" / "b.JPG"))
     assert two.metadata == {}, "paths on the disk of whoever built the shards stay there"
     assert (none.images, none.turns[0].text) == ([], "Who?")
-
-
-def test_image_bytes_are_copied_and_not_encoded_anew(tmp_path, images):
-    index, _ = build(tmp_path, images, line(image="deep/b.JPG"))
-    record = RecordReader(index)(0)
-    assert record.files["jpg"] == (images / "deep" / "b.JPG").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -74,50 +69,35 @@ def test_image_bytes_are_copied_and_not_encoded_anew(tmp_path, images):
         (json.dumps({"image": "a.png"}), "no list 'conversations'"),
         (line(image="absent.png"), "image 'absent.png' is absent"),
         (line(image="../secret.png"), "image path '../secret.png' leads out of"),
-        (line(image="deep/../../secret.png"), "leads out of"),
         (line(image="/etc/passwd.png"), "leads out of"),
         (line(image="note.txt"), "expected one of jpg, jpeg, png, webp"),
-        (line(image="deep"), "expected one of"),
         (line(image=7), "image path 7 is not a path"),
         (line(image="a\0.png"), "is not a path"),
         (line(image="a.png", text="What?"), "0 <image> marks in the conversation but 1 images"),
         (line(text="<image>"), "1 <image> marks in the conversation but 0 images"),
-        (line(images=["a.png", "absent.png"], text="<image><image>"), "image 'absent.png' is absent"),
         (line(image="a.png", answer=None), "turn 1: expected"),
         (line(image="a.png", answer="\ud83d"), "half a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named_and_left_out(tmp_path, images, bad, told):
-    index, faults = build(tmp_path, images, line(image="a.png"), bad, line(image="deep/b.JPG"))
-    assert [fault.id for fault in faults] == ["train.jsonl:2"]
+    index, faults = build(tmp_path, images, line(image="a.png"), "", "  ", bad, line(image="deep/b.JPG"))
+    assert [fault.id for fault in faults] == ["train.jsonl:4"], "empty lines are passed over and counted"
     assert told in faults[0].reason
     assert index.num_samples == 2
     assert [s.images[0].shape[1:] for s in read_samples(tmp_path / "out")] == [(30, 40), (50, 20)]
-    assert list(find_faults(tmp_path / "out")) == []
+    assert list(find_faults(index)) == []
 
 
-def test_empty_lines_are_passed_over_and_counted(tmp_path, images):
-    index, faults = build(tmp_path, images, line(image="a.png"), "", "  ", "{", "")
-    assert index.num_samples == 1
-    assert [fault.id for fault in faults] == ["train.jsonl:4"]
-
-
-def test_links_in_the_image_folder_are_followed_as_in_the_cache_of_the_hub(tmp_path, images):
+def test_links_in_the_image_folder_are_followed_as_in_the_cache_of_the_hub(tmp_path, images, monkeypatch):
     blob = tmp_path / "blobs" / "0a1b2c"  # without an ending
     blob.parent.mkdir()
     blob.write_bytes((images / "a.png").read_bytes())
     (images / "link.png").symlink_to(blob)
     (tmp_path / "linked").symlink_to(images)
-    _, faults = build(tmp_path, tmp_path / "linked", line(image="link.png"), line(image="../secret.png"))
-    assert [fault.id for fault in faults] == ["train.jsonl:2"]
+    monkeypatch.chdir(tmp_path / "linked")
+    _, faults = build(tmp_path, Path(), line(image="link.png"), line(image="../secret.png"))
+    assert [(fault.id, "leads out of" in fault.reason) for fault in faults] == [("train.jsonl:2", True)]
     assert [s.images[0].shape[1:] for s in read_samples(tmp_path / "out")] == [(30, 40)]
-
-
-def test_a_path_out_of_the_working_folder_is_refused(tmp_path, images, monkeypatch):
-    monkeypatch.chdir(images)
-    _, faults = build(tmp_path, Path(), line(image="a.png"), line(image="../secret.png"))
-    assert [fault.id for fault in faults] == ["train.jsonl:2"]
-    assert "leads out of" in faults[0].reason
 
 
 def test_files_written_on_windows_are_read(tmp_path, images):
@@ -131,16 +111,10 @@ def test_files_written_on_windows_are_read(tmp_path, images):
     assert [s.turns[1].text for s in read_samples(tmp_path / "out")] == ["Kätzchen", "a cat"] * 2
 
 
-def test_an_empty_image_path_marks_a_text_only_record(tmp_path, images):
-    _, faults = build(tmp_path, images, line(image="", text="Who?"))
+def test_an_empty_image_path_marks_text_alone_and_metadata_need_be_no_utf8(tmp_path, images):
+    _, faults = build(tmp_path, images, line(image="", text="Who?"), line(image="a.png", note="\ud83d"))
     assert faults == []
-    assert [s.images for s in read_samples(tmp_path / "out")] == [[]]
-
-
-def test_metadata_that_is_no_utf8_does_not_stop_the_others(tmp_path, images):
-    index, faults = build(tmp_path, images, line(image="a.png", note="\ud83d"), line(image="a.png"))
-    assert (index.num_samples, faults) == (2, [])
-    assert len(list(read_samples(tmp_path / "out"))) == 2
+    assert [len(s.images) for s in read_samples(tmp_path / "out")] == [0, 1]
 
 
 def test_without_a_usable_line_nothing_is_written(tmp_path, images):
@@ -166,52 +140,42 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_samples": 3}, {"max_bytes": 40_960}, {"max_bytes": 1}])
-def test_the_bytes_depend_on_what_is_asked_for_and_not_on_who_writes_them(tmp_path, images, limits):
+@pytest.mark.parametrize(
+    ("limits", "num_shards"),
+    [({}, 1), ({"max_samples": 3}, 4), ({"max_bytes": 40_960}, 2), ({"max_bytes": 1}, 10)],
+)
+def test_the_bytes_depend_on_what_is_asked_for_and_not_on_who_writes_them(
+    tmp_path, images, limits, num_shards
+):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(f"{line(image='a.png', answer='x' * 700 * i)}\n" for i in range(10)))
-    found = []
     for workers in (1, 3):
-        folder = tmp_path / f"{workers}" / "set"
-        build_from_annotations([path], images, folder, limits=ShardLimits(**limits), workers=workers)
-        found.append(contents(folder))
-    assert found[0] == found[1]
-    tars = {name: len(content) for name, content in found[0].items() if name.endswith(".tar")}
-    assert (
-        len(tars)
-        == {"": 1, "max_samples": 4, "max_bytes": 2 if limits.get("max_bytes") != 1 else 10}[
-            next(iter(limits), "")
-        ]
-    )
-    assert limits.get("max_bytes", 1) == 1 or max(tars.values()) <= limits["max_bytes"]
+        build_from_annotations([path], images, tmp_path / f"{workers}" / "set", **limits, workers=workers)
+    assert contents(tmp_path / "1" / "set") == contents(tmp_path / "3" / "set")
+    sizes = [path.stat().st_size for path in (tmp_path / "1" / "set").glob("*.tar")]
+    assert len(sizes) == num_shards
+    assert num_shards == 10 or max(sizes) <= limits.get("max_bytes", 10**6)
 
 
 def _build_and_die(path, images, folder):
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    annotations.write_shard = _write_until(2, die)
-    build_from_annotations([path], images, folder, limits=ShardLimits(max_samples=2), workers=1)
-
-
-def _write_until(count, end):
+    """Build in one process, which is killed while it writes the third shard."""
     written = []
 
     def write(path, records):
-        if len(written) == count:
+        if len(written) == 2:
             path.with_name(f".{path.name}.1-1.partial").write_bytes(b"half")
-            end()
+            os.kill(os.getpid(), signal.SIGKILL)
         written.append(path)
         write_shard(path, records)
 
-    return write
+    build_module.write_shard = write
+    build_from_annotations([path], images, folder, max_samples=2, workers=1)
 
 
 def test_a_build_that_was_killed_goes_on_to_the_same_bytes(tmp_path, images):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(f"{line(image='a.png', answer=str(i))}\n" for i in range(9)))
-    limits = ShardLimits(max_samples=2)
-    build_from_annotations([path], images, tmp_path / "whole" / "set", limits=limits)
+    build_from_annotations([path], images, tmp_path / "whole" / "set", max_samples=2)
     folder = tmp_path / "killed" / "set"
     child = multiprocessing.get_context("fork").Process(target=_build_and_die, args=(path, images, folder))
     child.start()
@@ -221,7 +185,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(tmp_path, images):
     with pytest.raises(ValueError, match="the same command completes it"):
         read_index(folder)
     times = {tar: tar.stat().st_mtime_ns for tar in folder.glob("*.tar")}
-    build_from_annotations([path], images, folder, limits=limits)
+    build_from_annotations([path], images, folder, max_samples=2)
     assert contents(folder) == contents(tmp_path / "whole" / "set")
     assert all(tar.stat().st_mtime_ns == time for tar, time in times.items())
 
@@ -230,18 +194,19 @@ def test_a_build_does_not_go_on_with_other_annotations_images_or_settings(tmp_pa
     build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="2"))
     (tmp_path / "out" / "index.json").unlink()  # as if it had been interrupted
     before = contents(tmp_path / "out")
-    told = "already holds a part of a set of other annotations or settings; remove it"
+    told = "already holds a part of a set of other annotations or settings, or build.json is damaged; remove"
+    two = [line(image="a.png"), line(image="a.png", answer="2")]
     with pytest.raises(ValueError, match=told):
         build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="3"))
     with pytest.raises(ValueError, match=told):
-        build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="2"), samples_per_shard=1)
+        build(tmp_path, images, *two, samples_per_shard=1)
     (images / "a.png").write_bytes(encoded_image("PNG", size=(41, 31)))
     with pytest.raises(ValueError, match=told):
-        build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="2"))
+        build(tmp_path, images, *two)
     assert contents(tmp_path / "out") == before
-    (tmp_path / "out" / "build.json").write_text(json.dumps({"settings": {}}))
-    with pytest.raises(ValueError, match=r"build\.json: damaged"):
-        build(tmp_path, images, line(image="a.png"))
+    (tmp_path / "out" / "build.json").write_text("[]")
+    with pytest.raises(ValueError, match=told):
+        build(tmp_path, images, *two)
 
 
 def test_tars_of_unknown_origin_are_not_taken_for_shards_of_the_build(tmp_path, images):
@@ -273,3 +238,32 @@ def test_a_list_that_is_cut_or_damaged_is_refused(tmp_path, images, content):
     with pytest.raises(ValueError, match=r"a\.json: not a readable JSON list"):
         build_from_annotations([tmp_path / "a.json"], images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_json_nested_too_deep_runs_no_finalizer_without_stack(tmp_path, images, monkeypatch):
+    """A garbage collection at the bottom of the parser's stack left finalizers no frame to run in."""
+
+    class Finalized:
+        def __del__(self):
+            descend(50)
+
+    def descend(num_frames):
+        if num_frames:
+            descend(num_frames - 1)
+
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    failed = []
+    monkeypatch.setattr(sys, "unraisablehook", failed.append)
+    before = gc.get_threshold()
+    try:
+        for threshold in range(700, 1000, 20):  # new objects until the next collection
+            garbage = Finalized()
+            garbage.itself = garbage
+            del garbage
+            gc.set_threshold(threshold)
+            with pytest.raises(ValueError, match="not a readable JSON list"):
+                list(build_module._pieces(tmp_path / "a.json"))
+    finally:
+        gc.set_threshold(*before)
+    assert failed == []
+    assert gc.isenabled()
