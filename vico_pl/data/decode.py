@@ -51,9 +51,9 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-def bad_record(name: str, error: RecordError, *, kind: str = "other") -> BadRecord:
-    """Return what is left of a record; `kind` counts for errors that have none of their own."""
-    return BadRecord(id=name, reason=printable(str(error)), kind=error.kind or kind)
+def bad_record(name: str, error: RecordError) -> BadRecord:
+    """Return what is left of a record."""
+    return BadRecord(id=name, reason=printable(str(error)), kind=error.kind or "other")
 
 
 def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sample:

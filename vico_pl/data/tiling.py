@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.types import Image, Sample, TiledSample
 
 
@@ -22,7 +23,6 @@ class TilingConfig:
     use_thumbnail: bool = True  # add the whole image as one more tile when it was cut
 
     def __post_init__(self) -> None:
-        """Reject empty ranges."""
         if not 1 <= self.min_tiles <= self.max_tiles:
             given = f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}"
             raise ValueError(f"{given}: expected 1 <= min <= max")
@@ -40,11 +40,11 @@ class TilingConfig:
 def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
     """Cut all images of a sample."""
     per_image = config.per_image(len(sample.images))
-    tiles = [tile_image(image, per_image) for image in sample.images]
+    tiles = [tile_image(image, per_image) for image in sample.images] or [_empty_tiles(0, config.tile_size)]
     return TiledSample(
         id=sample.id,
-        tiles=_join(tiles, config.tile_size),
-        tiles_per_image=[len(t) for t in tiles],
+        tiles=torch.cat(tiles) if len(tiles) > 1 else tiles[0],  # a single image's are not copied
+        tiles_per_image=[len(t) for t in tiles][: len(sample.images)],
         turns=sample.turns,
         metadata=sample.metadata,
     )
@@ -66,6 +66,19 @@ def tile_image(image: Image, config: TilingConfig) -> UInt8[Tensor, "t 3 side si
     if has_thumbnail:
         tiles[-1] = _resize(image, size, size)
     return tiles
+
+
+def estimated_tiles(size: SampleSize, config: TilingConfig) -> list[int]:
+    """Return how many tiles each image of a sample will have if all are shaped like its first.
+
+    >>> estimated_tiles(SampleSize(text_tokens=25, num_images=2, width=1000, height=500), TilingConfig())
+    [3, 3]
+    """
+    if min(size.num_images, size.width, size.height) < 1:
+        return [1] * size.num_images
+    config = config.per_image(size.num_images)
+    columns, rows = choose_grid(size.width, size.height, config)
+    return [columns * rows + (config.use_thumbnail and columns * rows > 1)] * size.num_images
 
 
 def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
@@ -101,13 +114,6 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
         if min_tiles <= columns * rows <= max_tiles
     }
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
-
-
-def _join(tiles: list[UInt8[Tensor, "_ 3 side side"]], size: int) -> UInt8[Tensor, "t 3 side side"]:
-    """Concatenate the tiles of several images; those of a single image are not copied."""
-    if len(tiles) == 1:
-        return tiles[0]
-    return torch.cat(tiles) if tiles else _empty_tiles(0, size)
 
 
 def _empty_tiles(num_tiles: int, size: int) -> UInt8[Tensor, "t 3 side side"]:
