@@ -1,7 +1,7 @@
 """Conversation -> token ids in InternVL's chat format: a placeholder per tile, a mask of response tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -41,7 +41,7 @@ class ChatEncoder:
         Raises:
             RecordError: it has more than `max_tokens`.
         """
-        encoded = self._join(sample, self._turns(sample, sample.turns))
+        encoded = _join(sample, self._messages(sample))
         num_tokens = len(encoded.input_ids) + len(sample.tiles) * (self.full_tokens_per_tile - 1)
         if num_tokens > self.config.max_tokens:
             limit = f"chat.max_tokens is {self.config.max_tokens}"
@@ -50,49 +50,45 @@ class ChatEncoder:
 
     def encode_prompt(self, sample: TiledSample, question: str) -> EncodedSample:
         """Encode one question up to where the answer begins."""
-        pieces = self._turns(sample, [Turn(role="human", text=question)])
-        return self._join(sample, [*pieces, (self._opening("assistant"), False)])
+        asked = replace(sample, turns=[Turn(role="human", text=question)])
+        return _join(sample, [*self._messages(asked), (self._opening("assistant"), False)])
 
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {mark: token_id(self.tokenizer, mark) for mark in MARKS}
 
-    def _turns(self, sample: TiledSample, turns: list[Turn]) -> list[Piece]:
-        tiles_per_image, pieces = iter(sample.tiles_per_image), list[Piece]()
+    def _messages(self, sample: TiledSample) -> list[Piece]:
+        pieces, tiles_per_image = list[Piece](), iter(sample.tiles_per_image)
         if self.config.system is not None:
-            pieces += self._turn("system", self._text(self.config.system), carries_loss=False)
-        for turn in turns:
-            role, text = (
-                ("user" if turn.role == "human" else "assistant"),
-                self._content(turn, tiles_per_image),
-            )
-            pieces += self._turn(role, text, carries_loss=turn.role == "gpt")
+            pieces += self._message("system", self._text(self.config.system))
+        for turn in sample.turns:
+            text = self._text_with_images(turn.text, tiles_per_image)
+            pieces += self._message("user" if turn.role == "human" else "assistant", text)
         return pieces
 
-    def _turn(self, role: str, text: list[int], *, carries_loss: bool) -> list[Piece]:
+    def _message(self, role: str, text: list[int]) -> list[Piece]:
         ended = [*text, self._ids[TURN_END]]
-        return [(self._opening(role), False), (ended, carries_loss), (self._text("\n"), False)]
+        return [(self._opening(role), False), (ended, role == "assistant"), (self._text("\n"), False)]
 
     def _opening(self, role: str) -> list[int]:
         return [self._ids[TURN_START], *self._text(f"{role}\n")]
 
-    def _content(self, turn: Turn, tiles_per_image: Iterator[int]) -> list[int]:
-        """Encode a turn's text, with the placeholders of an image where its mark is."""
-        first, *others = turn.text.split(IMAGE_TOKEN)
-        ids = self._text(first)
-        for text in others:
+    def _text_with_images(self, text: str, tiles_per_image: Iterator[int]) -> list[int]:
+        first, *others = map(self._text, text.split(IMAGE_TOKEN))
+        for ids in others:
             placeholders = [self._ids[PLACEHOLDER]] * next(tiles_per_image)
-            ids += [self._ids[IMAGE_START], *placeholders, self._ids[IMAGE_END], *self._text(text)]
-        return ids
+            first += [self._ids[IMAGE_START], *placeholders, self._ids[IMAGE_END], *ids]
+        return first
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def _join(self, sample: TiledSample, pieces: list[Piece]) -> EncodedSample:
-        return EncodedSample(
-            id=sample.id,
-            tiles=sample.tiles,
-            tiles_per_image=sample.tiles_per_image,
-            input_ids=torch.tensor([token for ids, _ in pieces for token in ids]),
-            response_mask=torch.tensor([carries_loss for ids, carries_loss in pieces for _ in ids]),
-        )
+
+def _join(sample: TiledSample, pieces: list[Piece]) -> EncodedSample:
+    return EncodedSample(
+        id=sample.id,
+        tiles=sample.tiles,
+        tiles_per_image=sample.tiles_per_image,
+        input_ids=torch.tensor([token for ids, _ in pieces for token in ids]),
+        response_mask=torch.tensor([carries_loss for ids, carries_loss in pieces for _ in ids]),
+    )

@@ -115,7 +115,10 @@ class RankBatches(IterableDataset[RankBatch]):
         self.first_step, self.rank, self.world = first_step, rank, world
         self.config, self.indexes, self.order = data.config, data.indexes, data.order
         self.chat, self.cost = data.chat, data.cost
-        self.dummy = dummy_sample(data.config.tiling, data.chat)
+        side = data.config.tiling.tile_size
+        tile = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        black = TiledSample(id="", tiles=tile, tiles_per_image=[1], turns=[], metadata={})
+        self.dummy = data.chat.encode_prompt(black, "<image>")  # no response
         self.stages: list[Callable[[Iterable[Any]], Iterator[Item]]] = [
             partial(read, order=data.order, readers=[RecordReader(index) for index in data.indexes]),
             partial(apply, function=partial(decode_record, limits=data.config.images)),
@@ -154,9 +157,7 @@ class RankBatches(IterableDataset[RankBatch]):
         """
         items = list(wds.DataPipeline(partial(iter, positions), *self.stages))
         good = [(position, item) for position, item in items if isinstance(item, EncodedSample)]
-        loads = [
-            self._load(p, item.tiles_per_image, len(item.input_ids) - len(item.tiles)) for p, item in good
-        ]
+        loads = [self._load(p, s.tiles_per_image, len(s.input_ids) - len(s.tiles)) for p, s in good]
         micro_batches = []
         for chosen in split_into_micro_batches(loads, self.config.micro_batch, at_least=min_micro_batches):
             members = [good[index] for index in chosen]
@@ -204,13 +205,6 @@ def apply(source: Iterable[Item], *, function: Callable[[Any], Any]) -> Iterator
             yield position, bad_record(item.id, error)
 
 
-def dummy_sample(tiling: TilingConfig, chat: ChatEncoder) -> EncodedSample:
-    """Return a sample of one black tile, without id and response."""
-    tile = torch.zeros(1, 3, tiling.tile_size, tiling.tile_size, dtype=torch.uint8)
-    tiled = TiledSample(id="", tiles=tile, tiles_per_image=[1], turns=[], metadata={})
-    return chat.encode_prompt(tiled, "<image>")
-
-
 def ignore_stop_signals(_: int) -> None:
     """Let a worker outlive signals to the whole process group: the run still needs its batches to stop."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -232,18 +226,16 @@ def open_sources(config: DataConfig) -> list[ShardIndex]:
 
 def build_order(config: DataConfig, indexes: Sequence[ShardIndex], *, seed: int) -> SampleOrder:
     """Return the order in which a run reads its sources."""
-    weights = [source.weight for source in config.sources if source.weight is not None]
-    steps = itertools.accumulate(source.steps or 0 for source in config.sources[:-1])
     window = config.streaming.window
-    return SampleOrder(
-        sources=[
-            SourceShape(shard_sizes=index.shard_sizes, window=window if index.is_streamed else None)
-            for index in indexes
-        ],
-        source_ends=[None] * len(indexes) if weights else [*(n * config.batch_size for n in steps), None],
-        seed=seed,
-        weights=weights or None,
-    )
+    shapes = [
+        SourceShape(shard_sizes=i.shard_sizes, window=window if i.is_streamed else None) for i in indexes
+    ]
+    weights = [source.weight for source in config.sources if source.weight is not None]
+    if weights:
+        return SampleOrder(sources=shapes, source_ends=[None] * len(shapes), seed=seed, weights=weights)
+    steps = itertools.accumulate(source.steps or 0 for source in config.sources[:-1])
+    ends = [*(number * config.batch_size for number in steps), None]
+    return SampleOrder(sources=shapes, source_ends=ends, seed=seed)
 
 
 def _check_sources(sources: Sequence[SourceConfig]) -> None:

@@ -7,9 +7,8 @@ other (a curriculum) or are mixed by weight; each has its own epochs.
 A mixture consists of blocks of `BLOCK` positions. The number of uses of a source before a block has a closed
 form, so no position depends on earlier ones; a block's sources are shuffled, seeded by (seed, block).
 
-A stored permutation of a hundred million samples would take 800 MB per process and seconds at each resume.
-So any element of a shuffle is computed directly, by a cipher on the numbers below its size (a Feistel
-network).
+A stored permutation of a hundred million samples would take 800 MB per process and seconds at each resume,
+so any element of a shuffle is computed alone, by a cipher on the numbers below its size (a Feistel network).
 """
 
 from bisect import bisect_right
@@ -149,8 +148,7 @@ def uses_before(position: int, weights: list[Fraction]) -> list[int]:
     """Return how often each source of a mixture is used before the first position of a block.
 
     The first source gets its fraction of all positions, rounded down; the next its fraction of the remaining
-    ones, and so on. So no count ever decreases, as it could if each were rounded separately, and each differs
-    from its exact value by less than the number of sources, however long the run.
+    ones, and so on. So no count ever decreases, and each is exact but for less than the number of sources.
 
     >>> [uses_before(n, [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]) for n in (5, 6, 600)]
     [[2, 2, 1], [3, 2, 1], [300, 200, 100]]
@@ -170,12 +168,7 @@ def shuffle_keys(*entropy: int) -> tuple[int, ...]:
 
 
 def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
-    """Return element `index` of a permutation of the numbers below `size`.
-
-    >>> keys = shuffle_keys(7)
-    >>> sorted(shuffled(index, 5, keys) for index in range(5))
-    [0, 1, 2, 3, 4]
-    """
+    """Return element `index` of a permutation of the numbers below `size`."""
     if not 0 <= index < size:
         raise IndexError(f"index {index} of a shuffle of {size}")
     rows = isqrt(size - 1) + 1  # the smallest grid, nearly square, that holds all numbers
