@@ -7,7 +7,7 @@ from statistics import mean
 import numpy as np
 
 from vico_pl.config import RunConfig
-from vico_pl.data.packing import MicroBatchLimits, assign_to_ranks, split_into_micro_batches
+from vico_pl.data.collate import MicroBatchLimits, SampleLoad, assign_to_ranks, split_into_micro_batches
 from vico_pl.model.flops import count_flops
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.stages.consistency import ConsistencyCost, ConsistencyStage
@@ -158,10 +158,9 @@ def _balance_in_step(samples: Sequence[Sample]) -> float:
 
 
 def _pack_costs(samples: Sequence[Sample]) -> list[float]:
-    costs = [sample.cost for sample in samples]
-    tiles, tokens = [s.tiles for s in samples], [s.full_tokens for s in samples]
-    micro_batches = split_into_micro_batches(costs, tiles, tokens, MicroBatchLimits())
-    return [sum(costs[index] for index in micro_batch) for micro_batch in micro_batches]
+    loads = [SampleLoad(sample.cost, sample.tiles, sample.full_tokens) for sample in samples]
+    micro_batches = split_into_micro_batches(loads, MicroBatchLimits())
+    return [sum(loads[index].cost for index in micro_batch) for micro_batch in micro_batches]
 
 
 def _neighbours(count: int) -> Hands:

@@ -11,9 +11,8 @@ from PIL import Image
 
 from tests.helpers import encoded_image
 from tests.hostile import GOOD, member, png, whole, with_checksum
-from vico_pl.data.chat import ChatConfig, ChatEncoder
-from vico_pl.data.order import SampleOrder, SourceShape
-from vico_pl.data.pipeline import build_stages, run_stages
+from vico_pl.data.chat import ChatConfig
+from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
 from vico_pl.data.shards.index import Contents, write_sidecar
 from vico_pl.data.shards.inspect import find_faults, read_samples
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
@@ -94,17 +93,6 @@ RECORDS = {  # kind: name: files
 KINDS = {name: kind for kind, names in RECORDS.items() for name in names}
 
 
-def pipeline(index, tokenizer):
-    shape = SourceShape(shard_sizes=tuple(index.shard_sizes))
-    return build_stages(
-        [index],
-        order=SampleOrder(sources=[shape], source_ends=[None], seed=0),
-        tiling=TilingConfig(tile_size=32, max_tiles=2),
-        chat=ChatEncoder(tokenizer, ChatConfig(max_tokens=1000), full_tokens_per_tile=4),
-        cost=lambda *_: 1.0,
-    )
-
-
 def outcome(folder):
     """Return the keys of good records and the kinds of bad ones."""
     return [sample.id.partition("/")[2] for sample in read_samples(folder)], [
@@ -122,9 +110,14 @@ def test_every_bad_record_is_counted_under_its_kind_and_the_good_ones_train(tmp_
     ]
     files = [RECORDS[KINDS[name]][name] if name in KINDS else GOOD for name in names]
     write_shard(tmp_path / "a.tar", zip(names, files, strict=True))
-    index = write_index(tmp_path)
-    assert index.num_samples == 2 * len(KINDS)
-    (share,) = run_stages(range(index.num_samples), pipeline(index, tokenizer))
+    config = DataConfig(
+        sources=[SourceConfig(path=str(tmp_path))],
+        tiling=TilingConfig(tile_size=32, max_tiles=2),
+        chat=ChatConfig(max_tokens=1000),
+    )
+    data = DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=4, seed=0)
+    assert data.indexes[0].num_samples == 2 * len(KINDS)
+    share = RankBatches(data, first_step=0, rank=0, world=1).rank_batch(range(2 * len(KINDS)))
     found = {bad.id.partition("/")[2]: bad.kind for bad in share.bad_records}
     assert found == KINDS
     assert len(share.ids) == len(set(share.ids)) == len(KINDS)

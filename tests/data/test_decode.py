@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.helpers import encoded_image, record
 from vico_pl.data.decode import decode_record
-from vico_pl.data.pipeline import apply
+from vico_pl.data.module import apply
 from vico_pl.errors import RecordError
 from vico_pl.types import BadRecord, Sample, Turn
 

@@ -1,94 +1,95 @@
 import pickle
-from types import SimpleNamespace
+from itertools import islice
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
-from vico_pl.data.packing import MicroBatchLimits
-from vico_pl.data.shards.reader import write_index, write_shard
+from tests.helpers import record, tiny_model, tiny_spec
+from vico_pl.data.collate import MicroBatchLimits
+from vico_pl.data.decode import ImageLimits
+from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig, apply
+from vico_pl.data.shards.reader import read_index, write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
+from vico_pl.losses.consistency import consistency_kl
 
 BATCH = 12
+BAD_JSON = {"json": b"{"}
+TEXT = record(text="How many days has a leap year?", answer="366", files={"jpg": None}).files
+
+
+def data_module(sources, tokenizer, *, full_tokens_per_tile=4, **changes):
+    if not isinstance(sources, list):
+        sources = [SourceConfig(path=str(sources))]
+    tiling = TilingConfig(tile_size=32, max_tiles=2)
+    config = DataConfig(**{"sources": sources, "batch_size": BATCH, "tiling": tiling, **changes})
+    return DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=full_tokens_per_tile, seed=1)
 
 
 @pytest.fixture(scope="module")
 def module(shards, tokenizer):
-    return data_module([SourceConfig(path=str(shards))], tokenizer)
+    return data_module(shards, tokenizer)
 
 
-def data_module(sources, tokenizer, **changes):
-    tiling = TilingConfig(tile_size=32, max_tiles=2)
-    config = DataConfig(
-        **{"sources": sources, "batch_size": BATCH, "tiling": tiling, "num_workers": 0, **changes}
-    )
-    return DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=4, seed=1)
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A set of four records, of which the second and the third are bad."""
+    folder, good = tmp_path_factory.mktemp("faulty"), record().files
+    write_shard(folder / "f.tar", [("0", good), ("1", BAD_JSON), ("../climbing", good), ("3", good)])
+    return folder
 
 
-def read(module, *, first_step, num_steps, num_workers=0, rank=0, world=1):
-    """RankBatches of a rank as its trainer sees them."""
-    module.config = DataConfig(**{**vars(module.config), "num_workers": num_workers})
-    module.trainer = SimpleNamespace(global_step=first_step, global_rank=rank, world_size=world)
-    loader = iter(module.train_dataloader())
-    return [next(loader) for _ in range(num_steps)]
+def one_rank(module):
+    return RankBatches(module, first_step=0, rank=0, world=1)
 
 
-def global_batches(module, *, world, **settings):
+def of_all_ranks(module, *, world, first_step=0):
+    return [next(iter(RankBatches(module, first_step=first_step, rank=r, world=world))) for r in range(world)]
+
+
+def global_batches(module, *, world, first_step=0, num_steps, num_workers=0):
     """What the ranks have together in each step: {position: (name, tiles, token ids)}."""
-    ranks = [read(module, rank=rank, world=world, **settings) for rank in range(world)]
-    return [
-        {k: v for share in shares for k, v in samples(share).items()} for shares in zip(*ranks, strict=True)
+    ranks = [RankBatches(module, first_step=first_step, rank=rank, world=world) for rank in range(world)]
+    loaders = [
+        islice(DataLoader(rank, batch_size=None, num_workers=num_workers), num_steps) for rank in ranks
     ]
+    steps = zip(*loaders, strict=True)
+    return [{position: found for share in step for position, found in samples(share)} for step in steps]
 
 
 def samples(share):
-    found = {}
     for micro_batch in share.micro_batches:
-        tiles = [
-            micro_batch.tiles[micro_batch.tile_to_sample == place] for place in range(micro_batch.num_samples)
-        ]
         ids = micro_batch.input_ids.split(micro_batch.sample_lengths.tolist())
         for place, position in enumerate(micro_batch.positions):
+            tiles = micro_batch.tiles[micro_batch.tile_to_sample == place]
             if position >= 0:
-                found[position] = (micro_batch.ids[place], tiles[place].tolist(), ids[place].tolist())
-    return found
+                yield position, (micro_batch.ids[place], tiles.tolist(), ids[place].tolist())
 
 
 @settings(max_examples=30)
 @given(world=st.integers(1, 15), step=st.integers(0, 10**6))
 def test_ranks_deal_every_global_batch_among_them(module, world, step):
-    assigned = [
-        RankBatches(module, first_step=0, rank=rank, world=world).rank_positions(step)[0]
-        for rank in range(world)
-    ]
-    assert sorted(p for rank_positions in assigned for p in rank_positions) == list(
-        range(step * BATCH, (step + 1) * BATCH)
-    )
+    ranks = [RankBatches(module, first_step=0, rank=rank, world=world) for rank in range(world)]
+    dealt = sorted(position for rank in ranks for position in rank.rank_positions(step)[0])
+    assert dealt == list(range(step * BATCH, (step + 1) * BATCH))
 
 
 def test_ranks_get_like_amounts_of_work(shards, tokenizer):
-    module = data_module([SourceConfig(path=str(shards))], tokenizer, batch_size=48)
+    module = data_module(shards, tokenizer, batch_size=48)
     for step in range(5):
-        micro_batches = [
-            read(module, first_step=step, num_steps=1, rank=rank, world=4)[0].micro_batches[0]
-            for rank in range(4)
-        ]
-        work = [
-            len(micro_batch.input_ids) + 3 * micro_batch.num_tiles for micro_batch in micro_batches
-        ]  # a tile has 4 vision tokens
+        micro_batches = [share.micro_batches[0] for share in of_all_ranks(module, world=4, first_step=step)]
+        work = [len(batch.input_ids) + 3 * batch.num_tiles for batch in micro_batches]  # 4 tokens in a tile
         assert max(work) - min(work) <= 0.1 * max(work)
 
 
-def test_ranks_make_as_many_packs_as_the_one_with_most(shards, tokenizer):
-    micro_batches = MicroBatchLimits(max_tiles=9)
-    module = data_module(
-        [SourceConfig(path=str(shards))], tokenizer, batch_size=18, micro_batch=micro_batches
-    )
+def test_ranks_make_as_many_micro_batches_as_the_one_with_most(shards, tokenizer):
+    limits = MicroBatchLimits(max_tiles=9)
+    module = data_module(shards, tokenizer, batch_size=18, micro_batch=limits)
     for step in range(6):
-        shares = [read(module, first_step=step, num_steps=1, rank=rank, world=3)[0] for rank in range(3)]
-        assert len({len(share.micro_batches) for share in shares}) == 1
-        assert len(shares[0].micro_batches) >= 2
+        counts = [len(share.micro_batches) for share in of_all_ranks(module, world=3, first_step=step)]
+        assert min(counts) == max(counts) >= 2
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -97,58 +98,141 @@ def test_ranks_make_as_many_packs_as_the_one_with_most(shards, tokenizer):
 def test_any_number_of_ranks_and_workers_gives_the_same_global_batches_byte_for_byte(
     module, world, num_workers
 ):
-    expected = global_batches(module, world=1, first_step=0, num_steps=5)
+    expected = global_batches(module, world=1, num_steps=5)
     assert [sorted(batch) for batch in expected] == [list(range(12 * i, 12 * i + 12)) for i in range(5)]
-    for first_step in (0, 3):  # from the start, and taken up again by these ranks and workers
+    for first_step in (0, 3):  # from the start, and resumed
         found = global_batches(
             module, world=world, num_workers=num_workers, first_step=first_step, num_steps=5 - first_step
         )
         assert found == expected[first_step:]
 
 
-def test_shares_travel_to_worker_processes_without_the_trainer(module):
-    module.trainer = SimpleNamespace(
-        global_step=0, global_rank=0, world_size=2, of=lambda: "no pickle holds this"
-    )
-    shares = pickle.loads(pickle.dumps(module.train_dataloader().dataset))
-    assert next(iter(shares)).ids == next(iter(module.train_dataloader().dataset)).ids
+def test_rank_batches_travel_to_worker_processes_without_the_trainer(shards, tokenizer):
+    module = data_module(shards, tokenizer)
+    module.trainer = lambda: "no pickle holds this"
+    ours = RankBatches(module, first_step=0, rank=0, world=2)
+    ours_first, theirs_first = next(iter(ours)), next(iter(pickle.loads(pickle.dumps(ours))))
+    assert ours_first.ids == theirs_first.ids
+    assert torch.equal(ours_first.micro_batches[0].tiles, theirs_first.micro_batches[0].tiles)
 
 
 def test_an_epoch_over_ranks_holds_every_sample_once(module):
-    steps = global_batches(module, world=2, first_step=0, num_steps=3)
+    steps = global_batches(module, world=2, num_steps=3)
     ids = [name for batch in steps for name, _, _ in batch.values()]
     assert len(ids) == 36  # two epochs of 18
     assert sorted(ids) == sorted(2 * list(set(ids)))
 
 
-def test_a_rank_without_a_sample_has_a_filler(module):
-    shares = [read(module, first_step=0, num_steps=1, rank=rank, world=15)[0] for rank in range(15)]
+def test_positions_become_the_same_samples_however_they_are_asked_for(module):
+    rank = one_rank(module)
+    share = rank.rank_batch(range(18))
+    assert len(set(share.ids)) == 18
+    assert share.bad_records == []
+    assert [rank.rank_batch([position]).ids for position in range(18)] == [[name] for name in share.ids]
+
+
+def test_a_rank_without_a_sample_has_the_dummy(module):
+    shares = of_all_ranks(module, world=15)
     assert sorted(len(share.ids) for share in shares) == [0] * 3 + [1] * 12
     assert all(share.micro_batches[0].num_tiles for share in shares)
 
 
+def test_micro_batches_keep_their_limits_and_hold_every_sample_once(shards, tokenizer):
+    limits = MicroBatchLimits(max_tiles=6)
+    micro_batches = (
+        one_rank(data_module(shards, tokenizer, micro_batch=limits)).rank_batch(range(18)).micro_batches
+    )
+    assert len(micro_batches) > 2
+    assert all(micro_batch.num_tiles <= 6 for micro_batch in micro_batches)
+    assert sorted(p for micro_batch in micro_batches for p in micro_batch.positions) == list(range(18))
+
+
+def test_every_micro_batch_has_a_tile_if_need_be_that_of_the_dummy(tmp_path, tokenizer):
+    write_shard(tmp_path / "t.tar", [(str(i), TEXT) for i in range(3)])
+    share = one_rank(data_module(tmp_path, tokenizer)).rank_batch(range(3))
+    (micro_batch,) = share.micro_batches
+    assert (micro_batch.num_tiles, micro_batch.positions) == (1, [0, 1, 2, -1])
+    assert len(share.ids) == 3
+
+
+def test_bad_records_keep_their_slots_so_that_positions_never_shift(faulty, tokenizer):
+    rank = one_rank(data_module(faulty, tokenizer))
+    for share in (rank.rank_batch(range(4)), rank.rank_batch(range(4, 8))):  # two epochs
+        assert sorted(share.ids) == ["f.tar/0", "f.tar/3"]
+        bad = {item.id: item for item in share.bad_records}
+        assert bad.keys() == {"f.tar/1", "f.tar/../climbing"}
+        assert bad["f.tar/1"].reason.startswith("JSON: ")
+        assert {item.source for item in share.bad_records} == {str(faulty)}
+
+
+def test_bytes_that_are_no_record_become_a_bad_record(tmp_path, tokenizer):
+    write_shard(tmp_path / "f.tar", [(str(i), record().files) for i in range(3)])
+    first, second = read_index(tmp_path).boundaries[0][1:3]
+    content = bytearray((tmp_path / "f.tar").read_bytes())
+    content[first:second] = b"\xff" * (second - first)
+    (tmp_path / "f.tar").write_bytes(content)
+    share = one_rank(data_module(tmp_path, tokenizer)).rank_batch(range(3))
+    assert sorted(share.ids) == ["f.tar/0", "f.tar/2"]
+    (bad,) = share.bad_records
+    assert (bad.id, bad.kind) == ("source 0, sample 1", "tar")
+    assert f"bytes {first} to {second} of f.tar are no record" in bad.reason
+
+
+def test_over_long_samples_become_bad_records(faulty, tokenizer):
+    share = one_rank(data_module(faulty, tokenizer, full_tokens_per_tile=9000)).rank_batch(range(4))
+    too_long = [item.reason for item in share.bad_records if item.kind == "length"]
+    assert len(too_long) == 2
+    assert all("tokens at full vision tokens; chat.max_tokens is 8192" in reason for reason in too_long)
+
+
+def test_images_above_the_limits_become_bad_records(shards, tokenizer):
+    module = data_module(shards, tokenizer, images=ImageLimits(max_pixels=64 * 64))
+    share = one_rank(module).rank_batch(range(18))
+    assert {bad.kind for bad in share.bad_records} == {"image_limit"}
+    assert 0 < len(share.bad_records) < 18
+
+
+def test_bad_records_alone_make_one_micro_batch_of_the_dummy_that_trains_nothing(tmp_path, tokenizer):
+    write_shard(tmp_path / "f.tar", [(str(i), BAD_JSON) for i in range(4)])
+    share = one_rank(data_module(tmp_path, tokenizer)).rank_batch(range(4))
+    assert (len(share.bad_records), share.ids) == (4, [])
+    (batch,) = share.micro_batches
+    assert (batch.positions, batch.num_tiles, batch.num_response_tokens) == ([-1], 1, 0)
+    assert torch.equal(batch.tiles, share.dummy.tiles)
+    model = tiny_model(language={**tiny_spec().language, "vocab_size": len(tokenizer)}).train()
+    features = model.encode_tiles(batch.tiles)
+    states = model.response_states(batch, features, model.full_ratios(batch))
+    loss = consistency_kl(states, model.head, states.detach(), model.head.detach()).sum()
+    loss.backward()
+    assert loss.item() == 0
+    gradients = {n: p.grad for n, p in model.named_parameters() if not n.startswith("router.")}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []  # none waits under DDP
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_only_record_errors_are_taken_for_bad_records():
+    def broken(_):
+        raise KeyError("a fault of ours")
+
+    with pytest.raises(KeyError):
+        list(apply([(0, 1)], function=broken))
+
+
 def test_sources_take_over_at_their_steps(shards, tmp_path, tokenizer):
-    write_shard(tmp_path / "text.tar", [("0", {"json": CONVERSATION})])
+    write_shard(tmp_path / "text.tar", [("0", TEXT)])
     sources = [SourceConfig(path=str(tmp_path), steps=2), SourceConfig(path=str(shards))]
-    read_shares = read(data_module(sources, tokenizer, batch_size=2), first_step=0, num_steps=4)
-    assert [{name.split("-")[0] for name in share.ids} for share in read_shares] == [
-        {"text.tar/0"},
-        {"text.tar/0"},
-        {"train"},
-        {"train"},
-    ]
-
-
-CONVERSATION = b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}'
+    shares = islice(one_rank(data_module(sources, tokenizer, batch_size=2)), 4)
+    shards_read = [{name.split("-")[0] for name in share.ids} for share in shares]
+    assert shards_read == [{"text.tar/0"}, {"text.tar/0"}, {"train"}, {"train"}]
 
 
 def test_missing_and_empty_shards_are_found_before_anything_is_built(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="no such folder of shards"):
-        data_module([SourceConfig(path=str(tmp_path / "absent"))], tokenizer)
+        data_module(tmp_path / "absent", tokenizer)
     write_shard(tmp_path / "empty.tar", [])
     write_index(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path}: its shards hold no samples"):
-        data_module([SourceConfig(path=str(tmp_path))], tokenizer)
+        data_module(tmp_path, tokenizer)
     with pytest.raises(ValueError, match=r"data\.sources is empty"):
         data_module([], tokenizer)
 

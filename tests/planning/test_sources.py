@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import tiny_spec
 from tests.released import official_config, write_native, write_official
-from vico_pl.data.packing import MicroBatchLimits
+from vico_pl.data.collate import MicroBatchLimits
 from vico_pl.data.shards.index import INDEX_NAME, Contents, ShardEntry, write_entries, write_sidecar
 from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.model.families.folder import open_folder, read_shape, save_model

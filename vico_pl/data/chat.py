@@ -1,7 +1,7 @@
 """Conversation -> token ids in InternVL's chat format: a placeholder per tile, a mask of response tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.errors import RecordError
-from vico_pl.tokens import IMAGE_END, IMAGE_START, PLACEHOLDER, TURN_END, TURN_START, token_id
+from vico_pl.tokens import IMAGE_END, IMAGE_START, MARKS, PLACEHOLDER, TURN_END, TURN_START, token_id
 from vico_pl.types import EncodedSample, TiledSample, Turn
+
+Piece = tuple[list[int], bool]  # token ids, and whether they carry loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,67 +36,59 @@ class ChatEncoder:
     full_tokens_per_tile: int = 256  # to hold `max_tokens` against
 
     def encode(self, sample: TiledSample) -> EncodedSample:
-        """Encode a whole conversation; the tokens of answers and the end of their turns carry loss."""
-        ids, mask = self._header(), []
-        mask += [False] * len(ids)
-        tiles_per_image = iter(sample.tiles_per_image)
-        for turn in sample.turns:
-            before, text, after = self._turn(turn, tiles_per_image)
-            carries_loss = turn.role == "gpt"
-            ids += before + text + after
-            mask += [False] * len(before) + [carries_loss] * (len(text) + 1) + [False] * (len(after) - 1)
-        self._check_length(len(ids), sample)
-        return self._encoded(sample, ids, mask)
+        """Encode a whole conversation; the tokens of answers and the end of their turns carry loss.
+
+        Raises:
+            RecordError: it has more than `max_tokens`.
+        """
+        encoded = _join(sample, self._messages(sample))
+        num_tokens = len(encoded.input_ids) + len(sample.tiles) * (self.full_tokens_per_tile - 1)
+        if num_tokens > self.config.max_tokens:
+            limit = f"chat.max_tokens is {self.config.max_tokens}"
+            raise RecordError(f"{num_tokens} tokens at full vision tokens; {limit}", kind="length")
+        return encoded
 
     def encode_prompt(self, sample: TiledSample, question: str) -> EncodedSample:
         """Encode one question up to where the answer begins."""
-        ids = self._header()
-        before, text, after = self._turn(Turn(role="human", text=question), iter(sample.tiles_per_image))
-        ids += before + text + after + self._opening("assistant")
-        return self._encoded(sample, ids, [False] * len(ids))
+        asked = replace(sample, turns=[Turn(role="human", text=question)])
+        return _join(sample, [*self._messages(asked), (self._opening("assistant"), False)])
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        marks = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, PLACEHOLDER)
-        return {mark: token_id(self.tokenizer, mark) for mark in marks}
+        return {mark: token_id(self.tokenizer, mark) for mark in MARKS}
 
-    def _header(self) -> list[int]:
-        if self.config.system is None:
-            return []
-        return [*self._opening("system"), *self._text(self.config.system), *self._closing()]
+    def _messages(self, sample: TiledSample) -> list[Piece]:
+        pieces, tiles_per_image = list[Piece](), iter(sample.tiles_per_image)
+        if self.config.system is not None:
+            pieces += self._message("system", self._text(self.config.system))
+        for turn in sample.turns:
+            text = self._text_with_images(turn.text, tiles_per_image)
+            pieces += self._message("user" if turn.role == "human" else "assistant", text)
+        return pieces
 
-    def _turn(self, turn: Turn, tiles_per_image: Iterator[int]) -> tuple[list[int], list[int], list[int]]:
-        role = "user" if turn.role == "human" else "assistant"
-        pieces = turn.text.split(IMAGE_TOKEN)
-        text = self._text(pieces[0])
-        for piece in pieces[1:]:
-            text += self._image(next(tiles_per_image)) + self._text(piece)
-        return self._opening(role), text, self._closing()
-
-    def _image(self, num_tiles: int) -> list[int]:
-        return [self._ids[IMAGE_START], *[self._ids[PLACEHOLDER]] * num_tiles, self._ids[IMAGE_END]]
+    def _message(self, role: str, text: list[int]) -> list[Piece]:
+        ended = [*text, self._ids[TURN_END]]
+        return [(self._opening(role), False), (ended, role == "assistant"), (self._text("\n"), False)]
 
     def _opening(self, role: str) -> list[int]:
         return [self._ids[TURN_START], *self._text(f"{role}\n")]
 
-    def _closing(self) -> list[int]:
-        return [self._ids[TURN_END], *self._text("\n")]
+    def _text_with_images(self, text: str, tiles_per_image: Iterator[int]) -> list[int]:
+        first, *others = map(self._text, text.split(IMAGE_TOKEN))
+        for ids in others:
+            placeholders = [self._ids[PLACEHOLDER]] * next(tiles_per_image)
+            first += [self._ids[IMAGE_START], *placeholders, self._ids[IMAGE_END], *ids]
+        return first
 
     def _text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def _check_length(self, num_tokens: int, sample: TiledSample) -> None:
-        full = num_tokens + len(sample.tiles) * (self.full_tokens_per_tile - 1)
-        if full > self.config.max_tokens:
-            raise RecordError(
-                f"{full} tokens at full vision tokens; chat.max_tokens is {self.config.max_tokens}"
-            )
 
-    def _encoded(self, sample: TiledSample, ids: list[int], mask: list[bool]) -> EncodedSample:
-        return EncodedSample(
-            id=sample.id,
-            tiles=sample.tiles,
-            tiles_per_image=sample.tiles_per_image,
-            input_ids=torch.tensor(ids),
-            response_mask=torch.tensor(mask),
-        )
+def _join(sample: TiledSample, pieces: list[Piece]) -> EncodedSample:
+    return EncodedSample(
+        id=sample.id,
+        tiles=sample.tiles,
+        tiles_per_image=sample.tiles_per_image,
+        input_ids=torch.tensor([token for ids, _ in pieces for token in ids]),
+        response_mask=torch.tensor([carries_loss for ids, carries_loss in pieces for _ in ids]),
+    )

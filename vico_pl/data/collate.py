@@ -1,17 +1,87 @@
-"""Encoded samples -> one `Batch`, laid end to end."""
+"""Samples -> batches: assigned to ranks and micro-batches by cost, within memory limits; laid end to end.
 
-from collections.abc import Sequence
+Samples are laid end to end in a micro-batch, so nothing is padded. Their costs differ tenfold, and a step
+takes as long as its slowest rank. So samples are assigned to ranks by estimated cost, which every rank
+computes alike from the index; each rank then splits its decoded samples into micro-batches of similar cost.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from vico_pl.types import Batch, EncodedSample
 
+# Cost of a sample in any unit, from its position in the run, the tiles of each image and its text tokens.
+SampleCost = Callable[[int, Sequence[int], int], float]
 
-def collate(
-    samples: Sequence[EncodedSample],
-    *,
-    positions: Sequence[int] | None = None,
-) -> Batch:
+
+class SampleLoad(NamedTuple):
+    """What a sample adds to its micro-batch."""
+
+    cost: float
+    tiles: int  # thumbnails counted
+    tokens: int  # at full vision tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchLimits:
+    """Limits of a micro-batch. A sample that exceeds one gets its own micro-batch."""
+
+    max_tiles: int = 48  # thumbnails counted
+    max_tokens: int = 16384  # at full vision tokens
+
+    def __post_init__(self) -> None:
+        if min(self.max_tiles, self.max_tokens) < 1:
+            given = f"max_tiles of micro-batches is {self.max_tiles} and max_tokens {self.max_tokens}"
+            raise ValueError(f"{given}; expected at least 1 for both")
+
+
+def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Greedy assignment: most expensive sample first, to the least-loaded rank; indices in rising order.
+
+    >>> assign_to_ranks([9.0, 1.0, 5.0, 4.0], 2)
+    [[0, 1], [2, 3]]
+    """
+    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
+    # The number of samples breaks ties between those that seem to cost nothing.
+    loads = [(0.0, 0, rank) for rank in range(num_ranks)]
+    for sample in _most_expensive_first(costs):
+        load, count, rank = loads[0]
+        assigned[rank].append(sample)
+        heapq.heapreplace(loads, (load + costs[sample], count + 1, rank))
+    return [sorted(samples) for samples in assigned]
+
+
+def split_into_micro_batches(
+    loads: Sequence[SampleLoad], limits: MicroBatchLimits, *, at_least: int = 1
+) -> list[list[int]]:
+    """Split samples into as few micro-batches as the limits allow, of similar cost, most expensive first.
+
+    Ranks with sharded weights wait for each other in every micro-batch, so the most expensive ones of all
+    ranks run together. A rank that needs fewer than `at_least` still makes that many if it has
+    enough samples.
+
+    >>> loads = [SampleLoad(cost=float(n), tiles=n, tokens=1) for n in (9, 1, 5, 4)]
+    >>> split_into_micro_batches(loads, MicroBatchLimits(max_tiles=10))
+    [[0, 1], [2, 3]]
+    """
+    number = max(
+        math.ceil(sum(load.tiles for load in loads) / limits.max_tiles),
+        math.ceil(sum(load.tokens for load in loads) / limits.max_tokens),
+        min(at_least, len(loads)),
+        1,
+    )
+    while (micro_batches := _fill(number, loads, limits)) is None:
+        number += 1
+    used = [sorted(samples) for samples in micro_batches if samples]
+    return sorted(used, key=lambda samples: -sum(loads[sample].cost for sample in samples))
+
+
+def collate(samples: Sequence[EncodedSample], *, positions: Sequence[int] | None = None) -> Batch:
     """Lay samples end to end; `positions` are those in the order of a run, by default 0, 1, 2, ...
 
     Raises:
@@ -32,3 +102,29 @@ def collate(
         sample_lengths=torch.tensor([len(s.input_ids) for s in samples]),
         response_lengths=[int(s.response_mask.sum()) for s in samples],
     )
+
+
+def _most_expensive_first(costs: Sequence[float]) -> list[int]:
+    return sorted(range(len(costs)), key=lambda sample: (-costs[sample], sample))
+
+
+def _fill(number: int, loads: Sequence[SampleLoad], limits: MicroBatchLimits) -> list[list[int]] | None:
+    """Put each sample, most expensive first, into the cheapest micro-batch with room; None: no room."""
+    micro_batches: list[list[int]] = [[] for _ in range(number)]
+    costs, tiles, tokens = [0.0] * number, [0] * number, [0] * number
+    for sample in _most_expensive_first([load.cost for load in loads]):
+        load = loads[sample]
+        with_room = [
+            i
+            for i, samples in enumerate(micro_batches)
+            if not samples
+            or (tiles[i] + load.tiles <= limits.max_tiles and tokens[i] + load.tokens <= limits.max_tokens)
+        ]
+        if not with_room:
+            return None
+        cheapest = min(with_room, key=costs.__getitem__)
+        micro_batches[cheapest].append(sample)
+        costs[cheapest] += load.cost
+        tiles[cheapest] += load.tiles
+        tokens[cheapest] += load.tokens
+    return micro_batches

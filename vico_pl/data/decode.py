@@ -2,10 +2,11 @@
 
 import io
 import json
-import unicodedata
+import re
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
@@ -21,7 +22,7 @@ from vico_pl.types import BadRecord, Content, Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_TOKEN = "<image>"
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # told by their content, whatever the member is called
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # told by their content, whatever the member is called
 _MAX_SCANS = 100  # of a JPEG: about 10 are usual, and thousands in a few kilobytes take minutes to decode
 _PILLOW_MAX_PIXELS = 178_956_970  # Pillow itself opens nothing above
 
@@ -39,7 +40,6 @@ class ImageLimits:
     min_side: int = 1  # px
 
     def __post_init__(self) -> None:
-        """Reject limits that no image meets, or above Pillow's own."""
         if not 1 <= self.max_pixels <= _PILLOW_MAX_PIXELS:
             given = f"max_pixels of images is {self.max_pixels}"
             raise ValueError(f"{given}; expected 1 to {_PILLOW_MAX_PIXELS}, above which Pillow opens none")
@@ -49,11 +49,14 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+_bad_conversation = partial(RecordError, kind="conversation")
+_bad_image = partial(RecordError, kind="image")
+_over_limit = partial(RecordError, kind="image_limit")
 
 
-def bad_record(name: str, error: RecordError, *, kind: str = "other") -> BadRecord:
-    """Return what is left of a record; `kind` counts for errors that have none of their own."""
-    return BadRecord(id=name, reason=printable(str(error)), kind=error.kind or kind)
+def bad_record(name: str, error: RecordError) -> BadRecord:
+    """Return what is left of a record."""
+    return BadRecord(id=name, reason=printable(str(error)), kind=error.kind or "other")
 
 
 def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sample:
@@ -64,11 +67,15 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
             limits, roles are out of order, or there are not as many `<image>` marks as images.
     """
     _check_key(record.key)
-    annotation, names = _parse_annotation(record), _image_names(record)
-    turns = parse_conversation(annotation, num_images=len(names))
-    images = [_decode_image(name, record.files[name], limits) for name in names]
-    metadata = {key: value for key, value in annotation.items() if key not in ("conversations", "skills")}
-    return Sample(id=record.id, images=images, turns=turns, metadata=metadata)
+    annotation = _parse_annotation(record)
+    images = [name for name in record.files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+    turns = parse_conversation(annotation, num_images=len(images))
+    return Sample(
+        id=record.id,
+        images=[_decode_image(name, record.files[name], limits) for name in sorted(images, key=image_number)],
+        turns=turns,
+        metadata={key: value for key, value in annotation.items() if key not in ("conversations", "skills")},
+    )
 
 
 def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
@@ -78,11 +85,11 @@ def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
         RecordError: no conversation, roles out of order, or not as many `<image>` marks as images.
     """
     if not isinstance(annotation, dict) or not isinstance(annotation.get("conversations"), list):
-        raise RecordError("JSON has no list 'conversations'", kind="conversation")
-    turns = _parse_turns(annotation)
-    num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-    if num_marks != num_images:
-        reason = f"{num_marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images"
+        raise _bad_conversation("JSON has no list 'conversations'")
+    turns = _parse_turns(annotation["conversations"], annotation.get("skills") or [])
+    marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if marks != num_images:
+        reason = f"{marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images"
         raise RecordError(reason, kind="marks")
     return turns
 
@@ -101,10 +108,15 @@ def read_image(path: Path) -> Image:
         raise ValueError(f"{path}: {error}; expected a {', '.join(IMAGE_EXTENSIONS)} file") from error
 
 
+def image_number(name: str) -> int:
+    """Return the number of an image member: 2 of `2.jpg`, 0 of `jpg`."""
+    number = name.partition(".")[0]
+    return int(number) if number.isdecimal() and len(number) < 10 else 0
+
+
 def printable(text: str) -> str:
     """Escape control characters and invalid UTF-8: a name must not forge a line of a log."""
-    escaped = (ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-    return "".join(escaped)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda character: ascii(character[0])[1:-1], text)
 
 
 def _check_key(key: str) -> None:
@@ -124,45 +136,31 @@ def _parse_annotation(record: Record) -> Any:
         raise RecordError(f"JSON: {error}", kind="json") from error
 
 
-def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:
-    conversations, skills = annotation["conversations"], annotation.get("skills") or []
+def _parse_turns(conversations: list[Any], skills: Any) -> list[Turn]:
     if not isinstance(skills, list) or not all(isinstance(skill, str | None) for skill in skills):
-        raise RecordError("'skills' is no list of names", kind="conversation")
+        raise _bad_conversation("'skills' is no list of names")
     roles: tuple[Role, ...] = get_args(Role)  # human, gpt
     turns = [_parse_turn(entry, index, roles[index % 2]) for index, entry in enumerate(conversations)]
-    if len(turns) < 2 or turns[-1].role != "gpt":
-        raise RecordError("the conversation must end with an answer of 'gpt'", kind="conversation")
+    if not turns or turns[-1].role != "gpt":
+        raise _bad_conversation("the conversation must end with an answer of 'gpt'")
     answers = turns[1::2]
-    if skills and len(skills) != len(answers):
-        reason = f"'skills' has {len(skills)} entries for {len(answers)} answers; expected one each"
-        raise RecordError(reason, kind="conversation")
+    if len(skills) not in (0, len(answers)):
+        given = f"'skills' has {len(skills)} entries for {len(answers)} answers"
+        raise _bad_conversation(f"{given}; expected one each")
     turns[1::2] = [replace(turn, skill=skill) for turn, skill in zip_longest(answers, skills)]
     return turns
 
 
 def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
     if not isinstance(entry, dict) or entry.get("from") != role or not isinstance(entry.get("value"), str):
-        reason = f"turn {index}: expected {{'from': '{role}', 'value': text}}"
-        raise RecordError(reason, kind="conversation")
+        raise _bad_conversation(f"turn {index}: expected {{'from': '{role}', 'value': text}}")
     text: str = entry["value"]
     if role == "gpt" and IMAGE_TOKEN in text:
         reason = f"turn {index}: {IMAGE_TOKEN} in an answer; images belong to the turns of 'human'"
         raise RecordError(reason, kind="marks")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        reason = f"turn {index}: half a surrogate pair, which no UTF-8 text has"
-        raise RecordError(reason, kind="conversation")
+        raise _bad_conversation(f"turn {index}: half a surrogate pair, which no UTF-8 text has")
     return Turn(role=role, text=text)
-
-
-def _image_names(record: Record) -> list[str]:
-    """Return image member names in order: `jpg`, or `0.jpg`, `1.jpg`, ...; empty for text-only records."""
-    names = [name for name in record.files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
-    return sorted(names, key=_image_number)
-
-
-def _image_number(name: str) -> int:
-    number = name.partition(".")[0]
-    return int(number) if number.isdecimal() and len(number) < 10 else 0
 
 
 def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
@@ -170,16 +168,16 @@ def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
 
     On hostile bytes that may be any exception: OSError, SyntaxError, struct.error, RuntimeError, ...
     """
-    place = f"image '{name}' ({len(content)} bytes)"
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
             return _pixels(content, limits)
-    except RecordError as error:
-        raise RecordError(f"{place}: {error}", kind=error.kind) from error
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = reason.split(", ", 2)[-1]  # without the place in torchvision's source
-        raise RecordError(f"{place}: {reason}", kind="image") from error
+        reason, kind = str(error), "image"
+        if isinstance(error, RecordError):
+            kind = error.kind
+        else:  # its first line, without the place in torchvision's source
+            reason = (reason.splitlines() or [type(error).__name__])[0].split(", ", 2)[-1]
+        raise RecordError(f"image '{name}' ({len(content)} bytes): {reason}", kind=kind) from error
 
 
 def _pixels(content: Content, limits: ImageLimits) -> Image:
@@ -189,41 +187,37 @@ def _pixels(content: Content, limits: ImageLimits) -> Image:
     (segmentation fault) on a PNG with damaged pixel data, drops alpha and does not turn WebP by its EXIF.
     """
     if not 0 < len(content) <= limits.max_bytes:
-        kind = "image_limit" if content else "image"
-        raise RecordError(f"expected 1 to {limits.max_bytes} bytes", kind=kind)
-    image = _open_image(content)
-    _check_size(image, limits)
+        reason = f"expected 1 to {limits.max_bytes} bytes"
+        raise _over_limit(reason) if content else _bad_image(reason)
+    image = _open_image(content, limits)
     if image.format in ("JPEG", "MPO"):  # MPO: a photo with further pictures behind it, which are left alone
         if _num_scans(content) > _MAX_SCANS:
-            raise RecordError(f"more than {_MAX_SCANS} scans", kind="image_limit")
+            raise _over_limit(f"more than {_MAX_SCANS} scans")
         if image.mode in ("L", "RGB"):
             data = torch.frombuffer(content, dtype=torch.uint8)  # no copy: nothing writes to it
             return decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
     elif getattr(image, "is_animated", False):
-        reason = "several frames, expected one: no question says which one it is about"
-        raise RecordError(reason, kind="image")
-    return _pixels_by_pillow(image, content)
+        raise _bad_image("several frames, expected one: no question says which one it is about")
+    elif image.format == "PNG":
+        image.verify()  # checksums of all chunks up to the end, which decoding does not look at
+        image = _open_image(content, limits)
+    return _pixels_by_pillow(image)
 
 
-def _open_image(content: Content) -> PIL.Image.Image:
-    """Read the header alone."""
+def _open_image(content: Content, limits: ImageLimits) -> PIL.Image.Image:
+    """Read and check the header alone."""
     try:
-        return PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
+        image = PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     except PIL.UnidentifiedImageError as error:
-        reason = "neither JPEG, PNG, WebP nor GIF, or its header is damaged"
-        raise RecordError(reason, kind="image") from error
+        raise _bad_image("neither JPEG, PNG, WebP nor GIF, or its header is damaged") from error
     except PIL.Image.DecompressionBombError as error:
-        raise RecordError(str(error), kind="image_limit") from error
-
-
-def _check_size(image: PIL.Image.Image, limits: ImageLimits) -> None:
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        reason = f"{width} x {height} pixels are more than max_pixels ({limits.max_pixels})"
-        raise RecordError(reason, kind="image_limit")
-    if min(width, height) < limits.min_side:
-        reason = f"{width} x {height} pixels: a side is shorter than min_side ({limits.min_side})"
-        raise RecordError(reason, kind="image_limit")
+        raise _over_limit(str(error)) from error
+    sides = f"{image.width} x {image.height} pixels"
+    if image.width * image.height > limits.max_pixels:
+        raise _over_limit(f"{sides} are more than max_pixels ({limits.max_pixels})")
+    if min(image.size) < limits.min_side:
+        raise _over_limit(f"{sides}: a side is shorter than min_side ({limits.min_side})")
+    return image
 
 
 def _num_scans(jpeg: Content) -> int:
@@ -232,22 +226,13 @@ def _num_scans(jpeg: Content) -> int:
     return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
 
 
-def _pixels_by_pillow(image: PIL.Image.Image, content: Content) -> Image:
-    if image.format == "PNG":
-        image.verify()  # checksums of all chunks up to the end, which decoding does not look at
-        image = _open_image(content)
+def _pixels_by_pillow(image: PIL.Image.Image) -> Image:
     image.load()
     with suppress(Exception):  # damaged EXIF turns nothing, as in torchvision
         image = PIL.ImageOps.exif_transpose(image)
-    pixels = np.array(_on_white(image))  # height width 3
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert to RGB on white: the colour of transparent pixels is arbitrary, often black."""
     if image.mode.startswith("I"):  # grey of 16 bits
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    white = PIL.Image.new("RGBA", image.size, "white")
-    return PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.has_transparency_data:  # on white: the colour of transparent pixels is arbitrary, often black
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -20,12 +20,13 @@ import math
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-TILE = 64  # px
-CELL = 16  # px
+TILE, CELL = 64, 16  # px
+FONT = ImageFont.load_default(12)
 COLOURS = {
     "red": (205, 30, 35),
     "green": (25, 150, 60),
@@ -36,10 +37,14 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
-# Share of tiles.
-TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2, "blank": 0.2}
-# Letters are unique over an image: 26 do for two tiles.
-MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 2}
+TILE_KINDS = {
+    "dense_text": 0.2,
+    "faint_text": 0.1,
+    "shape": 0.3,
+    "texture": 0.2,
+    "blank": 0.2,
+}  # share of tiles
+MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 2}  # each letter once: 26 do for two tiles
 READ_QUESTION = "Read the text."
 
 Rng = np.random.Generator
@@ -55,7 +60,6 @@ class GlyphsConfig:
     read_fraction: float = 0.0  # of images: one dense tile with the single request to read it (curriculum)
 
     def __post_init__(self) -> None:
-        """Reject settings that no image can meet."""
         if not 1 <= self.max_tiles <= 6:
             raise ValueError(f"max_tiles is {self.max_tiles}; expected 1 to 6")
         if self.questions_per_image < 1:
@@ -66,8 +70,7 @@ class GlyphsConfig:
             raise ValueError(f"read_fraction is {self.read_fraction}; expected 0 to 1")
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question, its answer and the skill it tests."""
 
     skill: str
@@ -79,7 +82,7 @@ class Question:
 class Scene:
     """What an image shows; questions are made from it alone."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int] = (1, 1)  # rows, columns
     kinds: list[str] = field(default_factory=list)
     shapes: dict[str, str] = field(default_factory=dict)  # shape -> colour
     values: dict[str, str] = field(default_factory=dict)  # letter -> digit, in reading order
@@ -93,25 +96,27 @@ def draw_records(
         rng = np.random.default_rng([seed, position])
         reads = bool(rng.random() < config.read_fraction)
         image, scene = draw_image(rng, reading_page=reads, max_tiles=config.max_tiles)
-        questions = [read_question(scene)] if reads else choose_questions(rng, scene, config)
-        annotation = {
-            "conversations": [
-                turn for index, q in enumerate(questions) for turn in _turns(q, first=index == 0)
-            ],
-            "skills": [q.skill for q in questions],
-            "tile_kinds": scene.kinds,
-        }
-        files = {"jpg": _jpeg(image), "json": json.dumps(annotation, separators=(",", ":")).encode()}
-        yield f"{position:08d}", files
+        questions = _reading(scene) if reads else choose_questions(rng, scene, config)
+        turns = [
+            {"from": role, "value": text}
+            for question in questions
+            for role, text in (("human", question.text), ("gpt", question.answer))
+        ]
+        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        skills = [question.skill for question in questions]
+        annotation = {"conversations": turns, "skills": skills, "tile_kinds": scene.kinds}
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=92)
+        content = json.dumps(annotation, separators=(",", ":")).encode()
+        yield f"{position:08d}", {"jpg": jpeg.getvalue(), "json": content}
 
 
 def draw_image(rng: Rng, *, reading_page: bool, max_tiles: int) -> tuple[Image.Image, Scene]:
     """Draw one image; a reading page is a single dense tile."""
-    if reading_page:
-        scene = Scene(grid=(1, 1), kinds=["dense_text"])
-    else:
+    scene = Scene(kinds=["dense_text"])
+    if not reading_page:
         grids = [grid for grid in GRIDS if math.prod(grid) <= max_tiles]
-        scene = Scene(grid=grids[rng.integers(len(grids))])
+        scene.grid = grids[rng.integers(len(grids))]
         scene.kinds = _choose_kinds(rng, math.prod(scene.grid))
     rows, columns = scene.grid
     image = Image.new("RGB", (columns * TILE, rows * TILE))
@@ -133,17 +138,12 @@ def choose_questions(rng: Rng, scene: Scene, config: GlyphsConfig) -> list[Quest
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def read_question(scene: Scene) -> Question:
-    """Ask for all text of the image in reading order."""
-    return Question("ocr", READ_QUESTION, " ".join(k + v for k, v in scene.values.items()))
-
-
 def question_words() -> list[str]:
     """Return sentences with every word of GlyphDocs, to build a tokenizer from."""
     shapes = dict(zip(SHAPES, COLOURS, strict=True))
-    scene = Scene(grid=(1, 1), shapes=shapes, values={"A": "0", "B": "1"})
-    colours = [q for pair in shapes.items() for q in _perception(Scene(grid=(1, 1), shapes=dict([pair])))]
-    questions = [*colours, *_reasoning(np.random.default_rng(0), scene, 1), *_ocr(scene)]
+    scene = Scene(shapes=shapes, values={"A": "0", "B": "1"})
+    questions = [q for shape, colour in shapes.items() for q in _perception(Scene(shapes={shape: colour}))]
+    questions += [*_reasoning(np.random.default_rng(0), scene, 1), *_ocr(scene)]
     return [q.text for q in questions] + [q.answer for q in questions] + [READ_QUESTION]
 
 
@@ -160,7 +160,7 @@ def _reasoning(rng: Rng, scene: Scene, num_comparisons: int) -> list[Question]:
     for _ in range(num_comparisons if len(letters) > 1 else 0):
         a, b = (letters[i] for i in rng.choice(len(letters), 2, replace=False))
         if scene.values[a] != scene.values[b]:
-            greater = max(a, b, key=lambda letter: scene.values[letter])
+            greater = max(a, b, key=scene.values.__getitem__)
             answer = f"{a}{scene.values[a]} {b}{scene.values[b]} {greater}"
             questions.append(Question("reasoning", f"Which is greater, {a} or {b}?", answer))
     return list({question.text: question for question in questions}.values())
@@ -170,9 +170,8 @@ def _ocr(scene: Scene) -> list[Question]:
     return [Question("ocr", f"What is the value of {k}?", v) for k, v in scene.values.items()]
 
 
-def _turns(question: Question, *, first: bool) -> list[dict[str, str]]:
-    prompt = f"<image>\n{question.text}" if first else question.text
-    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": question.answer}]
+def _reading(scene: Scene) -> list[Question]:
+    return [Question("ocr", READ_QUESTION, " ".join(k + v for k, v in scene.values.items()))]
 
 
 def _choose_kinds(rng: Rng, num_tiles: int) -> list[str]:
@@ -191,81 +190,63 @@ def _paint_dense_text(rng: Rng, scene: Scene) -> Image.Image:
 
 
 def _paint_faint_text(rng: Rng, scene: Scene) -> Image.Image:
-    ground = int(rng.integers(190, 256))
-    cells = int(rng.integers(6, 11))
+    ground, cells = int(rng.integers(190, 256)), int(rng.integers(6, 11))
     return _paint_text(rng, scene, cells=cells, ground=ground, ink=ground - int(rng.integers(60, 90)))
 
 
 def _paint_text(rng: Rng, scene: Scene, *, cells: int, ground: int, ink: int) -> Image.Image:
-    tile = Image.new("RGB", (TILE, TILE), (ground, ground, ground))
-    draw = ImageDraw.Draw(tile)
-    per_row = TILE // CELL
+    tile = Image.new("RGB", (TILE, TILE), (ground,) * 3)
+    draw, per_row = ImageDraw.Draw(tile), TILE // CELL
     unused = [letter for letter in string.ascii_uppercase if letter not in scene.values]
     places = np.sort(rng.choice(per_row**2, cells, replace=False))
-    for place, letter in zip(places, rng.permutation(unused)[:cells], strict=True):
-        digit = str(rng.integers(10))
-        scene.values[str(letter)] = digit
+    for place, letter in zip(places, rng.permutation(unused)[:cells].tolist(), strict=True):
+        digit = scene.values[letter] = str(rng.integers(10))
         x, y = place % per_row * CELL, place // per_row * CELL + int(rng.integers(-1, 2))
-        for offset, glyph in ((4, str(letter)), (12, digit)):
-            draw.text((x + offset, y + CELL // 2), glyph, fill=(ink, ink, ink), font=FONT, anchor="mm")
+        for offset, glyph in ((4, letter), (12, digit)):
+            draw.text((x + offset, y + CELL // 2), glyph, fill=(ink,) * 3, font=FONT, anchor="mm")
     return tile
 
 
 def _paint_shape(rng: Rng, scene: Scene) -> Image.Image:
-    ground = int(rng.integers(205, 256))
-    tile = Image.new("RGB", (TILE, TILE), (ground, ground, ground))
+    ground = (int(rng.integers(205, 256)),) * 3
     shape = str(rng.choice([s for s in SHAPES if s not in scene.shapes]))
-    colour = str(rng.choice(list(COLOURS)))
-    scene.shapes[shape] = colour
+    colour = scene.shapes[shape] = str(rng.choice(list(COLOURS)))
     radius = int(rng.integers(18, 27))
     x, y = (int(rng.integers(radius + 2, TILE - radius - 1)) for _ in range(2))
     ink = tuple(int(np.clip(v + rng.integers(-12, 13), 0, 255)) for v in COLOURS[colour])
-    _draw_shape(ImageDraw.Draw(tile), shape, centre=(x, y), radius=radius, ink=ink, ground=(ground,) * 3)
+    tile = Image.new("RGB", (TILE, TILE), ground)
+    draw = ImageDraw.Draw(tile)
+    if shape in ("circle", "ring"):
+        draw.ellipse(_box(x, y, radius, radius), fill=ink)
+        if shape == "ring":
+            inner = radius * 11 // 20
+            draw.ellipse(_box(x, y, inner, inner), fill=ground)
+    elif shape == "square":
+        side = radius * 17 // 20
+        draw.rectangle(_box(x, y, side, side), fill=ink)
+    elif shape == "cross":
+        draw.rectangle(_box(x, y, radius, radius // 3), fill=ink)
+        draw.rectangle(_box(x, y, radius // 3, radius), fill=ink)
+    elif shape == "triangle":
+        draw.polygon(_corners(x, y, [radius] * 3), fill=ink)
+    else:  # star
+        draw.polygon(_corners(x, y, [radius, radius * 2 // 5] * 5), fill=ink)
     return tile
 
 
-def _draw_shape(
-    draw: ImageDraw.ImageDraw,
-    shape: str,
-    *,
-    centre: tuple[int, int],
-    radius: int,
-    ink: tuple[int, ...],
-    ground: tuple[int, ...],
-) -> None:
-    x, y = centre
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
-        draw.ellipse(box, fill=ink)
-    elif shape == "ring":
-        draw.ellipse(box, fill=ink)
-        inner = radius * 11 // 20
-        draw.ellipse((x - inner, y - inner, x + inner, y + inner), fill=ground)
-    elif shape == "square":
-        side = radius * 17 // 20
-        draw.rectangle((x - side, y - side, x + side, y + side), fill=ink)
-    elif shape == "cross":
-        arm = radius // 3
-        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=ink)
-        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=ink)
-    elif shape == "triangle":
-        draw.polygon(_corners(centre, [radius] * 3), fill=ink)
-    else:  # star
-        draw.polygon(_corners(centre, [radius, radius * 2 // 5] * 5), fill=ink)
+def _box(x: int, y: int, half_width: int, half_height: int) -> tuple[int, int, int, int]:
+    return x - half_width, y - half_height, x + half_width, y + half_height
 
 
-def _corners(centre: tuple[int, int], radii: list[int]) -> list[tuple[float, float]]:
+def _corners(x: int, y: int, radii: list[int]) -> list[tuple[float, float]]:
     angles = [2 * math.pi * i / len(radii) - math.pi / 2 for i in range(len(radii))]
-    return [
-        (centre[0] + r * math.cos(a), centre[1] + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)
-    ]
+    return [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
 def _paint_texture(rng: Rng, scene: Scene) -> Image.Image:
     dark, light = rng.integers(0, 110, 3), rng.integers(150, 256, 3)
     rows, columns = np.mgrid[0:TILE, 0:TILE]
-    period = int(rng.integers(2, 7))
-    style = rng.integers(4)
+    period, style = int(rng.integers(2, 7)), rng.integers(4)
     if style == 0:
         mask = rng.random((TILE, TILE)) < 0.5
     elif style == 1:
@@ -287,13 +268,6 @@ def _paint_blank(rng: Rng, scene: Scene) -> Image.Image:
     return Image.fromarray((corners[0] * (1 - ramp) + corners[1] * ramp).astype(np.uint8))
 
 
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
-
-
-FONT = ImageFont.load_default(12)
 PAINTERS: dict[str, Callable[[Rng, Scene], Image.Image]] = {
     "dense_text": _paint_dense_text,
     "faint_text": _paint_faint_text,

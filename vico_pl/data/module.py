@@ -1,32 +1,37 @@
-"""The DataModule: which positions of the order this rank and this worker read."""
+"""The DataModule, and the path of a sample: position -> record -> sample -> tiles -> token ids -> batch."""
 
 import itertools
 import math
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
+import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
-from vico_pl.data.decode import ImageLimits
-from vico_pl.data.order import SampleOrder, SourceShape
-from vico_pl.data.packing import (
+from vico_pl.data.collate import (
     MicroBatchLimits,
     SampleCost,
+    SampleLoad,
     assign_to_ranks,
-    estimated_tiles,
+    collate,
     split_into_micro_batches,
 )
-from vico_pl.data.pipeline import build_stages, run_stages
+from vico_pl.data.decode import ImageLimits, bad_record, decode_record
+from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
-from vico_pl.data.shards.reader import ShardIndex, read_index
-from vico_pl.data.tiling import TilingConfig
-from vico_pl.types import RankBatch
+from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
+from vico_pl.data.tiling import TilingConfig, estimated_tiles, tile_sample
+from vico_pl.errors import RecordError
+from vico_pl.types import BadRecord, EncodedSample, RankBatch, TiledSample
+
+Item = tuple[int, Any]  # a position and what it has become so far; a bad record keeps its position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +54,17 @@ class DataConfig:
     chat: ChatConfig = field(default_factory=ChatConfig)
     micro_batch: MicroBatchLimits = field(
         default_factory=MicroBatchLimits
-    )  # limits of what goes through the model at a time
+    )  # of what the model gets at a time
     images: ImageLimits = field(default_factory=ImageLimits)  # of a file and of its pixels
     streaming: StreamingConfig = field(default_factory=StreamingConfig)  # of URLs and compressed shards
     max_bad_fraction: float = 0.05  # of the last 2,000 samples; if more are bad the run stops
 
     def __post_init__(self) -> None:
-        """Reject empty batches, and sources that are neither a curriculum nor a mixture."""
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size is {self.batch_size}; expected at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
-        if any(source.weight is not None for source in self.sources):
-            _check_mixture(self.sources)
-        else:
-            _check_curriculum(self.sources)
+        _check_sources(self.sources)
 
 
 class DataModule(L.LightningDataModule):
@@ -82,23 +83,21 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         if not config.sources:
             raise ValueError("data.sources is empty; name at least one folder of shards")
-        self.config = config
+        self.config, self.cost = config, cost
         self.indexes = open_sources(config)
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
         self.order = build_order(config, self.indexes, seed=seed)
-        self.cost = cost or partial(_num_tokens, tokens_per_tile=full_tokens_per_tile)
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that starts at the trainer's global step."""
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("the DataModule is not attached to a Trainer")
-        dataset = RankBatches(
-            self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size
-        )
         workers = self.config.num_workers
         return DataLoader(
-            dataset,
+            RankBatches(
+                self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size
+            ),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -116,23 +115,23 @@ class RankBatches(IterableDataset[RankBatch]):
         self.first_step, self.rank, self.world = first_step, rank, world
         self.config, self.indexes, self.order = data.config, data.indexes, data.order
         self.chat, self.cost = data.chat, data.cost
-        self.stages = build_stages(
-            data.indexes,
-            order=data.order,
-            tiling=data.config.tiling,
-            chat=data.chat,
-            cost=data.cost,
-            image_limits=data.config.images,
-            micro_batch_limits=data.config.micro_batch,
-        )
+        side = data.config.tiling.tile_size
+        tile = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        black = TiledSample(id="", tiles=tile, tiles_per_image=[1], turns=[], metadata={})
+        self.dummy = data.chat.encode_prompt(black, "<image>")  # no response
+        self.stages: list[Callable[[Iterable[Any]], Iterator[Item]]] = [
+            partial(read, order=data.order, readers=[RecordReader(index) for index in data.indexes]),
+            partial(apply, function=partial(decode_record, limits=data.config.images)),
+            partial(apply, function=partial(tile_sample, config=data.config.tiling)),
+            partial(apply, function=data.chat.encode),
+        ]
 
     def __iter__(self) -> Iterator[RankBatch]:
         """Yield rank batches without end."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         for step in itertools.count(self.first_step + worker, num_workers):
-            positions, num_micro_batches = self.rank_positions(step)
-            yield from run_stages(positions, self.stages, min_micro_batches=num_micro_batches)
+            yield self.rank_batch(*self.rank_positions(step))
 
     def rank_positions(self, step: int) -> tuple[list[int], int]:
         """Return this rank's positions of a step, and how many micro-batches to make of them at least.
@@ -144,24 +143,66 @@ class RankBatches(IterableDataset[RankBatch]):
         positions = range(step * size, (step + 1) * size)
         if self.world == 1:
             return list(positions), 1
-        estimates = [self._estimate(position) for position in positions]
-        assigned = assign_to_ranks([cost for cost, _, _ in estimates], self.world)
-        counts = [self._num_micro_batches([estimates[i] for i in indices]) for indices in assigned]
-        return [positions[index] for index in assigned[self.rank]], max(counts)
+        loads = [self._estimate(position) for position in positions]
+        assigned = assign_to_ranks([load.cost for load in loads], self.world)
+        split = partial(split_into_micro_batches, limits=self.config.micro_batch)
+        num_micro_batches = max(len(split([loads[index] for index in indices])) for indices in assigned)
+        return [positions[index] for index in assigned[self.rank]], num_micro_batches
 
-    def _num_micro_batches(self, estimates: Sequence[tuple[float, int, int]]) -> int:
-        costs = [cost for cost, _, _ in estimates]
-        tiles, tokens = [tiles for _, tiles, _ in estimates], [tokens for _, _, tokens in estimates]
-        return len(split_into_micro_batches(costs, tiles, tokens, self.config.micro_batch))
+    def rank_batch(self, positions: Sequence[int], min_micro_batches: int = 1) -> RankBatch:
+        """Read samples and batch them, in at least `min_micro_batches` if there are enough.
 
-    def _estimate(self, position: int) -> tuple[float, int, int]:
-        """Return estimated cost, tiles and tokens of a sample, without reading it."""
+        Every micro-batch has a tile and every rank batch a micro-batch, if necessary the dummy sample's, so
+        that all ranks run the same parts of the model. The dummy adds nothing to the gradients.
+        """
+        items = list(wds.DataPipeline(partial(iter, positions), *self.stages))
+        good = [(position, item) for position, item in items if isinstance(item, EncodedSample)]
+        loads = [self._load(p, s.tiles_per_image, len(s.input_ids) - len(s.tiles)) for p, s in good]
+        micro_batches = []
+        for chosen in split_into_micro_batches(loads, self.config.micro_batch, at_least=min_micro_batches):
+            members = [good[index] for index in chosen]
+            if not any(loads[index].tiles for index in chosen):
+                members.append((-1, self.dummy))
+            micro_batches.append(collate([item for _, item in members], positions=[p for p, _ in members]))
+        alone = collate([self.dummy], positions=[-1])
+        bad = [replace(item, source=self._source(p)) for p, item in items if isinstance(item, BadRecord)]
+        return RankBatch(micro_batches=micro_batches or [alone], bad_records=bad, dummy=alone)
+
+    def _source(self, position: int) -> str:
+        return str(self.indexes[self.order(position).source].folder)
+
+    def _estimate(self, position: int) -> SampleLoad:
+        """Return the load of a sample without reading it."""
         place = self.order(position)
         size = self.indexes[place.source].size_of(place.sample)
-        tiles_per_image = estimated_tiles(size, self.config.tiling)
-        text, num_tiles = size.text_tokens, sum(tiles_per_image)
-        cost = self.cost(position, tiles_per_image, text)
-        return cost, num_tiles, text + num_tiles * self.chat.full_tokens_per_tile
+        return self._load(position, estimated_tiles(size, self.config.tiling), size.text_tokens)
+
+    def _load(self, position: int, tiles_per_image: list[int], text_tokens: int) -> SampleLoad:
+        tiles = sum(tiles_per_image)
+        tokens = text_tokens + tiles * self.chat.full_tokens_per_tile
+        cost = float(tokens) if self.cost is None else self.cost(position, tiles_per_image, text_tokens)
+        return SampleLoad(cost, tiles, tokens)
+
+
+def read(positions: Iterable[int], *, order: SampleOrder, readers: Sequence[RecordReader]) -> Iterator[Item]:
+    """Turn positions into raw records, and let each reader prefetch the shards that come next."""
+    for position in positions:
+        place = order(position)
+        reader = readers[place.source]
+        reader.expect(order.shards_after(position))
+        try:
+            yield position, reader(place.sample)
+        except RecordError as error:
+            yield position, bad_record(f"source {place.source}, sample {place.sample}", error)
+
+
+def apply(source: Iterable[Item], *, function: Callable[[Any], Any]) -> Iterator[Item]:
+    """Apply `function` to each item; one that raises `RecordError` becomes a `BadRecord` in its place."""
+    for position, item in source:
+        try:
+            yield position, item if isinstance(item, BadRecord) else function(item)
+        except RecordError as error:
+            yield position, bad_record(item.id, error)
 
 
 def ignore_stop_signals(_: int) -> None:
@@ -185,44 +226,30 @@ def open_sources(config: DataConfig) -> list[ShardIndex]:
 
 def build_order(config: DataConfig, indexes: Sequence[ShardIndex], *, seed: int) -> SampleOrder:
     """Return the order in which a run reads its sources."""
-    weights = [source.weight for source in config.sources if source.weight is not None]
-    steps = itertools.accumulate(source.steps or 0 for source in config.sources[:-1])
-    curriculum: list[int | None] = [*(step * config.batch_size for step in steps), None]
+    window = config.streaming.window
     shapes = [
-        SourceShape(
-            shard_sizes=tuple(index.shard_sizes),
-            window=config.streaming.window if index.is_streamed else None,
-        )
-        for index in indexes
+        SourceShape(shard_sizes=i.shard_sizes, window=window if i.is_streamed else None) for i in indexes
     ]
-    return SampleOrder(
-        sources=shapes,
-        source_ends=[None] * len(indexes) if weights else curriculum,
-        seed=seed,
-        weights=weights or None,
-    )
+    weights = [source.weight for source in config.sources if source.weight is not None]
+    if weights:
+        return SampleOrder(sources=shapes, source_ends=[None] * len(shapes), seed=seed, weights=weights)
+    steps = itertools.accumulate(source.steps or 0 for source in config.sources[:-1])
+    ends = [*(number * config.batch_size for number in steps), None]
+    return SampleOrder(sources=shapes, source_ends=ends, seed=seed)
 
 
-def _num_tokens(_: int, tiles_per_image: Sequence[int], text_tokens: int, *, tokens_per_tile: int) -> float:
-    return float(text_tokens + sum(tiles_per_image) * tokens_per_tile)
-
-
-def _check_curriculum(sources: list[SourceConfig]) -> None:
-    for source in sources[:-1]:
-        if source.steps is None:
-            raise ValueError(f"data.sources: {source.path} needs 'steps', as another source follows it")
-
-
-def _check_mixture(sources: list[SourceConfig]) -> None:
-    for source in sources:
-        if source.steps is not None:
-            raise ValueError(
-                f"data.sources: {source.path} has 'steps' where sources have a 'weight'; they either follow "
-                "each other by steps or are mixed by weight"
-            )
-        if source.weight is None:
-            raise ValueError(f"data.sources: {source.path} needs a 'weight', as other sources have one")
-        if not 0 < source.weight < math.inf:
-            raise ValueError(
-                f"data.sources: {source.path} has weight {source.weight}; expected a number above 0"
-            )
+def _check_sources(sources: Sequence[SourceConfig]) -> None:
+    """Reject sources that are neither a curriculum nor a mixture."""
+    is_mixture = any(source.weight is not None for source in sources)
+    for number, source in enumerate(sources, start=1):
+        name = f"data.sources: {source.path}"
+        if not is_mixture:
+            if source.steps is None and number < len(sources):
+                raise ValueError(f"{name} needs 'steps', as another source follows it")
+        elif source.steps is not None:
+            choice = "they either follow each other by steps or are mixed by weight"
+            raise ValueError(f"{name} has 'steps' where sources have a 'weight'; {choice}")
+        elif source.weight is None:
+            raise ValueError(f"{name} needs a 'weight', as other sources have one")
+        elif not 0 < source.weight < math.inf:
+            raise ValueError(f"{name} has weight {source.weight}; expected a number above 0")

@@ -1,7 +1,7 @@
 """Image -> square tiles, as InternVL cuts them: grid nearest in aspect ratio, row by row, thumbnail last."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from jaxtyping import UInt8
@@ -9,7 +9,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.types import Image, Sample, TiledSample
+
+_resize = partial(resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +25,12 @@ class TilingConfig:
     use_thumbnail: bool = True  # add the whole image as one more tile when it was cut
 
     def __post_init__(self) -> None:
-        """Reject empty ranges."""
         if not 1 <= self.min_tiles <= self.max_tiles:
             given = f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}"
             raise ValueError(f"{given}: expected 1 <= min <= max")
 
     def per_image(self, num_images: int) -> "TilingConfig":
-        """Return the settings for each image of a sample with `num_images` of them.
-
-        >>> TilingConfig(max_tiles=12).per_image(5).max_tiles
-        2
-        """
+        """Return the settings for each image of a sample with `num_images` of them."""
         limit = max(1, self.max_tiles // max(1, num_images))
         return replace(self, min_tiles=min(self.min_tiles, limit), max_tiles=limit)
 
@@ -41,9 +39,10 @@ def tile_sample(sample: Sample, config: TilingConfig) -> TiledSample:
     """Cut all images of a sample."""
     per_image = config.per_image(len(sample.images))
     tiles = [tile_image(image, per_image) for image in sample.images]
+    none = torch.empty(0, 3, config.tile_size, config.tile_size, dtype=torch.uint8)
     return TiledSample(
         id=sample.id,
-        tiles=_join(tiles, config.tile_size),
+        tiles=tiles[0] if len(tiles) == 1 else torch.cat(tiles or [none]),  # a single image's are not copied
         tiles_per_image=[len(t) for t in tiles],
         turns=sample.turns,
         metadata=sample.metadata,
@@ -59,13 +58,27 @@ def tile_image(image: Image, config: TilingConfig) -> UInt8[Tensor, "t 3 side si
     columns, rows = choose_grid(width, height, config)
     size, num_cut = config.tile_size, columns * rows
     has_thumbnail = config.use_thumbnail and num_cut > 1
-    tiles = _empty_tiles(num_cut + has_thumbnail, size)
-    resized = _resize(image, rows * size, columns * size)
+    shape = (num_cut + has_thumbnail, 3, size, size)
+    tiles = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    resized = _resize(image, [rows * size, columns * size])
     grid = resized.unflatten(1, (rows, size)).unflatten(3, (columns, size))  # 3 rows H columns W
     tiles[:num_cut].unflatten(0, (rows, columns)).copy_(grid.permute(1, 3, 0, 2, 4))
     if has_thumbnail:
-        tiles[-1] = _resize(image, size, size)
+        tiles[-1] = _resize(image, [size, size])
     return tiles
+
+
+def estimated_tiles(size: SampleSize, config: TilingConfig) -> list[int]:
+    """Return how many tiles each image of a sample will have if all are shaped like its first.
+
+    >>> estimated_tiles(SampleSize(text_tokens=25, num_images=2, width=1000, height=500), TilingConfig())
+    [3, 3]
+    """
+    if min(size.width, size.height) < 1:
+        return [1] * size.num_images
+    config = config.per_image(size.num_images)
+    columns, rows = choose_grid(size.width, size.height, config)
+    return [columns * rows + (config.use_thumbnail and columns * rows > 1)] * size.num_images
 
 
 def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
@@ -101,21 +114,3 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
         if min_tiles <= columns * rows <= max_tiles
     }
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
-
-
-def _join(tiles: list[UInt8[Tensor, "_ 3 side side"]], size: int) -> UInt8[Tensor, "t 3 side side"]:
-    """Concatenate the tiles of several images; those of a single image are not copied."""
-    if len(tiles) == 1:
-        return tiles[0]
-    return torch.cat(tiles) if tiles else _empty_tiles(0, size)
-
-
-def _empty_tiles(num_tiles: int, size: int) -> UInt8[Tensor, "t 3 side side"]:
-    shape = (num_tiles, 3, size, size)
-    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-
-
-def _resize(image: Image, height: int, width: int) -> UInt8[Tensor, "3 height width"]:
-    if image.shape[1:] == (height, width):
-        return image
-    return resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)

@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from vico_pl.data.decode import IMAGE_EXTENSIONS
+from vico_pl.data.decode import IMAGE_EXTENSIONS, IMAGE_FORMATS, image_number
 from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members
 from vico_pl.errors import RecordError
 from vico_pl.types import Content
 
 _PIECES = re.compile(r"[A-Za-z]{1,6}|[^\sA-Za-z]")  # a word counts once per six letters
 _ORIENTATION = 0x0112  # EXIF: from 5 on, width and height are exchanged
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # those that are decoded
 _MAX_SIZE = np.iinfo(np.int32).max
 
 
@@ -41,7 +40,7 @@ def measure_record(files: Mapping[str, Content]) -> SampleSize:
     SampleSize(text_tokens=3, num_images=0, width=0, height=0)
     """
     names = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    width, height = _image_size(files[min(names, key=_image_number)]) if names else (0, 0)
+    width, height = _image_size(files[min(names, key=image_number)]) if names else (0, 0)
     return SampleSize(_text_tokens(files.get("json", b"")), len(names), width, height)
 
 
@@ -75,14 +74,9 @@ def _image_size(content: Content) -> tuple[int, int]:
     """Return (width, height) after EXIF rotation; zeros if the header is unreadable."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
-            image = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
+            image = PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
             width, height = image.size
             turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception:  # on hostile bytes Pillow raises anything: OSError, SyntaxError, struct.error, ...
         return 0, 0
     return (height, width) if turned else (width, height)
-
-
-def _image_number(name: str) -> int:
-    number = name.partition(".")[0]
-    return int(number) if number.isdecimal() and len(number) < 10 else 0
