@@ -40,7 +40,7 @@ def test_matrices_decay_and_vectors_do_not():
 )
 def test_values_that_would_train_nothing_or_backwards_are_refused(setting):
     ((name, value),) = setting.items()
-    with pytest.raises(ValueError, match=rf"optim\.{name} is {value}; expected "):
+    with pytest.raises(ValueError, match=rf"optim\.{name} is {value!r}; expected "):
         OptimConfig(**setting)
 
 

@@ -1,11 +1,11 @@
 import shutil
 import tempfile
-from unittest import mock
 
-import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from tests.callbacks.steps import StageLog, TrainerAt
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
 
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_is_written_once_and_not_put_together_in_memory(tmp_path, m
         torch, "save", lambda state, target: written.append(target) or target.write_bytes(b"")
     )
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "step.ckpt")
-    assert written == [tmp_path / "step.ckpt.partial"]
+    assert [path.parent for path in written] == [tmp_path]
 
 
 def save(run_dir, step, **state):
@@ -65,21 +65,21 @@ def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
     assert newest_checkpoint(tmp_path) == newest
 
 
-def damages(path):
-    """Every way in which a file of this content may be left behind."""
-    content = path.read_bytes()
-    yield b""
-    yield content[:100]
-    yield content[: len(content) // 2]
-    yield content[:-1]
-    yield b"\0" * len(content)
-    yield b"text, not a checkpoint"
+# Ways in which a file of this content may be left behind.
+DAMAGES = {
+    "empty": lambda content: b"",
+    "head": lambda content: content[:100],
+    "half": lambda content: content[: len(content) // 2],
+    "last byte lost": lambda content: content[:-1],
+    "zeros": lambda content: b"\0" * len(content),
+    "text": lambda content: b"text, not a checkpoint",
+}
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_damaged_checkpoints_are_passed_over_and_named(tmp_path, number):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_passed_over_and_named(tmp_path, damage):
     whole, newest = save(tmp_path, 10), save(tmp_path, 20)
-    newest.write_bytes(list(damages(newest))[number])
+    newest.write_bytes(DAMAGES[damage](newest.read_bytes()))
     with pytest.warns(UserWarning, match=f"{newest} is skipped: it cannot be read"):
         assert newest_checkpoint(tmp_path) == whole
 
@@ -96,26 +96,22 @@ def begin(folder, *, at, known=()):
     """Begin to train at a step, with a checkpoint's account of what is kept."""
     callback = StepCheckpoint(folder, every=2, keep=2)
     callback.best_k_models = {str(folder / name): torch.tensor(0) for name in known}
-    trainer = mock.Mock(spec=L.Trainer, global_step=at)
-    trainer.strategy.remove_checkpoint = lambda path: path.unlink()
-    callback.on_train_start(trainer, mock.Mock(spec=L.LightningModule))
+    strategy = SingleDeviceStrategy(checkpoint_io=AtomicCheckpointIO())
+    callback.on_train_start(TrainerAt(at, strategy=strategy), StageLog())
     return {path.name for path in folder.iterdir()}
 
 
 def test_what_killed_attempts_left_over_is_removed_and_nothing_else(tmp_path):
     folder = save(tmp_path, 2).parent
+    assert begin(folder, at=0) == {"step-00000002.ckpt"}  # a run that starts over removes none
     for step in (4, 6, 8):
         save(tmp_path, step)
-    (folder / "step-00000008.ckpt.partial").write_bytes(b"of a killed process")
+    for name in ("step-00000008.ckpt.partial", ".step-00000008.ckpt.12-34.partial"):
+        (folder / name).write_bytes(b"of a killed process")
     (folder / "notes.txt").write_text("of a user")
     known = ["step-00000004.ckpt", "step-00000006.ckpt"]
-    kept = {*known, "step-00000008.ckpt", "notes.txt"}  # the step 8 comes again and replaces its checkpoint
+    kept = {*known, "step-00000008.ckpt", "notes.txt"}  # step 8 comes again and replaces its checkpoint
     assert begin(folder, at=6, known=known) == kept
-
-
-def test_a_fresh_run_removes_no_checkpoint(tmp_path):
-    path = save(tmp_path, 2)
-    assert begin(path.parent, at=0) == {path.name}
 
 
 def test_the_account_of_what_is_kept_outlives_other_settings(tmp_path):

@@ -63,7 +63,7 @@ def who(ranks):
 def moment(saved, run_dir):
     if is_finished(run_dir):
         return "after the model was written"
-    if (run_dir / "checkpoints" / f"step-{saved + 1:08d}.ckpt.partial").exists():
+    if any((run_dir / "checkpoints").glob(f".step-{saved + 1:08d}.ckpt.*.partial")):
         return "while saving"
     return "between steps or at the start" if saved else "before the first checkpoint"
 

@@ -26,6 +26,7 @@ from vico_pl.data.pipeline import build_stages, run_stages
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import ShardIndex, read_index
 from vico_pl.data.tiling import TilingConfig
+from vico_pl.errors import STOP_SIGNALS
 from vico_pl.types import RankBatch
 
 
@@ -166,7 +167,7 @@ class RankBatches(IterableDataset[RankBatch]):
 
 def ignore_stop_signals(_: int) -> None:
     """Let a worker outlive signals to the whole process group: the run still needs its batches to stop."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -16,7 +16,7 @@ from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.routing import NEVER, routing_scores
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.router import RoutingRule
-from vico_pl.stages.labels import tile_loss_ratios
+from vico_pl.stages.router import tile_loss_ratios
 
 TileScores = list[Float[Tensor, " _"]]  # one entry per sample
 

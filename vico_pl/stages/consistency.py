@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.losses.liger import check_liger, liger_kl_sum
 from vico_pl.model.connector import FULL_RATIO
@@ -17,10 +17,8 @@ from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
 from vico_pl.stages.cost import Number, Parts, TilesPerRatio, TrainedCost, forward_parts, trained_passes
-from vico_pl.stages.models import ModelSource, freeze_reference, prepare_blocks, prepare_policy
 from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
 
@@ -39,23 +37,21 @@ class ConsistencyConfig:
     chunk_size: int = 256  # native: response tokens whose logits exist at a time
 
     def __post_init__(self) -> None:
-        """Reject values that the stage has no meaning for."""
-        if self.ratio_draw not in RATIO_DRAWS:
-            known = ", ".join(RATIO_DRAWS)
-            raise ValueError(f"consistency.ratio_draw is '{self.ratio_draw}'; expected one of {known}")
-        if self.temperature <= 0:
-            raise ValueError(f"consistency.temperature is {self.temperature}; expected more than 0")
-        if self.kernel not in ("native", "liger"):
-            raise ValueError(f"consistency.kernel is '{self.kernel}'; expected native or liger")
-        if self.chunk_size < 1:
-            raise ValueError(f"consistency.chunk_size is {self.chunk_size}; expected 1 or more")
+        check_settings(
+            "consistency",
+            self,
+            ratio_draw=(self.ratio_draw in RATIO_DRAWS, f"one of {', '.join(RATIO_DRAWS)}"),
+            temperature=(self.temperature > 0, "more than 0"),
+            kernel=(self.kernel in ("native", "liger"), "native or liger"),
+            chunk_size=(self.chunk_size >= 1, "1 or more"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyCost(TrainedCost):
     """Forward and backward pass of the policy at drawn ratios, forward pass of the reference."""
 
-    ratios: Sequence[int]
+    compares = True
     ratio_draw: str
     seed: int
     shares_vision: bool  # the reference uses the policy's patch features
@@ -66,55 +62,30 @@ class ConsistencyCost(TrainedCost):
             position, tiles_per_image, ratios=self.ratios, mode=self.ratio_draw, seed=self.seed
         )
 
-    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
+    def parts(self, tiles: TilesPerRatio, text_tokens: Number, response_tokens: Number = 0) -> Parts:
         """Return what policy and reference cost."""
         reference = forward_parts(self.flops, {FULL_RATIO: sum(tiles.values())}, text_tokens)
         if self.shares_vision:
             reference["vision"] = 0.0
-        return {**super().parts_at(tiles, text_tokens), "reference": sum(reference.values())}
-
-    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
-        """Return the mean over ratios, all tiles of a sample at the same one, with both heads."""
-        draws = [self.parts_at({ratio: tiles}, text_tokens) for ratio in self.ratios]
-        parts = {name: fmean(draw[name] for draw in draws) for name in draws[0]}
+        policy = super().parts(tiles, text_tokens, response_tokens)
         head = response_tokens * self.flops.head_per_token
-        parts["reference"] += head
-        return {**parts, "policy head": self.passes["head"] * head}
-
-    def vision_tokens(self, tiles: Number) -> dict[str, Number]:
-        """Return the vision tokens that policy and reference see of a sample."""
-        tokens = self.flops.vision_tokens_per_tile
-        policy = fmean(tokens[ratio] for ratio in self.ratios)
-        return {"policy": tiles * policy, "reference": tiles * tokens[FULL_RATIO]}
+        return {**policy, "reference": sum(reference.values()) + head}
 
 
 class ConsistencyStage(Stage):
-    """Minimises KL(reference at full tokens || policy at sampled ratios) over the response."""
+    """Minimises KL(reference at full tokens || policy at sampled ratios) over the response.
+
+    It trains the parameters of `model` that require gradients, except the router's.
+    """
 
     name = "consistency"
+    strict_loading = False  # checkpoints leave out frozen weights of the model folder
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        reference: FrozenReference,
-        config: ConsistencyConfig,
-        optim: OptimConfig,
-        *,
-        num_steps: int,
-        seed: int,
-    ) -> None:
-        """Train the parameters of `model` that require gradients, except the router's."""
-        super().__init__(optim, num_steps=num_steps)
+    def __init__(self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference) -> None:
+        super().__init__(run, model, reference)
         if model.router is not None:
             model.router.requires_grad_(requires_grad=False)
-        self.model, self.reference, self.config, self.seed = model, reference, config, seed
-        self.strict_loading = False  # checkpoints leave out frozen weights of the model folder
-
-    @classmethod
-    def check(cls, run: RunSettings) -> Iterator[str]:
-        """Yield what is wrong in a recipe of this stage."""
-        yield from super().check(run)
-        yield from cls.check_ratios(run)
+        self.model, self.config = model, section_of(run, ConsistencyConfig)
 
     @classmethod
     def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
@@ -132,15 +103,6 @@ class ConsistencyStage(Stage):
             check_liger(device)
 
     @classmethod
-    def build(cls, run: RunSettings, source: ModelSource) -> "ConsistencyStage":
-        """Build the stage for a run."""
-        policy, original = source.policy(), prepare_blocks(source.reference(), run)
-        policy = prepare_policy(policy, run)
-        reference = freeze_reference(original, policy, run, source)
-        settings, num_steps = section_of(run, ConsistencyConfig), run.trainer.max_steps
-        return cls(policy, reference, settings, run.optim, num_steps=num_steps, seed=run.seed)
-
-    @classmethod
     def cost(cls, run: RunSettings, flops: ModelFlops) -> ConsistencyCost:
         """Return what a sample costs."""
         same_weights = run.model.reference in (None, run.model.path)
@@ -156,7 +118,7 @@ class ConsistencyStage(Stage):
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on response tokens, of which both have the same number."""
-        ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, seed=self.seed)
+        ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, seed=self.run.seed)
         features = self.model.encode_tiles(batch.tiles)
         policy = self.model.response_states(batch, features, ratios)
         reference = self.reference.response_states(batch, policy_features=features)
@@ -164,14 +126,6 @@ class ConsistencyStage(Stage):
         release(self.reference.model)
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
         return StepResult(loss_sum=loss_sum, metrics={"vision_tokens/fraction": fraction})
-
-    def trained_model(self) -> VisionLanguageModel:
-        """Return the policy."""
-        return self.model
-
-    def sharded_models(self) -> list[VisionLanguageModel]:
-        """Return policy and reference."""
-        return [self.model, self.reference.model]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights that the model folder holds: with adapters, most of a checkpoint."""
