@@ -2,9 +2,10 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import lightning as L
@@ -14,13 +15,14 @@ from torch import Tensor, distributed
 
 from vico_pl.model.adapters import LoraConfig, add_adapters
 from vico_pl.model.blocks import checkpoint_blocks, compile_blocks
+from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.language import check_flash_attention, set_packed_attention
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import cast_trained, shard_model
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import build_optimizer, clip_gradients, numbered_by_module
-from vico_pl.stages.cost import StageCost
+from vico_pl.stages.cost import Parts, SampleCounts, StageCost, trained_parts
 from vico_pl.stages.settings import DTYPES, PARTS, TRAINABLE_PARTS, RunSettings
 from vico_pl.types import Batch, RankBatch
 
@@ -57,16 +59,6 @@ class StepResult:
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 
-class RankFacts(NamedTuple):
-    """What other ranks need to know of a rank's part of a step."""
-
-    num_micro_batches: int
-    num_items: int
-    num_samples: int
-    num_bad: int
-    stop: bool
-
-
 class Ranks:
     """All processes of a run; they exchange small objects over the CPU, so that no GPU has to wait."""
 
@@ -100,6 +92,7 @@ class Stage(L.LightningModule):
     name: ClassVar[str]  # in recipes, and as the first part of metric names
     compares: ClassVar[bool] = True  # compression ratios of a given model, with a frozen reference
     trains_parts: ClassVar[bool] = True  # trains what model.trainable names
+    draws_ratios: ClassVar[bool] = False  # otherwise the policy sees full tokens
     reference: FrozenReference  # if it compares
     ranks: Ranks
     stop_requested = False  # on this rank
@@ -173,9 +166,25 @@ class Stage(L.LightningModule):
         return model
 
     @classmethod
-    @abstractmethod
     def cost(cls, run: RunSettings, flops: ModelFlops) -> StageCost:
-        """Return what a sample costs."""
+        """Return what a sample costs in a run of this stage."""
+        return StageCost(
+            flops=flops,
+            ratios=run.model.ratios if cls.draws_ratios else [FULL_RATIO],
+            compares=cls.compares,
+            ratios_at=partial(cls.ratios_at, run),
+            parts=partial(cls.cost_parts, run, flops),
+        )
+
+    @classmethod
+    def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
+        """Return the compression ratio of each tile of the sample at a position: full tokens."""
+        return [FULL_RATIO] * sum(tiles_per_image)
+
+    @classmethod
+    def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
+        """Return the FLOPs of a sample by part of the step."""
+        return trained_parts(run, flops, sample)
 
     @abstractmethod
     def step(self, batch: Batch) -> StepResult:
@@ -221,18 +230,18 @@ class Stage(L.LightningModule):
         """Take an optimizer step on a global batch; the result does not depend on how it is split.
 
         Returns what callbacks need, the same on all ranks: `num_samples`, of these `num_bad`, `grad_norm`,
-        and `stop`: whether some rank was asked to.
+        and `stop`: how many ranks were asked to.
         """
         facts = self.ranks.gather(self._facts(rank_batch))
-        num_micro_batches = max(f.num_micro_batches for f in facts)
-        num_items = sum(f.num_items for f in facts)
+        totals = {name: sum(rank[name] for rank in facts) for name in facts[0]}
+        num_micro_batches = max(rank["num_micro_batches"] for rank in facts)
         # All ranks run the same number of micro-batches: gathering sharded weights is a collective.
         missing = num_micro_batches - len(rank_batch.micro_batches)
         micro_batches = rank_batch.micro_batches + [rank_batch.dummy] * missing
         metrics: list[Mapping[str, Mean]] = []
         for index, result in enumerate(self.results(micro_batches)):
             # Gradients are averaged over ranks; the loss is a sum over them.
-            loss = result.loss_sum / max(num_items, 1) * self.ranks.world
+            loss = result.loss_sum / max(totals["num_items"], 1) * self.ranks.world
             with nullcontext() if index == num_micro_batches - 1 else self._gradients_stay_local():
                 self.manual_backward(loss)
             loss_mean = Mean(result.loss_sum.detach(), self.num_items(micro_batches[index]))
@@ -240,12 +249,7 @@ class Stage(L.LightningModule):
         lr, norm = self.trainer.optimizers[0].param_groups[0]["lr"], self._update()
         metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
         self._log(metrics)
-        return {
-            "num_samples": sum(f.num_samples for f in facts),
-            "num_bad": sum(f.num_bad for f in facts),
-            "grad_norm": norm,
-            "stop": any(f.stop for f in facts),
-        }
+        return {**totals, "grad_norm": norm}
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""
@@ -257,14 +261,15 @@ class Stage(L.LightningModule):
             (state,), (optimizer,) = checkpoint["optimizer_states"], self.trainer.optimizers
             checkpoint["optimizer_states"] = [numbered_by_module(state, optimizer, self)]
 
-    def _facts(self, rank_batch: RankBatch) -> RankFacts:
-        return RankFacts(
-            num_micro_batches=len(rank_batch.micro_batches),
-            num_items=sum(map(self.num_items, rank_batch.micro_batches)),
-            num_samples=len(rank_batch.ids) + len(rank_batch.bad_records),
-            num_bad=len(rank_batch.bad_records),
-            stop=self.stop_requested,
-        )
+    def _facts(self, rank_batch: RankBatch) -> dict[str, int]:
+        """Return what other ranks need to know of this rank's part of a step."""
+        return {
+            "num_micro_batches": len(rank_batch.micro_batches),
+            "num_items": sum(map(self.num_items, rank_batch.micro_batches)),
+            "num_samples": len(rank_batch.ids) + len(rank_batch.bad_records),
+            "num_bad": len(rank_batch.bad_records),
+            "stop": int(self.stop_requested),
+        }
 
     def _gradients_stay_local(self) -> AbstractContextManager[Any]:
         """Let DDP add up the gradients of all micro-batches before ranks exchange them."""

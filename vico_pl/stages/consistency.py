@@ -18,7 +18,7 @@ from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.base import Mean, Stage, StepResult
-from vico_pl.stages.cost import Number, Parts, TilesPerRatio, TrainedCost, forward_parts, trained_passes
+from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
 
@@ -47,31 +47,6 @@ class ConsistencyConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConsistencyCost(TrainedCost):
-    """Forward and backward pass of the policy at drawn ratios, forward pass of the reference."""
-
-    compares = True
-    ratio_draw: str
-    seed: int
-    shares_vision: bool  # the reference uses the policy's patch features
-
-    def ratios_at(self, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
-        """Return what the stage will draw for this sample."""
-        return draw_sample_ratios(
-            position, tiles_per_image, ratios=self.ratios, mode=self.ratio_draw, seed=self.seed
-        )
-
-    def parts(self, tiles: TilesPerRatio, text_tokens: Number, response_tokens: Number = 0) -> Parts:
-        """Return what policy and reference cost."""
-        reference = forward_parts(self.flops, {FULL_RATIO: sum(tiles.values())}, text_tokens)
-        if self.shares_vision:
-            reference["vision"] = 0.0
-        policy = super().parts(tiles, text_tokens, response_tokens)
-        head = response_tokens * self.flops.head_per_token
-        return {**policy, "reference": sum(reference.values()) + head}
-
-
 class ConsistencyStage(Stage):
     """Minimises KL(reference at full tokens || policy at sampled ratios) over the response.
 
@@ -79,6 +54,7 @@ class ConsistencyStage(Stage):
     """
 
     name = "consistency"
+    draws_ratios = True
     strict_loading = False  # checkpoints leave out frozen weights of the model folder
 
     def __init__(self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference) -> None:
@@ -103,18 +79,22 @@ class ConsistencyStage(Stage):
             check_liger(device)
 
     @classmethod
-    def cost(cls, run: RunSettings, flops: ModelFlops) -> ConsistencyCost:
-        """Return what a sample costs."""
-        same_weights = run.model.reference in (None, run.model.path)
-        frozen_vision = "vision" not in run.model.trainable
-        return ConsistencyCost(
-            flops=flops,
-            passes=trained_passes(run),
-            ratios=run.model.ratios,
-            ratio_draw=section_of(run, ConsistencyConfig).ratio_draw,
-            seed=run.seed,
-            shares_vision=frozen_vision and same_weights and run.trainer.strategy != "fsdp",
+    def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
+        """Return what `step` will draw for the sample at a position."""
+        mode = section_of(run, ConsistencyConfig).ratio_draw
+        return draw_sample_ratios(
+            position, tiles_per_image, ratios=run.model.ratios, mode=mode, seed=run.seed
         )
+
+    @classmethod
+    def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
+        """Add a forward pass of the reference, which uses the features of a policy with the same tower."""
+        reference = forward_parts(flops, {FULL_RATIO: sum(sample.tiles.values())}, sample.text_tokens)
+        same_weights = run.model.reference in (None, run.model.path)
+        if same_weights and "vision" not in run.model.trainable and run.trainer.strategy != "fsdp":
+            reference["vision"] = 0.0
+        head = sample.response_tokens * flops.head_per_token
+        return {**super().cost_parts(run, flops, sample), "reference": sum(reference.values()) + head}
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on response tokens, of which both have the same number."""

@@ -1,10 +1,8 @@
 """Stage 0: make the model that ViCO starts from, by predicting responses at full vision tokens."""
 
 from vico_pl.losses.cross_entropy import response_cross_entropy
-from vico_pl.model.flops import ModelFlops
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.base import Mean, Stage, StepResult
-from vico_pl.stages.cost import TrainedCost, trained_passes
 from vico_pl.stages.settings import RunSettings
 from vico_pl.types import Batch
 
@@ -18,11 +16,6 @@ class PretrainStage(Stage):
     def __init__(self, run: RunSettings, model: VisionLanguageModel) -> None:
         super().__init__(run, model)
         self.model = model
-
-    @classmethod
-    def cost(cls, run: RunSettings, flops: ModelFlops) -> TrainedCost:
-        """Return what a sample costs."""
-        return TrainedCost(flops=flops, passes=trained_passes(run))
 
     def step(self, batch: Batch) -> StepResult:
         """Predict the response tokens."""

@@ -25,7 +25,7 @@ from vico_pl.model.reference import FrozenReference
 from vico_pl.model.sharding import release
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.base import Mean, Stage, StepResult, prepare_blocks
-from vico_pl.stages.cost import Number, Parts, StageCost, TilesPerRatio, forward_parts
+from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.settings import DTYPES, RunSettings, section_of
 from vico_pl.types import Batch
 
@@ -49,39 +49,6 @@ class RouterConfig:
             epsilon=(self.epsilon > 0, "more than 0"),
             min_history=(1 <= self.min_history <= self.window, f"1 to router.window ({self.window})"),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterCost(StageCost):
-    """Forward passes of reference and policy at full tokens, then of the policy with tiles compressed.
-
-    Label mode `tile` runs a branch per tile over what follows it: half of the sample's tokens on average.
-    Each comparison of policy and reference multiplies by both heads.
-    """
-
-    label_mode: str
-    coarse_ratio: int
-
-    def parts(self, tiles: TilesPerRatio, text_tokens: Number, response_tokens: Number = 0) -> Parts:
-        """Return what labels cost."""
-        num_tiles, head = sum(tiles.values()), response_tokens * self.flops.head_per_token
-        forward = forward_parts(self.flops, {FULL_RATIO: num_tiles}, text_tokens)
-        once = sum(forward.values())
-        if self.label_mode == "tile":
-            compressed = num_tiles * (once - forward["vision"]) / 2 + 2 * num_tiles * head
-        else:
-            coarse = forward_parts(self.flops, {self.coarse_ratio: num_tiles}, text_tokens)
-            compressed = coarse["connectors"] + coarse["language"] + 2 * head
-        return {
-            "reference": once + head,
-            "policy at full tokens": once + 2 * head,
-            "policy with tiles compressed": compressed,
-        }
-
-    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
-        """Return the same with the router."""
-        parts = super().expected_parts(tiles, text_tokens, response_tokens)
-        return {**parts, "router": 3 * tiles * self.flops.router_per_tile}
 
 
 class RouterStage(Stage):
@@ -119,10 +86,26 @@ class RouterStage(Stage):
         return prepare_blocks(model, run)
 
     @classmethod
-    def cost(cls, run: RunSettings, flops: ModelFlops) -> RouterCost:
-        """Return what a sample costs."""
-        label_mode = section_of(run, RouterConfig).label_mode
-        return RouterCost(flops=flops, label_mode=label_mode, coarse_ratio=run.model.ratios[-1])
+    def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
+        """Count both models at full tokens, the policy with tiles compressed, and the router.
+
+        Label mode `tile` runs a branch per tile over what follows it: half of the sample's tokens on average.
+        Each comparison of policy and reference multiplies by both heads.
+        """
+        num_tiles, head = sum(sample.tiles.values()), sample.response_tokens * flops.head_per_token
+        forward = forward_parts(flops, {FULL_RATIO: num_tiles}, sample.text_tokens)
+        once = sum(forward.values())
+        if section_of(run, RouterConfig).label_mode == "tile":
+            compressed = num_tiles * (once - forward["vision"]) / 2 + 2 * num_tiles * head
+        else:
+            coarse = forward_parts(flops, {run.model.ratios[-1]: num_tiles}, sample.text_tokens)
+            compressed = coarse["connectors"] + coarse["language"] + 2 * head
+        return {
+            "reference": once + head,
+            "policy at full tokens": once + 2 * head,
+            "policy with tiles compressed": compressed,
+            "router": 3 * num_tiles * flops.router_per_tile,
+        }
 
     def num_items(self, batch: Batch) -> int:
         """Return the number of tiles in the loss: those of the dummy sample do not count."""
