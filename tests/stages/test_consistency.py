@@ -101,6 +101,10 @@ def test_kernel_liger_is_given_the_same_sides_and_settings(monkeypatch):
         return consistency_kl(*sides, **settings).sum()
 
     monkeypatch.setattr("vico_pl.stages.consistency.liger_kl_sum", by_ours)
+    doubtful = RunConfig(
+        stage="consistency", run_dir="x", consistency=ConsistencyConfig(kernel="liger", chunk_size=8)
+    )
+    assert "chunk_size has no effect" in "".join(ConsistencyStage.doubtful_settings(doubtful))
     settings = {"reverse_kl": True, "temperature": 2.0}
     losses = [
         stage_of(tiny_model(1), tiny_model(2), kernel=kernel, **settings).step(batch_of(*mixed_samples()))
@@ -108,6 +112,11 @@ def test_kernel_liger_is_given_the_same_sides_and_settings(monkeypatch):
     ]
     assert len(calls) == 1
     assert losses[0].loss_sum.item() == losses[1].loss_sum.item()
+
+
+def test_kernel_liger_ignores_the_chunk_size():
+    run = stage_of(tiny_model(1), kernel="liger", chunk_size=8).run
+    assert "consistency.chunk_size has no effect" in "".join(ConsistencyStage.doubtful_settings(run))
 
 
 def test_a_policy_at_full_tokens_that_is_the_reference_loses_nothing():

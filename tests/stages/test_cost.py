@@ -50,10 +50,8 @@ def test_a_sample_costs_what_its_own_draw_costs():
 
 def test_a_frozen_tower_has_no_backward_pass_and_runs_once_for_both_models():
     frozen = {"trainable": ["connectors", "language"]}
-    fsdp = TrainerConfig(strategy="fsdp")
-    trained, own, shared = (
-        cost("consistency", **settings)(7, [2], 5) for settings in ({}, {**frozen, "trainer": fsdp}, frozen)
-    )
+    settings = ({}, {**frozen, "trainer": TrainerConfig(strategy="fsdp")}, frozen)
+    trained, own, shared = (cost("consistency", **each)(7, [2], 5) for each in settings)
     tower = 2 * FLOPS.vision_per_tile
     assert own - shared == pytest.approx(tower)
     connectors = trained - own - 2 * tower  # no gradient of the patch features either
@@ -85,10 +83,7 @@ def test_the_expected_cost_is_the_mean_over_draws_with_the_heads(stage):
 
 
 def test_a_cost_knows_its_vision_tokens():
-    tokens = FLOPS.vision_tokens_per_tile
-    assert cost("pretrain").vision_tokens(2) == {"policy": 2 * tokens[4]}
-    assert cost("consistency").vision_tokens(2) == {
-        "policy": tokens[4] + tokens[16],
-        "reference": 2 * tokens[4],
-    }
-    assert cost("router").vision_tokens(1) == {"policy": tokens[4], "reference": tokens[4]}
+    full, compressed = (FLOPS.vision_tokens_per_tile[ratio] for ratio in (4, 16))
+    assert cost("pretrain").vision_tokens(2) == {"policy": 2 * full}
+    assert cost("consistency").vision_tokens(2) == {"policy": full + compressed, "reference": 2 * full}
+    assert cost("router").vision_tokens(1) == {"policy": full, "reference": full}

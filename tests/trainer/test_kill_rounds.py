@@ -16,16 +16,9 @@ from vico_pl.prepare import is_finished
 pytestmark = pytest.mark.slow
 
 STEPS = 16
-SETTINGS = [
-    f"trainer.max_steps={STEPS}",
-    "trainer.checkpoint_every=1",
-    "trainer.log_every=5",
-    "model.dropout=0.1",
-]
-ROUNDS = {
-    1: int(os.environ.get("KILL_ROUNDS", "20")),
-    2: int(os.environ.get("KILL_ROUNDS_OF_RANKS", "5")),
-}
+SETTINGS = [f"trainer.max_steps={STEPS}", "trainer.checkpoint_every=1", "trainer.log_every=5"]
+KILLS = os.environ.get("KILL_ROUNDS", "20"), os.environ.get("KILL_ROUNDS_OF_RANKS", "5")
+ROUNDS = dict(zip((1, 2), map(int, KILLS), strict=True))  # by number of ranks
 
 
 @pytest.mark.parametrize("ranks", ROUNDS)
