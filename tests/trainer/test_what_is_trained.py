@@ -114,7 +114,7 @@ def test_a_run_goes_on_compiled_where_it_began_uncompiled(runs, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "settings", ["model.attention=flash trainer.precision=bf16-mixed", "consistency.kernel=liger"]
+    "settings", [("model.attention=flash", "trainer.precision=bf16-mixed"), ("consistency.kernel=liger",)]
 )
 def test_a_kernel_for_gpus_on_a_cpu_is_told_before_training(runs, tmp_path, settings):
     with pytest.raises(ValueError, match=r"is '(flash|liger)', .* but this run is on cpu"):
