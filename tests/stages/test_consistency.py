@@ -9,21 +9,23 @@ from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
-from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage, draw_ratios
+from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
+from vico_pl.stages.settings import ModelConfig
 
 MODES = pytest.mark.parametrize("mode", ["image", "tile", "mixed"])
 
 
-def stage_of(model, reference=None, **config):
-    run = RunConfig(stage="consistency", run_dir="x", consistency=ConsistencyConfig(**config))
+def stage_of(model=None, reference=None, *, seed=0, ratios=(4, 16), **config):
+    model, settings = model or tiny_model(), {"seed": seed, "model": ModelConfig(ratios=list(ratios))}
+    run = RunConfig(stage="consistency", run_dir="x", consistency=ConsistencyConfig(**config), **settings)
     return ConsistencyStage(run, model, FrozenReference(copy.deepcopy(reference or model)))
 
 
-def draw(*, mode, start=0, ratios=(4, 16), seed=0):
-    """Draw ratios for 400 images of three tiles each, from two samples with images per image."""
+def draw(*, mode, start=0, **settings):
+    """Draw ratios for 400 images of three tiles each, two in a sample."""
     samples = [encoded_sample(i, images=(3, 3), answers=(1,)) for i in range(200)]
     batch = collate(samples, positions=range(start, start + 200))
-    return draw_ratios(batch, ratios, mode=mode, seed=seed).view(200, 2, 3)
+    return stage_of(ratio_draw=mode, **settings).draw_ratios(batch).view(200, 2, 3)
 
 
 def fraction_equal(ratios, others):
@@ -51,15 +53,14 @@ def test_all_ratios_are_drawn_alike_and_images_positions_and_seeds_draw_by_thems
 
 @MODES
 def test_a_batch_of_text_alone_draws_nothing(mode):
-    text = batch_of(encoded_sample(1, images=()))
-    assert draw_ratios(text, (4, 16), mode=mode, seed=0).shape == (0,)
+    assert stage_of(ratio_draw=mode).draw_ratios(batch_of(encoded_sample(1, images=()))).shape == (0,)
 
 
 def test_a_sample_draws_the_same_whatever_it_shares_the_batch_with():
     samples, positions = mixed_samples(), [70, 3, 12, 9]
     batches = [collate(samples, positions=positions)]
     batches += [collate([s], positions=[p]) for s, p in zip(samples, positions, strict=True)]
-    together, *alone = (draw_ratios(batch, (4, 16), mode="mixed", seed=0) for batch in batches)
+    together, *alone = map(stage_of().draw_ratios, batches)
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -86,7 +87,7 @@ def log_probabilities(model, sample, ratios, *, temperature):
 def test_the_loss_is_kl_of_the_reference_at_full_tokens_from_the_policy_at_drawn_ratios(config):
     samples = mixed_samples()
     stage, batch = stage_of(tiny_model(1), tiny_model(2), **config), batch_of(*samples)
-    result, ratios = stage.step(batch), draw_ratios(batch, (4, 16), mode="mixed", seed=0)
+    result, ratios = stage.step(batch), stage.draw_ratios(batch)
     settings = {"reverse": config.get("reverse_kl", False), "temperature": config.get("temperature", 1.0)}
     assert result.loss_sum.item() == pytest.approx(naive_loss(stage, samples, ratios, **settings), rel=1e-4)
     total, count = result.metrics["vision_tokens/fraction"]
@@ -120,7 +121,7 @@ def test_kernel_liger_ignores_the_chunk_size():
 
 
 def test_a_policy_at_full_tokens_that_is_the_reference_loses_nothing():
-    result = stage_of(tiny_model(ratios=[4])).step(batch_of(*mixed_samples()))
+    result = stage_of(tiny_model(ratios=[4]), ratios=[4]).step(batch_of(*mixed_samples()))
     assert result.loss_sum.item() == pytest.approx(0, abs=1e-4)
     assert result.metrics["vision_tokens/fraction"] == (7, 7)
 

@@ -160,9 +160,8 @@ class Stage(L.LightningModule):
         if "lora" in trainable:
             add_adapters(model.language, run.model.lora)
         prepare_blocks(model, run)
-        if run.trainer.activation_checkpointing:
-            checkpoint_blocks(model.vision)
-            checkpoint_blocks(model.language)
+        for network in (model.vision, model.language) if run.trainer.activation_checkpointing else ():
+            checkpoint_blocks(network)
         return model
 
     @classmethod
@@ -304,9 +303,8 @@ class Stage(L.LightningModule):
 def prepare_blocks(model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
     """Choose the attention kernel and compile blocks, as the recipe says."""
     set_packed_attention(model.language, run.model.attention)
-    if run.trainer.compile:
-        compile_blocks(model.vision)
-        compile_blocks(model.language)
+    for network in (model.vision, model.language) if run.trainer.compile else ():
+        compile_blocks(network)
     return model
 
 

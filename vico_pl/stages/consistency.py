@@ -80,11 +80,21 @@ class ConsistencyStage(Stage):
 
     @classmethod
     def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
-        """Return what `step` will draw for the sample at a position."""
-        mode = section_of(run, ConsistencyConfig).ratio_draw
-        return draw_sample_ratios(
-            position, tiles_per_image, ratios=run.model.ratios, mode=mode, seed=run.seed
-        )
+        """Draw a ratio, uniformly, for each tile of the sample at a position of the run.
+
+        `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
+        probability 1/2 for each image, `full` compresses none.
+        """
+        ratios, mode = run.model.ratios, section_of(run, ConsistencyConfig).ratio_draw
+        if mode == "full":
+            return [ratios[0]] * sum(tiles_per_image)
+        chance = np.random.default_rng([run.seed, position + 1])  # + 1: the dummy's position is -1
+        drawn: list[int] = []
+        for num_tiles in tiles_per_image:
+            tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)
+            choices = chance.integers(len(ratios), size=num_tiles if tilewise else 1).tolist()
+            drawn += [ratios[choice] for choice in choices] * (1 if tilewise else num_tiles)
+        return drawn
 
     @classmethod
     def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
@@ -98,7 +108,7 @@ class ConsistencyStage(Stage):
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on response tokens, of which both have the same number."""
-        ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, seed=self.run.seed)
+        ratios = self.draw_ratios(batch)
         features = self.model.encode_tiles(batch.tiles)
         policy = self.model.response_states(batch, features, ratios)
         reference = self.reference.response_states(batch, policy_features=features)
@@ -106,6 +116,12 @@ class ConsistencyStage(Stage):
         release(self.reference.model)
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
         return StepResult(loss_sum=loss_sum, metrics={"vision_tokens/fraction": fraction})
+
+    def draw_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
+        """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
+        samples = zip(batch.positions, batch.tiles_per_image, strict=True)
+        drawn = [ratio for sample in samples for ratio in self.ratios_at(self.run, *sample)]
+        return torch.tensor(drawn, dtype=torch.int64).to(batch.tiles.device, non_blocking=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights that the model folder holds: with adapters, most of a checkpoint."""
@@ -135,32 +151,3 @@ class ConsistencyStage(Stage):
         parameters = self.model.named_parameters(prefix="model", remove_duplicate=False)
         always = ("model.vision.", "model.language.")
         return [name for name, p in parameters if name.startswith(always) and not p.requires_grad]
-
-
-def draw_ratios(batch: Batch, ratios: Sequence[int], *, mode: str, seed: int) -> Int64[Tensor, " T"]:
-    """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
-    drawn = [
-        ratio
-        for position, tiles_per_image in zip(batch.positions, batch.tiles_per_image, strict=True)
-        for ratio in draw_sample_ratios(position, tiles_per_image, ratios=ratios, mode=mode, seed=seed)
-    ]
-    return torch.tensor(drawn, dtype=torch.int64).to(batch.tiles.device, non_blocking=True)
-
-
-def draw_sample_ratios(
-    position: int, tiles_per_image: Sequence[int], *, ratios: Sequence[int], mode: str, seed: int
-) -> list[int]:
-    """Draw a ratio, uniformly, for each tile of the sample at a position of the run.
-
-    `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
-    probability 1/2 for each image, `full` compresses none.
-    """
-    if mode == "full":
-        return [ratios[0]] * sum(tiles_per_image)
-    chance = np.random.default_rng([seed, position + 1])  # + 1: the dummy's position is -1
-    drawn: list[int] = []
-    for num_tiles in tiles_per_image:
-        tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)
-        choices = chance.integers(len(ratios), size=num_tiles if tilewise else 1).tolist()
-        drawn += [ratios[choice] for choice in choices] * (1 if tilewise else num_tiles)
-    return drawn

@@ -207,39 +207,26 @@ def tile_loss_ratios(
     tokens and then, for each tile, over what follows it, in groups of tiles (see `branch_states`).
     """
     target, ratio = reference.response_states(batch), policy.ratios[-1]
-    same = torch.arange(len(target), device=target.device)
+    tokens = torch.arange(len(target), device=target.device)
     if mode == "image":
         full_ratios = policy.full_ratios(batch)
-        both = [
-            policy.response_states(batch, features, ratios)
-            for ratios in (full_ratios, torch.full_like(full_ratios, ratio))
-        ]
-        kl = _divergence(policy, reference, torch.cat(both), target, origin=torch.cat([same, same]))
-        full, compressed = (mean_per_sample(part, batch) for part in kl.chunk(2))
-        return loss_ratio(compressed, full, epsilon=epsilon)[batch.tile_to_sample]
-    found = branch_states(policy, batch, features, ratio=ratio, num_groups=num_groups)
-    origin = torch.cat([same, found.response_origin])
-    kl = _divergence(policy, reference, torch.cat([found.full, found.branches]), target, origin=origin)
-    full = mean_per_sample(kl[: len(same)], batch)[batch.tile_to_sample]
-    compressed = _mean_by(found.response_branch, kl[len(same) :], count=batch.num_tiles)
-    return loss_ratio(compressed, full, epsilon=epsilon)
-
-
-def _divergence(
-    policy: VisionLanguageModel,
-    reference: FrozenReference,
-    states: Float[Tensor, "A D"],
-    target: Float[Tensor, "R D2"],
-    *,
-    origin: Int64[Tensor, " A"],
-) -> Float[Tensor, " A"]:
-    """Compare states with row `origin` of the target; several may belong to one response token.
-
-    Rows are sorted by token, so that the reference's logits are computed once for each.
-    """
-    order = origin.argsort(stable=True)
-    kl = consistency_kl(states[order], policy.head, target, reference.head, reference_rows=origin[order])
-    return torch.empty_like(kl).index_copy_(0, order, kl)
+        full = policy.response_states(batch, features, full_ratios)
+        compressed = policy.response_states(batch, features, torch.full_like(full_ratios, ratio))
+        origin = torch.cat([tokens, tokens])
+    else:
+        found = branch_states(policy, batch, features, ratio=ratio, num_groups=num_groups)
+        full, compressed = found.full, found.branches
+        origin = torch.cat([tokens, found.response_origin])
+    order = origin.argsort(stable=True)  # by token: the reference's logits are computed once for each
+    states = torch.cat([full, compressed])[order]
+    kl = consistency_kl(states, policy.head, target, reference.head, reference_rows=origin[order])
+    kl = torch.empty_like(kl).index_copy_(0, order, kl)
+    before, after = kl[: len(tokens)], kl[len(tokens) :]
+    if mode == "image":
+        losses = mean_per_sample(after, batch)[batch.tile_to_sample]
+    else:
+        losses = _mean_by(found.response_branch, after, count=batch.num_tiles)
+    return loss_ratio(losses, mean_per_sample(before, batch)[batch.tile_to_sample], epsilon=epsilon)
 
 
 def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tensor, " B"]:
