@@ -1,7 +1,6 @@
 """Whole runs on the CPU: pretrain -> consistency -> router on real shards, records, refusals and resuming."""
 
 import pytest
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,16 +20,12 @@ def test_each_stage_hands_a_model_folder_to_the_next(runs):
     assert [model.router is not None for model in models] == [False, False, True]
 
 
-def test_consistency_trains_everything_and_adds_a_connector(runs):
+def test_consistency_trains_everything_and_the_router_stage_the_router_alone(runs):
     changed = differing(runs / "consistency", runs / "pretrain")
     assert {name.split(".")[0] for name in changed} == {"vision", "connectors", "language"}
     assert any(name.startswith("connectors.by_ratio.16.") for name in changed)
-
-
-def test_the_router_stage_adds_a_router_and_leaves_the_rest_bit_for_bit(runs):
     changed = differing(runs / "router", runs / "consistency")
-    assert changed
-    assert all(name.startswith("router.") for name in changed)
+    assert {name.split(".")[0] for name in changed} == {"router"}
 
 
 def test_pretraining_learns(runs):
@@ -68,12 +63,6 @@ def test_a_run_folder_holds_its_settings_and_the_newest_checkpoints(runs):
     assert settings["consistency"]["ratio_draw"] == "mixed"
 
 
-@pytest.mark.parametrize(("stage", "parts"), [("consistency", {"model"}), ("router", {"router", "window"})])
-def test_checkpoints_hold_what_is_trained_and_no_frozen_model(runs, stage, parts):
-    checkpoint = torch.load(newest_checkpoint(runs / stage), weights_only=True)
-    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == parts
-
-
 def test_what_is_trained_is_in_training_mode_and_what_is_frozen_is_not(runs, tmp_path, monkeypatch):
     seen = []
 
@@ -108,14 +97,6 @@ def test_another_seed_gives_other_weights(runs, tmp_path):
     run(runs / "consistency.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", "seed=1")
     run(runs / "consistency.yaml", f"run_dir={tmp_path}/again", "trainer.max_steps=1", "seed=2")
     assert differing(tmp_path, tmp_path / "again")
-
-
-def test_parts_that_are_not_trainable_stay_bit_for_bit(runs, tmp_path):
-    settings = ["trainer.max_steps=2", "model.trainable=[connectors]"]
-    run(runs / "consistency.yaml", f"run_dir={tmp_path}", *settings)
-    changed = differing(tmp_path, runs / "pretrain")
-    assert changed
-    assert all(name.startswith("connectors.") for name in changed)
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(runs, tmp_path, monkeypatch):

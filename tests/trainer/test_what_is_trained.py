@@ -43,8 +43,6 @@ def test_a_run_with_adapters_writes_a_model_like_any_other(runs, lora_run):
     assert weights(run_dir).keys() == weights(runs / "consistency").keys()
     trained = stage.model.eval()
     torch.testing.assert_close(states(load_model(run_dir / "model")), states(trained), rtol=0, atol=1e-5)
-    changed = {name.split(".")[0] for name in differing(run_dir, runs / "pretrain")}
-    assert changed == {"connectors", "language"}
 
 
 def test_a_run_with_adapters_holds_and_saves_one_copy_of_what_is_frozen(lora_run):
@@ -66,16 +64,21 @@ def test_weights_to_be_split_stay_as_stored_until_each_rank_has_its_part(runs):
     assert types == {"vision": torch.bfloat16, "connectors": torch.float32, "language": torch.float32}
 
 
-@pytest.mark.parametrize("trained", [LORA, ("model.trainable=[vision]",)], ids=["adapters", "a part"])
+@pytest.mark.parametrize(
+    ("trained", "parts"),
+    [(LORA, {"connectors", "language"}), (("model.trainable=[vision]",), {"vision", "connectors"})],
+    ids=["adapters", "a part"],
+)
 def test_a_partly_frozen_run_that_broke_ends_with_the_weights_of_an_unbroken_one(
-    runs, tmp_path, monkeypatch, trained
+    runs, tmp_path, monkeypatch, trained, parts
 ):
     path, broken, unbroken = runs / "consistency.yaml", tmp_path / "broken", tmp_path / "unbroken"
     run(path, f"run_dir={unbroken}", *trained)
     break_run(monkeypatch, path, f"run_dir={broken}", *trained)
     run(path, f"run_dir={broken}", *trained)
     assert differing(broken, unbroken) == set()
-    assert differing(broken, runs / "pretrain")
+    # Connectors, as that of ratio 16 is new.
+    assert {name.split(".")[0] for name in differing(broken, runs / "pretrain")} == parts
 
 
 def test_a_finished_run_with_adapters_can_write_its_model_again(runs, lora_run):
