@@ -12,8 +12,6 @@ from vico_pl.model.reference import FrozenReference
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
 from vico_pl.stages.settings import ModelConfig
 
-MODES = pytest.mark.parametrize("mode", ["image", "tile", "mixed"])
-
 
 def stage_of(model=None, reference=None, *, seed=0, ratios=(4, 16), **config):
     model, settings = model or tiny_model(), {"seed": seed, "model": ModelConfig(ratios=list(ratios))}
@@ -39,7 +37,7 @@ def test_tiles_of_an_image_draw_the_same_ratio_by_mode(mode, uniform):
     assert same == pytest.approx(uniform, abs=0.1)
 
 
-@MODES
+@pytest.mark.parametrize("mode", ["image", "tile", "mixed"])
 def test_all_ratios_are_drawn_alike_and_images_positions_and_seeds_draw_by_themselves(mode):
     ratios = draw(mode=mode, ratios=(4, 16, 64))
     for ratio in (4, 16, 64):
@@ -49,11 +47,6 @@ def test_all_ratios_are_drawn_alike_and_images_positions_and_seeds_draw_by_thems
     others = draw(mode=mode, start=200), draw(mode=mode, seed=1)
     for one, other in ((first[:, 0], first[:, 1]), (first, others[0]), (first, others[1]), others):
         assert fraction_equal(one, other) == pytest.approx(0.5, abs=0.12)
-
-
-@MODES
-def test_a_batch_of_text_alone_draws_nothing(mode):
-    assert stage_of(ratio_draw=mode).draw_ratios(batch_of(encoded_sample(1, images=()))).shape == (0,)
 
 
 def test_a_sample_draws_the_same_whatever_it_shares_the_batch_with():

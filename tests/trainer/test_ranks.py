@@ -126,11 +126,6 @@ def apart(run_dir, other, *, start):
     return float(lengths[0] / lengths[1]) ** 0.5
 
 
-def tensors_of(checkpoint):
-    (optimizer,) = checkpoint["optimizer_states"]
-    return [*checkpoint["state_dict"].values(), *(s for p in optimizer["state"].values() for s in p.values())]
-
-
 def go_on_from(run_dir, *, step):
     """Remove what a run wrote after a checkpoint."""
     for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
@@ -156,7 +151,9 @@ def test_adapters_and_recomputation_go_on_sharded_and_back(
     finish(recipe, changing, *settings, ranks=2, strategy="fsdp")
     stay_near(changing, alone, loss=loss)
     checkpoint = torch.load(newest_checkpoint(changing), weights_only=True)
-    assert {tensor.dtype for tensor in tensors_of(checkpoint)} == {torch.float32}
+    (optimizer,) = checkpoint["optimizer_states"]
+    saved = [checkpoint["state_dict"], *optimizer["state"].values()]
+    assert {tensor.dtype for tensors in saved for tensor in tensors.values()} == {torch.float32}
     go_on_from(changing, step=4)
     run(recipe, f"run_dir={changing}", *EXACT, *settings)
     stay_near(changing, alone, loss=loss)

@@ -53,13 +53,11 @@ class StepCheckpoint(ModelCheckpoint):
         for path in (*folder.glob("*.partial"), *old):
             trainer.strategy.remove_checkpoint(path)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, stage: L.LightningModule, outputs: Any, *rest: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, *rest: Any) -> None:
         """Save every n-th step, and the step after which the run stops."""
-        if outputs["stop"]:
+        if out["stop"]:
             self._every_n_train_steps = 1
-        super().on_train_batch_end(trainer, stage, outputs, *rest)
+        super().on_train_batch_end(trainer, stage, out, *rest)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -61,9 +61,9 @@ class StopSignals(L.Callback):
         """Pass the request to the stage, which informs the other ranks."""
         stage.stop_requested = self.received is not None
 
-    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, *_: Any) -> None:
         """Stop once all ranks have agreed."""
-        if outputs["stop"]:
+        if out["stop"]:
             saved = f"step {trainer.global_step} is saved"
             rank_zero_info(f"Stopping on request: {saved}. The same command resumes.")
             trainer.should_stop = True
@@ -116,15 +116,13 @@ class GradientGuard(L.Callback):
         self._path, self._in_a_row = path, 0
         self._norms: deque[float] = deque(maxlen=HISTORY)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: RankBatch, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
         """Check the norm of the step's gradient, which is the same on all ranks.
 
         Raises:
             ValueError: it was non-finite three times in a row; all ranks raise it at the same step.
         """
-        norm, step = outputs["grad_norm"], trainer.global_step - 1
+        norm, step = out["grad_norm"], trainer.global_step - 1
         if math.isfinite(norm):
             self._in_a_row = 0
             self._warn_of_spike(norm, step)

@@ -70,9 +70,7 @@ class BadRecordLog(L.Callback):
         self._recent_bad: deque[BadRecord] = deque(maxlen=window)  # of this rank
         self._next_line_s = -math.inf  # when the next line may be printed
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, stage: L.LightningModule, outputs: Any, batch: RankBatch, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
         """Write the bad records of the step.
 
         Raises:
@@ -88,7 +86,7 @@ class BadRecordLog(L.Callback):
             self._count(batch.bad_records)
         for name, count in self._counts.items():
             stage.log(name, float(count), batch_size=1)
-        self._watch(outputs["num_bad"], outputs["num_samples"])
+        self._watch(out["num_bad"], out["num_samples"])
 
     def _count(self, bad_records: list[BadRecord]) -> None:
         self._counts["data/bad_records"] += len(bad_records)
@@ -142,9 +140,7 @@ class SampleLog(L.Callback):
         line = {"attempt": attempt, "from_step": self._step, "world": trainer.world_size}
         append_json(path, line, before=b"\n" if is_truncated else b"")
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, stage: Any, outputs: Any, batch: RankBatch, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
         """Write the samples of the step."""
         bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}
         append_json(self._path(trainer.global_rank), {"step": self._step, "ids": batch.ids, **bad})

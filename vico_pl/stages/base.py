@@ -139,10 +139,10 @@ class Stage(L.LightningModule):
     def build(cls, run: RunSettings, source: ModelSource) -> "Stage":
         """Build the stage for a run. The reference uses frozen parts of a policy with the same weights."""
         policy = source.policy()
-        original = prepare_blocks(source.reference(), run) if cls.compares else None
+        if not cls.compares:
+            return cls(run, cls.prepare(policy, run))
+        original = prepare_blocks(source.reference(), run)
         policy = cls.prepare(policy, run)
-        if original is None:
-            return cls(run, policy)
         # Not under fsdp: a part that two models share can be sharded for one of them only.
         shares = source.same_weights and run.trainer.strategy != "fsdp"
         return cls(run, policy, FrozenReference(original, beside=policy if shares else None))

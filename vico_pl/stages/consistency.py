@@ -139,12 +139,10 @@ class ConsistencyStage(Stage):
     def _divergence(self, policy: Float[Tensor, "R D"], reference: Float[Tensor, "R D2"]) -> Tensor:
         """Return the loss, summed over the response tokens."""
         sides, config = (policy, self.model.head, reference, self.reference.head), self.config
+        settings: dict[str, Any] = {"temperature": config.temperature, "reverse": config.reverse_kl}
         if config.kernel == "liger":
-            return liger_kl_sum(*sides, temperature=config.temperature, reverse=config.reverse_kl)
-        kl = consistency_kl(
-            *sides, temperature=config.temperature, reverse=config.reverse_kl, chunk_size=config.chunk_size
-        )
-        return kl.sum()
+            return liger_kl_sum(*sides, **settings)
+        return consistency_kl(*sides, **settings, chunk_size=config.chunk_size).sum()
 
     def _frozen_names(self) -> list[str]:
         """Return the frozen weights of parts that every folder has, unlike connectors that were added."""
