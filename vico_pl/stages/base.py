@@ -125,6 +125,9 @@ class Stage(L.LightningModule):
         """Yield settings of a recipe that have no effect or are probably mistakes, a sentence each."""
         if run.model.lora != LoraConfig() and not (cls.trains_parts and "lora" in run.model.trainable):
             yield "model.lora has no effect: only a stage whose model.trainable names lora has adapters"
+        if run.trainer.activation_checkpointing and not cls.trains_parts:
+            no_effect = "trainer.activation_checkpointing has no effect"
+            yield f"{no_effect}: stage {cls.name} trains no transformer blocks"
         warmup, steps = run.optim.warmup_steps, run.trainer.max_steps
         if warmup >= steps:
             yield f"optim.warmup_steps is {warmup}: a run of {steps} steps never reaches optim.lr"

@@ -71,13 +71,6 @@ class RouterStage(Stage):
         )
 
     @classmethod
-    def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings without effect, or probably mistaken."""
-        yield from super().doubtful_settings(run)
-        if run.trainer.activation_checkpointing:
-            yield "trainer.activation_checkpointing has no effect: stage router trains no transformer blocks"
-
-    @classmethod
     def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
         """Cast the router, freeze all else and set how blocks run."""
         model.requires_grad_(requires_grad=False)  # before the reference looks for frozen parts to use
