@@ -9,20 +9,15 @@ from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyConfig
 from vico_pl.stages.cost import forward_parts
 from vico_pl.stages.router import RouterConfig
-from vico_pl.stages.settings import ModelConfig, TrainerConfig
+from vico_pl.stages.settings import PARTS, ModelConfig, TrainerConfig
 
 FLOPS = count_flops(tiny_spec())
 
 
-def cost(stage, *, trainer=None, router=None, **model):
-    run = RunConfig(
-        stage=stage,
-        run_dir="x",
-        model=ModelConfig(path="m", **model),
-        trainer=trainer or TrainerConfig(),
-        consistency=ConsistencyConfig(ratio_draw="image"),
-        router=router or RouterConfig(),
-    )
+def cost(stage, *, trainable=PARTS, **sections):
+    sections = {"consistency": ConsistencyConfig(ratio_draw="image"), **sections}
+    model = ModelConfig(path="m", trainable=list(trainable))
+    run = RunConfig(stage=stage, run_dir="x", model=model, **sections)
     return pickle.loads(pickle.dumps(STAGES[stage].cost(run, FLOPS)))  # as data workers get it
 
 

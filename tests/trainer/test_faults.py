@@ -124,7 +124,7 @@ def endless_reads_of_a_group(_):
     RecordReader.__call__ = lambda *_: time.sleep(600)
 
 
-# --- Asked to stop -----------------------------------------------------------------------------------------
+# --- Asked to stop, or killed -------------------------------------------------------------------------------
 
 
 def stops_after_the_step(case, running):
@@ -173,9 +173,6 @@ def test_a_second_ctrl_c_ends_the_run_at_once(case, before, when):
     assert running.wait() == [130], running.said()
     assert "Stopping after this step. Press Ctrl-C again" in running.said()
     case.tell(f"Ctrl-C twice, {when}", "ends at once with exit code 130", case.finish())
-
-
-# --- Killed -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -272,7 +269,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(case):
     case.tell("the newest checkpoint is truncated", "named and skipped; the previous one is used", lost)
 
 
-# --- Ranks that wait ----------------------------------------------------------------------------------------
+# --- Ranks that wait, numbers and data ----------------------------------------------------------------------
 
 
 def slow_rank_one(rank):
@@ -294,9 +291,6 @@ def test_a_slow_rank_is_told_apart_from_those_that_wait_for_it(case):
     case.check_result()
     outcome = "each logs where it is; the stacks show which one hangs"
     case.tell("a rank hangs for longer than trainer.watchdog_s", outcome, 0)
-
-
-# --- Numbers and data ---------------------------------------------------------------------------------------
 
 
 def nan_from_step_six(_):
