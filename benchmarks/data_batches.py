@@ -10,7 +10,8 @@ from vico_pl.config import RunConfig
 from vico_pl.data.collate import MicroBatchLimits, SampleLoad, assign_to_ranks, split_into_micro_batches
 from vico_pl.model.flops import count_flops
 from vico_pl.model.vlm import ModelSpec
-from vico_pl.stages.consistency import ConsistencyCost, ConsistencyStage
+from vico_pl.stages.consistency import ConsistencyStage
+from vico_pl.stages.cost import StageCost
 from vico_pl.stages.settings import ModelConfig
 
 RANKS, SAMPLES = 64, 8  # mean samples per rank
@@ -111,7 +112,7 @@ def _efficiencies(size: str, *, steps: int) -> dict[str, float]:
     }
 
 
-def cost_of(size: str) -> ConsistencyCost:
+def cost_of(size: str) -> StageCost:
     """Return the cost model of stage 1 with everything trained."""
     language = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
     spec = ModelSpec(vision=VISION, language={**language, **LANGUAGE[size]}, ratios=RATIOS, placeholder_id=0)
@@ -119,7 +120,7 @@ def cost_of(size: str) -> ConsistencyCost:
     return ConsistencyStage.cost(run, count_flops(spec))
 
 
-def draw_samples(cost: ConsistencyCost, *, step: int) -> list[Sample]:
+def draw_samples(cost: StageCost, *, step: int) -> list[Sample]:
     """Draw the samples of a step: a single image each, text of lognormal length.
 
     The estimate of the text's tokens is off, as it is in a run.
@@ -132,7 +133,7 @@ def draw_samples(cost: ConsistencyCost, *, step: int) -> list[Sample]:
     return [_sample(cost, step * count + index, *drawn) for index, drawn in enumerate(numbers)]
 
 
-def _sample(cost: ConsistencyCost, position: int, tiles: int, text: int, estimate: int) -> Sample:
+def _sample(cost: StageCost, position: int, tiles: int, text: int, estimate: int) -> Sample:
     tokens, drawn = text + TEMPLATE_TOKENS, cost.ratios_at(position, [tiles])
     return Sample(
         cost=cost(position, [tiles], tokens),

@@ -32,7 +32,7 @@ from vico_pl.model.families.folder import load_model
 from vico_pl.model.packed import KeyValues, Prefixes, run_packed
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.labels import tile_loss_ratios
+from vico_pl.stages.router import tile_loss_ratios
 from vico_pl.types import Batch
 
 ENOUGH = 0.95  # rank correlation below which an approximation is not offered

@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel, splice
-from vico_pl.stages import labels as stage_labels
+from vico_pl.stages import router as stage_labels
 from vico_pl.types import Batch
 
 GOALS = {

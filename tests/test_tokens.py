@@ -3,14 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vico_pl.data.glyphs import question_words
-from vico_pl.tokens import (
-    PLACEHOLDER,
-    SPECIAL_TOKENS,
-    TURN_END,
-    build_tokenizer,
-    load_tokenizer,
-    token_id,
-)
+from vico_pl.tokens import PLACEHOLDER, SPECIAL_TOKENS, TURN_END, build_tokenizer, load_tokenizer, token_id
 
 
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
@@ -50,12 +43,9 @@ def test_a_tokenizer_comes_back_from_its_folder(tokenizer, tmp_path):
     assert restored.apply_chat_template(messages, tokenize=False) == "<|im_start|>user\nx<|im_end|>\n"
 
 
-def test_a_folder_without_tokenizer_is_named(tmp_path):
+def test_a_folder_without_a_tokenizer_with_our_special_tokens_is_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer_config.json"):
         load_tokenizer(tmp_path)
-
-
-def test_a_tokenizer_without_our_special_tokens_is_named(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         path = tmp_path / name

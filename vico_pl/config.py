@@ -77,20 +77,17 @@ def read_settings(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{recipe}: {error}") from error
 
 
-def parse_config(settings: Any, *, name: str) -> RunConfig:
+def parse_config(settings: dict[str, Any], *, name: str) -> RunConfig:
     """Turn plain settings into a checked `RunConfig`."""
-    if not isinstance(settings, dict):
-        raise ValueError(f"{name}: expected a mapping of settings")
-    problems = [*_unknown_keys(settings, RunConfig), *_missing_keys(settings)]
-    if not problems:
-        problems = list(_wrong_values(settings))
+    missing = [f"{key} is not set" for key in ("stage", "run_dir") if settings.get(key) is None]
+    problems = (
+        [*_unknown_keys(settings, RunConfig), *missing]
+        or list(_wrong_values(settings))
+        or list(check_run(_build(settings)))
+    )
     if problems:
         raise ValueError(f"{name}: " + "; ".join(problems))
-    config = _build(settings)
-    problems = list(check_run(config))
-    if problems:
-        raise ValueError(f"{name}: " + "; ".join(problems))
-    return config
+    return _build(settings)
 
 
 def check_run(config: RunConfig) -> Iterator[str]:
@@ -154,10 +151,6 @@ def _unknown_keys(settings: Mapping[str, Any], schema: Any, prefix: str = "") ->
             if inner is not None and isinstance(item, Mapping):
                 place = f"{key}.{index}" if isinstance(value, list) else key
                 yield from _unknown_keys(item, inner, f"{prefix}{place}.")
-
-
-def _missing_keys(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{key} is not set" for key in ("stage", "run_dir") if settings.get(key) is None]
 
 
 def _wrong_values(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Files that appear under their name only once they are complete."""
+"""Files that appear under their name only once they are complete, and logs of JSON lines."""
 
 import json
 import os
@@ -41,3 +41,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return content
+
+
+def append_json(path: Path, *lines: dict[str, Any], before: bytes = b"") -> None:
+    """Append lines in one write, so that a killed process can only truncate the last of them."""
+    with path.open("ab", buffering=0) as file:
+        file.write(before + b"".join(json.dumps(line).encode() + b"\n" for line in lines))

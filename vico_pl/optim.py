@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import get_scheduler
 
+from vico_pl.errors import check_settings
+
 # Those of transformers.get_scheduler that need no further settings.
 SCHEDULES = (
     "cosine",
@@ -35,18 +37,17 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # of all gradients together; larger ones are scaled down; inf: never
 
     def __post_init__(self) -> None:
-        """Reject values that would train nothing, or in the wrong direction."""
-        for name, valid, expected in (
-            ("lr", 0 <= self.lr < math.inf, "0 or more"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("beta1", 0 <= self.beta1 < 1, "0 to below 1"),
-            ("beta2", 0 <= self.beta2 < 1, "0 to below 1"),
-            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
-            ("max_grad_norm", self.max_grad_norm > 0, "more than 0 (inf does not clip)"),
-            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        ):
-            if not valid:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; expected {expected}")
+        check_settings(
+            "optim",
+            self,
+            lr=(0 <= self.lr < math.inf, "0 or more"),
+            weight_decay=(0 <= self.weight_decay < math.inf, "0 or more"),
+            beta1=(0 <= self.beta1 < 1, "0 to below 1"),
+            beta2=(0 <= self.beta2 < 1, "0 to below 1"),
+            warmup_steps=(self.warmup_steps >= 0, "0 or more"),
+            max_grad_norm=(self.max_grad_norm > 0, "more than 0 (inf does not clip)"),
+            schedule=(self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        )
 
 
 def build_optimizer(
@@ -85,8 +86,4 @@ def numbered_by_module(
     numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
     listed = [numbers[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     groups = [{**group, "params": [listed[i] for i in group["params"]]} for group in state["param_groups"]]
-    return {
-        **state,
-        "state": {listed[i]: value for i, value in state["state"].items()},
-        "param_groups": groups,
-    }
+    return {**state, "state": {listed[i]: v for i, v in state["state"].items()}, "param_groups": groups}

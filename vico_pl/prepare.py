@@ -1,6 +1,7 @@
 """What a run needs before it trains: pinned and fetched models, its folder, the tokenizer and the weights."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,34 +43,34 @@ def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     path = Path(parse_config(settings, name=str(recipe)).run_dir) / "config.yaml"
     stored = load_config(path, []) if path.exists() else None
     config = parse_config(_completed(settings, stored), name=str(recipe))
-    if stored is not None:
-        differences = config_differences(stored, config)
-        if differences:
-            listed = "; ".join(differences)
-            raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
-    _check_tile_size(config)
+    differences = [] if stored is None else config_differences(stored, config)
+    if differences:
+        listed = "; ".join(differences)
+        raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
+    given, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
+    if seen not in (None, given):
+        raise ValueError(f"data.tiling.tile_size is {given} but the model sees tiles of {seen} pixels")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_config(config, path)
     return config
 
 
+@dataclass(frozen=True)
 class FolderModels:
     """The models of a run, read from folders or assembled from the parts that a recipe names."""
 
-    def __init__(self, run: RunConfig) -> None:
-        """Read the tokenizer only."""
-        self._run, self._config = run, run.model
+    run: RunConfig
 
     @property
     def same_weights(self) -> bool:
         """Whether policy and reference start from the same folder."""
-        config = self._config
-        return config.path is not None and local_folder(config.path) == self._reference_folder
+        path = self.run.model.path
+        return path is not None and local_folder(path) == self._reference_folder
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model to start from, or one built for GlyphDocs."""
-        config = self._config
+        config = self.run.model
         if config.path is not None:
             return load_tokenizer(local_folder(config.path))
         if "path" in config.language:
@@ -78,11 +79,14 @@ class FolderModels:
 
     def policy(self) -> VisionLanguageModel:
         """Return the model to start from, with the connectors and the router that the recipe adds."""
-        config = self._config
+        config = self.run.model
         if config.path is not None:
-            dtype, heads = DTYPES[config.frozen_dtype], config.router_heads
-            folder = local_folder(config.path)
-            model = load_model(folder, ratios=config.ratios, router_heads=heads, dtype=dtype)
+            model = load_model(
+                local_folder(config.path),
+                ratios=config.ratios,
+                router_heads=config.router_heads,
+                dtype=DTYPES[config.frozen_dtype],
+            )
         else:
             model = assemble_model(
                 config.vision,
@@ -96,18 +100,18 @@ class FolderModels:
 
     def reference(self) -> VisionLanguageModel:
         """Return the model that the policy is compared with."""
-        return load_model(self._reference_folder, dtype=DTYPES[self._config.frozen_dtype])
+        return load_model(self._reference_folder, dtype=DTYPES[self.run.model.frozen_dtype])
 
     def trained(self, state: dict[str, Tensor]) -> VisionLanguageModel:
         """Return the trained model in one piece, from weights that were sharded over ranks."""
-        model = STAGES[self._run.stage].prepare(self.policy(), self._run)
+        model = STAGES[self.run.stage].prepare(self.policy(), self.run)
         model.load_state_dict(state, assign=True)  # in the dtypes of training
         model.language.tie_weights()  # loading replaced one of the two
         return model
 
     @property
     def _reference_folder(self) -> Path:
-        path = self._config.reference or self._config.path
+        path = self.run.model.reference or self.run.model.path
         assert path is not None  # checked with the recipe
         return local_folder(path)
 
@@ -131,13 +135,6 @@ def _completed(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, 
     for part, values in processing.items():
         data[part] = {**values, **(data.get(part) or {})}
     return {**settings, "model": model, "data": data}
-
-
-def _check_tile_size(config: RunConfig) -> None:
-    """Compare the recipe's tiles with those the vision encoder sees, before any weights are read."""
-    given, seen = config.data.tiling.tile_size, _tile_size_of(config.model)
-    if seen not in (None, given):
-        raise ValueError(f"data.tiling.tile_size is {given} but the model sees tiles of {seen} pixels")
 
 
 def _tile_size_of(config: ModelConfig) -> int | None:

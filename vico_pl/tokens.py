@@ -6,6 +6,7 @@ so that sequences stay short; letters and digits that carry values remain tokens
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -27,12 +28,9 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     """Learn merges from `texts`; the same texts and size give the same tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     words_and_single_glyphs = Regex(r" ?[A-Za-z]?[a-z]+|[A-Za-z0-9]|\s|[^\sA-Za-z0-9]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words_and_single_glyphs, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(words_and_single_glyphs, "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -56,11 +54,7 @@ def extend_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTok
     Raises:
         ValueError: there is no tokenizer at `path`.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.language.path {path}: no tokenizer to load ({reason})") from error
+    tokenizer = _read(path, f"model.language.path {path}: no tokenizer to load", revision=revision)
     known = tokenizer.get_added_vocab()
     tokenizer.add_tokens([token for token in MARKS if token not in known], special_tokens=True)
     return tokenizer
@@ -74,14 +68,9 @@ def load_tokenizer(folder: Path | str, *, required: Sequence[str] = MARKS) -> Pr
     """
     if not (Path(folder) / "tokenizer_config.json").exists():
         raise ValueError(f"{folder}: no tokenizer_config.json; a model folder holds its tokenizer")
-    try:
-        # An empty config, as that of a model folder is of a class that transformers does not know.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
-        )
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: its tokenizer files are incomplete or unreadable ({reason})") from error
+    # An empty config, as that of a model folder is of a class that transformers does not know.
+    options = {"config": PreTrainedConfig(), "local_files_only": True}
+    tokenizer = _read(folder, f"{folder}: its tokenizer files are incomplete or unreadable", **options)
     known = tokenizer.get_added_vocab()
     missing = [token for token in required if token not in known]
     if missing:
@@ -92,3 +81,10 @@ def load_tokenizer(folder: Path | str, *, required: Sequence[str] = MARKS) -> Pr
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of a special token: ids differ between model families, so they are looked up."""
     return tokenizer.get_added_vocab()[token]
+
+
+def _read(path: Path | str, complaint: str, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{complaint} ({str(error).strip().splitlines()[0]})") from error

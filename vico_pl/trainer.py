@@ -18,10 +18,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from vico_pl.callbacks import guards
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
-from vico_pl.callbacks.guards import GradientGuard, StepSeed, SyncGuard, Watchdog
 from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog, StepProgressBar
-from vico_pl.callbacks.signals import REQUEUE_SIGNAL, StopSignals, requeue
 from vico_pl.config import RunConfig
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
@@ -34,23 +33,33 @@ from vico_pl.stages import STAGES, build_stage
 from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import TrainerConfig
 
+# Warnings that do not concern a run: a pattern for each.
+HARMLESS_WARNINGS = (
+    # Our loader needs no state: its position is a function of the global step.
+    "You're resuming from a checkpoint that ended before the epoch",
+    "Checkpoint directory .* exists and is not empty",  # resuming
+    "FSDP2-wrapped module .* returned a view tensor",  # nothing changes it in place
+    ".*LeafSpec.* is deprecated",  # within Lightning itself
+    # It recommends a checkpoint of the weights before the step that is counted.
+    "Using ModelCheckpoint with manual optimization",
+)
+
 
 def train(config: RunConfig) -> Path | None:
     """Train to the last step, from the newest checkpoint if there is one.
 
     Returns the model folder, or None if the run was asked to stop and has saved its state.
     """
-    with StopSignals() as stop:
+    with guards.StopSignals() as stop:
         trainer, folder = _train(config, stop)
-    if folder is None and trainer.is_global_zero and stop.received == REQUEUE_SIGNAL:
-        requeue()
+    if folder is None and trainer.is_global_zero and stop.received == guards.REQUEUE_SIGNAL:
+        guards.requeue()
     return folder
 
 
-def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None]:
-    run_dir = Path(config.run_dir)
+def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path | None]:
+    run_dir, stage_class = Path(config.run_dir), STAGES[config.stage]
     L.seed_everything(config.seed, verbose=False)
-    stage_class = STAGES[config.stage]
     for problem in stage_class.doubtful_settings(config):
         rank_zero_warn(problem)
     try:
@@ -80,8 +89,10 @@ def _train(config: RunConfig, stop: StopSignals) -> tuple[L.Trainer, Path | None
     return trainer, run_dir / "model"
 
 
-def _build_trainer(run: RunConfig, run_dir: Path, stop: StopSignals) -> L.Trainer:
-    config = run.trainer
+def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L.Trainer:
+    config, every = run.trainer, run.trainer.checkpoint_every
+    # Leave stopping and requeueing to `StopSignals`, which waits for the end of a step.
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     return L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -93,22 +104,20 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: StopSignals) -> L.Traine
         log_every_n_steps=config.log_every,
         callbacks=[
             stop,
-            StepSeed(run.seed),
+            guards.StepSeed(run.seed),
             StepProgressBar(run.stage),
             SampleLog(run_dir),  # before callbacks that may stop the run
             BadRecordLog(run_dir / "bad_records.jsonl", max_bad_fraction=run.data.max_bad_fraction),
-            GradientGuard(run_dir / "skipped_steps.jsonl"),
-            SyncGuard(every=config.checkpoint_every),
-            Watchdog(run_dir, limit_s=config.watchdog_s),
-            StepCheckpoint(
-                run_dir / "checkpoints", every=config.checkpoint_every, keep=config.keep_checkpoints
-            ),
+            guards.GradientGuard(run_dir / "skipped_steps.jsonl"),
+            guards.SyncGuard(every=every),
+            guards.Watchdog(run_dir, limit_s=config.watchdog_s),
+            StepCheckpoint(run_dir / "checkpoints", every=every, keep=config.keep_checkpoints),
         ],
         logger=[
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
             JsonlLogger(run_dir / "metrics.jsonl"),
         ],
-        plugins=[AtomicCheckpointIO(), *_slurm()],
+        plugins=[AtomicCheckpointIO(), *slurm],
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=run_dir,
@@ -131,20 +140,9 @@ def _strategy(config: TrainerConfig) -> str | Strategy:
     )
 
 
-def _slurm() -> list[SLURMEnvironment]:
-    """Leave stopping and requeueing to `StopSignals`, which waits for the end of a step."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-
-
 def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path | None) -> None:
-    # Our loader needs no state: its position is a function of the global step.
-    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # resuming
-    # Nothing changes what a sharded model returns in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # within Lightning itself
-    # It recommends a checkpoint of the weights before the step that is counted.
-    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    for message in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     # A broadcast and a wait for the GPU at each step; `StopSignals` informs the ranks.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
     try:
@@ -175,7 +173,6 @@ def _lock(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(
-                f"{run_dir} is being trained by another process; wait for it or stop it"
-            ) from error
+            occupied = f"{run_dir} is being trained by another process"
+            raise ValueError(f"{occupied}; wait for it or stop it") from error
         yield

@@ -12,7 +12,7 @@ shard -> Record -> Sample -> TiledSample -> EncodedSample -> Batch -> RankBatch.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -127,8 +127,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
 
@@ -138,9 +138,7 @@ class RankBatch:
 
     micro_batches: list[Batch]  # each with at least one tile
     bad_records: list[BadRecord]
-    dummy: (
-        Batch  # in place of a micro-batch where other ranks have more: one tile, no response, so no gradient
-    )
+    dummy: Batch  # where other ranks have more micro-batches: one tile, no response, so no gradient
 
     @property
     def ids(self) -> list[str]:

@@ -1,30 +1,12 @@
 import shutil
 import tempfile
-from unittest import mock
 
-import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from tests.callbacks.steps import StageLog, TrainerAt
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
-
-
-def test_a_checkpoint_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
-    path, io = tmp_path / "step.ckpt", AtomicCheckpointIO()
-    io.save_checkpoint({"step": 1}, path)
-    assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["step.ckpt"]
-
-    def full_disk(_, target):
-        with open(target, "wb") as file:
-            file.write(b"half a checkpoint")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(ValueError, match=r"No space left.*; the previous checkpoint is intact"):
-        io.save_checkpoint({"step": 2}, path)
-    assert io.load_checkpoint(path, weights_only=True) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["step.ckpt"]
 
 
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):
@@ -38,13 +20,13 @@ def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypa
 
 
 def test_a_checkpoint_is_written_once_and_not_put_together_in_memory(tmp_path, monkeypatch):
-    written = []
+    path, written, save = tmp_path / "step.ckpt", [], torch.save
     monkeypatch.setattr(tempfile, "mkstemp", lambda *_, **__: pytest.fail("another folder has room, too?"))
-    monkeypatch.setattr(
-        torch, "save", lambda state, target: written.append(target) or target.write_bytes(b"")
-    )
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "step.ckpt")
-    assert written == [tmp_path / "step.ckpt.partial"]
+    monkeypatch.setattr(torch, "save", lambda state, target: written.append(target) or save(state, target))
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    assert [target.parent for target in written] == [tmp_path]
+    assert AtomicCheckpointIO().load_checkpoint(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def save(run_dir, step, **state):
@@ -53,33 +35,28 @@ def save(run_dir, step, **state):
     return path
 
 
-def test_a_run_that_never_saved_has_no_newest_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-
-
 def test_the_newest_checkpoint_is_that_with_the_most_steps(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
     save(tmp_path, 10)
     newest = save(tmp_path, 200)
     save(tmp_path, 30)
-    (tmp_path / "checkpoints" / "step-00000300.ckpt.partial").write_bytes(b"of a killed process")
     assert newest_checkpoint(tmp_path) == newest
 
 
-def damages(path):
-    """Every way in which a file of this content may be left behind."""
-    content = path.read_bytes()
-    yield b""
-    yield content[:100]
-    yield content[: len(content) // 2]
-    yield content[:-1]
-    yield b"\0" * len(content)
-    yield b"text, not a checkpoint"
-
-
-@pytest.mark.parametrize("number", range(6))
-def test_damaged_checkpoints_are_passed_over_and_named(tmp_path, number):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: b"\0" * len(content),
+        lambda content: b"text, not a checkpoint",
+    ],
+)
+def test_damaged_checkpoints_are_passed_over_and_named(tmp_path, damage):
     whole, newest = save(tmp_path, 10), save(tmp_path, 20)
-    newest.write_bytes(list(damages(newest))[number])
+    newest.write_bytes(damage(newest.read_bytes()))
     with pytest.warns(UserWarning, match=f"{newest} is skipped: it cannot be read"):
         assert newest_checkpoint(tmp_path) == whole
 
@@ -96,26 +73,22 @@ def begin(folder, *, at, known=()):
     """Begin to train at a step, with a checkpoint's account of what is kept."""
     callback = StepCheckpoint(folder, every=2, keep=2)
     callback.best_k_models = {str(folder / name): torch.tensor(0) for name in known}
-    trainer = mock.Mock(spec=L.Trainer, global_step=at)
-    trainer.strategy.remove_checkpoint = lambda path: path.unlink()
-    callback.on_train_start(trainer, mock.Mock(spec=L.LightningModule))
+    strategy = SingleDeviceStrategy(checkpoint_io=AtomicCheckpointIO())
+    callback.on_train_start(TrainerAt(at, strategy=strategy), StageLog())
     return {path.name for path in folder.iterdir()}
 
 
 def test_what_killed_attempts_left_over_is_removed_and_nothing_else(tmp_path):
     folder = save(tmp_path, 2).parent
+    assert begin(folder, at=0) == {"step-00000002.ckpt"}  # a run that starts over removes none
     for step in (4, 6, 8):
         save(tmp_path, step)
-    (folder / "step-00000008.ckpt.partial").write_bytes(b"of a killed process")
+    for name in ("step-00000008.ckpt.partial", ".step-00000008.ckpt.12-34.partial"):
+        (folder / name).write_bytes(b"of a killed process")
     (folder / "notes.txt").write_text("of a user")
     known = ["step-00000004.ckpt", "step-00000006.ckpt"]
-    kept = {*known, "step-00000008.ckpt", "notes.txt"}  # the step 8 comes again and replaces its checkpoint
+    kept = {*known, "step-00000008.ckpt", "notes.txt"}  # step 8 comes again and replaces its checkpoint
     assert begin(folder, at=6, known=known) == kept
-
-
-def test_a_fresh_run_removes_no_checkpoint(tmp_path):
-    path = save(tmp_path, 2)
-    assert begin(path.parent, at=0) == {path.name}
 
 
 def test_the_account_of_what_is_kept_outlives_other_settings(tmp_path):

@@ -1,85 +1,131 @@
 import json
+import os
+import signal
+import subprocess
 import sys
-import threading
-from dataclasses import replace
-from types import SimpleNamespace
-from unittest import mock
+import time
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from tests.helpers import encoded_sample
+from tests.callbacks.steps import StageLog, TrainerAt, rank_batch
 from vico_pl.callbacks.guards import (
     HISTORY,
     GradientGuard,
     StepSeed,
+    StopSignals,
     SyncGuard,
     Watchdog,
     checksum,
     describe_frame,
+    requeue,
 )
-from vico_pl.data.collate import collate
-from vico_pl.types import RankBatch
+from vico_pl.errors import STOP_SIGNALS
 
 NAN = float("nan")
 
 
-def step(guard, norm, number=4):
-    trainer = mock.Mock(spec=L.Trainer, global_step=number + 1, global_rank=0)
-    batch = replace(collate([encoded_sample(1)]), ids=["a.tar/1"])
-    share = RankBatch(micro_batches=[batch], bad_records=[], dummy=batch)
-    guard.on_train_batch_end(trainer, mock.Mock(spec=L.LightningModule), {"grad_norm": norm}, share, 0)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_reaches_the_next_step(number):
+    before, stage = signal.getsignal(number), StageLog()
+    with StopSignals() as stop:
+        stop.on_train_batch_start(TrainerAt(0), stage)
+        assert stage.stop_requested is False
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+        stop.on_train_batch_start(TrainerAt(0), stage)
+        assert stage.stop_requested is True
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_a_rank_stops_when_all_ranks_know_and_not_before(agreed):
+    trainer = TrainerAt(3)
+    StopSignals().on_train_batch_end(trainer, StageLog(), {"stop": agreed})
+    assert trainer.should_stop is agreed
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, "7"),
+        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "2"}, "8_2"),
+    ],
+)
+def test_a_job_is_queued_again_by_its_number(monkeypatch, environment, name):
+    for variable in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    commands = []
+    requeue(lambda command, **_: commands.append(command))
+    assert commands == ([["scontrol", "requeue", name]] if name else [])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [FileNotFoundError("scontrol"), subprocess.CalledProcessError(1, "scontrol", stderr="no such job")],
+)
+def test_a_job_that_cannot_be_queued_again_says_so(monkeypatch, fault):
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    with pytest.warns(UserWarning, match="job 7 could not be requeued .*; submit it again, it resumes"):
+        requeue(fail)
+
+
+def step(guard, norm):
+    guard.on_train_batch_end(TrainerAt(5), StageLog(), {"grad_norm": norm}, rank_batch(), 4)
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped")
-def test_three_steps_in_a_row_that_are_no_numbers_stop_the_run(tmp_path):
+def test_three_steps_in_a_row_with_non_finite_gradients_stop_the_run(tmp_path):
     guard = GradientGuard(tmp_path / "skipped.jsonl")
     for norm in (NAN, float("inf"), 1.0, NAN, NAN):
         step(guard, norm)
-    with pytest.raises(
-        ValueError, match="the gradients of 3 steps in a row are not finite, the last of step 4"
-    ):
+    expected = "the gradients of 3 steps in a row are not finite, the last of step 4"
+    with pytest.raises(ValueError, match=expected):
         step(guard, NAN)
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     assert lines[1] == {"step": 4, "rank": 0, "grad_norm": "inf", "ids": ["a.tar/1"]}
-
-
-def test_a_skipped_step_is_told(tmp_path):
     with pytest.warns(UserWarning, match="step 4 is skipped: its gradient is nan"):
         step(GradientGuard(tmp_path / "skipped.jsonl"), NAN)
 
 
 def test_a_spike_is_told_once_there_is_something_usual(tmp_path):
     guard = GradientGuard(tmp_path / "skipped.jsonl")
-    step(guard, 50.0)
-    for _ in range(HISTORY):
-        step(guard, 1.0)
-    step(guard, 9.0)
+    for norm in (50.0, *[1.0] * HISTORY, 9.0):
+        step(guard, norm)
     with pytest.warns(UserWarning, match="step 4: the gradient norm is 11, usually 1"):
         step(guard, 11.0)
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
-def compare(*, others, strategy=DDPStrategy, at=20):
-    stage = nn.Linear(3, 2)
-    stage.ranks = SimpleNamespace(gather=lambda own: [own, *(own + other for other in others)])
-    trainer = mock.Mock(spec=L.Trainer, global_step=at, strategy=mock.Mock(spec=strategy))
-    batch = collate([encoded_sample(1)])
-    SyncGuard(every=10).on_train_batch_end(
-        trainer, stage, None, RankBatch(micro_batches=[batch], bad_records=[], dummy=batch), 0
-    )
+class Ranks:
+    """Three ranks, of which the last may have other weights."""
+
+    def __init__(self, difference):
+        self.difference = difference
+
+    def gather(self, own):
+        return [own, own, own + self.difference]
 
 
 def test_ranks_that_drifted_apart_stop_the_run():
+    stage, compare = nn.Linear(3, 2), SyncGuard(every=10).on_train_batch_end
+    stage.ranks = Ranks(0)
+    compare(TrainerAt(20, strategy=DDPStrategy()), stage)
+    stage.ranks = Ranks(1)
+    compare(TrainerAt(21, strategy=DDPStrategy()), stage)  # between two comparisons
+    compare(TrainerAt(20, strategy=SingleDeviceStrategy()), stage)
     with pytest.raises(ValueError, match=r"after step 20 ranks \[2\] have other weights than rank 0"):
-        compare(others=[0, 1])
-    compare(others=[0, 0])
-    compare(others=[1], at=21)  # between two comparisons
-    compare(others=[1], strategy=L.pytorch.strategies.SingleDeviceStrategy)
+        compare(TrainerAt(20, strategy=DDPStrategy()), stage)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,17 +141,21 @@ def test_a_checksum_changes_with_any_bit_of_what_is_trained(dtype):
     assert checksum(model) != first
 
 
-def test_a_step_that_takes_too_long_is_told_once_with_rank_place_and_stack(tmp_path, capsys):
+def test_a_step_that_takes_too_long_is_told_with_rank_place_and_stack(tmp_path, capsys):
     dog = Watchdog(tmp_path, limit_s=0.02)
-    told = threading.Event()
-    tell = dog._report
-    dog._report = lambda *given: (tell(*given), told.set())
-    dog.on_train_start(mock.Mock(spec=L.Trainer, global_rank=3, global_step=7))
-    assert told.wait(60)
-    dog.teardown()
-    said = capsys.readouterr().err
-    assert said.startswith("rank 3 has been at step 7 for ")
+    dog.on_train_start(TrainerAt(7, rank=3))
+    dog._timer.join(60)
+    assert capsys.readouterr().err.startswith("rank 3 has been at step 7 for ")
     assert "test_a_step_that_takes_too_long" in (tmp_path / "waiting-rank-3.txt").read_text()
+
+
+def test_steps_in_time_are_not_told(tmp_path):
+    dog = Watchdog(tmp_path, limit_s=0.2)
+    dog.on_train_start(TrainerAt(7))
+    dog.on_train_batch_end(TrainerAt(8))
+    dog.teardown()
+    time.sleep(0.3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stack_is_described_by_our_innermost_function_and_what_it_waits_in():
@@ -114,8 +164,7 @@ def test_a_stack_is_described_by_our_innermost_function_and_what_it_waits_in():
 
 
 def drawn(*, seed=1, step=2, rank=0):
-    trainer = mock.Mock(spec=L.Trainer, global_step=step, global_rank=rank)
-    StepSeed(seed).on_train_batch_start(trainer, mock.Mock(spec=L.LightningModule), None, 0)
+    StepSeed(seed).on_train_batch_start(TrainerAt(step, rank=rank), StageLog(), None, 0)
     return torch.rand(4).tolist()
 
 

@@ -1,21 +1,14 @@
 import json
-from unittest import mock
 
-import lightning as L
 import pytest
 
-from tests.helpers import encoded_sample
+from tests.callbacks.steps import StageLog, TrainerAt, rank_batch
 from vico_pl.callbacks.records import BadRecordLog, JsonlLogger
-from vico_pl.data.collate import collate
-from vico_pl.types import BadRecord, RankBatch
+from vico_pl.types import BadRecord
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def trainer_at(step, *, rank=0):
-    return mock.Mock(spec=L.Trainer, global_step=step, global_rank=rank, world_size=1)
 
 
 def test_metrics_are_appended_as_lines(tmp_path):
@@ -28,58 +21,40 @@ def test_metrics_are_appended_as_lines(tmp_path):
     ]
 
 
-def step(log, module, *, bad=(), num_good=1, everywhere=None):
+def feed(log, *, num_bad, num_good, everywhere=None, step=0):
     """Give the log a step; `everywhere` is (bad, samples) of all ranks, if there are several."""
-    dummy = collate([encoded_sample(0)])
-    share = RankBatch(micro_batches=[dummy], bad_records=list(bad), dummy=dummy)
-    num_bad, num_samples = everywhere or (len(bad), len(bad) + num_good)
-    outputs = {"num_bad": num_bad, "num_samples": num_samples}
-    log.on_train_batch_end(trainer_at(log.steps), module, outputs, share, log.steps)
-    log.steps += 1
+    bad = [BadRecord(id=f"a-1.tar/{i}", reason="JSON: broken", kind="json") for i in range(num_bad)]
+    return give(log, bad, everywhere or (num_bad, num_bad + num_good), step=step)
 
 
-def log_into(path, **settings):
-    log = BadRecordLog(path, **settings)
-    log.steps = 0
-    return log
+def give(log, bad, everywhere, *, step=0):
+    stage, outputs = StageLog(), dict(zip(("num_bad", "num_samples"), everywhere, strict=True))
+    log.on_train_batch_end(TrainerAt(step), stage, outputs, rank_batch(bad=bad), step)
+    return stage.logged
 
 
 def test_bad_records_are_written_and_counted_by_source_and_kind(tmp_path):
-    log, module = log_into(tmp_path / "bad.jsonl"), mock.Mock(spec=L.LightningModule)
-    kinds = ["json", "image", "json"]
+    path = tmp_path / "bad.jsonl"
+    log = BadRecordLog(path)
+    feed(log, num_bad=0, num_good=1)
+    assert not path.exists()
     bad = [
         BadRecord(id=f"a-07.tar/{i}", reason=f"reason {i}", kind=kind, source="s")
-        for i, kind in enumerate(kinds)
+        for i, kind in enumerate(["json", "image", "json"])
     ]
-    for records in (bad[:2], [], bad[2:]):
-        step(log, module, bad=records)
-    assert lines(tmp_path / "bad.jsonl") == [
+    steps = [bad[:2], [], bad[2:]]
+    logged = [give(log, records, (len(records), 8), step=step) for step, records in enumerate(steps)]
+    assert lines(path) == [
         {"step": 0, "source": "s", "kind": "json", "id": "a-07.tar/0", "reason": "reason 0"},
         {"step": 0, "source": "s", "kind": "image", "id": "a-07.tar/1", "reason": "reason 1"},
         {"step": 2, "source": "s", "kind": "json", "id": "a-07.tar/2", "reason": "reason 2"},
     ]
     names = ("data/bad_records", "data/bad_records/s/json", "data/bad_records/s/image")
-    logged = [call.args for call in module.log.call_args_list]
-    assert logged == [
-        (n, float(v))
-        for counts in ((2, 1, 1), (2, 1, 1), (3, 2, 1))
-        for n, v in zip(names, counts, strict=True)
-    ]
+    assert logged == [list(zip(names, counts, strict=True)) for counts in ((2, 1, 1), (2, 1, 1), (3, 2, 1))]
 
 
-def test_no_file_appears_without_bad_records(tmp_path):
-    step(log_into(tmp_path / "bad.jsonl"), mock.Mock(spec=L.LightningModule))
-    assert not (tmp_path / "bad.jsonl").exists()
-
-
-def feed(log, *, num_bad, num_good, everywhere=None):
-    bad = [BadRecord(id=f"a-1.tar/{i}", reason="JSON: broken", kind="json") for i in range(num_bad)]
-    module = mock.Mock(spec=L.LightningModule)
-    step(log, module, bad=bad, num_good=num_good, everywhere=everywhere)
-
-
-def test_a_run_stops_when_more_than_the_allowed_share_of_a_window_is_bad(tmp_path):
-    log = log_into(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
+def test_a_run_stops_when_more_than_the_allowed_fraction_of_a_window_is_bad(tmp_path):
+    log = BadRecordLog(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
     feed(log, num_bad=4, num_good=1)  # the start may be bad: five of twenty are allowed
     feed(log, num_bad=1, num_good=4)
     expected = (
@@ -91,23 +66,24 @@ def test_a_run_stops_when_more_than_the_allowed_share_of_a_window_is_bad(tmp_pat
 
 
 def test_bad_records_are_forgotten_when_the_window_has_passed_them(tmp_path):
-    log = log_into(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
+    log = BadRecordLog(tmp_path / "bad.jsonl", max_bad_fraction=0.25, window=20)
     for _ in range(20):
         feed(log, num_bad=5, num_good=5)
         feed(log, num_bad=0, num_good=20)
 
 
 def test_no_bad_record_at_all_may_be_allowed_or_every_one(tmp_path):
-    feed(log_into(tmp_path / "a.jsonl", max_bad_fraction=0.0), num_bad=0, num_good=3)
-    with pytest.raises(ValueError, match="1 of the last 2 samples are bad"):
-        feed(log_into(tmp_path / "a.jsonl", max_bad_fraction=0.0), num_bad=1, num_good=1)
-    anything = log_into(tmp_path / "a.jsonl", max_bad_fraction=1.0, window=20)
+    none = BadRecordLog(tmp_path / "a.jsonl", max_bad_fraction=0.0)
+    feed(none, num_bad=0, num_good=3)
+    with pytest.raises(ValueError, match="1 of the last 5 samples are bad"):
+        feed(none, num_bad=1, num_good=1)
+    anything = BadRecordLog(tmp_path / "a.jsonl", max_bad_fraction=1.0, window=20)
     for _ in range(10):
         feed(anything, num_bad=9, num_good=1)
 
 
 def test_all_ranks_stop_together_for_what_one_of_them_saw(tmp_path):
-    log = log_into(tmp_path / "bad.jsonl", max_bad_fraction=0.1, window=10)
+    log = BadRecordLog(tmp_path / "bad.jsonl", max_bad_fraction=0.1, window=10)
     with pytest.raises(ValueError, match="2 of the last 8 samples are bad"):
         feed(log, num_bad=0, num_good=4, everywhere=(2, 8))
 
@@ -116,7 +92,7 @@ def test_bad_records_are_told_once_a_minute(tmp_path, monkeypatch):
     told, now = [], iter([0, 0, 30, 61, 61])
     monkeypatch.setattr("vico_pl.callbacks.records.rank_zero_info", told.append)
     monkeypatch.setattr("vico_pl.callbacks.records.time.monotonic", lambda: next(now))
-    log = log_into(tmp_path / "bad.jsonl")
+    log = BadRecordLog(tmp_path / "bad.jsonl")
     for _ in range(3):
         feed(log, num_bad=2, num_good=1)
     assert [line.partition(",")[0] for line in told] == ["2 bad records so far", "6 bad records so far"]

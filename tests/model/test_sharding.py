@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
 from tests.helpers import encoded_sample, tiny_model, tiny_spec
+from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import shard_model, whole_state
 from vico_pl.model.branches import branch_states
 from vico_pl.model.reference import FrozenReference
-from vico_pl.optim import OptimConfig, clip_gradients
+from vico_pl.optim import clip_gradients
 from vico_pl.stages.base import Ranks
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
 from vico_pl.stages.router import RouterConfig, RouterStage
@@ -47,8 +48,8 @@ def language_of(*, tied):
 def build_stage(*, tied):
     model, reference = (tiny_model(seed, **language_of(tied=tied)) for seed in (1, 2))
     model.train().set_dropout(0.0)
-    config = ConsistencyConfig(ratio_draw="tile")
-    return ConsistencyStage(model, FrozenReference(reference), config, OptimConfig(), num_steps=1, seed=0)
+    run = RunConfig(stage="consistency", run_dir="x", consistency=ConsistencyConfig(ratio_draw="tile"))
+    return ConsistencyStage(run, model, FrozenReference(reference))
 
 
 def whole(tensor):
@@ -113,13 +114,13 @@ def label_tiles(rank, mesh, tied):
 
 
 def build_router_stage(*, tied):
-    models = (FrozenReference(tiny_model(seed, **language_of(tied=tied))) for seed in (1, 2))
-    config = RouterConfig(window=20, min_history=1)
-    return RouterStage(*models, config, OptimConfig(), num_steps=1)
+    policy, reference = (tiny_model(seed, **language_of(tied=tied)) for seed in (1, 2))
+    run = RunConfig(stage="router", run_dir="x", router=RouterConfig(window=20, min_history=1))
+    return RouterStage(run, policy, FrozenReference(reference))
 
 
 def learn(stage, micro_batches):
-    with patch("vico_pl.stages.labels.branch_states", partial(branch_states, max_tokens=1)):  # a tile each
+    with patch("vico_pl.stages.router.branch_states", partial(branch_states, max_tokens=1)):  # a tile each
         for result in stage.results(micro_batches):
             (result.loss_sum * stage.ranks.world).backward()  # ranks are averaged
 

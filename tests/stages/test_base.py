@@ -1,17 +1,24 @@
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from torch import distributed, nn
+from torch.utils.data import DataLoader
 
-from tests.helpers import batch_of, encoded_sample
+from tests.helpers import batch_of, encoded_sample, tiny_model
+from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Mean, RankFacts, Ranks, Stage, StepResult
+from vico_pl.stages.base import Mean, Ranks, Stage, StepResult
 from vico_pl.types import BadRecord, RankBatch
+
+RUN = RunConfig(stage="toy", run_dir="x", optim=OptimConfig(max_grad_norm=1e9))
+QUIET = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
 
 
 class WeightTimesTokens(Stage):
@@ -20,15 +27,21 @@ class WeightTimesTokens(Stage):
     name = "toy"
 
     def __init__(self):
-        super().__init__(OptimConfig(lr=1.0, max_grad_norm=1e9), num_steps=10)
-        self.weight = nn.Parameter(torch.tensor(1.0))
+        super().__init__(RUN, tiny_model())
+        self.weight, self.events = nn.Parameter(torch.tensor(1.0)), []
 
     def step(self, batch):
         ids = batch.input_ids[batch.response_mask]
         return StepResult(loss_sum=(self.weight - ids).square().sum(), metrics={"toy/seen": Mean(3.0, 1)})
 
-    def trained_model(self):
-        raise NotImplementedError
+    def manual_backward(self, loss):
+        self.events.append(loss.item())
+        super().manual_backward(loss)
+
+    @contextmanager
+    def _gradients_stay_local(self):
+        self.events.append("kept")
+        yield
 
 
 class Others:
@@ -38,135 +51,107 @@ class Others:
         self.world, self._facts = 1 + len(facts), facts
 
     def gather(self, value):
-        return [value, *self._facts] if isinstance(value, RankFacts) else [value] * self.world
+        return [value, *self._facts] if "num_samples" in value else [value] * self.world
+
+
+class Watched(L.Callback):
+    """One training step of a rank and what it leaves behind."""
+
+    def __init__(self, rank_batch, *others):
+        self.stage, self.others, self.num_updates = WeightTimesTokens(), others, 0
+        trainer = L.Trainer(accelerator="cpu", max_steps=1, log_every_n_steps=1, callbacks=self, **QUIET)
+        trainer.fit(self.stage, DataLoader([rank_batch], batch_size=None))
+        assert self.stage.weight.grad is None
+        self.logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        self.loss = sum(event for event in self.stage.events if event != "kept")
+
+    def on_train_start(self, trainer, stage):
+        stage.ranks = Others(*self.others)
+
+    def on_before_optimizer_step(self, trainer, stage, optimizer):
+        self.num_updates += 1
+        self.gradient = None if stage.weight.grad is None else stage.weight.grad.item()
+
+    def on_train_batch_end(self, trainer, stage, outputs, *_):
+        self.outputs = outputs
 
 
 def facts(**known):
-    return RankFacts(
-        **{"num_micro_batches": 1, "num_items": 0, "num_samples": 0, "num_bad": 0, "stop": False, **known}
-    )
+    return {"num_micro_batches": 1, "num_items": 0, "num_samples": 0, "num_bad": 0, "stop": 0, **known}
 
 
-def share_of(*micro_batches, bad=()):
+def rank_batch(*micro_batches, bad=()):
     dummy = collate([encoded_sample(0, images=(1,), answers=())], positions=[-1])
     return RankBatch(micro_batches=list(micro_batches), bad_records=list(bad), dummy=dummy)
-
-
-def run(share, *others):
-    """What one training step of a rank leaves behind."""
-    stage, logged, seen = WeightTimesTokens(), {}, []
-    stage.log = lambda name, value, **_: logged.update({name: value})
-    stage.ranks = Others(*others)
-    weight, gradients, events = stage.weight, [], []
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(weight.grad if weight.grad is None else weight.grad.item())
-    )
-    stage.optimizers, stage.lr_schedulers = lambda: optimizer, lambda: SimpleNamespace(step=lambda: None)
-
-    @contextmanager
-    def here():
-        events.append("kept")
-        yield
-
-    stage._gradients_stay_local = here
-    stage.manual_backward = lambda loss: (
-        events.append("backward"),
-        seen.append(loss.item()),
-        loss.backward(),
-    )
-    stage.trainer = SimpleNamespace(global_step=1, log_every_n_steps=1, optimizers=[optimizer])
-    outputs = stage.training_step(share, 0)
-    assert weight.grad is None
-    return SimpleNamespace(
-        loss=sum(seen),
-        gradient=gradients[0],
-        num_steps=len(gradients),
-        logged=logged,
-        outputs=outputs,
-        events=events,
-        stage=stage,
-    )
 
 
 def test_the_loss_is_the_mean_over_response_tokens():
     batch = batch_of(encoded_sample(1, answers=(3,)), encoded_sample(2, answers=(1,)))
     ids = batch.input_ids[batch.response_mask].float()
-    found = run(share_of(batch))
+    found = Watched(rank_batch(batch))
     assert found.loss == pytest.approx((1 - ids).square().mean().item(), rel=1e-6)
     assert found.logged == {
         "toy/loss": pytest.approx(found.loss),
         "toy/seen": 3.0,
-        "optim/lr": 1.0,
+        "optim/lr": pytest.approx(RUN.optim.lr),
         "optim/grad_norm": pytest.approx(abs(found.gradient)),
     }
 
 
-def test_any_split_into_packs_gives_the_step_of_the_whole_batch():
+def test_any_split_into_micro_batches_gives_the_step_of_the_whole_batch():
     samples = [encoded_sample(i, answers=(n,)) for i, n in ((1, 3), (2, 9), (3, 1))]
-    whole = run(share_of(batch_of(*samples)))
-    micro_batches = run(share_of(*map(batch_of, samples)))
-    assert micro_batches.gradient == pytest.approx(whole.gradient, rel=1e-6)
-    assert micro_batches.logged == pytest.approx(whole.logged, rel=1e-6)
-    assert micro_batches.stage.weight.item() == pytest.approx(whole.stage.weight.item(), rel=1e-6)
+    whole = Watched(rank_batch(batch_of(*samples)))
+    split = Watched(rank_batch(*map(batch_of, samples)))
+    assert split.gradient == pytest.approx(whole.gradient, rel=1e-6)
+    assert split.logged == pytest.approx(whole.logged, rel=1e-6)
+    # Gradients are exchanged with the last micro-batch alone.
+    assert [event for event in split.stage.events if event == "kept"] == split.stage.events[:-1:2]
 
 
 def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
     # Ranks with 3 and 9 response tokens: a mean of their means would weigh tokens of the first three times.
     first, second = encoded_sample(1, answers=(3,)), encoded_sample(2, answers=(9,))
-    whole = run(share_of(batch_of(first, second)))
+    whole = Watched(rank_batch(batch_of(first, second)))
     ranks = [
-        run(share_of(batch_of(sample)), facts(num_items=others))
+        Watched(rank_batch(batch_of(sample)), facts(num_items=others))
         for sample, others in ((first, 9), (second, 3))
     ]
-    assert sum(rank.gradient for rank in ranks) / 2 == pytest.approx(
-        whole.gradient, rel=1e-6
-    )  # what DDP does
+    mean_gradient = sum(rank.gradient for rank in ranks) / 2  # as DDP computes it
+    assert mean_gradient == pytest.approx(whole.gradient, rel=1e-6)
     assert sum(rank.loss for rank in ranks) / 2 == pytest.approx(whole.loss, rel=1e-6)
 
 
-def test_a_rank_with_fewer_packs_runs_fillers_that_change_nothing():
+def test_a_rank_with_fewer_micro_batches_runs_dummies_that_change_nothing():
     batch = batch_of(encoded_sample(1, answers=(3,)))
-    alone, beside = run(share_of(batch)), run(share_of(batch), facts(num_micro_batches=3))
-    assert beside.events.count("backward") == 3
+    alone, beside = Watched(rank_batch(batch)), Watched(rank_batch(batch), facts(num_micro_batches=3))
+    assert len(beside.stage.events) == 3 + 2
     assert beside.gradient == pytest.approx(2 * alone.gradient)  # halved by the mean over two ranks
 
 
-def test_gradients_are_exchanged_with_the_last_pack_alone():
-    micro_batches = [batch_of(encoded_sample(i)) for i in range(3)]
-    assert run(share_of(*micro_batches)).events == ["kept", "backward", "kept", "backward", "backward"]
-
-
 def test_a_step_without_anything_to_learn_from_is_zero():
-    found = run(share_of(batch_of(encoded_sample(1, answers=()))))
+    found = Watched(rank_batch(batch_of(encoded_sample(1, answers=()))))
     assert (found.loss, found.gradient) == (0, 0)
     assert "toy/loss" not in found.logged
 
 
 def test_callbacks_are_told_of_all_ranks():
     bad = [BadRecord(id="a", reason="b")] * 2
-    found = run(share_of(batch_of(encoded_sample(1)), bad=bad), facts(num_samples=6, num_bad=1, stop=True))
-    assert found.outputs == {
-        "num_samples": 9,
-        "num_bad": 3,
-        "grad_norm": pytest.approx(abs(found.gradient)),
-        "stop": True,
-    }
+    others = facts(num_samples=6, num_bad=1, stop=1)
+    found = Watched(rank_batch(batch_of(encoded_sample(1)), bad=bad), others)
+    norm = pytest.approx(abs(found.gradient))
+    expected = {"num_samples": 9, "num_bad": 3, "grad_norm": norm, "stop": 1}
+    assert {name: found.outputs[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_no_number_changes_no_weight_and_counts(value, monkeypatch):
+def test_a_step_with_a_non_finite_gradient_changes_no_weight_and_counts(value, monkeypatch):
     step = WeightTimesTokens.step
     broken = lambda stage, batch: replace(step(stage, batch), loss_sum=value * stage.weight)  # noqa: E731
     monkeypatch.setattr(WeightTimesTokens, "step", broken)
-    found = run(share_of(batch_of(encoded_sample(1))))
+    found = Watched(rank_batch(batch_of(encoded_sample(1))))
     assert found.stage.weight.item() == 1.0
-    assert (found.gradient, found.num_steps) == (None, 1)
+    assert (found.gradient, found.num_updates) == (None, 1)
     assert not math.isfinite(found.outputs["grad_norm"])
-
-
-def test_a_single_rank_gathers_its_own_value():
-    assert Ranks(1).gather({"a": 1}) == [{"a": 1}]
 
 
 def test_a_rank_that_lost_another_says_so_in_a_sentence(monkeypatch):

@@ -1,4 +1,4 @@
-from dataclasses import replace
+import pickle
 
 import pytest
 
@@ -9,21 +9,16 @@ from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyConfig
 from vico_pl.stages.cost import forward_parts
 from vico_pl.stages.router import RouterConfig
-from vico_pl.stages.settings import ModelConfig, TrainerConfig
+from vico_pl.stages.settings import PARTS, ModelConfig, TrainerConfig
 
 FLOPS = count_flops(tiny_spec())
 
 
-def cost(stage, *, trainer=None, consistency=None, router=None, **model):
-    run = RunConfig(
-        stage=stage,
-        run_dir="x",
-        model=ModelConfig(path="m", **model),
-        trainer=trainer or TrainerConfig(),
-        consistency=consistency or ConsistencyConfig(ratio_draw="image"),
-        router=router or RouterConfig(),
-    )
-    return STAGES[stage].cost(run, FLOPS)
+def cost(stage, *, trainable=PARTS, **sections):
+    sections = {"consistency": ConsistencyConfig(ratio_draw="image"), **sections}
+    model = ModelConfig(path="m", trainable=list(trainable))
+    run = RunConfig(stage=stage, run_dir="x", model=model, **sections)
+    return pickle.loads(pickle.dumps(STAGES[stage].cost(run, FLOPS)))  # as data workers get it
 
 
 def forward(tiles, text_tokens):
@@ -50,10 +45,8 @@ def test_a_sample_costs_what_its_own_draw_costs():
 
 def test_a_frozen_tower_has_no_backward_pass_and_runs_once_for_both_models():
     frozen = {"trainable": ["connectors", "language"]}
-    fsdp = TrainerConfig(strategy="fsdp")
-    trained, own, shared = (
-        cost("consistency", **settings)(7, [2], 5) for settings in ({}, {**frozen, "trainer": fsdp}, frozen)
-    )
+    settings = ({}, {**frozen, "trainer": TrainerConfig(strategy="fsdp")}, frozen)
+    trained, own, shared = (cost("consistency", **each)(7, [2], 5) for each in settings)
     tower = 2 * FLOPS.vision_per_tile
     assert own - shared == pytest.approx(tower)
     connectors = trained - own - 2 * tower  # no gradient of the patch features either
@@ -85,10 +78,7 @@ def test_the_expected_cost_is_the_mean_over_draws_with_the_heads(stage):
 
 
 def test_a_cost_knows_its_vision_tokens():
-    tokens = FLOPS.vision_tokens_per_tile
-    assert cost("pretrain").vision_tokens(2) == {"policy": 2 * tokens[4]}
-    assert cost("consistency").vision_tokens(2) == {
-        "policy": tokens[4] + tokens[16],
-        "reference": 2 * tokens[4],
-    }
-    assert replace(cost("router"), label_mode="image").vision_tokens(1)["reference"] == tokens[4]
+    full, compressed = (FLOPS.vision_tokens_per_tile[ratio] for ratio in (4, 16))
+    assert cost("pretrain").vision_tokens(2) == {"policy": 2 * full}
+    assert cost("consistency").vision_tokens(2) == {"policy": full + compressed, "reference": 2 * full}
+    assert cost("router").vision_tokens(1) == {"policy": full, "reference": full}

@@ -2,78 +2,64 @@ import copy
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model
+from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.model.reference import FrozenReference
-from vico_pl.optim import OptimConfig
 from vico_pl.stages import router as router_module
 from vico_pl.stages.base import Ranks
-from vico_pl.stages.labels import tile_loss_ratios
-from vico_pl.stages.router import RouterConfig, RouterStage
+from vico_pl.stages.router import RouterConfig, RouterStage, mean_per_sample, tile_loss_ratios
 
 EPSILON = 1e-3
+LABEL_MODES = pytest.mark.parametrize("mode", ["tile", "image"])
 
 
 def config(**changes):
     return RouterConfig(**{"window": 100, "min_history": 1, "epsilon": EPSILON, **changes})
 
 
-def stage_of(**changes):
-    stage = RouterStage(
-        FrozenReference(tiny_model(1)),
-        FrozenReference(tiny_model(2)),
-        config(**changes),
-        OptimConfig(),
-        num_steps=10,
-    )
+def stage_of(policy=None, **changes):
+    run = RunConfig(stage="router", run_dir="x", router=config(**changes))
+    stage = RouterStage(run, policy or tiny_model(1), FrozenReference(tiny_model(2)))
     stage.ranks = Ranks(1)
     return stage.eval()
 
 
-def ratios_of(stage, batch):
-    features = stage.policy.model.encode_tiles(batch.tiles)
-    mode = stage.config.label_mode
-    return tile_loss_ratios(
-        stage.policy.model, stage.reference, batch, features, mode=mode, epsilon=stage.config.epsilon
-    )
+def ratios_of(policy, reference, *samples, mode="tile"):
+    batch = batch_of(*samples)
+    features = policy.encode_tiles(batch.tiles)
+    return tile_loss_ratios(policy, reference, batch, features, mode=mode, epsilon=EPSILON)
 
 
 def test_the_loss_is_cross_entropy_against_labels_below_the_percentile():
     stage, batch = stage_of(percentile=40.0), batch_of(*mixed_samples())
-    result = stage.step(batch)
-    ratios = ratios_of(stage, batch)
+    policy, result = stage.trained_model(), stage.step(batch)
+    ratios = ratios_of(policy, stage.reference, *mixed_samples())
     threshold = ratios.double().quantile(0.4).item()
     targets = torch.tensor([0 if ratio < threshold else 1 for ratio in ratios.tolist()])  # 0: compress
     assert 0 < targets.sum() < 7
-    logits = stage.router(stage.policy.model.encode_tiles(batch.tiles))
+    logits = stage.router(policy.encode_tiles(batch.tiles))
     assert stage.num_items(batch) == 7
-    assert result.loss_sum.item() == pytest.approx(
-        cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5
-    )
+    loss = cross_entropy(logits, targets, reduction="sum").item()
+    assert result.loss_sum.item() == pytest.approx(loss, rel=1e-5)
     assert result.metrics["router/threshold"] == (pytest.approx(threshold, rel=1e-5), 1)
     chosen = logits.argmax(1)
     assert result.metrics["router/accuracy"] == ((chosen == targets).sum(), 7)
     assert result.metrics["router/compressed_fraction"] == ((chosen == 0).sum(), 7)
 
 
-def test_auroc_asks_whether_tiles_to_keep_rank_above_tiles_to_compress(monkeypatch):
-    stage, batch = stage_of(), batch_of(encoded_sample(1, images=(4,)))
-    monkeypatch.setattr(
-        router_module, "tile_loss_ratios", lambda *_, **__: torch.tensor([1.0, 2.0, 3.0, 4.0])
-    )
-    for scores, expected in (
-        ([0.0, 1.0, 2.0, 3.0], 1.0),
-        ([3.0, 2.0, 1.0, 0.0], 0.0),
-        ([0.0, 2.0, 1.0, 3.0], 0.75),
-    ):
-        keep = torch.tensor(scores)
-        stage.router.forward = lambda _, keep=keep: torch.stack([-keep, keep], dim=1).requires_grad_()
-        stage.window.values.zero_()
-        stage.window.seen.zero_()
-        total, count = stage.step(batch).metrics["router/auroc"]
-        assert (total.item() / count, count) == (pytest.approx(expected), 4)
+@pytest.mark.parametrize(
+    ("scores", "auroc"),
+    [([0.0, 1.0, 2.0, 3.0], 1.0), ([3.0, 2.0, 1.0, 0.0], 0.0), ([0.0, 2.0, 1.0, 3.0], 0.75)],
+)
+def test_auroc_is_whether_tiles_to_keep_rank_above_tiles_to_compress(monkeypatch, scores, auroc):
+    stage, keep, labels = stage_of(), torch.tensor(scores).float(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: labels)
+    stage.router.forward = lambda _: torch.stack([-keep, keep], dim=1).requires_grad_()
+    total, count = stage.step(batch_of(encoded_sample(1, images=(4,)))).metrics["router/auroc"]
+    assert (total.item() / count, count) == (pytest.approx(auroc), 4)
 
 
 def test_there_are_no_labels_before_min_history():
@@ -86,74 +72,144 @@ def test_there_are_no_labels_before_min_history():
 
 def test_only_the_router_learns_and_every_trained_parameter_has_a_gradient():
     stage = stage_of()
-    before = copy.deepcopy(stage.policy.model.state_dict())
+    before = copy.deepcopy(stage.trained_model().state_dict())
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
     stage.step(batch_of(*mixed_samples())).loss_sum.backward()
     trained = {name: p for name, p in stage.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None] == []
-    assert all(name.startswith("router.") for name in trained)
     optimizer.step()
     changed = {n for n, t in stage.trained_model().state_dict().items() if not torch.equal(t, before[n])}
     assert changed
-    assert all(name.startswith("router.") for name in changed)
+    assert all(name.startswith("router.") for name in (*changed, *trained))
+    assert {name.split(".")[0] for name in stage.state_dict()} == {"router", "window"}
 
 
-def test_a_batch_of_text_alone_teaches_nothing_and_breaks_nothing():
-    stage = stage_of()
+@LABEL_MODES
+def test_a_batch_of_text_alone_teaches_nothing_and_breaks_nothing(mode):
+    stage = stage_of(label_mode=mode)
     stage.step(batch_of(*mixed_samples()))
     text = batch_of(encoded_sample(1, images=()))
     assert (stage.step(text).loss_sum.item(), stage.num_items(text)) == (0, 0)
     assert int(stage.window.seen) == 7
 
 
-def test_tiles_of_the_filler_are_neither_labelled_nor_remembered():
+def test_tiles_of_the_dummy_are_neither_labelled_nor_remembered():
     samples, dummy = mixed_samples(), encoded_sample(9, images=(1,), answers=())
     plain, filled = stage_of(), stage_of()
     alone = plain.step(batch_of(*samples))
-    with_filler = filled.step(collate([*samples, dummy], positions=[0, 1, 2, 3, -1]))
-    assert with_filler.loss_sum.item() == pytest.approx(alone.loss_sum.item(), rel=1e-5)
+    with_dummy = filled.step(collate([*samples, dummy], positions=[0, 1, 2, 3, -1]))
+    assert with_dummy.loss_sum.item() == pytest.approx(alone.loss_sum.item(), rel=1e-5)
     assert torch.equal(filled.window.values, plain.window.values)
     assert int(filled.window.seen) == 7
 
 
-def test_packs_are_labelled_together_in_the_order_of_the_run_however_they_are_cut():
+def test_micro_batches_are_labelled_together_in_the_order_of_the_run_however_they_are_split():
     samples = mixed_samples()
-    whole, cut = stage_of(percentile=40.0), stage_of(percentile=40.0)
+    whole, split = stage_of(percentile=40.0), stage_of(percentile=40.0)
     one = whole.step(batch_of(*samples))
     micro_batches = [collate(samples[2:], positions=[2, 3]), collate(samples[:2], positions=[0, 1])]
-    several = list(cut.results(micro_batches))
+    several = list(split.results(micro_batches))
     assert sum(result.loss_sum.item() for result in several) == pytest.approx(one.loss_sum.item(), rel=1e-5)
-    assert torch.allclose(cut.window.values, whole.window.values, rtol=1e-5)
+    assert torch.allclose(split.window.values, whole.window.values, rtol=1e-5)
 
 
-def test_checkpoints_hold_the_router_and_the_window_alone():
-    assert {name.split(".")[0] for name in stage_of().state_dict()} == {"router", "window"}
-
-
-def test_models_it_cannot_train_are_refused():
-    def build(**changes):
-        policy = FrozenReference(tiny_model(**changes))
-        RouterStage(policy, policy, config(), OptimConfig(), num_steps=1)
-
-    with pytest.raises(ValueError, match=r"the model has no router; set model\.router_heads"):
-        build(router_heads=None)
-    with pytest.raises(
-        ValueError, match=r"model\.ratios is \[4\]; stage router labels the choice between two"
-    ):
-        build(ratios=[4])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router_heads": None}, r"the model has no router; set model\.router_heads"),
+        ({"ratios": [4]}, r"model\.ratios is \[4\]; stage router labels the choice between two"),
+    ],
+)
+def test_models_it_cannot_train_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        stage_of(tiny_model(**changes))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"label_mode": "patch"}, "router.label_mode is 'patch'; expected image or tile"),
-        ({"percentile": 0.0}, "router.percentile is 0.0; expected between 0 and 100"),
-        ({"percentile": 100.0}, "router.percentile is 100.0; expected between 0 and 100"),
-        ({"epsilon": 0.0}, "router.epsilon is 0.0; expected more than 0"),
-        ({"min_history": 0}, r"router.min_history is 0; expected 1 to router.window \(100\)"),
-        ({"min_history": 101}, r"router.min_history is 101; expected 1 to router.window \(100\)"),
+        ({"label_mode": "patch"}, "label_mode is 'patch'; expected image or tile"),
+        ({"percentile": 0.0}, "percentile is 0.0; expected between 0 and 100"),
+        ({"percentile": 100.0}, "percentile is 100.0; expected between 0 and 100"),
+        ({"epsilon": 0.0}, "epsilon is 0.0; expected more than 0"),
+        ({"min_history": 0}, r"min_history is 0; expected 1 to router.window \(100\)"),
+        ({"min_history": 101}, r"min_history is 101; expected 1 to router.window \(100\)"),
     ],
 )
 def test_settings_that_the_stage_cannot_follow_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"router.{message}"):
         config(**settings)
+
+
+# --- Loss ratios --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def policy():
+    return tiny_model(1)
+
+
+@pytest.fixture
+def reference():
+    return FrozenReference(tiny_model(2))
+
+
+@torch.no_grad()
+def naive_sample_loss(policy, reference, sample, ratios):
+    """Mean divergence of one sample that runs alone, by torch's own KL in float64."""
+    batch = batch_of(sample)
+    if not sample.response_mask.any():
+        return 0.0
+    log_q, log_p = (
+        log_softmax((m.response_states(batch, m.encode_tiles(batch.tiles), at) @ m.head.T).double(), -1)
+        for m, at in ((policy, ratios), (reference.model, torch.full_like(ratios, 4)))
+    )
+    return kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean().item()
+
+
+def naive_ratios(policy, reference, samples, mode):
+    """Loss ratios from one forward pass per tile, each sample and each tile by itself."""
+    found = []
+    for sample in samples:
+        full = torch.full((len(sample.tiles),), 4)
+        without = naive_sample_loss(policy, reference, sample, full)
+        for tile in range(len(full)):
+            ratios = torch.full_like(full, 16) if mode == "image" else full.clone()
+            ratios[tile] = 16
+            found.append(
+                (naive_sample_loss(policy, reference, sample, ratios) + EPSILON) / (without + EPSILON)
+            )
+    return torch.tensor(found, dtype=policy.head.dtype)
+
+
+@LABEL_MODES
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_loss_ratios_equal_those_of_every_tile_run_alone(policy, reference, mode, dtype, tolerance):
+    policy, reference = policy.to(dtype), reference.to(dtype)
+    silent = encoded_sample(5, images=(2,), answers=())
+    samples = [*mixed_samples(), silent, encoded_sample(6, images=())]
+    expected = naive_ratios(policy, reference, samples, mode)
+    assert expected.std() > 0.01, "the example tells tiles apart"
+    found = ratios_of(policy, reference, *samples, mode=mode)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert found[-2:].tolist() == [1.0, 1.0]  # without response, compressing changes nothing
+    assert len(set(found[:3].tolist())) == (1 if mode == "image" else 3)
+
+
+@LABEL_MODES
+def test_vision_encoder_and_reference_run_once(policy, reference, mode):
+    encoded, passes = [], []
+    for name, model in (("policy", policy), ("reference", reference.model)):
+        model.vision.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
+        model.language.base_model.register_forward_hook(lambda *_, name=name: passes.append(name))
+    ratios_of(policy, reference, *mixed_samples(), mode=mode)
+    assert encoded == [7, 7]
+    assert sorted(passes) == ["policy", "policy", "reference"]  # at full tokens, and what is compressed
+
+
+def test_values_are_averaged_over_each_sample():
+    samples = mixed_samples()  # 4, 5, 6 and 2 response tokens
+    samples.insert(2, encoded_sample(9, answers=()))
+    values = torch.arange(17.0)
+    expected = [part.mean().item() if len(part) else 0.0 for part in values.split([4, 5, 0, 6, 2])]
+    assert mean_per_sample(values, batch_of(*samples)).tolist() == pytest.approx(expected)

@@ -15,13 +15,6 @@ def runs(tmp_path_factory, shards):
     run(recipe(folder, "pretrain", shards, model=fresh))
     base, policy = (str(folder / stage / "model") for stage in ("pretrain", "consistency"))
     run(recipe(folder, "consistency", shards, model={"path": base, "ratios": [4, 16]}))
-    run(
-        recipe(
-            folder,
-            "router",
-            shards,
-            model={"path": policy, "reference": base, "router_heads": 4},
-            router={"window": 20, "min_history": 8},
-        )
-    )
+    model = {"path": policy, "reference": base, "router_heads": 4}
+    run(recipe(folder, "router", shards, model=model, router={"window": 20, "min_history": 8}))
     return folder

@@ -18,29 +18,25 @@ def faulty_set(folder, *, num_good, num_bad):
     return folder
 
 
-def bad_records(run_dir):
-    return [json.loads(line) for line in (run_dir / "bad_records.jsonl").read_text().splitlines()]
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "consistency", "router"])
 def test_batches_of_bad_records_alone_do_not_end_a_run(runs, tmp_path, stage):
-    shards = faulty_set(tmp_path / "shards", num_good=1, num_bad=7)
-    changes = [f"run_dir={tmp_path}/run", f"data.sources=[{{path: {shards}}}]", "data.batch_size=2"]
+    shards, run_dir = faulty_set(tmp_path / "shards", num_good=1, num_bad=7), tmp_path / "run"
+    changes = [f"run_dir={run_dir}", f"data.sources=[{{path: {shards}}}]", "data.batch_size=2"]
     run(runs / f"{stage}.yaml", *changes, "data.max_bad_fraction=1.0")
-    found = bad_records(tmp_path / "run")
+    found = lines(run_dir / "bad_records.jsonl")
     assert {(line["kind"], line["id"].partition("-")[0]) for line in found} == {("json", "a")}
     assert all(line["reason"].startswith("JSON: ") for line in found)
     by_step = [line["step"] for line in found]
     assert any(by_step.count(step) == 2 for step in by_step)  # a batch of nothing else
-    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run_dir).values())
+    logged = lines(run_dir / "metrics.jsonl")
     assert max(line.get(f"data/bad_records/{shards}/json", 0) for line in logged) == len(found)
-    assert set(sample_ids(tmp_path / "run")) == {"a-0.tar/good-0"}  # fillers have no name there
-
-
-def sample_ids(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "samples-rank-0.jsonl").read_text().splitlines()]
-    return [name for line in lines for name in line.get("ids", [])]
+    used = {name for line in lines(run_dir / "samples-rank-0.jsonl") for name in line.get("ids", [])}
+    assert used == {"a-0.tar/good-0"}  # dummies have no name there
 
 
 def test_too_many_bad_records_stop_a_run_in_a_sentence_with_the_last_checkpoint_intact(

@@ -23,24 +23,9 @@ ADAPTED = [
 MIXED = ["trainer.precision=bf16-mixed", "model.frozen_dtype=bfloat16"]
 
 
-def command(recipe, run_dir, *, ranks, workers=0, strategy=None, settings=()):
-    strategy = strategy or ("ddp" if ranks > 1 else "auto")
-    parallel = [f"trainer.devices={ranks}", f"data.num_workers={workers}", f"trainer.strategy={strategy}"]
-    start = [sys.executable, "-m", "vico_pl", "train", str(recipe), f"run_dir={run_dir}"]
-    return [*start, *EXACT, *parallel, *settings]
-
-
 def finish(recipe, run_dir, *settings, ranks, strategy):
     processes.finish(recipe, run_dir, *EXACT, f"trainer.strategy={strategy}", *settings, ranks=ranks)
     assert is_finished(run_dir)
-
-
-def audit(run_dir):
-    """Return the exit code and the last line of `vico audit`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vico_pl", "audit", str(run_dir)], capture_output=True, text=True, timeout=900
-    )
-    return done.returncode, done.stdout.splitlines()[-1] + done.stderr
 
 
 def assert_alike(run_dir, other, *, tolerance):
@@ -49,9 +34,7 @@ def assert_alike(run_dir, other, *, tolerance):
     # A line is written just after the checkpoint of its step: a kill in between loses it.
     assert len(theirs) - 2 <= len(ours.keys() & theirs.keys()) == len(ours)
     for step, line in ours.items():
-        for name in line.keys() - {
-            "router/auroc"
-        }:  # ranks of tiles within a micro-batch, not over micro-batches
+        for name in line.keys() - {"router/auroc"}:  # of tiles within a micro-batch, not over micro-batches
             assert line[name] == pytest.approx(theirs[step][name], rel=tolerance, abs=1e-7), name
     expected = weights(other)
     for name, tensor in weights(run_dir).items():
@@ -76,25 +59,9 @@ def test_any_number_of_ranks_gives_the_run_of_one(runs, tmp_path, stage, ranks, 
     assert processes.audit(several).faults == []
 
 
-def kill_when(run_dir, process, *, step, victim):
-    """Kill a run without warning once it has a checkpoint of `step`."""
-    deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        if (run_dir / "checkpoints" / f"step-{step:08d}.ckpt").exists():
-            victim(process)
-            break
-        time.sleep(0.005)
-    process.wait(timeout=200)
-
-
-def all_of_it(process):
-    os.killpg(process.pid, signal.SIGKILL)
-
-
-def start(recipe, run_dir, log, **options):
-    return subprocess.Popen(
-        command(recipe, run_dir, **options), stdout=log, stderr=log, start_new_session=True
-    )
+def lead_a_group(_):
+    """Make data workers, which hold the lock of the run, killable together with the rank."""
+    os.setpgid(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -107,28 +74,37 @@ def start(recipe, run_dir, log, **options):
 )
 def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tmp_path, strategies):
     recipe, unbroken, changed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "changed"
-    length = ["trainer.max_steps=12"]
-    run(recipe, f"run_dir={unbroken}", *EXACT, *length)
-    with (tmp_path / "log").open("w") as log:
-        for step, ranks, workers, strategy in zip((2, 6), (2, 1), (1, 2), strategies[:2], strict=True):
-            parallel = {"ranks": ranks, "workers": workers, "strategy": strategy}
-            process = start(recipe, changed, log, **parallel, settings=length)
-            kill_when(changed, process, step=step, victim=all_of_it)
-            assert newest_checkpoint(changed) is not None, (tmp_path / "log").read_text()
-    finish(recipe, changed, *length, ranks=4, strategy=strategies[2])
+    length = "trainer.max_steps=12"
+    run(recipe, f"run_dir={unbroken}", *EXACT, length)
+    for step, ranks, workers, strategy in zip((2, 6), (2, 1), (1, 2), strategies[:2], strict=True):
+        parallel = [f"data.num_workers={workers}", f"trainer.strategy={strategy}"]
+        running = processes.start(
+            recipe, changed, *EXACT, length, *parallel, ranks=ranks, before=lead_a_group
+        )
+        running.wait_for_checkpoint(step=step)
+        for rank in running.ranks:
+            os.killpg(rank.pid, signal.SIGKILL)
+        running.wait(supervised=True)
+    finish(recipe, changed, length, ranks=4, strategy=strategies[2])
     assert_alike(changed, unbroken, tolerance=5e-3)
-    code, said = audit(changed)
-    assert code == 0, said
-    assert said.startswith("12 steps in 3 attempts")
+    found = processes.audit(changed)
+    assert (found.faults, found.num_steps, found.num_attempts) == ([], 12, 3)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_killed_ranks_end_with_the_weights_of_an_unbroken_run_bit_for_bit(runs, tmp_path, strategy):
+    """One command starts both ranks; the others in this file are started as by Slurm."""
     recipe, unbroken, killed = runs / "consistency.yaml", tmp_path / "unbroken", tmp_path / "killed"
     finish(recipe, unbroken, ranks=2, strategy=strategy)
+    settings = [*EXACT, "trainer.devices=2", f"trainer.strategy={strategy}"]
+    command = [sys.executable, "-m", "vico_pl", "train", str(recipe), f"run_dir={killed}", *settings]
     with (tmp_path / "log").open("w") as log:
-        process = start(recipe, killed, log, ranks=2, strategy=strategy)
-        kill_when(killed, process, step=2, victim=all_of_it)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    while process.poll() is None and not (killed / "checkpoints" / "step-00000002.ckpt").exists():
+        time.sleep(0.005)
+    assert process.poll() is None, (tmp_path / "log").read_text()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=200)
     finish(recipe, killed, ranks=2, strategy=strategy)
     assert differing(killed, unbroken) == set()
 
@@ -148,11 +124,6 @@ def apart(run_dir, other, *, start):
     pairs = [(ours[n], theirs[n]) for n in began], [(theirs[n], began[n]) for n in began]
     lengths = [sum((a.double() - b.double()).square().sum() for a, b in pair) for pair in pairs]
     return float(lengths[0] / lengths[1]) ** 0.5
-
-
-def tensors_of(checkpoint):
-    (optimizer,) = checkpoint["optimizer_states"]
-    return [*checkpoint["state_dict"].values(), *(s for p in optimizer["state"].values() for s in p.values())]
 
 
 def go_on_from(run_dir, *, step):
@@ -180,7 +151,9 @@ def test_adapters_and_recomputation_go_on_sharded_and_back(
     finish(recipe, changing, *settings, ranks=2, strategy="fsdp")
     stay_near(changing, alone, loss=loss)
     checkpoint = torch.load(newest_checkpoint(changing), weights_only=True)
-    assert {tensor.dtype for tensor in tensors_of(checkpoint)} == {torch.float32}
+    (optimizer,) = checkpoint["optimizer_states"]
+    saved = [checkpoint["state_dict"], *optimizer["state"].values()]
+    assert {tensor.dtype for tensors in saved for tensor in tensors.values()} == {torch.float32}
     go_on_from(changing, step=4)
     run(recipe, f"run_dir={changing}", *EXACT, *settings)
     stay_near(changing, alone, loss=loss)

@@ -1,8 +1,6 @@
 """Whole runs on the CPU: pretrain -> consistency -> router on real shards, records, refusals and resuming."""
 
 import pytest
-import torch
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.runs import STEPS, break_run, differing, metrics, run, watch_steps
@@ -21,16 +19,12 @@ def test_each_stage_hands_a_model_folder_to_the_next(runs):
     assert [model.router is not None for model in models] == [False, False, True]
 
 
-def test_consistency_trains_everything_and_adds_a_connector(runs):
+def test_consistency_trains_everything_and_the_router_stage_the_router_alone(runs):
     changed = differing(runs / "consistency", runs / "pretrain")
     assert {name.split(".")[0] for name in changed} == {"vision", "connectors", "language"}
     assert any(name.startswith("connectors.by_ratio.16.") for name in changed)
-
-
-def test_the_router_stage_adds_a_router_and_leaves_the_rest_bit_for_bit(runs):
     changed = differing(runs / "router", runs / "consistency")
-    assert changed
-    assert all(name.startswith("router.") for name in changed)
+    assert {name.split(".")[0] for name in changed} == {"router"}
 
 
 def test_pretraining_learns(runs):
@@ -39,43 +33,30 @@ def test_pretraining_learns(runs):
 
 
 @pytest.mark.parametrize(
-    ("stage", "names"),
+    ("stage", "quantities"),
     [
-        ("pretrain", {"pretrain/loss", "pretrain/token_accuracy", "optim/lr"}),
-        ("consistency", {"consistency/loss", "vision_tokens/fraction", "optim/lr"}),
-        (
-            "router",
-            {"router/loss", "router/accuracy", "router/compressed_fraction", "router/threshold", "optim/lr"},
-        ),
+        ("pretrain", ("pretrain/loss", "pretrain/token_accuracy")),
+        ("consistency", ("consistency/loss", "vision_tokens/fraction")),
+        ("router", tuple(f"router/{n}" for n in ("loss", "accuracy", "compressed_fraction", "threshold"))),
     ],
 )
-def test_a_run_records_its_scalars(runs, stage, names):
-    lines = metrics(runs / stage)
+def test_a_run_records_its_scalars(runs, stage, quantities):
+    names, lines = {*quantities, "optim/lr"}, metrics(runs / stage)
     assert [line["step"] for line in lines] == list(range(STEPS))
     assert names <= lines[-1].keys()
     events = EventAccumulator(str(runs / stage / "tensorboard"))
     events.Reload()
-    assert names <= set(events.Tags()["scalars"])
     for name in names:
         recorded = {event.step: event.value for event in events.Scalars(name)}
         assert recorded == pytest.approx({line["step"]: line[name] for line in lines if name in line})
 
 
-def test_a_run_folder_holds_its_settings_and_the_newest_checkpoints(runs):
+def test_a_run_folder_holds_the_newest_checkpoints(runs):
     checkpoints = runs / "consistency" / "checkpoints"
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {"step-00000004.ckpt", "step-00000006.ckpt", "last.ckpt"}
     assert newest_checkpoint(runs / "consistency").name == "step-00000006.ckpt"
     assert (checkpoints / "last.ckpt").resolve().name == "step-00000006.ckpt"
-    settings = yaml.safe_load((runs / "consistency" / "config.yaml").read_text())
-    assert settings["optim"]["lr"] == 3e-3
-    assert settings["consistency"]["ratio_draw"] == "mixed"
-
-
-@pytest.mark.parametrize(("stage", "parts"), [("consistency", {"model"}), ("router", {"router", "window"})])
-def test_checkpoints_hold_what_is_trained_and_no_frozen_model(runs, stage, parts):
-    checkpoint = torch.load(newest_checkpoint(runs / stage), weights_only=True)
-    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == parts
 
 
 def test_what_is_trained_is_in_training_mode_and_what_is_frozen_is_not(runs, tmp_path, monkeypatch):
@@ -112,30 +93,6 @@ def test_another_seed_gives_other_weights(runs, tmp_path):
     run(runs / "consistency.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", "seed=1")
     run(runs / "consistency.yaml", f"run_dir={tmp_path}/again", "trainer.max_steps=1", "seed=2")
     assert differing(tmp_path, tmp_path / "again")
-
-
-def test_parts_that_are_not_trainable_stay_bit_for_bit(runs, tmp_path):
-    run(
-        runs / "consistency.yaml",
-        f"run_dir={tmp_path}",
-        "trainer.max_steps=2",
-        "model.trainable=[connectors]",
-    )
-    changed = differing(tmp_path, runs / "pretrain")
-    assert changed
-    assert all(name.startswith("connectors.") for name in changed)
-
-
-def test_tiles_of_another_size_than_the_models_are_refused(runs, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"data\.tiling\.tile_size is 64 but the model sees tiles of 32 pixels"
-    ):
-        run(runs / "consistency.yaml", f"run_dir={tmp_path}", "data.tiling.tile_size=64")
-
-
-def test_a_model_folder_that_is_absent_is_named(runs, tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path}/absent: no config.json"):
-        run(runs / "consistency.yaml", f"run_dir={tmp_path}", f"model.path={tmp_path}/absent")
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(runs, tmp_path, monkeypatch):

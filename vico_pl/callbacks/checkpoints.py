@@ -13,23 +13,16 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vico_pl.files import atomic_path
+
 # What torch and zipfile raise on truncated, empty or foreign files.
-_UNREADABLE = (
-    RuntimeError,
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
+_FAULTS = (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoints; `last.ckpt` links to the newest."""
+    """Keeps the last `keep` checkpoints of every `every` steps; `last.ckpt` links to the newest."""
 
     def __init__(self, folder: Path, *, every: int, keep: int) -> None:
-        """Save into `folder` every `every` steps, and keep the last `keep`."""
         super().__init__(
             dirpath=folder,
             filename="step-{step:08d}",
@@ -47,22 +40,24 @@ class StepCheckpoint(ModelCheckpoint):
         """Key of its state; Lightning's own changes with the settings, which would lose the state."""
         return type(self).__name__
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """Remove what earlier, killed attempts left behind."""
-        super().on_train_start(trainer, pl_module)
+        super().on_train_start(trainer, stage)
         folder = Path(str(self.dirpath))
-        for path in (*folder.glob("*.partial"), *folder.glob("step-*.ckpt")):
-            is_partial = path.suffix == ".partial"
-            if is_partial or (_step(path) < trainer.global_step and str(path) not in self.best_k_models):
-                trainer.strategy.remove_checkpoint(path)
+        old = [
+            path
+            for path in folder.glob("step-*.ckpt")
+            if int(path.stem.removeprefix("step-")) < trainer.global_step
+            and str(path) not in self.best_k_models
+        ]
+        for path in (*folder.glob("*.partial"), *old):
+            trainer.strategy.remove_checkpoint(path)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, *rest: Any) -> None:
         """Save every n-th step, and the step after which the run stops."""
-        if outputs["stop"]:
+        if out["stop"]:
             self._every_n_train_steps = 1
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, stage, out, *rest)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -79,25 +74,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.partial")
         _check_room(checkpoint, path.parent)
         try:
-            torch.save(checkpoint, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            with atomic_path(path) as temporary:
+                torch.save(checkpoint, temporary)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise ValueError(
-                f"{path} could not be written ({error}); the previous checkpoint is intact"
-            ) from error
-        temporary.replace(path)
-        _sync_folder(path.parent)
+            reason = f"{path} could not be written ({error})"
+            raise ValueError(f"{reason}; the previous checkpoint is intact") from error
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name survives a power cut
+        finally:
+            os.close(folder)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest readable checkpoint of a run; warn about unreadable ones."""
-    paths = sorted((run_dir / "checkpoints").glob("step-*.ckpt"), key=lambda path: path.name, reverse=True)
-    for path in paths:
+    for path in sorted((run_dir / "checkpoints").glob("step-*.ckpt"), reverse=True):
         fault = _fault(path)
         if fault is None:
             return path
@@ -105,15 +98,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
-
-
 def _fault(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None; tensors stay on disk."""
     try:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except _UNREADABLE as error:
+    except _FAULTS as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None if isinstance(state, dict) and "global_step" in state else "it has no training state"
 
@@ -133,12 +122,3 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
     return [tensor for item in inner for tensor in _tensors(item)]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renamed file survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,12 +1,19 @@
-"""Guards against irreproducible dropout, non-finite gradients, diverging ranks and hangs."""
+"""What ends a run early, and when: signals, non-finite gradients, diverging ranks; and a watch for hangs.
 
-import json
+A signal (of Slurm, `timeout`, systemd or Ctrl-C) can arrive at any instruction, and at a different one on
+each rank, so its handler only sets a flag. In the next step all ranks agree to stop (`Stage.training_step`);
+they finish it, save, and exit with code 0.
+"""
+
 import math
+import os
+import signal
+import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -16,21 +23,80 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from vico_pl.errors import STOP_SIGNALS
+from vico_pl.files import append_json
 from vico_pl.types import RankBatch
 
 MAX_SKIPPED = 3  # non-finite gradients in a row that stop the run
 SPIKE_FACTOR = 10.0  # times the median of recent gradient norms is a spike
 HISTORY = 100  # steps
+REQUEUE_SIGNAL = signal.SIGUSR1  # sent before the time limit; SIGTERM also comes when a user cancels the job
+
+
+class StopSignals(L.Callback):
+    """Turns signals into a request to stop after the step; as a context manager, from the start."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        """Catch signals: one must not kill the run while a large model loads."""
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_train_start(self, *_: Any) -> None:
+        """Replace Lightning's handlers, which would save in the middle of a step."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def on_train_batch_start(self, trainer: L.Trainer, stage: Any, *_: Any) -> None:
+        """Pass the request to the stage, which informs the other ranks."""
+        stage.stop_requested = self.received is not None
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, *_: Any) -> None:
+        """Stop once all ranks have agreed."""
+        if out["stop"]:
+            saved = f"step {trainer.global_step} is saved"
+            rank_zero_info(f"Stopping on request: {saved}. The same command resumes.")
+            trainer.should_stop = True
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not print(): the signal may have interrupted one.
+            os.write(2, b"\nStopping after this step. Press Ctrl-C again to stop at once, without saving.\n")
+        self.received = signal.Signals(number)
+
+
+def requeue(run: Callable[..., Any] = subprocess.run) -> None:
+    """Requeue this job, if it is a Slurm job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    name = job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        run(["scontrol", "requeue", name], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        rank_zero_warn(f"job {name} could not be requeued ({reason}); submit it again, it resumes")
+    else:
+        rank_zero_info(f"Job {name} is requeued.")
 
 
 class StepSeed(L.Callback):
-    """Seeds torch at each step: dropout masks after a resume match those of an uninterrupted run."""
+    """Seeds torch by (`seed`, step, rank): dropout after a resume matches that of an uninterrupted run."""
 
     def __init__(self, seed: int) -> None:
-        """Derive each seed from (`seed`, step, rank)."""
         self._seed = seed
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -42,33 +108,28 @@ class StepSeed(L.Callback):
 class GradientGuard(L.Callback):
     """Logs steps skipped for a non-finite gradient, and warns about spikes of the gradient norm.
 
-    `skipped_steps.jsonl` lists the samples of skipped steps; the third in a row stops the run. A skipped step
-    changes no weight.
+    `path` lists the samples of skipped steps; the third in a row stops the run. A skipped step changes no
+    weight.
     """
 
     def __init__(self, path: Path) -> None:
-        """Write to `path`."""
-        self._path = path
-        self._in_a_row = 0
+        self._path, self._in_a_row = path, 0
         self._norms: deque[float] = deque(maxlen=HISTORY)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RankBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
         """Check the norm of the step's gradient, which is the same on all ranks.
 
         Raises:
             ValueError: it was non-finite three times in a row; all ranks raise it at the same step.
         """
-        norm, step = outputs["grad_norm"], trainer.global_step - 1
+        norm, step = out["grad_norm"], trainer.global_step - 1
         if math.isfinite(norm):
             self._in_a_row = 0
             self._warn_of_spike(norm, step)
             return
         self._in_a_row += 1
-        with self._path.open("a") as file:
-            line = {"step": step, "rank": trainer.global_rank, "grad_norm": str(norm), "ids": batch.ids}
-            file.write(json.dumps(line) + "\n")
+        line = {"step": step, "rank": trainer.global_rank, "grad_norm": str(norm), "ids": batch.ids}
+        append_json(self._path, line)
         rank_zero_warn(f"step {step} is skipped: its gradient is {norm}; {self._path} names its samples")
         if self._in_a_row == MAX_SKIPPED:
             raise ValueError(
@@ -87,12 +148,9 @@ class SyncGuard(L.Callback):
     """Checks every n steps that all ranks have the same weights under DDP, bit for bit."""
 
     def __init__(self, *, every: int) -> None:
-        """Compare every `every` steps."""
         self._every = every
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: RankBatch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, *_: Any) -> None:
         """Compare checksums.
 
         Raises:
@@ -100,65 +158,13 @@ class SyncGuard(L.Callback):
         """
         if trainer.global_step % self._every or not isinstance(trainer.strategy, DDPStrategy):
             return
-        sums = pl_module.ranks.gather(checksum(pl_module))
+        sums = stage.ranks.gather(checksum(stage))
         odd = [rank for rank, other in enumerate(sums) if other != sums[0]]
         if odd:
             raise ValueError(
                 f"after step {trainer.global_step} ranks {odd} have other weights than rank 0: gradients "
                 "were not exchanged; do not use this run's later checkpoints, and report how it was started"
             )
-
-
-class Watchdog(L.Callback):
-    """Reports a step that takes too long: which rank, where in the code, and for how long."""
-
-    def __init__(self, folder: Path, *, limit_s: float) -> None:
-        """Write stack traces into `folder` if a step takes more than `limit_s` seconds."""
-        self._folder, self._limit_s = folder, limit_s
-        self._last_s, self._step, self._rank = time.monotonic(), 0, 0
-        self._over = threading.Event()
-
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Start watching."""
-        self._rank, self._step, self._last_s = trainer.global_rank, trainer.global_step, time.monotonic()
-        main = threading.main_thread().ident
-        threading.Thread(target=self._watch, args=(main,), daemon=True).start()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Restart the clock."""
-        self._step, self._last_s = trainer.global_step, time.monotonic()
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        """Stop watching, however the run ended."""
-        self._over.set()
-
-    def _watch(self, main: int) -> None:
-        reported = None
-        while not self._over.wait(min(self._limit_s / 4, 5.0)):
-            waited = time.monotonic() - self._last_s
-            if waited > self._limit_s and reported != self._step:
-                reported = self._step
-                self._report(waited, sys._current_frames().get(main))  # noqa: SLF001 - the documented way
-
-    def _report(self, waited: float, frame: FrameType | None) -> None:
-        path = self._folder / f"waiting-rank-{self._rank}.txt"
-        path.write_text("".join(traceback.format_stack(frame)))
-        where = describe_frame(frame)
-        message = (
-            f"rank {self._rank} has been at step {self._step} for {waited:.0f} s, {where}; stack: {path}"
-        )
-        print(message, file=sys.stderr, flush=True)  # noqa: T201 - a logger may be what hangs
-
-
-def describe_frame(frame: FrameType | None) -> str:
-    """Name the innermost function of this package on the stack, and the function that is running."""
-    stack = traceback.extract_stack(frame)
-    inner = stack[-1].name if stack else "?"
-    own = [entry for entry in stack if "vico_pl" in entry.filename]
-    place = (
-        f"in {own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else "outside vico_pl"
-    )
-    return f"{place}, within {inner}"
 
 
 def checksum(module: nn.Module) -> int:
@@ -169,3 +175,44 @@ def checksum(module: nn.Module) -> int:
             bits = parameter.detach().contiguous().flatten().view(torch.int16)
             total = (total * 31 + int(bits.sum(dtype=torch.int64))) % 2**61
     return total
+
+
+class Watchdog(L.Callback):
+    """Reports a step that takes more than `limit_s` seconds: which rank, where, and its stack in `folder`."""
+
+    def __init__(self, folder: Path, *, limit_s: float) -> None:
+        self._folder, self._limit_s = folder, limit_s
+        self._timer = threading.Timer(limit_s, self._report)
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Start the clock."""
+        self._timer.cancel()
+        where = trainer.global_rank, trainer.global_step, threading.get_ident()
+        self._timer = threading.Timer(self._limit_s, self._report, where)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Restart it."""
+        self.on_train_start(trainer)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Stop it, however the run ended."""
+        self._timer.cancel()
+
+    def _report(self, rank: int, step: int, thread: int) -> None:
+        frame = sys._current_frames().get(thread)  # noqa: SLF001 - the documented way
+        path = self._folder / f"waiting-rank-{rank}.txt"
+        path.write_text("".join(traceback.format_stack(frame)))
+        place = f"rank {rank} has been at step {step} for {self._limit_s:.0f} s, {describe_frame(frame)}"
+        print(f"{place}; stack: {path}", file=sys.stderr, flush=True)  # noqa: T201 - a logger may be what hangs
+
+
+def describe_frame(frame: FrameType | None) -> str:
+    """Name the innermost function of this package on the stack, and the function that is running."""
+    stack = traceback.extract_stack(frame)
+    own = [entry for entry in stack if "vico_pl" in entry.filename]
+    running = f"within {stack[-1].name if stack else '?'}"
+    if not own:
+        return f"outside vico_pl, {running}"
+    return f"in {own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno}), {running}"

@@ -28,7 +28,7 @@ from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
 from vico_pl.data.tiling import TilingConfig, estimated_tiles, tile_sample
-from vico_pl.errors import RecordError
+from vico_pl.errors import STOP_SIGNALS, RecordError
 from vico_pl.types import BadRecord, EncodedSample, RankBatch, TiledSample
 
 Item = tuple[int, Any]  # a position and what it has become so far; a bad record keeps its position
@@ -207,7 +207,7 @@ def apply(source: Iterable[Item], *, function: Callable[[Any], Any]) -> Iterator
 
 def ignore_stop_signals(_: int) -> None:
     """Let a worker outlive signals to the whole process group: the run still needs its batches to stop."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,17 +1,15 @@
 """The stages of training. A new one is a file here, a line in `STAGES` and its section in `config.py`.
 
 settings.py   the sections of a recipe that all stages read
-base.py       the optimizer step over micro-batches and ranks, logging
-models.py     what is trained, dtypes, attention, recomputation
+base.py       what is trained, the optimizer step over micro-batches and ranks, logging
 cost.py       FLOPs of a sample
 """
 
-from vico_pl.stages.base import Stage
+from vico_pl.stages.base import ModelSource, Stage
 from vico_pl.stages.consistency import ConsistencyStage
-from vico_pl.stages.models import ModelSource
 from vico_pl.stages.pretrain import PretrainStage
 from vico_pl.stages.router import RouterStage
-from vico_pl.stages.settings import DTYPES, RunSettings
+from vico_pl.stages.settings import RunSettings
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage for stage in (PretrainStage, ConsistencyStage, RouterStage)
@@ -20,7 +18,4 @@ STAGES: dict[str, type[Stage]] = {
 
 def build_stage(run: RunSettings, source: ModelSource) -> Stage:
     """Build the stage that a recipe names, with its models."""
-    stage = STAGES[run.stage].build(run, source)
-    if run.trainer.strategy == "fsdp":
-        stage.trained_dtype = DTYPES[run.model.dtype]
-    return stage
+    return STAGES[run.stage].build(run, source)

@@ -2,28 +2,45 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 
-from vico_pl.model.adapters import LoraConfig
-from vico_pl.model.blocks import cast_trained, shard_model
+from vico_pl.model.adapters import LoraConfig, add_adapters
+from vico_pl.model.blocks import cast_trained, checkpoint_blocks, compile_blocks, shard_model
+from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
-from vico_pl.model.packed import check_flash_attention
+from vico_pl.model.packed import check_flash_attention, set_packed_attention
+from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import OptimConfig, build_optimizer, clip_gradients, numbered_by_module
-from vico_pl.stages.cost import StageCost
-from vico_pl.stages.models import ModelSource, prepare_policy
-from vico_pl.stages.settings import TRAINABLE_PARTS, RunSettings
+from vico_pl.optim import build_optimizer, clip_gradients, numbered_by_module
+from vico_pl.stages.cost import Parts, SampleCounts, StageCost, trained_parts
+from vico_pl.stages.settings import DTYPES, PARTS, TRAINABLE_PARTS, RunSettings
 from vico_pl.types import Batch, RankBatch
 
 Value = TypeVar("Value")
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """Gives a stage its models: read from folders in a run, without weights in a plan."""
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether policy and reference start from the same folder."""
+
+    def policy(self) -> VisionLanguageModel:
+        """Return the model to start from, with the connectors and the router that the recipe adds."""
+
+    def reference(self) -> VisionLanguageModel:
+        """Return the model that the policy is compared with."""
 
 
 class Mean(NamedTuple):
@@ -39,16 +56,6 @@ class StepResult:
 
     loss_sum: Tensor  # over the items that the stage counts
     metrics: Mapping[str, Mean] = field(default_factory=dict)
-
-
-class RankFacts(NamedTuple):
-    """What other ranks need to know of a rank's part of a step."""
-
-    num_micro_batches: int
-    num_items: int
-    num_samples: int
-    num_bad: int
-    stop: bool
 
 
 class Ranks:
@@ -82,40 +89,44 @@ class Stage(L.LightningModule):
     """A stage of training. It turns micro-batches into `StepResult`s; the optimizer step is here."""
 
     name: ClassVar[str]  # in recipes, and as the first part of metric names
-    needs_folder: ClassVar[bool] = True  # starts from a model folder
+    compares: ClassVar[bool] = True  # compression ratios of a given model, with a frozen reference
     trains_parts: ClassVar[bool] = True  # trains what model.trainable names
+    draws_ratios: ClassVar[bool] = False  # otherwise the policy sees full tokens
+    reference: FrozenReference  # if it compares
     ranks: Ranks
     stop_requested = False  # on this rank
     is_sharded = False
-    # Dtype of trainable weights after sharding. Casting earlier would hold the full model on every rank.
-    trained_dtype: torch.dtype | None = None
 
-    def __init__(self, optim: OptimConfig, *, num_steps: int) -> None:
-        """Optimization is manual in Lightning's terms: a step has a backward pass per micro-batch."""
+    def __init__(
+        self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference | None = None
+    ) -> None:
+        """Keep the models unregistered: a subclass registers what its checkpoints hold."""
         super().__init__()
-        self.automatic_optimization = False
-        self.optim, self.num_steps = optim, num_steps
+        self.automatic_optimization = False  # a step has a backward pass per micro-batch
+        self.run, self._models = run, [model]
+        if reference is not None:
+            self.reference = reference
+            self._models.append(reference.model)
 
     @classmethod
     def check(cls, run: RunSettings) -> Iterator[str]:
         """Yield what is wrong in a recipe of this stage, a sentence each."""
-        trainable = run.model.trainable
+        trainable, ratios = run.model.trainable, run.model.ratios
         if cls.trains_parts and not set(trainable) & set(TRAINABLE_PARTS):
             yield f"model.trainable is {trainable}; stage {cls.name} has nothing to train"
-        if cls.needs_folder and run.model.path is None:
+        if cls.compares and run.model.path is None:
             yield "model.path is not set; this stage starts from a model folder"
-
-    @classmethod
-    def check_ratios(cls, run: RunSettings) -> Iterator[str]:
-        """Yield a problem if there is only one compression ratio."""
-        if len(run.model.ratios) < 2:
-            yield f"model.ratios is {run.model.ratios}; stage {cls.name} needs at least two"
+        if cls.compares and len(ratios) < 2:
+            yield f"model.ratios is {ratios}; stage {cls.name} needs at least two"
 
     @classmethod
     def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
         """Yield settings of a recipe that have no effect or are probably mistakes, a sentence each."""
         if run.model.lora != LoraConfig() and not (cls.trains_parts and "lora" in run.model.trainable):
             yield "model.lora has no effect: only a stage whose model.trainable names lora has adapters"
+        if run.trainer.activation_checkpointing and not cls.trains_parts:
+            no_effect = "trainer.activation_checkpointing has no effect"
+            yield f"{no_effect}: stage {cls.name} trains no transformer blocks"
         warmup, steps = run.optim.warmup_steps, run.trainer.max_steps
         if warmup >= steps:
             yield f"optim.warmup_steps is {warmup}: a run of {steps} steps never reaches optim.lr"
@@ -127,27 +138,58 @@ class Stage(L.LightningModule):
             check_flash_attention(device)
 
     @classmethod
-    @abstractmethod
     def build(cls, run: RunSettings, source: ModelSource) -> "Stage":
-        """Build the stage for a run, its models from `source`."""
+        """Build the stage for a run. The reference uses frozen parts of a policy with the same weights."""
+        policy = source.policy()
+        if not cls.compares:
+            return cls(run, cls.prepare(policy, run))
+        original = prepare_blocks(source.reference(), run)
+        policy = cls.prepare(policy, run)
+        # Not under fsdp: a part that two models share can be sharded for one of them only.
+        shares = source.same_weights and run.trainer.strategy != "fsdp"
+        return cls(run, policy, FrozenReference(original, beside=policy if shares else None))
 
     @classmethod
     def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
-        """Prepare the model to start from: what is trained, in which dtype, how blocks run."""
-        return prepare_policy(model, run)
+        """Freeze what is not trained, cast what is, add adapters and set how blocks run."""
+        trainable = run.model.trainable
+        for name in PARTS:
+            part = getattr(model, name)
+            if name not in trainable:
+                part.requires_grad_(requires_grad=False)
+            elif run.trainer.strategy != "fsdp":  # which casts after sharding
+                part.to(DTYPES[run.model.dtype])
+        if "lora" in trainable:
+            add_adapters(model.language, run.model.lora)
+        prepare_blocks(model, run)
+        for network in (model.vision, model.language) if run.trainer.activation_checkpointing else ():
+            checkpoint_blocks(network)
+        return model
 
     @classmethod
-    @abstractmethod
     def cost(cls, run: RunSettings, flops: ModelFlops) -> StageCost:
-        """Return what a sample costs."""
+        """Return what a sample costs in a run of this stage."""
+        return StageCost(
+            flops=flops,
+            ratios=run.model.ratios if cls.draws_ratios else [FULL_RATIO],
+            compares=cls.compares,
+            ratios_at=partial(cls.ratios_at, run),
+            parts=partial(cls.cost_parts, run, flops),
+        )
+
+    @classmethod
+    def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
+        """Return the compression ratio of each tile of the sample at a position: full tokens."""
+        return [FULL_RATIO] * sum(tiles_per_image)
+
+    @classmethod
+    def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
+        """Return the FLOPs of a sample by part of the step."""
+        return trained_parts(run, flops, sample)
 
     @abstractmethod
     def step(self, batch: Batch) -> StepResult:
         """Compute the loss of one micro-batch."""
-
-    @abstractmethod
-    def trained_model(self) -> VisionLanguageModel:
-        """Return the model that the next stage starts from."""
 
     def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
         """Yield the result of each micro-batch; its backward pass is done before the next is asked for."""
@@ -157,42 +199,50 @@ class Stage(L.LightningModule):
         """Return the number of items that the loss of a micro-batch sums over: response tokens."""
         return batch.num_response_tokens
 
+    def trained_model(self) -> VisionLanguageModel:
+        """Return the policy, from which the next stage starts."""
+        return self._models[0]
+
+    def sharded_models(self) -> list[VisionLanguageModel]:
+        """Return the policy and the reference, if there is one."""
+        return self._models
+
     def setup(self, stage: str) -> None:
         """Switch to training mode: models are loaded in eval mode, which Lightning keeps."""
         self.train()
         self.ranks = Ranks(self.trainer.world_size)
 
     def configure_model(self) -> None:
-        """Shard the models over the ranks if the strategy does."""
-        mesh = self.device_mesh
-        if mesh is not None and not self.is_sharded:
-            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            for model in self.sharded_models():
-                shard_model(model, mesh["data_parallel"], dtype=dtype)
-            if self.trained_dtype is not None:
-                cast_trained(self.trained_model(), self.trained_dtype)
-            self.is_sharded = True
+        """Shard the models over the ranks if the strategy does.
 
-    def sharded_models(self) -> list[VisionLanguageModel]:
-        """Return the models to shard."""
-        return [self.trained_model()]
+        Trained weights are cast last: cast earlier, each rank would hold the full model.
+        """
+        mesh, trained_dtype = self.device_mesh, DTYPES[self.run.model.dtype]
+        if mesh is None or self.is_sharded:
+            return
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        for model in self.sharded_models():
+            shard_model(model, mesh["data_parallel"], dtype=dtype)
+        if trained_dtype is not None:
+            cast_trained(self.trained_model(), trained_dtype)
+        self.is_sharded = True
 
     def training_step(self, rank_batch: RankBatch, _: int) -> dict[str, Any]:
         """Take an optimizer step on a global batch; the result does not depend on how it is split.
 
         Returns what callbacks need, the same on all ranks: `num_samples`, of these `num_bad`, `grad_norm`,
-        and `stop`: whether some rank was asked to.
+        and `stop`: how many ranks were asked to.
         """
         facts = self.ranks.gather(self._facts(rank_batch))
-        num_micro_batches = max(f.num_micro_batches for f in facts)
-        num_items = sum(f.num_items for f in facts)
+        totals = {name: sum(rank[name] for rank in facts) for name in facts[0]}
+        num_micro_batches = max(rank["num_micro_batches"] for rank in facts)
         # All ranks run the same number of micro-batches: gathering sharded weights is a collective.
         missing = num_micro_batches - len(rank_batch.micro_batches)
         micro_batches = rank_batch.micro_batches + [rank_batch.dummy] * missing
         metrics: list[Mapping[str, Mean]] = []
         for index, result in enumerate(self.results(micro_batches)):
             # Gradients are averaged over ranks; the loss is a sum over them.
-            loss = result.loss_sum / max(num_items, 1) * self.ranks.world
+            loss = result.loss_sum / max(totals["num_items"], 1) * self.ranks.world
             with nullcontext() if index == num_micro_batches - 1 else self._gradients_stay_local():
                 self.manual_backward(loss)
             loss_mean = Mean(result.loss_sum.detach(), self.num_items(micro_batches[index]))
@@ -200,16 +250,11 @@ class Stage(L.LightningModule):
         lr, norm = self.trainer.optimizers[0].param_groups[0]["lr"], self._update()
         metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
         self._log(metrics)
-        return {
-            "num_samples": sum(f.num_samples for f in facts),
-            "num_bad": sum(f.num_bad for f in facts),
-            "grad_norm": norm,
-            "stop": any(f.stop for f in facts),
-        }
+        return {**totals, "grad_norm": norm}
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""
-        return build_optimizer(self.parameters(), self.optim, num_steps=self.num_steps)
+        return build_optimizer(self.parameters(), self.run.optim, num_steps=self.run.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Re-key optimizer state by module order; FSDP cannot load it otherwise."""
@@ -217,14 +262,15 @@ class Stage(L.LightningModule):
             (state,), (optimizer,) = checkpoint["optimizer_states"], self.trainer.optimizers
             checkpoint["optimizer_states"] = [numbered_by_module(state, optimizer, self)]
 
-    def _facts(self, rank_batch: RankBatch) -> RankFacts:
-        return RankFacts(
-            num_micro_batches=len(rank_batch.micro_batches),
-            num_items=sum(map(self.num_items, rank_batch.micro_batches)),
-            num_samples=len(rank_batch.ids) + len(rank_batch.bad_records),
-            num_bad=len(rank_batch.bad_records),
-            stop=self.stop_requested,
-        )
+    def _facts(self, rank_batch: RankBatch) -> dict[str, int]:
+        """Return what other ranks need to know of this rank's part of a step."""
+        return {
+            "num_micro_batches": len(rank_batch.micro_batches),
+            "num_items": sum(map(self.num_items, rank_batch.micro_batches)),
+            "num_samples": len(rank_batch.ids) + len(rank_batch.bad_records),
+            "num_bad": len(rank_batch.bad_records),
+            "stop": int(self.stop_requested),
+        }
 
     def _gradients_stay_local(self) -> AbstractContextManager[Any]:
         """Let DDP add up the gradients of all micro-batches before ranks exchange them."""
@@ -238,7 +284,7 @@ class Stage(L.LightningModule):
         """
         optimizer: Any = self.optimizers()  # the only one
         schedule: Any = self.lr_schedulers()
-        norm = clip_gradients(optimizer, max_norm=self.optim.max_grad_norm)
+        norm = clip_gradients(optimizer, max_norm=self.run.optim.max_grad_norm)
         if not math.isfinite(norm):
             optimizer.zero_grad()
         optimizer.step()
@@ -254,6 +300,14 @@ class Stage(L.LightningModule):
         for name, (total, weight) in add_up(self.ranks.gather(here)).items():
             if weight:
                 self.log(name, total / weight, prog_bar=name == f"{self.name}/loss", batch_size=1)
+
+
+def prepare_blocks(model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
+    """Choose the attention kernel and compile blocks, as the recipe says."""
+    set_packed_attention(model.language, run.model.attention)
+    for network in (model.vision, model.language) if run.trainer.compile else ():
+        compile_blocks(network)
+    return model
 
 
 def add_up(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import check_liger, consistency_kl, liger_kl_sum
 from vico_pl.model.blocks import release
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
-from vico_pl.stages.cost import Number, Parts, TilesPerRatio, TrainedCost, forward_parts, trained_passes
-from vico_pl.stages.models import ModelSource, freeze_reference, prepare_blocks, prepare_policy
+from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
 
@@ -38,82 +36,31 @@ class ConsistencyConfig:
     chunk_size: int = 256  # native: response tokens whose logits exist at a time
 
     def __post_init__(self) -> None:
-        """Reject values that the stage has no meaning for."""
-        if self.ratio_draw not in RATIO_DRAWS:
-            known = ", ".join(RATIO_DRAWS)
-            raise ValueError(f"consistency.ratio_draw is '{self.ratio_draw}'; expected one of {known}")
-        if self.temperature <= 0:
-            raise ValueError(f"consistency.temperature is {self.temperature}; expected more than 0")
-        if self.kernel not in ("native", "liger"):
-            raise ValueError(f"consistency.kernel is '{self.kernel}'; expected native or liger")
-        if self.chunk_size < 1:
-            raise ValueError(f"consistency.chunk_size is {self.chunk_size}; expected 1 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConsistencyCost(TrainedCost):
-    """Forward and backward pass of the policy at drawn ratios, forward pass of the reference."""
-
-    ratios: Sequence[int]
-    ratio_draw: str
-    seed: int
-    shares_vision: bool  # the reference uses the policy's patch features
-
-    def ratios_at(self, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
-        """Return what the stage will draw for this sample."""
-        return draw_sample_ratios(
-            position, tiles_per_image, ratios=self.ratios, mode=self.ratio_draw, seed=self.seed
+        check_settings(
+            "consistency",
+            self,
+            ratio_draw=(self.ratio_draw in RATIO_DRAWS, f"one of {', '.join(RATIO_DRAWS)}"),
+            temperature=(self.temperature > 0, "more than 0"),
+            kernel=(self.kernel in ("native", "liger"), "native or liger"),
+            chunk_size=(self.chunk_size >= 1, "1 or more"),
         )
-
-    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
-        """Return what policy and reference cost."""
-        reference = forward_parts(self.flops, {FULL_RATIO: sum(tiles.values())}, text_tokens)
-        if self.shares_vision:
-            reference["vision"] = 0.0
-        return {**super().parts_at(tiles, text_tokens), "reference": sum(reference.values())}
-
-    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
-        """Return the mean over ratios, all tiles of a sample at the same one, with both heads."""
-        draws = [self.parts_at({ratio: tiles}, text_tokens) for ratio in self.ratios]
-        parts = {name: fmean(draw[name] for draw in draws) for name in draws[0]}
-        head = response_tokens * self.flops.head_per_token
-        parts["reference"] += head
-        return {**parts, "policy head": self.passes["head"] * head}
-
-    def vision_tokens(self, tiles: Number) -> dict[str, Number]:
-        """Return the vision tokens that policy and reference see of a sample."""
-        tokens = self.flops.vision_tokens_per_tile
-        policy = fmean(tokens[ratio] for ratio in self.ratios)
-        return {"policy": tiles * policy, "reference": tiles * tokens[FULL_RATIO]}
 
 
 class ConsistencyStage(Stage):
-    """Minimises KL(reference at full tokens || policy at sampled ratios) over the response."""
+    """Minimises KL(reference at full tokens || policy at sampled ratios) over the response.
+
+    It trains the parameters of `model` that require gradients, except the router's.
+    """
 
     name = "consistency"
+    draws_ratios = True
+    strict_loading = False  # checkpoints leave out frozen weights of the model folder
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        reference: FrozenReference,
-        config: ConsistencyConfig,
-        optim: OptimConfig,
-        *,
-        num_steps: int,
-        seed: int,
-    ) -> None:
-        """Train the parameters of `model` that require gradients, except the router's."""
-        super().__init__(optim, num_steps=num_steps)
+    def __init__(self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference) -> None:
+        super().__init__(run, model, reference)
         if model.router is not None:
             model.router.requires_grad_(requires_grad=False)
-        self.model, self.reference, self.config, self.seed = model, reference, config, seed
-        self.strict_loading = False  # checkpoints leave out frozen weights of the model folder
-
-    @classmethod
-    def check(cls, run: RunSettings) -> Iterator[str]:
-        """Yield what is wrong in a recipe of this stage."""
-        yield from super().check(run)
-        yield from cls.check_ratios(run)
+        self.model, self.config = model, section_of(run, ConsistencyConfig)
 
     @classmethod
     def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
@@ -131,31 +78,36 @@ class ConsistencyStage(Stage):
             check_liger(device)
 
     @classmethod
-    def build(cls, run: RunSettings, source: ModelSource) -> "ConsistencyStage":
-        """Build the stage for a run."""
-        policy, original = source.policy(), prepare_blocks(source.reference(), run)
-        policy = prepare_policy(policy, run)
-        reference = freeze_reference(original, policy, run, source)
-        settings, num_steps = section_of(run, ConsistencyConfig), run.trainer.max_steps
-        return cls(policy, reference, settings, run.optim, num_steps=num_steps, seed=run.seed)
+    def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
+        """Draw a ratio, uniformly, for each tile of the sample at a position of the run.
+
+        `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
+        probability 1/2 for each image, `full` compresses none.
+        """
+        ratios, mode = run.model.ratios, section_of(run, ConsistencyConfig).ratio_draw
+        if mode == "full":
+            return [ratios[0]] * sum(tiles_per_image)
+        chance = np.random.default_rng([run.seed, position + 1])  # + 1: the dummy's position is -1
+        drawn: list[int] = []
+        for num_tiles in tiles_per_image:
+            tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)
+            choices = chance.integers(len(ratios), size=num_tiles if tilewise else 1).tolist()
+            drawn += [ratios[choice] for choice in choices] * (1 if tilewise else num_tiles)
+        return drawn
 
     @classmethod
-    def cost(cls, run: RunSettings, flops: ModelFlops) -> ConsistencyCost:
-        """Return what a sample costs."""
+    def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
+        """Add a forward pass of the reference, which uses the features of a policy with the same tower."""
+        reference = forward_parts(flops, {FULL_RATIO: sum(sample.tiles.values())}, sample.text_tokens)
         same_weights = run.model.reference in (None, run.model.path)
-        frozen_vision = "vision" not in run.model.trainable
-        return ConsistencyCost(
-            flops=flops,
-            passes=trained_passes(run),
-            ratios=run.model.ratios,
-            ratio_draw=section_of(run, ConsistencyConfig).ratio_draw,
-            seed=run.seed,
-            shares_vision=frozen_vision and same_weights and run.trainer.strategy != "fsdp",
-        )
+        if same_weights and "vision" not in run.model.trainable and run.trainer.strategy != "fsdp":
+            reference["vision"] = 0.0
+        head = sample.response_tokens * flops.head_per_token
+        return {**super().cost_parts(run, flops, sample), "reference": sum(reference.values()) + head}
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on response tokens, of which both have the same number."""
-        ratios = draw_ratios(batch, self.model.ratios, mode=self.config.ratio_draw, seed=self.seed)
+        ratios = self.draw_ratios(batch)
         features = self.model.encode_tiles(batch.tiles)
         policy = self.model.response_states(batch, features, ratios)
         reference = self.reference.response_states(batch, policy_features=features)
@@ -164,13 +116,11 @@ class ConsistencyStage(Stage):
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
         return StepResult(loss_sum=loss_sum, metrics={"vision_tokens/fraction": fraction})
 
-    def trained_model(self) -> VisionLanguageModel:
-        """Return the policy."""
-        return self.model
-
-    def sharded_models(self) -> list[VisionLanguageModel]:
-        """Return policy and reference."""
-        return [self.model, self.reference.model]
+    def draw_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
+        """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
+        samples = zip(batch.positions, batch.tiles_per_image, strict=True)
+        drawn = [ratio for sample in samples for ratio in self.ratios_at(self.run, *sample)]
+        return torch.tensor(drawn, dtype=torch.int64).to(batch.tiles.device, non_blocking=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen weights that the model folder holds: with adapters, most of a checkpoint."""
@@ -188,44 +138,13 @@ class ConsistencyStage(Stage):
     def _divergence(self, policy: Float[Tensor, "R D"], reference: Float[Tensor, "R D2"]) -> Tensor:
         """Return the loss, summed over the response tokens."""
         sides, config = (policy, self.model.head, reference, self.reference.head), self.config
+        settings: dict[str, Any] = {"temperature": config.temperature, "reverse": config.reverse_kl}
         if config.kernel == "liger":
-            return liger_kl_sum(*sides, temperature=config.temperature, reverse=config.reverse_kl)
-        kl = consistency_kl(
-            *sides, temperature=config.temperature, reverse=config.reverse_kl, chunk_size=config.chunk_size
-        )
-        return kl.sum()
+            return liger_kl_sum(*sides, **settings)
+        return consistency_kl(*sides, **settings, chunk_size=config.chunk_size).sum()
 
     def _frozen_names(self) -> list[str]:
         """Return the frozen weights of parts that every folder has, unlike connectors that were added."""
         parameters = self.model.named_parameters(prefix="model", remove_duplicate=False)
         always = ("model.vision.", "model.language.")
         return [name for name, p in parameters if name.startswith(always) and not p.requires_grad]
-
-
-def draw_ratios(batch: Batch, ratios: Sequence[int], *, mode: str, seed: int) -> Int64[Tensor, " T"]:
-    """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
-    drawn = [
-        ratio
-        for position, tiles_per_image in zip(batch.positions, batch.tiles_per_image, strict=True)
-        for ratio in draw_sample_ratios(position, tiles_per_image, ratios=ratios, mode=mode, seed=seed)
-    ]
-    return torch.tensor(drawn, dtype=torch.int64).to(batch.tiles.device, non_blocking=True)
-
-
-def draw_sample_ratios(
-    position: int, tiles_per_image: Sequence[int], *, ratios: Sequence[int], mode: str, seed: int
-) -> list[int]:
-    """Draw a ratio, uniformly, for each tile of the sample at a position of the run.
-
-    `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
-    probability 1/2 for each image, `full` compresses none.
-    """
-    if mode == "full":
-        return [ratios[0]] * sum(tiles_per_image)
-    chance = np.random.default_rng([seed, position + 1])  # + 1: the dummy's position is -1
-    drawn: list[int] = []
-    for num_tiles in tiles_per_image:
-        tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)
-        choices = chance.integers(len(ratios), size=num_tiles if tilewise else 1).tolist()
-        drawn += [ratios[choice] for choice in choices] * (1 if tilewise else num_tiles)
-    return drawn

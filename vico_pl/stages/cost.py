@@ -4,10 +4,11 @@ A forward pass counts once, and twice more what is trained: for the gradients of
 input. A frozen part that gradients pass through counts once more, and so does what is recomputed.
 """
 
-from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
@@ -15,38 +16,45 @@ from vico_pl.stages.settings import RunSettings
 
 Number = int | float
 Parts = dict[str, Number]  # FLOPs by part of the step
-TilesPerRatio = Mapping[int, Number]
+
+
+class SampleCounts(NamedTuple):
+    """What a sample consists of, as the policy sees it."""
+
+    tiles: Mapping[int, Number]  # by compression ratio
+    text_tokens: Number
+    response_tokens: Number = 0  # which run through the heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What a sample costs in a stage. Numbers alone, so that data workers need no model."""
+    """What a sample costs in a stage. Data workers hold it, so it refers to no model."""
 
     flops: ModelFlops
+    ratios: Sequence[int]  # that the policy's tiles may have
+    compares: bool  # with a reference
+    ratios_at: Callable[[int, Sequence[int]], Sequence[int]]  # `Stage.ratios_at` of a run
+    parts: Callable[[SampleCounts], Parts]  # `Stage.cost_parts` of a run
 
     def __call__(self, position: int, tiles_per_image: Sequence[int], text_tokens: int) -> float:
-        """Return the FLOPs of the sample at a position of the run, without head and router."""
+        """Return the FLOPs of the sample at a position of the run, without heads and router."""
         tiles = Counter(self.ratios_at(position, tiles_per_image))
-        return sum(self.parts_at(tiles, text_tokens).values())
+        parts = self.parts(SampleCounts(tiles, text_tokens))
+        return sum(work for part, work in parts.items() if part != "router")
 
-    def ratios_at(self, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
-        """Return the compression ratio of each tile of the sample at a position: full tokens."""
-        return [FULL_RATIO] * sum(tiles_per_image)
-
-    @abstractmethod
-    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
-        """Return the FLOPs of a sample whose policy sees `tiles`, a number per ratio."""
-
-    @abstractmethod
     def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
-        """Return the FLOPs expected of a sample, over all draws of ratios, head and router included."""
+        """Return the FLOPs expected of a sample: the mean over ratios, all of its tiles at the same one."""
+        draws = [self.parts(SampleCounts({r: tiles}, text_tokens, response_tokens)) for r in self.ratios]
+        return {name: fmean(draw[name] for draw in draws) for name in draws[0]}
 
     def vision_tokens(self, tiles: Number) -> dict[str, Number]:
         """Return the vision tokens that each model is expected to see of a sample."""
-        return {"policy": tiles * self.flops.vision_tokens_per_tile[FULL_RATIO]}
+        per_tile = self.flops.vision_tokens_per_tile
+        policy = {"policy": tiles * fmean(per_tile[ratio] for ratio in self.ratios)}
+        return {**policy, "reference": tiles * per_tile[FULL_RATIO]} if self.compares else policy
 
 
-def forward_parts(flops: ModelFlops, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
+def forward_parts(flops: ModelFlops, tiles: Mapping[int, Number], text_tokens: Number) -> Parts:
     """Return the FLOPs from tiles, a number per ratio, to hidden states."""
     tokens = text_tokens + sum(flops.vision_tokens_per_tile[ratio] * n for ratio, n in tiles.items())
     return {
@@ -56,31 +64,17 @@ def forward_parts(flops: ModelFlops, tiles: TilesPerRatio, text_tokens: Number) 
     }
 
 
-def trained_passes(run: RunSettings) -> dict[str, int]:
-    """Return how many forward passes' work each part of a trained policy does in a step."""
+def trained_parts(run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
+    """Return the FLOPs of forward and backward pass of a policy of which parts are trained."""
     trainable, recomputed = set(run.model.trainable), run.trainer.activation_checkpointing
     vision = "vision" in trainable
     reached = bool(trainable & {"vision", "connectors"})  # gradients flow back into the connectors
-    return {
+    passes = {
         "vision": 3 + recomputed if vision else 1,
         "connectors": 1 + ("connectors" in trainable) + vision if reached else 1,
         "language": 2 + ("language" in trainable) + recomputed,
         "head": 2 + ("language" in trainable),
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedCost(StageCost):
-    """Forward and backward pass of the policy at full tokens."""
-
-    passes: Mapping[str, int]
-
-    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
-        """Return what the policy costs."""
-        forward = forward_parts(self.flops, tiles, text_tokens)
-        return {f"policy {part}": self.passes[part] * work for part, work in forward.items()}
-
-    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
-        """Return the same with the head."""
-        head = self.passes["head"] * response_tokens * self.flops.head_per_token
-        return {**self.parts_at({FULL_RATIO: tiles}, text_tokens), "policy head": head}
+    forward = forward_parts(flops, sample.tiles, sample.text_tokens)
+    forward["head"] = sample.response_tokens * flops.head_per_token
+    return {f"policy {part}": passes[part] * work for part, work in forward.items()}

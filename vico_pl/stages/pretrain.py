@@ -1,12 +1,8 @@
 """Stage 0: make the model that ViCO starts from, by predicting responses at full vision tokens."""
 
 from vico_pl.losses.cross_entropy import response_cross_entropy
-from vico_pl.model.flops import ModelFlops
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Stage, StepResult
-from vico_pl.stages.cost import TrainedCost, trained_passes
-from vico_pl.stages.models import ModelSource, prepare_policy
 from vico_pl.stages.settings import RunSettings
 from vico_pl.types import Batch
 
@@ -15,22 +11,11 @@ class PretrainStage(Stage):
     """Cross-entropy over response tokens."""
 
     name = "pretrain"
-    needs_folder = False
+    compares = False
 
-    def __init__(self, model: VisionLanguageModel, optim: OptimConfig, *, num_steps: int) -> None:
-        """Train all of `model` that requires gradients."""
-        super().__init__(optim, num_steps=num_steps)
+    def __init__(self, run: RunSettings, model: VisionLanguageModel) -> None:
+        super().__init__(run, model)
         self.model = model
-
-    @classmethod
-    def build(cls, run: RunSettings, source: ModelSource) -> "PretrainStage":
-        """Build the stage for a run."""
-        return cls(prepare_policy(source.policy(), run), run.optim, num_steps=run.trainer.max_steps)
-
-    @classmethod
-    def cost(cls, run: RunSettings, flops: ModelFlops) -> TrainedCost:
-        """Return what a sample costs."""
-        return TrainedCost(flops=flops, passes=trained_passes(run))
 
     def step(self, batch: Batch) -> StepResult:
         """Predict the response tokens."""
@@ -39,7 +24,3 @@ class PretrainStage(Stage):
         loss, hits = response_cross_entropy(states, self.model.head, batch.input_ids[batch.response_mask])
         accuracy = Mean(hits.sum(), batch.num_response_tokens)
         return StepResult(loss_sum=loss.sum(), metrics={"pretrain/token_accuracy": accuracy})
-
-    def trained_model(self) -> VisionLanguageModel:
-        """Return the trained model."""
-        return self.model

@@ -1,27 +1,32 @@
-"""Stage 2: train the resolution router, with all else frozen, to say which tiles can be compressed."""
+"""Stage 2: train the resolution router, with all else frozen, to say which tiles can be compressed.
 
-from collections.abc import Iterator
+Its labels come from loss ratios: how compressing a tile changes the loss of its sample.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc
 
-from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, router_targets
+from vico_pl.errors import check_settings
+from vico_pl.losses.consistency import consistency_kl
+from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, loss_ratio, router_targets
 from vico_pl.model.blocks import release
+from vico_pl.model.branches import branch_states
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Mean, Stage, StepResult
-from vico_pl.stages.cost import Number, Parts, StageCost, TilesPerRatio, forward_parts
-from vico_pl.stages.labels import tile_loss_ratios
-from vico_pl.stages.models import ModelSource, freeze_reference, prepare_blocks, prepare_router
-from vico_pl.stages.settings import RunSettings, section_of
+from vico_pl.stages.base import Mean, Stage, StepResult, prepare_blocks
+from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
+from vico_pl.stages.settings import DTYPES, RunSettings, section_of
 from vico_pl.types import Batch
 
 
@@ -36,117 +41,64 @@ class RouterConfig:
     epsilon: float = 1e-3  # nats, added to both losses of a ratio
 
     def __post_init__(self) -> None:
-        """Reject values that the stage has no meaning for."""
-        if self.label_mode not in ("image", "tile"):
-            raise ValueError(f"router.label_mode is '{self.label_mode}'; expected image or tile")
-        if not 0 < self.percentile < 100:
-            raise ValueError(f"router.percentile is {self.percentile}; expected between 0 and 100")
-        if self.epsilon <= 0:
-            raise ValueError(f"router.epsilon is {self.epsilon}; expected more than 0")
-        if not 1 <= self.min_history <= self.window:
-            expected = f"1 to router.window ({self.window})"
-            raise ValueError(f"router.min_history is {self.min_history}; expected {expected}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterCost(StageCost):
-    """Forward passes of reference and policy at full tokens, then of the policy with tiles compressed.
-
-    Label mode `tile` runs a branch per tile over what follows it: half of the sample's tokens on average.
-    """
-
-    label_mode: str
-    coarse_ratio: int
-
-    def parts_at(self, tiles: TilesPerRatio, text_tokens: Number) -> Parts:
-        """Return what labels cost."""
-        num_tiles = sum(tiles.values())
-        forward = forward_parts(self.flops, {FULL_RATIO: num_tiles}, text_tokens)
-        once = sum(forward.values())
-        if self.label_mode == "tile":
-            compressed = num_tiles * (once - forward["vision"]) / 2
-        else:
-            coarse = forward_parts(self.flops, {self.coarse_ratio: num_tiles}, text_tokens)
-            compressed = coarse["connectors"] + coarse["language"]
-        return {"reference": once, "policy at full tokens": once, "policy with tiles compressed": compressed}
-
-    def expected_parts(self, tiles: Number, text_tokens: Number, response_tokens: Number) -> Parts:
-        """Return the same with heads and router: each comparison multiplies by both heads."""
-        parts = self.parts_at({FULL_RATIO: tiles}, text_tokens)
-        head = response_tokens * self.flops.head_per_token
-        branches = tiles if self.label_mode == "tile" else 1
-        parts["reference"] += head
-        parts["policy at full tokens"] += 2 * head
-        parts["policy with tiles compressed"] += 2 * branches * head
-        return {**parts, "router": 3 * tiles * self.flops.router_per_tile}
-
-    def vision_tokens(self, tiles: Number) -> dict[str, Number]:
-        """Return the vision tokens that policy and reference see of a sample at full tokens."""
-        tokens = super().vision_tokens(tiles)["policy"]
-        return {"policy": tokens, "reference": tokens}
+        check_settings(
+            "router",
+            self,
+            label_mode=(self.label_mode in ("image", "tile"), "image or tile"),
+            percentile=(0 < self.percentile < 100, "between 0 and 100"),
+            epsilon=(self.epsilon > 0, "more than 0"),
+            min_history=(1 <= self.min_history <= self.window, f"1 to router.window ({self.window})"),
+        )
 
 
 class RouterStage(Stage):
-    """Trains the router on labels made from loss ratios of the frozen policy."""
+    """Trains the router on labels made from loss ratios of the policy, which stays frozen otherwise."""
 
     name = "router"
     trains_parts = False
 
-    def __init__(
-        self,
-        policy: FrozenReference,
-        reference: FrozenReference,
-        config: RouterConfig,
-        optim: OptimConfig,
-        *,
-        num_steps: int,
-    ) -> None:
-        """Train the router of `policy`, which stays frozen otherwise."""
-        super().__init__(optim, num_steps=num_steps)
-        if policy.model.router is None:
+    def __init__(self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference) -> None:
+        super().__init__(run, model, reference)
+        if model.router is None:
             raise ValueError("the model has no router; set model.router_heads")
-        if len(policy.model.ratios) != 2:
-            raise ValueError(
-                f"model.ratios is {policy.model.ratios}; stage router labels the choice between two"
-            )
-        self.policy, self.reference, self.config = policy, reference, config
-        self.router = policy.model.router.requires_grad_()
+        if len(model.ratios) != 2:
+            raise ValueError(f"model.ratios is {model.ratios}; stage router labels the choice between two")
+        config = section_of(run, RouterConfig)
+        self.policy, self.config = FrozenReference(model), config
+        self.router = model.router.requires_grad_()
         self.window = SlidingPercentile(
             percentile=config.percentile, window=config.window, min_history=config.min_history
         )
 
     @classmethod
-    def check(cls, run: RunSettings) -> Iterator[str]:
-        """Yield what is wrong in a recipe of this stage."""
-        yield from super().check(run)
-        yield from cls.check_ratios(run)
-
-    @classmethod
-    def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
-        """Yield settings without effect, or probably mistaken."""
-        yield from super().doubtful_settings(run)
-        if run.trainer.activation_checkpointing:
-            yield "trainer.activation_checkpointing has no effect: stage router trains no transformer blocks"
-
-    @classmethod
-    def build(cls, run: RunSettings, source: ModelSource) -> "RouterStage":
-        """Build the stage for a run."""
-        policy, original = source.policy(), prepare_blocks(source.reference(), run)
-        frozen = FrozenReference(cls.prepare(policy, run))  # before the reference takes over its parts
-        reference = freeze_reference(original, policy, run, source)
-        settings = section_of(run, RouterConfig)
-        return cls(frozen, reference, settings, run.optim, num_steps=run.trainer.max_steps)
-
-    @classmethod
     def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
-        """Prepare the model whose router is trained."""
-        return prepare_router(model, run)
+        """Cast the router, freeze all else and set how blocks run."""
+        model.requires_grad_(requires_grad=False)  # before the reference looks for frozen parts to use
+        if model.router is not None:
+            model.router.to(DTYPES[run.model.dtype])
+        return prepare_blocks(model, run)
 
     @classmethod
-    def cost(cls, run: RunSettings, flops: ModelFlops) -> RouterCost:
-        """Return what a sample costs."""
-        label_mode = section_of(run, RouterConfig).label_mode
-        return RouterCost(flops=flops, label_mode=label_mode, coarse_ratio=run.model.ratios[-1])
+    def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
+        """Count both models at full tokens, the policy with tiles compressed, and the router.
+
+        Label mode `tile` runs a branch per tile over what follows it: half of the sample's tokens on average.
+        Each comparison of policy and reference multiplies by both heads.
+        """
+        num_tiles, head = sum(sample.tiles.values()), sample.response_tokens * flops.head_per_token
+        forward = forward_parts(flops, {FULL_RATIO: num_tiles}, sample.text_tokens)
+        once = sum(forward.values())
+        if section_of(run, RouterConfig).label_mode == "tile":
+            compressed = num_tiles * (once - forward["vision"]) / 2 + 2 * num_tiles * head
+        else:
+            coarse = forward_parts(flops, {run.model.ratios[-1]: num_tiles}, sample.text_tokens)
+            compressed = coarse["connectors"] + coarse["language"] + 2 * head
+        return {
+            "reference": once + head,
+            "policy at full tokens": once + 2 * head,
+            "policy with tiles compressed": compressed,
+            "router": 3 * num_tiles * flops.router_per_tile,
+        }
 
     def num_items(self, batch: Batch) -> int:
         """Return the number of tiles in the loss: those of the dummy sample do not count."""
@@ -163,14 +115,6 @@ class RouterStage(Stage):
     def step(self, batch: Batch) -> StepResult:
         """Label the tiles of one micro-batch and classify them."""
         return next(self.results([batch]))
-
-    def trained_model(self) -> VisionLanguageModel:
-        """Return the policy with the trained router."""
-        return self.policy.model
-
-    def sharded_models(self) -> list[VisionLanguageModel]:
-        """Return policy and reference."""
-        return [self.policy.model, self.reference.model]
 
     @torch.no_grad()
     def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
@@ -196,15 +140,13 @@ class RouterStage(Stage):
     def _remember(self, micro_batches: list[Batch], ratios: list[Tensor]) -> None:
         """Add the loss ratios of all ranks to the window, in sample order: the same on each."""
         here = [
-            (position, values.tolist())
-            for micro_batch, of_micro_batch in zip(micro_batches, ratios, strict=True)
-            for position, values in zip(
-                micro_batch.positions, of_micro_batch.split(_tiles_per_sample(micro_batch)), strict=True
-            )
+            (position, ratio)
+            for micro_batch, values in zip(micro_batches, ratios, strict=True)
+            for position, ratio in zip(_positions(micro_batch), values.tolist(), strict=True)
             if position >= 0
         ]
-        everywhere = sorted(sample for rank in self.ranks.gather(here) for sample in rank)
-        self.window.update(ratios[0].new_tensor([ratio for _, values in everywhere for ratio in values]))
+        everywhere = sorted(chain.from_iterable(self.ranks.gather(here)), key=itemgetter(0))
+        self.window.update(ratios[0].new_tensor([ratio for _, ratio in everywhere]))
 
     def _classify(
         self, batch: Batch, features: Tensor, ratios: Tensor, threshold: float | None
@@ -218,15 +160,13 @@ class RouterStage(Stage):
         return StepResult(loss_sum=loss, metrics=_metrics(logits, targets, threshold))
 
 
-def _tiles_per_sample(batch: Batch) -> list[int]:
-    return list(map(sum, batch.tiles_per_image))
+def _positions(batch: Batch) -> list[int]:
+    """Return the position of each tile's sample in the order of the run; -1: the dummy sample's."""
+    return np.repeat(batch.positions, [sum(tiles) for tiles in batch.tiles_per_image]).tolist()
 
 
 def _tiles_of_samples(batch: Batch) -> list[int]:
-    """Return the indices of all tiles except the dummy sample's, whose position is -1."""
-    owners = np.repeat(batch.positions, _tiles_per_sample(batch))
-    indices: list[int] = np.flatnonzero(owners >= 0).tolist()
-    return indices
+    return [tile for tile, position in enumerate(_positions(batch)) if position >= 0]
 
 
 def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Mean]:
@@ -240,3 +180,55 @@ def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Mea
         auroc = binary_auroc(logits.softmax(-1)[:, KEEP], targets)
         metrics["router/auroc"] = Mean(auroc * count, count)
     return metrics
+
+
+@torch.no_grad()
+def tile_loss_ratios(
+    policy: VisionLanguageModel,
+    reference: FrozenReference,
+    batch: Batch,
+    features: Float[Tensor, "T P C"],
+    *,
+    mode: str,
+    epsilon: float,
+    num_groups: Callable[[int], int] = int,
+) -> Float[Tensor, " T"]:
+    """Return, per tile, the factor by which compressing it raises its sample's loss.
+
+    `mode` is `tile` (one tile at a time) or `image` (all at once); `epsilon`, in nats, is added to both
+    losses. Vision encoder and reference run once per sample. The policy's language model runs once at full
+    tokens and then, for each tile, over what follows it, in groups of tiles (see `branch_states`).
+    """
+    target, ratio = reference.response_states(batch), policy.ratios[-1]
+    tokens = torch.arange(len(target), device=target.device)
+    if mode == "image":
+        full_ratios = policy.full_ratios(batch)
+        full = policy.response_states(batch, features, full_ratios)
+        compressed = policy.response_states(batch, features, torch.full_like(full_ratios, ratio))
+        origin = torch.cat([tokens, tokens])
+    else:
+        found = branch_states(policy, batch, features, ratio=ratio, num_groups=num_groups)
+        full, compressed = found.full, found.branches
+        origin = torch.cat([tokens, found.response_origin])
+    order = origin.argsort(stable=True)  # by token: the reference's logits are computed once for each
+    states = torch.cat([full, compressed])[order]
+    kl = consistency_kl(states, policy.head, target, reference.head, reference_rows=origin[order])
+    kl = torch.empty_like(kl).index_copy_(0, order, kl)
+    before, after = kl[: len(tokens)], kl[len(tokens) :]
+    if mode == "image":
+        losses = mean_per_sample(after, batch)[batch.tile_to_sample]
+    else:
+        losses = _mean_by(found.response_branch, after, count=batch.num_tiles)
+    return loss_ratio(losses, mean_per_sample(before, batch)[batch.tile_to_sample], epsilon=epsilon)
+
+
+def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tensor, " B"]:
+    """Average a value of response tokens over each sample; 0 for a sample without response."""
+    samples = torch.arange(batch.num_samples, device=per_token.device)
+    owner = samples.repeat_interleave(batch.sample_lengths)[batch.response_mask]
+    return _mean_by(owner, per_token, count=batch.num_samples)
+
+
+def _mean_by(owner: Int64[Tensor, " R"], values: Float[Tensor, " R"], *, count: int) -> Float[Tensor, " _"]:
+    total = values.new_zeros(count).index_add_(0, owner, values)
+    return total / torch.bincount(owner, minlength=count).clamp(min=1)

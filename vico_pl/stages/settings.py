@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 
 from vico_pl.data.module import DataConfig
+from vico_pl.errors import check_settings
 from vico_pl.model.adapters import LoraConfig
 from vico_pl.model.packed import PACKED_ATTENTION
 from vico_pl.optim import OptimConfig
@@ -41,16 +42,15 @@ class ModelConfig:
     vocab_size: int = 512  # pretrain without a language path: limit of the tokenizer built for GlyphDocs
 
     def __post_init__(self) -> None:
-        """Reject unknown dtypes and attention kernels."""
-        for name in ("dtype", "frozen_dtype"):
-            if getattr(self, name) not in DTYPES:
-                given, known = getattr(self, name), ", ".join(DTYPES)
-                raise ValueError(f"model.{name} is '{given}'; expected one of {known}")
-        if self.attention not in PACKED_ATTENTION:
-            known = ", ".join(PACKED_ATTENTION)
-            raise ValueError(f"model.attention is '{self.attention}'; expected one of {known}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; expected 0 to below 1")
+        known = f"one of {', '.join(DTYPES)}"
+        check_settings(
+            "model",
+            self,
+            dtype=(self.dtype in DTYPES, known),
+            frozen_dtype=(self.frozen_dtype in DTYPES, known),
+            attention=(self.attention in PACKED_ATTENTION, f"one of {', '.join(PACKED_ATTENTION)}"),
+            dropout=(0 <= self.dropout < 1, "0 to below 1"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,19 +72,19 @@ class TrainerConfig:
     timeout_s: float = 1800.0  # a rank that waits longer for the others fails (strategies ddp and fsdp)
 
     def __post_init__(self) -> None:
-        """Reject other precisions: float16 needs loss scaling, others change the dtype of weights."""
-        if self.precision not in ("32-true", "bf16-mixed"):
-            raise ValueError(f"trainer.precision is '{self.precision}'; expected 32-true or bf16-mixed")
-        if self.strategy not in ("auto", "ddp", "fsdp"):
-            raise ValueError(f"trainer.strategy is '{self.strategy}'; expected auto, ddp or fsdp")
-        if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices) > 0):
-            raise ValueError(f"trainer.devices is '{self.devices}'; expected auto or a number, 1 or more")
-        for name in ("max_steps", "num_nodes", "checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("watchdog_s", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"trainer.{name} is {getattr(self, name)}; expected more than 0 seconds")
+        counts = ("max_steps", "num_nodes", "checkpoint_every", "keep_checkpoints", "log_every")
+        is_number = self.devices.isdecimal() and int(self.devices) > 0
+        check_settings(
+            "trainer",
+            self,
+            # float16 needs loss scaling, other precisions change the dtype of weights.
+            precision=(self.precision in ("32-true", "bf16-mixed"), "32-true or bf16-mixed"),
+            strategy=(self.strategy in ("auto", "ddp", "fsdp"), "auto, ddp or fsdp"),
+            devices=(self.devices == "auto" or is_number, "auto or a number, 1 or more"),
+            watchdog_s=(self.watchdog_s > 0, "more than 0 seconds"),
+            timeout_s=(self.timeout_s > 0, "more than 0 seconds"),
+            **{name: (getattr(self, name) >= 1, "1 or more") for name in counts},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
