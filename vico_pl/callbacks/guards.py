@@ -181,7 +181,7 @@ class Watchdog(L.Callback):
     """Reports a step that takes more than `limit_s` seconds: which rank, where, and its stack in `folder`."""
 
     def __init__(self, folder: Path, *, limit_s: float) -> None:
-        self._folder, self._limit_s = folder, limit_s
+        self._folder, self._limit_s = folder, min(limit_s, threading.TIMEOUT_MAX)
         self._timer = threading.Timer(limit_s, self._report)
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
