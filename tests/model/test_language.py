@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from tests.helpers import tiny_spec
 from vico_pl.model.language import build_language_model, check_parity
@@ -61,11 +62,11 @@ def test_the_page_lists_the_families():
     assert table.splitlines()[2:] == rows
 
 
-def test_the_check_draws_no_random_number_and_leaves_the_device_alone():
+def test_the_check_runs_where_models_are_built_without_values_and_draws_no_random_number():
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    with torch.device("meta"):
-        check_parity(AutoConfig.for_model("llama", rope_theta=1234.0))
+    with torch.device("meta"), no_init_weights():
+        check_parity(AutoConfig.for_model("llama", attention_bias=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -121,11 +121,11 @@ def _find_problem(shrunk: str) -> str | None:
 def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # all: the caller may have told transformers to leave them empty
         if parameter.ndim > 1:
             parameter.normal_(std=0.2)
-        else:  # biases that begin at zero would not show
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        else:  # norms, and biases, which would not show at their usual zero
+            parameter.normal_(mean=1.0, std=0.3)
     return model
 
 
