@@ -26,7 +26,8 @@ from vico_pl.data.collate import (
 from vico_pl.data.decode import ImageLimits, bad_record, decode_record
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
-from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
+from vico_pl.data.shards.reader import RecordReader, read_index
+from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.data.tiling import TilingConfig, estimated_tiles, tile_sample
 from vico_pl.errors import STOP_SIGNALS, RecordError
 from vico_pl.types import BadRecord, EncodedSample, RankBatch, TiledSample

@@ -24,7 +24,8 @@ from vico_pl.data.decode import IMAGE_EXTENSIONS, parse_conversation
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
 from vico_pl.data.shards.parallel import run_parallel
-from vico_pl.data.shards.reader import ShardIndex, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import read_index, write_index, write_shard
+from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.errors import RecordError
 from vico_pl.files import write_json
 from vico_pl.types import BadRecord
