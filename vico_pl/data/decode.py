@@ -1,10 +1,12 @@
 """Raw record -> decoded sample: pixels and conversation, or one sentence on why not."""
 
+import gc
 import io
 import json
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -94,6 +96,24 @@ def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
     return turns
 
 
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Parse JSON without garbage collection, whose finalizers find no stack left when it nests too deep.
+
+    Raises:
+        ValueError: it nests too deep.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def read_image(path: Path) -> Image:
     """Read an image file.
 
@@ -131,8 +151,9 @@ def _parse_annotation(record: Record) -> Any:
     if "json" not in record.files:
         raise RecordError(f"no .json member; found {sorted(record.files)}", kind="json")
     try:
-        return json.loads(bytes(record.files["json"]))
-    except (ValueError, RecursionError) as error:
+        with parsing():
+            return json.loads(bytes(record.files["json"]))
+    except ValueError as error:
         raise RecordError(f"JSON: {error}", kind="json") from error
 
 
@@ -172,11 +193,10 @@ def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
         with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
             return _pixels(content, limits)
     except Exception as error:
-        reason, kind = str(error), "image"
-        if isinstance(error, RecordError):
-            kind = error.kind
-        else:  # its first line, without the place in torchvision's source
-            reason = (reason.splitlines() or [type(error).__name__])[0].split(", ", 2)[-1]
+        kind = getattr(error, "kind", "image")
+        # The first line, of torchvision's without the place in its source.
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = line if isinstance(error, RecordError) else line.split(", ", 2)[-1]
         raise RecordError(f"image '{name}' ({len(content)} bytes): {reason}", kind=kind) from error
 
 

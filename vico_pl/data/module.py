@@ -91,14 +91,12 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that starts at the trainer's global step."""
-        trainer = self.trainer
+        trainer, workers = self.trainer, self.config.num_workers
         if trainer is None:
             raise RuntimeError("the DataModule is not attached to a Trainer")
-        workers = self.config.num_workers
+        place = {"rank": trainer.global_rank, "world": trainer.world_size}
         return DataLoader(
-            RankBatches(
-                self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size
-            ),
+            RankBatches(self, first_step=trainer.global_step, **place),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -228,9 +226,8 @@ def open_sources(config: DataConfig) -> list[ShardIndex]:
 def build_order(config: DataConfig, indexes: Sequence[ShardIndex], *, seed: int) -> SampleOrder:
     """Return the order in which a run reads its sources."""
     window = config.streaming.window
-    shapes = [
-        SourceShape(shard_sizes=i.shard_sizes, window=window if i.is_streamed else None) for i in indexes
-    ]
+    windows = [window if index.is_streamed else None for index in indexes]
+    shapes = [SourceShape(shard_sizes=i.shard_sizes, window=w) for i, w in zip(indexes, windows, strict=True)]
     weights = [source.weight for source in config.sources if source.weight is not None]
     if weights:
         return SampleOrder(sources=shapes, source_ends=[None] * len(shapes), seed=seed, weights=weights)

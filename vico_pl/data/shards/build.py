@@ -6,13 +6,12 @@ set. A build with another plan into the same folder is refused, or the set would
 """
 
 import codecs
-import gc
 import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from vico_pl.data.decode import IMAGE_EXTENSIONS, parse_conversation
+from vico_pl.data.decode import IMAGE_EXTENSIONS, parse_conversation, parsing
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
 from vico_pl.data.shards.parallel import run_parallel
@@ -119,8 +118,7 @@ def build_set(
     # A shard is whole if it has a sidecar, which is written after it.
     missing = [job for job in jobs if not (job[0].exists() and side_index_path(job[0]).exists())]
     write, done = partial(_write, records=records), len(jobs) - len(missing)
-    for _ in run_parallel(write, missing, workers=workers, title=str(folder), done=done):
-        pass
+    list(run_parallel(write, missing, workers=workers, title=str(folder), done=done))
     return write_index(folder, workers=workers)
 
 
@@ -135,24 +133,24 @@ def _glyphs(part: range, *, config: GlyphsConfig, seed: int) -> Records:
 
 def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     """Return whether a folder holds the set of a plan; another one, or a part of another, is refused."""
-    is_whole, path = (folder / INDEX_NAME).exists(), folder / PLAN_NAME
-    state = "already holds" if is_whole else "already holds a part of"
-    remedy = "remove it or choose another folder"
+    is_whole, path, fault = (folder / INDEX_NAME).exists(), folder / PLAN_NAME, ""
     if path.exists():
         if _read_plan(path) != plan:
-            reason = f"a set of other annotations or settings, or {PLAN_NAME} is damaged"
-            raise ValueError(f"{folder}: {state} {reason}; {remedy}")
+            state = "already holds" if is_whole else "already holds a part of"
+            fault = f"{state} a set of other annotations or settings, or {PLAN_NAME} is damaged"
     elif is_whole:
         found, expected = read_index(folder).num_samples, sum(plan["num_samples"])
         if found != expected:
-            raise ValueError(f"{folder}: {state} {found} samples, not {expected}; {remedy}")
+            fault = f"already holds {found} samples, not {expected}"
     elif any(folder.glob("*.tar")):
-        raise ValueError(f"{folder}: holds tars of which no {PLAN_NAME} tells the origin; {remedy}")
+        fault = f"holds tars of which no {PLAN_NAME} tells the origin"
+    if fault:
+        raise ValueError(f"{folder}: {fault}; remove it or choose another folder")
     return is_whole
 
 
 def _read_plan(path: Path) -> Any:
-    with suppress(ValueError, RecursionError):
+    with suppress(ValueError), parsing():
         return json.loads(path.read_bytes())
 
 
@@ -193,13 +191,12 @@ def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list
 
 def _pieces(path: Path) -> Iterator[tuple[str, int, bytes]]:
     """Yield the name within the file, first byte and JSON of each record."""
-    with path.open("rb") as file:
-        is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    if is_list and path.suffix != ".jsonl":
-        yield from _list_items(path)
-        return
     position = 0
     with path.open("rb") as file:
+        is_list = file.peek(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        if is_list and path.suffix != ".jsonl":
+            yield from _list_items(path)
+            return
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f":{number}", position, line
@@ -221,40 +218,26 @@ def _list_items(path: Path) -> Iterator[tuple[str, int, bytes]]:
             if text[start] == "]":
                 return
             position += start - end  # spaces and commas take one byte each
-            with _paused_collection():
+            with parsing():
                 _, end = decoder.raw_decode(text, start)
             content = text[start:end].encode()
             yield f"[{number}]", position, content
             position += len(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not a readable JSON list ({error})") from error
-
-
-@contextmanager
-def _paused_collection() -> Iterator[None]:
-    """Pause garbage collection, which would run finalizers without stack left when JSON nests too deep."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
     """Return a record without its image paths, and the image files."""
     try:
-        with _paused_collection():
+        with parsing():
             entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RecordError(f"JSON: {error}") from error
     if not isinstance(entry, dict):
         raise RecordError("expected a JSON object in each line")
-    named = []
-    for given in map(entry.get, IMAGE_FIELDS):
-        if given not in (None, ""):  # both mark a text-only record
-            named += given if isinstance(given, list) else [given]
+    fields = [entry[name] for name in IMAGE_FIELDS if entry.get(name) not in (None, "")]  # "": text only
+    named = [name for given in fields for name in (given if isinstance(given, list) else [given])]
     paths = [_image_path(name, images) for name in named]
     parse_conversation(entry, num_images=len(paths))
     return {k: v for k, v in entry.items() if k not in IMAGE_FIELDS}, paths
@@ -266,7 +249,7 @@ def _image_path(name: Any, images: Path) -> Path:
     path = Path(os.path.abspath(images / name))  # not resolve(): links may lead elsewhere
     if not path.is_relative_to(os.path.abspath(images)):
         raise RecordError(f"image path '{name}' leads out of {images}")
-    if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+    if _ending(path) not in IMAGE_EXTENSIONS:
         raise RecordError(f"image '{name}': expected one of {', '.join(IMAGE_EXTENSIONS)}")
     if not path.is_file():
         raise RecordError(f"image '{name}' is absent")
@@ -278,11 +261,13 @@ def _records(part: Sequence[Line], *, images: Path) -> Records:
         with line.path.open("rb") as file:
             content = os.pread(file.fileno(), line.length, line.start)
         entry, paths = _parse_line(content, images)
-        names = [path.suffix.lower().lstrip(".") for path in paths]
-        if len(paths) > 1:
-            names = [f"{i}.{name}" for i, name in enumerate(names)]
-        files = {name: path.read_bytes() for name, path in zip(names, paths, strict=True)}
+        numbered = len(paths) > 1
+        files = {f"{i}." * numbered + _ending(path): path.read_bytes() for i, path in enumerate(paths)}
         yield f"{line.number:08d}", {**files, "json": _annotation(entry)}
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
 
 
 def _annotation(entry: dict[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vico_pl.data.decode import parsing
 from vico_pl.data.shards.locations import SHARD_ENDINGS
 from vico_pl.files import atomic_path, write_json
 
@@ -78,12 +79,14 @@ def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
         ValueError: it is unreadable, or lists a shard outside its folder.
     """
     try:
-        shards = json.loads(content)["shards"]
-        if shards and "raw_data" in shards[0]:
-            raise ValueError(f"{where}: lists shards of MosaicML; expected WebDataset tars (data/README.md)")
-        entries = [_parse_entry(entry) for entry in shards]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
+        with parsing():
+            shards = json.loads(content)["shards"]
+        of_mosaic = bool(shards) and "raw_data" in shards[0]
+        entries = [] if of_mosaic else [_parse_entry(entry) for entry in shards]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: unreadable; {rebuild_hint(where.rpartition('/')[0])}") from error
+    if of_mosaic:
+        raise ValueError(f"{where}: lists shards of MosaicML; expected WebDataset tars (see data/README.md)")
     names = [entry.name for entry in entries]
     for name in names:
         if "/" in name or "\0" in name or not name.endswith(SHARD_ENDINGS):

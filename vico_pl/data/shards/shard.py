@@ -45,7 +45,6 @@ class OpenShard:
     """An open tar and where its samples are; it remains readable when its file is removed."""
 
     def __init__(self, descriptor: int, bounds: np.ndarray) -> None:
-        """Take over an open file."""
         self.descriptor, self.bounds = descriptor, bounds
 
     def span(self, place: int) -> tuple[int, int]:
@@ -53,7 +52,6 @@ class OpenShard:
         return int(self.bounds[place]), int(self.bounds[place + 1])
 
     def __del__(self) -> None:
-        """Close the file."""
         os.close(self.descriptor)
 
 
@@ -208,10 +206,9 @@ class Shard:
         expected = found if self.entry is None else self.entry.num_samples
         if found != expected or end > num_bytes:
             path = self.original if self.in_place else self.cached
-            raise ValueError(
-                f"{side_index_path(path)}: does not match {INDEX_NAME} or its shard: {found} samples in {end} "
-                f"bytes, expected {expected} in at most {num_bytes}; {rebuild_hint(path.parent)}"
-            )
+            counts = f"{found} samples in {end} bytes, expected {expected} in at most {num_bytes}"
+            reason = f"does not match {INDEX_NAME} or its shard: {counts}; {rebuild_hint(path.parent)}"
+            raise ValueError(f"{side_index_path(path)}: {reason}")
 
     def _scan(self, tar: Path) -> Contents:
         """Find its samples in a tar and write its sidecar.
@@ -236,7 +233,6 @@ class Shard:
         return contents
 
     def _keep(self, contents: Contents) -> None:
-        """Write the sidecar to the first place that can be written."""
         for path in (places := self._places()):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -346,8 +342,7 @@ class ShardIndex:
         return sizes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without open files."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+        return {part.name: getattr(self, part.name) for part in fields(self)}  # no open files
 
 
 def _digest(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from vico_pl.data.decode import IMAGE_EXTENSIONS, IMAGE_FORMATS, image_number
+from vico_pl.data.decode import IMAGE_EXTENSIONS, IMAGE_FORMATS, image_number, parsing
 from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members
 from vico_pl.errors import RecordError
 from vico_pl.types import Content
@@ -64,9 +64,10 @@ def _measure_bytes(content: bytes) -> SampleSize:
 def _text_tokens(content: Content) -> int:
     """Count roughly what a tokenizer would; used only to assign samples to ranks."""
     try:
-        turns = json.loads(bytes(content))["conversations"]
+        with parsing():
+            turns = json.loads(bytes(content))["conversations"]
         return sum(len(_PIECES.findall(turn["value"])) for turn in turns)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return 0
 
 
