@@ -4,6 +4,7 @@ Byte-level: each string has tokens, whatever it holds. A few merges make whole w
 so that sequences stay short; letters and digits that carry values remain tokens of their own.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,47 @@ def load_tokenizer(folder: Path | str, *, required: Sequence[str] = MARKS) -> Pr
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of a special token: ids differ between model families, so they are looked up."""
     return tokenizer.get_added_vocab()[token]
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the BOS if the tokenizer puts one before every text (Llama 3, Gemma, Mistral), else nothing."""
+    begins_with = tokenizer.encode("")[:1]
+    return begins_with if begins_with == [tokenizer.bos_token_id] else []
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many characters a token stands for at most."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+class TextEncoder:
+    """Encodes the texts of data and prompts, none of which can pose as a turn, a tile or the end.
+
+    Other special tokens of the language model, such as `<ref>` and `<box>`, remain one token each.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        ends = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+        marks = {*MARKS, *filter(None, ends)}
+        self._tokenizer = tokenizer
+        self._ids = set(tokenizer.convert_tokens_to_ids(sorted(marks)))
+        # The longest first: one mark may begin another.
+        self._marks = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})")
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ids = self._encode(text)
+        if self._ids.isdisjoint(ids):
+            return ids
+        return [token for part in self._marks.split(text) for token in self._encode_plainly(part)]
+
+    def _encode_plainly(self, text: str) -> list[int]:
+        ids = self._encode(text)
+        return ids if self._ids.isdisjoint(ids) else self._encode(text, split_special_tokens=True)
+
+    def _encode(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
+        options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
+        return self._tokenizer.encode(text, **options)
 
 
 def _read(path: Path | str, complaint: str, **options: Any) -> PreTrainedTokenizerBase:

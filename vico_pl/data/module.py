@@ -79,14 +79,18 @@ class DataModule(L.LightningDataModule):
         full_tokens_per_tile: int,
         seed: int,
         cost: SampleCost | None = None,
+        max_positions: int | None = None,
     ) -> None:
-        """Open the shards. Samples are assigned to ranks by `cost`; default: tokens at full vision tokens."""
+        """Open the shards. Samples are assigned to ranks by `cost`; default: tokens at full vision tokens.
+
+        Samples of more tokens than `max_positions`, those of the language model, are bad records.
+        """
         super().__init__()
         if not config.sources:
             raise ValueError("data.sources is empty; name at least one folder of shards")
         self.config, self.cost = config, cost
         self.indexes = open_sources(config)
-        self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
+        self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile, max_positions)
         self.order = build_order(config, self.indexes, seed=seed)
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
