@@ -84,17 +84,6 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return tokenizer.get_added_vocab()[token]
 
 
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the BOS if the tokenizer puts one before every text (Llama 3, Gemma, Mistral), else nothing."""
-    begins_with = tokenizer.encode("")[:1]
-    return begins_with if begins_with == [tokenizer.bos_token_id] else []
-
-
-def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many characters a token stands for at most."""
-    return max(map(len, tokenizer.get_vocab()))
-
-
 class TextEncoder:
     """Encodes the texts of data and prompts, none of which can pose as a turn, a tile or the end.
 
@@ -104,8 +93,13 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         ends = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         marks = {*MARKS, *filter(None, ends)}
+        vocabulary = tokenizer.get_vocab()
+        begin = tokenizer.encode("")[:1]
+        # The BOS, if the tokenizer puts one before every text (Llama 3, Gemma, Mistral).
+        self.leading = begin if begin == [tokenizer.bos_token_id] else []
+        self.longest = max(map(len, vocabulary))  # characters that a token stands for at most
         self._tokenizer = tokenizer
-        self._ids = set(tokenizer.convert_tokens_to_ids(sorted(marks)))
+        self._ids = {vocabulary[mark] for mark in marks if mark in vocabulary}
         # The longest first: one mark may begin another.
         self._marks = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})")
 

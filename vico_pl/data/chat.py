@@ -18,12 +18,11 @@ from vico_pl.tokens import (
     TURN_END,
     TURN_START,
     TextEncoder,
-    leading_tokens,
-    longest_token,
     token_id,
 )
 from vico_pl.types import EncodedSample, TiledSample, Turn
 
+_FEW_CHARACTERS = 100_000  # are tokenized to be counted, as it takes no time; 60 million take minutes
 Piece = tuple[list[int], bool]  # token ids, and whether they carry loss
 
 
@@ -59,7 +58,10 @@ class ChatEncoder:
             RecordError: it has more tokens than the language model has positions.
         """
         asked = replace(sample, turns=[Turn(role="human", text=question)])
-        return self._join(asked, sys.maxsize, [(self._opening("assistant"), False)])
+        try:
+            return self._join(asked, sys.maxsize, [(self._opening("assistant"), False)])
+        except RecordError as error:
+            raise RecordError(f"{sample.id}: {error}", kind=error.kind) from error
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -69,20 +71,12 @@ class ChatEncoder:
     def _text(self) -> TextEncoder:
         return TextEncoder(self.tokenizer)
 
-    @cached_property
-    def _longest(self) -> int:
-        return longest_token(self.tokenizer)
-
-    @cached_property
-    def _leading(self) -> list[int]:
-        return leading_tokens(self.tokenizer)
-
     def _join(self, sample: TiledSample, max_tokens: int, ending: Sequence[Piece] = ()) -> EncodedSample:
         limit, reason = max_tokens, f"chat.max_tokens is {max_tokens}"
         if self.max_positions is not None and self.max_positions < limit:
             limit, reason = self.max_positions, f"the language model has {self.max_positions} positions"
         num_characters = sum(len(turn.text) for turn in sample.turns)
-        if num_characters > limit * self._longest:  # looked at first: tokenizing megabytes takes minutes
+        if num_characters > max(limit * self._text.longest, _FEW_CHARACTERS):
             raise RecordError(f"{num_characters} characters of text; {reason}", kind="length")
         pieces = [*self._messages(sample), *ending]
         num_tokens = sum(len(ids) for ids, _ in pieces) + len(sample.tiles) * (self.full_tokens_per_tile - 1)
@@ -97,7 +91,7 @@ class ChatEncoder:
         )
 
     def _messages(self, sample: TiledSample) -> list[Piece]:
-        pieces: list[Piece] = [(self._leading, False)]
+        pieces: list[Piece] = [(self._text.leading, False)]
         tiles_per_image = iter(sample.tiles_per_image)
         if self.config.system is not None:
             pieces += self._message("system", self._text(self.config.system))

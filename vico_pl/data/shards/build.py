@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from vico_pl.data.decode import IMAGE_EXTENSIONS, parse_conversation, parsing
+from vico_pl.data.decode import IMAGE_EXTENSIONS, bad_record, parse_conversation, parsing
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
 from vico_pl.data.shards.parallel import run_parallel
@@ -31,6 +31,7 @@ from vico_pl.types import BadRecord
 
 IMAGE_FIELDS = ("image", "images")  # one path or a list of paths, relative to the image folder
 SAMPLES_PER_SHARD = 1000  # of annotations, by default
+_MAX_META_BYTES = 2**20
 _BLOCK = 512  # bytes of a tar block: a header takes one, contents are padded to whole ones
 
 Part = TypeVar("Part", bound=Sized)  # what a shard is made of; its length is the number of samples
@@ -77,9 +78,10 @@ def build_from_annotations(
     for path in annotations:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected JSONL or a JSON list with 'conversations'")
+        _refuse_meta_file(path)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
-    lines, faults, checksum = _usable_lines(annotations, images)
+    lines, faults, checksum, newest = _usable_lines(annotations, images)
     if not lines:
         first = faults[0].reason if faults else "empty"
         raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
@@ -87,7 +89,7 @@ def build_from_annotations(
     parts = _cut(lines, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"annotations": [path.name for path in annotations], "content": checksum}
     records = partial(_records, images=images)
-    return build_set(output, records, parts, settings=settings, workers=workers), faults
+    return build_set(output, records, parts, settings=settings, newest=newest, workers=workers), faults
 
 
 def build_set(
@@ -96,11 +98,13 @@ def build_set(
     parts: Sequence[Part],
     *,
     settings: Mapping[str, Any],
+    newest: int = 0,
     workers: int | None = None,
 ) -> ShardIndex:
     """Write `records(part)` as a shard for each part; shards that are already whole are kept.
 
-    `settings` say what else the records depend on. `workers` is the number of processes, by default that of
+    `settings` say what else the records depend on; no file that they are read from may have changed, last at
+    `newest` (ns), after a shard was written. `workers` is the number of processes, by default that of
     the CPU cores; the bytes do not depend on it.
 
     Raises:
@@ -108,7 +112,12 @@ def build_set(
     """
     plan = {"version": 1, "settings": dict(settings), "num_samples": [len(part) for part in parts]}
     plan["sha256"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    if _is_whole(folder, plan):
+    is_whole = _is_whole(folder, plan)
+    for tar in folder.glob("*.tar"):
+        if tar.stat().st_mtime_ns < newest:
+            changed = f"an image is newer than {tar.name}, which may hold what it was before"
+            raise ValueError(f"{folder}: {changed}; remove the folder or choose another")
+    if is_whole:
         return read_index(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.partial"):  # of a process that was killed
@@ -135,7 +144,7 @@ def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     """Return whether a folder holds the set of a plan; another one, or a part of another, is refused."""
     is_whole, path, fault = (folder / INDEX_NAME).exists(), folder / PLAN_NAME, ""
     if path.exists():
-        if _read_plan(path) != plan:
+        if _read_json(path) != plan:
             state = "already holds" if is_whole else "already holds a part of"
             fault = f"{state} a set of other annotations or settings, or {PLAN_NAME} is damaged"
     elif is_whole:
@@ -149,7 +158,8 @@ def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     return is_whole
 
 
-def _read_plan(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file; None: it is none."""
     with suppress(ValueError), parsing():
         return json.loads(path.read_bytes())
 
@@ -169,24 +179,40 @@ def _cut(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> l
     return parts
 
 
-def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str]:
-    """Return usable records, bad records, and a checksum of everything that will be written."""
+def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, int]:
+    """Return usable and bad records, a checksum of texts, image names and sizes, the last change in ns."""
     lines: list[Line] = []
     faults: list[BadRecord] = []
-    digest = hashlib.sha256()
+    digest, newest = hashlib.sha256(), 0
     found = ((path, *item) for path in paths for item in _pieces(path))
     for path, name, start, content in tqdm(found, desc="read annotations", unit="record", disable=None):
         try:
             entry, files = _parse_line(content, images)
         except RecordError as error:
-            faults.append(BadRecord(id=f"{path.name}{name}", reason=str(error)))
+            faults.append(bad_record(f"{path.name}{name}", error))
             continue
-        sizes = [file.stat().st_size for file in files]
+        stats = [file.stat() for file in files]
+        newest = max([newest, *(status.st_mtime_ns for status in stats)])
+        sizes = [status.st_size for status in stats]
         digest.update(content + json.dumps([str(file.name) for file in files] + sizes).encode())
         members = [*sizes, len(_annotation(entry))]
         num_bytes = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in members)
         lines.append(Line(len(lines), path, start, len(content), num_bytes))
-    return lines, faults, digest.hexdigest()
+    return lines, faults, digest.hexdigest(), newest
+
+
+def _refuse_meta_file(path: Path) -> None:
+    if path.stat().st_size > _MAX_META_BYTES:
+        return
+    entries = _read_json(path)
+    if not isinstance(entries, dict) or not all(
+        isinstance(e, dict) and "annotation" in e for e in entries.values()
+    ):
+        return
+    for entry in entries.values():
+        files = f"--annotations {entry['annotation']} --images {entry.get('root', 'FOLDER')}"
+        what = "a meta file of InternVL, which lists sets of annotations"
+        raise ValueError(f"{path}: {what}; give the files of a set instead: {files}")
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, int, bytes]]:
