@@ -2,6 +2,8 @@
 
 import io
 import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -183,6 +185,16 @@ def test_a_transparent_grey_of_sixteen_bits_is_white():
     values = np.array([[300, 5 * 257, 65535, 301]], dtype=np.uint16)
     found = decoded(saved(Image.fromarray(values), "PNG", transparency=300))
     assert found[0].tolist() == [[255] * 3, [5] * 3, [255] * 3, [1] * 3]
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white():
+    colours = np.array([[0x1234, 0x5678, 0x9ABC], [0x4321, 0x5678, 0x9ABC]], dtype=">u2")
+    content = png(2, 1, bits=16, data=b"\0" + colours.tobytes())
+    named = b"tRNS" + colours[0].tobytes()
+    place = content.index(b"IDAT") - 4
+    chunk = struct.pack(">I", 6) + named + struct.pack(">I", zlib.crc32(named))
+    found = decoded(content[:place] + chunk + content[place:])
+    assert found[0].tolist() == [[255] * 3, [0x43, 0x56, 0x9A]]
 
 
 def test_long_texts_of_a_png_are_no_fault_of_the_image():

@@ -277,8 +277,11 @@ def _pixels_by_pillow(image: PIL.Image.Image) -> Image:
     image.load()
     with suppress(Exception):  # damaged EXIF turns nothing, as in torchvision
         image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # grey of 16 bits, of which one value may be transparent
-        values, clear = np.asarray(image), image.info.get("transparency")
+    clear = image.info.get("transparency")  # of a PNG, perhaps: one colour, or the alpha of each of a palette
+    if isinstance(clear, tuple) and max(clear) > 255:  # colours of 16 bits, of which Pillow keeps eight
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode.startswith("I"):  # grey of 16 bits
+        values = np.asarray(image)
         image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
         if isinstance(clear, int):
             image.putalpha(PIL.Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
