@@ -100,23 +100,18 @@ class TextEncoder:
         self.longest = max(map(len, vocabulary))  # characters that a token stands for at most
         self._tokenizer = tokenizer
         self._ids = {vocabulary[mark] for mark in marks if mark in vocabulary}
-        # The longest first: one mark may begin another.
-        self._marks = re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})")
+        longest_first = sorted(marks, key=len, reverse=True)  # as one mark may begin another
+        self._marks = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def __call__(self, text: str) -> list[int]:
         """Return the token ids of a text."""
-        ids = self._encode(text)
+        return [token for part in self._marks.split(text) for token in self._encode(part)]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
         if self._ids.isdisjoint(ids):
             return ids
-        return [token for part in self._marks.split(text) for token in self._encode_plainly(part)]
-
-    def _encode_plainly(self, text: str) -> list[int]:
-        ids = self._encode(text)
-        return ids if self._ids.isdisjoint(ids) else self._encode(text, split_special_tokens=True)
-
-    def _encode(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
-        options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
-        return self._tokenizer.encode(text, **options)
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def _read(path: Path | str, complaint: str, **options: Any) -> PreTrainedTokenizerBase:
