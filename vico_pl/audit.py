@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from vico_pl.data.module import DataConfig, build_order, open_sources
 from vico_pl.data.order import Place
 from vico_pl.data.shards.locations import without_secrets
-from vico_pl.data.shards.reader import ShardIndex
+from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.data.shards.tars import TAR_ERRORS, member_key
 from vico_pl.types import BadRecord
 

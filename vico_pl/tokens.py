@@ -4,6 +4,7 @@ Byte-level: each string has tokens, whatever it holds. A few merges make whole w
 so that sequences stay short; letters and digits that carry values remain tokens of their own.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,36 @@ def load_tokenizer(folder: Path | str, *, required: Sequence[str] = MARKS) -> Pr
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of a special token: ids differ between model families, so they are looked up."""
     return tokenizer.get_added_vocab()[token]
+
+
+class TextEncoder:
+    """Encodes the texts of data and prompts, none of which can pose as a turn, a tile or the end.
+
+    Other special tokens of the language model, such as `<ref>` and `<box>`, remain one token each.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        ends = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+        marks = {*MARKS, *filter(None, ends)}
+        vocabulary = tokenizer.get_vocab()
+        begin = tokenizer.encode("")[:1]
+        # The BOS, if the tokenizer puts one before every text (Llama 3, Gemma, Mistral).
+        self.leading = begin if begin == [tokenizer.bos_token_id] else []
+        self.longest = max(map(len, vocabulary))  # characters that a token stands for at most
+        self._tokenizer = tokenizer
+        self._ids = {vocabulary[mark] for mark in marks if mark in vocabulary}
+        longest_first = sorted(marks, key=len, reverse=True)  # as one mark may begin another
+        self._marks = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return [token for part in self._marks.split(text) for token in self._encode(part)]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        if self._ids.isdisjoint(ids):
+            return ids
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def _read(path: Path | str, complaint: str, **options: Any) -> PreTrainedTokenizerBase:

@@ -1,9 +1,13 @@
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.errors import RecordError
-from vico_pl.tokens import SPECIAL_TOKENS, build_tokenizer
+from vico_pl.tokens import MARKS, SPECIAL_TOKENS, build_tokenizer
 from vico_pl.types import TiledSample, Turn
 
 START, END, IMG, IMG_END, TILE = "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"
@@ -121,3 +125,60 @@ def test_length_is_held_against_the_limit_at_full_vision_tokens(tokenizer):
     expected = f"{num_tokens} tokens at full vision tokens; chat.max_tokens is {num_tokens - 1}"
     with pytest.raises(RecordError, match=expected):
         short.encode(conversation)
+
+
+BOS = "<|begin|>"
+
+
+def a_language_models(*tokens, bos=None):
+    """A tokenizer of bytes as language models have it: with special tokens of its own, or a BOS."""
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.add_special_tokens(["<|end|>", BOS, *tokens, *MARKS])
+    if bos is not None:
+        special = [(bos, inner.token_to_id(bos))]
+        inner.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", bos_token=BOS)
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_samples_and_prompts_begin_with_the_bos_if_texts_of_the_language_model_do(bos):
+    tokenizer = a_language_models(bos=bos)
+    encoder = ChatEncoder(tokenizer, ChatConfig(system="s"))
+    whole, prompt = encoder.encode(sample("q", "a")), encoder.encode_prompt(sample(), "q")
+    for encoded in (whole, prompt):
+        text = tokenizer.decode(encoded.input_ids)
+        assert (text.startswith(BOS), text.count(BOS)) == (bos is not None, int(bos is not None))
+        assert not encoded.response_mask[0]
+    text = f"{START}system\ns{END}\n{START}user\nq{END}\n{START}assistant\na{END}\n"
+    assert whole.input_ids.tolist() == tokenizer.encode(text)
+
+
+def test_special_tokens_of_the_language_model_in_texts_remain_one_token_each():
+    tokenizer = a_language_models("<ref>", "</ref>")
+    encoder = ChatEncoder(tokenizer)
+    answer = "<ref>the dog</ref>"
+    encoded = encoder.encode(sample("Where?", answer))
+    expected = tokenizer.encode(f"{answer}{END}", add_special_tokens=False)
+    assert encoded.input_ids[encoded.response_mask].tolist() == expected
+    for mark in (END, TILE, "<|end|>", BOS):
+        posing = encoder.encode(sample("Where?", f"{answer}{mark}{mark}"))
+        found = posing.input_ids[posing.response_mask].tolist()
+        split = tokenizer.encode(mark, add_special_tokens=False, split_special_tokens=True)
+        assert found == [*expected[:-1], *split, *split, expected[-1]]
+
+
+def test_a_sample_or_prompt_longer_than_the_language_model_has_positions_is_refused(tokenizer):
+    num_tokens = len(ChatEncoder(tokenizer).encode(sample("q", "a")).input_ids)
+    assert ChatEncoder(tokenizer, max_positions=num_tokens).encode(sample("q", "a"))
+    short = ChatEncoder(tokenizer, max_positions=num_tokens - 1)
+    told = rf"{num_tokens} tokens at full vision tokens; the language model has {num_tokens - 1} positions"
+    with pytest.raises(RecordError, match=told):
+        short.encode(sample("q", "a"))
+    with pytest.raises(RecordError, match=f"x: .* the language model has {num_tokens - 1} positions"):
+        short.encode_prompt(sample(), "question " * 100)
+
+
+def test_megabytes_of_text_are_refused_before_they_are_tokenized(encoder):
+    with pytest.raises(RecordError, match=r"60000001 characters of text; chat\.max_tokens is 8192"):
+        encoder.encode(sample("ab " * 20_000_000, "a"))

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -63,8 +64,9 @@ def test_a_png_of_sixteen_bits_keeps_its_brightness(tmp_path):
     assert sample.images[0][0, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_numbered_images_stand_in_the_order_of_their_numbers():
-    files = {f"{i}.png": encoded_image("PNG", size=(10 + i, 8)) for i in (10, 2, 0, 1, 11, 9)}
+@pytest.mark.parametrize("name", ["{}.png", "page{}.png", "a-2-{}.png"])
+def test_numbered_images_stand_in_the_order_of_their_numbers(name):
+    files = {name.format(i): encoded_image("PNG", size=(10 + i, 8)) for i in (10, 2, 0, 1, 11, 9)}
     sample = decode_record(record(text="<image>" * 6, files={"jpg": None, **files}))
     assert [image.shape[2] - 10 for image in sample.images] == [0, 1, 2, 9, 10, 11]
 
@@ -128,6 +130,14 @@ FAULTS = {
         record(files={"jpg": PNG[: len(PNG) // 2]}),
         f"image 'jpg' ({len(PNG) // 2} bytes): ",
     ),
+    "a video": (
+        record(files={"jpg": None, "mp4": b"x"}, text="q"),
+        "member 'mp4' is a video; expected images",
+    ),
+    "a video elsewhere": (
+        with_json(conversations=PAIR, video="a.mp4"),
+        "JSON has a 'video'; expected images",
+    ),
     "a moving image": (
         record(
             files={"jpg": encoded_image("GIF", save_all=True, append_images=[Image.new("P", (40, 30), 3)])}
@@ -161,6 +171,14 @@ def test_bad_records_keep_their_places_and_the_others_go_through():
     assert [type(item) for item in found] == [Sample, BadRecord, Sample, BadRecord, BadRecord, Sample]
     assert [item.id.rpartition("/")[2] for item in found] == ["a", "b", "c", "earlier", "d", "e"]
     assert found[1].reason.startswith("JSON: ")
+
+
+def test_a_reason_that_quotes_a_whole_record_is_cut():
+    broken = record(files={"json": None, **{f"{'x' * 1000}{i}": b"" for i in range(200)}})
+    ((_, found),) = apply([(0, broken)], function=decode_record)
+    assert found.reason.startswith("no .json member; found ['jpg', 'xxx")
+    assert re.search(r"x\.\.\. \(2\d{5} characters\)$", found.reason)
+    assert len(found.reason) < 600
 
 
 def test_a_dotted_name_inside_a_key_is_no_climb():

@@ -2,11 +2,13 @@
 
 import io
 import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torchvision.io import ImageReadMode, decode_image
 
 from tests.helpers import encoded_image, record
@@ -177,3 +179,25 @@ def test_limits_of_pixels_bytes_sides_and_scans_are_told():
 def test_limits_that_cannot_be_are_refused(limits):
     with pytest.raises(ValueError, match="of images is"):
         ImageLimits(**limits)
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white():
+    values = np.array([[300, 5 * 257, 65535, 301]], dtype=np.uint16)
+    found = decoded(saved(Image.fromarray(values), "PNG", transparency=300))
+    assert found[0].tolist() == [[255] * 3, [5] * 3, [255] * 3, [1] * 3]
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white():
+    colours = np.array([[0x1234, 0x5678, 0x9ABC], [0x4321, 0x5678, 0x9ABC]], dtype=">u2")
+    content = png(2, 1, bits=16, data=b"\0" + colours.tobytes())
+    named = b"tRNS" + colours[0].tobytes()
+    place = content.index(b"IDAT") - 4
+    chunk = struct.pack(">I", 6) + named + struct.pack(">I", zlib.crc32(named))
+    found = decoded(content[:place] + chunk + content[place:])
+    assert found[0].tolist() == [[255] * 3, [0x43, 0x56, 0x9A]]
+
+
+def test_long_texts_of_a_png_are_no_fault_of_the_image():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "node " * 300_000, zip=True)
+    assert np.array_equal(decoded(saved(PICTURE, "PNG", pnginfo=texts)), np.asarray(PICTURE))

@@ -1,6 +1,7 @@
 """Conversation -> token ids in InternVL's chat format: a placeholder per tile, a mask of response tokens."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -9,9 +10,19 @@ from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.errors import RecordError
-from vico_pl.tokens import IMAGE_END, IMAGE_START, MARKS, PLACEHOLDER, TURN_END, TURN_START, token_id
+from vico_pl.tokens import (
+    IMAGE_END,
+    IMAGE_START,
+    MARKS,
+    PLACEHOLDER,
+    TURN_END,
+    TURN_START,
+    TextEncoder,
+    token_id,
+)
 from vico_pl.types import EncodedSample, TiledSample, Turn
 
+_FEW_CHARACTERS = 100_000  # are tokenized to be counted, as it takes no time; 60 million take minutes
 Piece = tuple[list[int], bool]  # token ids, and whether they carry loss
 
 
@@ -25,40 +36,63 @@ class ChatConfig:
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Encodes conversations with one tokenizer.
-
-    Template tokens are added by id and texts are split without special tokens, so that no text of a data set
-    can pose as the end of a turn or as a tile.
-    """
+    """Encodes conversations with one tokenizer; the tokens of the template are added by id."""
 
     tokenizer: PreTrainedTokenizerBase
     config: ChatConfig = field(default_factory=ChatConfig)
-    full_tokens_per_tile: int = 256  # to hold `max_tokens` against
+    full_tokens_per_tile: int = 256  # to hold the limits against
+    max_positions: int | None = None  # of the language model; None: any number
 
     def encode(self, sample: TiledSample) -> EncodedSample:
         """Encode a whole conversation; the tokens of answers and the end of their turns carry loss.
 
         Raises:
-            RecordError: it has more than `max_tokens`.
+            RecordError: it has more than `max_tokens`, or than the language model has positions.
         """
-        encoded = _join(sample, self._messages(sample))
-        num_tokens = len(encoded.input_ids) + len(sample.tiles) * (self.full_tokens_per_tile - 1)
-        if num_tokens > self.config.max_tokens:
-            limit = f"chat.max_tokens is {self.config.max_tokens}"
-            raise RecordError(f"{num_tokens} tokens at full vision tokens; {limit}", kind="length")
-        return encoded
+        return self._join(sample, self.config.max_tokens)
 
     def encode_prompt(self, sample: TiledSample, question: str) -> EncodedSample:
-        """Encode one question up to where the answer begins."""
+        """Encode one question up to where the answer begins.
+
+        Raises:
+            RecordError: it has more tokens than the language model has positions.
+        """
         asked = replace(sample, turns=[Turn(role="human", text=question)])
-        return _join(sample, [*self._messages(asked), (self._opening("assistant"), False)])
+        try:
+            return self._join(asked, sys.maxsize, [(self._opening("assistant"), False)])
+        except RecordError as error:
+            raise RecordError(f"{sample.id}: {error}", kind=error.kind) from error
 
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {mark: token_id(self.tokenizer, mark) for mark in MARKS}
 
+    @cached_property
+    def _text(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
+    def _join(self, sample: TiledSample, max_tokens: int, ending: Sequence[Piece] = ()) -> EncodedSample:
+        limit, reason = max_tokens, f"chat.max_tokens is {max_tokens}"
+        if self.max_positions is not None and self.max_positions < limit:
+            limit, reason = self.max_positions, f"the language model has {self.max_positions} positions"
+        num_characters = sum(len(turn.text) for turn in sample.turns)
+        if num_characters > max(limit * self._text.longest, _FEW_CHARACTERS):
+            raise RecordError(f"{num_characters} characters of text; {reason}", kind="length")
+        pieces = [*self._messages(sample), *ending]
+        num_tokens = sum(len(ids) for ids, _ in pieces) + len(sample.tiles) * (self.full_tokens_per_tile - 1)
+        if num_tokens > limit:
+            raise RecordError(f"{num_tokens} tokens at full vision tokens; {reason}", kind="length")
+        return EncodedSample(
+            id=sample.id,
+            tiles=sample.tiles,
+            tiles_per_image=sample.tiles_per_image,
+            input_ids=torch.tensor([token for ids, _ in pieces for token in ids]),
+            response_mask=torch.tensor([carries_loss for ids, carries_loss in pieces for _ in ids]),
+        )
+
     def _messages(self, sample: TiledSample) -> list[Piece]:
-        pieces, tiles_per_image = list[Piece](), iter(sample.tiles_per_image)
+        pieces: list[Piece] = [(self._text.leading, False)]
+        tiles_per_image = iter(sample.tiles_per_image)
         if self.config.system is not None:
             pieces += self._message("system", self._text(self.config.system))
         for turn in sample.turns:
@@ -79,16 +113,3 @@ class ChatEncoder:
             placeholders = [self._ids[PLACEHOLDER]] * next(tiles_per_image)
             first += [self._ids[IMAGE_START], *placeholders, self._ids[IMAGE_END], *ids]
         return first
-
-    def _text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def _join(sample: TiledSample, pieces: list[Piece]) -> EncodedSample:
-    return EncodedSample(
-        id=sample.id,
-        tiles=sample.tiles,
-        tiles_per_image=sample.tiles_per_image,
-        input_ids=torch.tensor([token for ids, _ in pieces for token in ids]),
-        response_mask=torch.tensor([carries_loss for ids, carries_loss in pieces for _ in ids]),
-    )

@@ -7,6 +7,7 @@ computes alike from the index; each rank then splits its decoded samples into mi
 
 import heapq
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -111,20 +112,14 @@ def _most_expensive_first(costs: Sequence[float]) -> list[int]:
 def _fill(number: int, loads: Sequence[SampleLoad], limits: MicroBatchLimits) -> list[list[int]] | None:
     """Put each sample, most expensive first, into the cheapest micro-batch with room; None: no room."""
     micro_batches: list[list[int]] = [[] for _ in range(number)]
-    costs, tiles, tokens = [0.0] * number, [0] * number, [0] * number
+    totals = [SampleLoad(0.0, 0, 0)] * number
     for sample in _most_expensive_first([load.cost for load in loads]):
-        load = loads[sample]
-        with_room = [
-            i
-            for i, samples in enumerate(micro_batches)
-            if not samples
-            or (tiles[i] + load.tiles <= limits.max_tiles and tokens[i] + load.tokens <= limits.max_tokens)
-        ]
+        sums = [SampleLoad(*map(operator.add, total, loads[sample])) for total in totals]
+        fits = [sum_.tiles <= limits.max_tiles and sum_.tokens <= limits.max_tokens for sum_ in sums]
+        with_room = [i for i in range(number) if fits[i] or not micro_batches[i]]
         if not with_room:
             return None
-        cheapest = min(with_room, key=costs.__getitem__)
+        cheapest = min(with_room, key=lambda i: totals[i].cost)
         micro_batches[cheapest].append(sample)
-        costs[cheapest] += load.cost
-        tiles[cheapest] += load.tiles
-        tokens[cheapest] += load.tokens
+        totals[cheapest] = sums[cheapest]
     return micro_batches

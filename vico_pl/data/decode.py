@@ -1,10 +1,12 @@
 """Raw record -> decoded sample: pixels and conversation, or one sentence on why not."""
 
+import gc
 import io
 import json
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -14,6 +16,7 @@ from typing import Any, get_args
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import PIL.PngImagePlugin
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
@@ -23,8 +26,14 @@ from vico_pl.types import BadRecord, Content, Image, Record, Role, Sample, Turn
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_TOKEN = "<image>"
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # told by their content, whatever the member is called
+VIDEO_EXTENSIONS = ("mp4", "avi", "mov", "mkv", "webm", "m4v", "mpg", "mpeg")
+_MAX_REASON = 500  # characters
 _MAX_SCANS = 100  # of a JPEG: about 10 are usual, and thousands in a few kilobytes take minutes to decode
 _PILLOW_MAX_PIXELS = 178_956_970  # Pillow itself opens nothing above
+
+
+# Long texts, such as the workflow of an image generator, are no fault of an image; together 64 MiB at most.
+PIL.PngImagePlugin.MAX_TEXT_CHUNK = PIL.PngImagePlugin.MAX_TEXT_MEMORY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +58,19 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _bad_conversation = partial(RecordError, kind="conversation")
 _bad_image = partial(RecordError, kind="image")
 _over_limit = partial(RecordError, kind="image_limit")
 
 
 def bad_record(name: str, error: RecordError) -> BadRecord:
-    """Return what is left of a record."""
-    return BadRecord(id=name, reason=printable(str(error)), kind=error.kind or "other")
+    """Return what is left of a record; a reason that quotes much of it is cut."""
+    reason = str(error)
+    if len(reason) > _MAX_REASON:
+        reason = f"{reason[:_MAX_REASON]}... ({len(reason)} characters)"
+    return BadRecord(id=name, reason=printable(reason), kind=error.kind or "other")
 
 
 def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sample:
@@ -64,15 +78,19 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
 
     Raises:
         RecordError: the key is a path to elsewhere, JSON or an image is unreadable, an image exceeds the
-            limits, roles are out of order, or there are not as many `<image>` marks as images.
+            limits, roles are out of order, there are not as many `<image>` marks as images, or a video.
     """
     _check_key(record.key)
+    endings = {name: name.rpartition(".")[2].lower() for name in record.files}
+    for name, ending in endings.items():
+        if ending in VIDEO_EXTENSIONS:
+            raise RecordError(f"member '{name}' is a video; expected images: give its frames", kind="member")
     annotation = _parse_annotation(record)
-    images = [name for name in record.files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+    images = sort_images(name for name, ending in endings.items() if ending in IMAGE_EXTENSIONS)
     turns = parse_conversation(annotation, num_images=len(images))
     return Sample(
         id=record.id,
-        images=[_decode_image(name, record.files[name], limits) for name in sorted(images, key=image_number)],
+        images=[_decode_image(name, record.files[name], limits) for name in images],
         turns=turns,
         metadata={key: value for key, value in annotation.items() if key not in ("conversations", "skills")},
     )
@@ -86,12 +104,32 @@ def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
     """
     if not isinstance(annotation, dict) or not isinstance(annotation.get("conversations"), list):
         raise _bad_conversation("JSON has no list 'conversations'")
+    if annotation.get("video") or annotation.get("videos"):
+        raise _bad_conversation("JSON has a 'video'; expected images: give its frames as images")
     turns = _parse_turns(annotation["conversations"], annotation.get("skills") or [])
     marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if marks != num_images:
         reason = f"{marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images"
         raise RecordError(reason, kind="marks")
     return turns
+
+
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Parse JSON without garbage collection, whose finalizers find no stack left when it nests too deep.
+
+    Raises:
+        ValueError: it nests too deep.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_image(path: Path) -> Image:
@@ -108,10 +146,19 @@ def read_image(path: Path) -> Image:
         raise ValueError(f"{path}: {error}; expected a {', '.join(IMAGE_EXTENSIONS)} file") from error
 
 
-def image_number(name: str) -> int:
-    """Return the number of an image member: 2 of `2.jpg`, 0 of `jpg`."""
-    number = name.partition(".")[0]
-    return int(number) if number.isdecimal() and len(number) < 10 else 0
+def sort_images(names: Iterable[str]) -> list[str]:
+    """Return image members by number; those whose names differ in more than numbers stay as they are.
+
+    >>> sort_images(["10.jpg", "2.jpg"]), sort_images(["page1.png", "page10.png", "page2.png"])
+    (['2.jpg', '10.jpg'], ['page1.png', 'page2.png', 'page10.png'])
+    >>> sort_images(["left2.jpg", "right1.jpg"])
+    ['left2.jpg', 'right1.jpg']
+    """
+    stems = {name: name.rpartition(".")[0] for name in names}
+    if len({_NUMBER.sub("", stem) for stem in stems.values()}) > 1:
+        first = {name: stem.partition(".")[0] for name, stem in stems.items()}
+        stems = {name: part if part.isdecimal() else "" for name, part in first.items()}
+    return sorted(stems, key=lambda name: [int(number) for number in _NUMBER.findall(stems[name])] or [0])
 
 
 def printable(text: str) -> str:
@@ -131,8 +178,9 @@ def _parse_annotation(record: Record) -> Any:
     if "json" not in record.files:
         raise RecordError(f"no .json member; found {sorted(record.files)}", kind="json")
     try:
-        return json.loads(bytes(record.files["json"]))
-    except (ValueError, RecursionError) as error:
+        with parsing():
+            return json.loads(bytes(record.files["json"]))
+    except ValueError as error:
         raise RecordError(f"JSON: {error}", kind="json") from error
 
 
@@ -158,7 +206,7 @@ def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
     if role == "gpt" and IMAGE_TOKEN in text:
         reason = f"turn {index}: {IMAGE_TOKEN} in an answer; images belong to the turns of 'human'"
         raise RecordError(reason, kind="marks")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         raise _bad_conversation(f"turn {index}: half a surrogate pair, which no UTF-8 text has")
     return Turn(role=role, text=text)
 
@@ -172,11 +220,10 @@ def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
         with warnings.catch_warnings(action="ignore"):  # of odd but readable metadata
             return _pixels(content, limits)
     except Exception as error:
-        reason, kind = str(error), "image"
-        if isinstance(error, RecordError):
-            kind = error.kind
-        else:  # its first line, without the place in torchvision's source
-            reason = (reason.splitlines() or [type(error).__name__])[0].split(", ", 2)[-1]
+        kind = getattr(error, "kind", "image")
+        # The first line, of torchvision's without the place in its source.
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = line if isinstance(error, RecordError) else line.split(", ", 2)[-1]
         raise RecordError(f"image '{name}' ({len(content)} bytes): {reason}", kind=kind) from error
 
 
@@ -230,8 +277,14 @@ def _pixels_by_pillow(image: PIL.Image.Image) -> Image:
     image.load()
     with suppress(Exception):  # damaged EXIF turns nothing, as in torchvision
         image = PIL.ImageOps.exif_transpose(image)
+    clear = image.info.get("transparency")  # of a PNG, perhaps: one colour, or the alpha of each of a palette
+    if isinstance(clear, tuple) and max(clear) > 255:  # colours of 16 bits, of which Pillow keeps eight
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode.startswith("I"):  # grey of 16 bits
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+        if isinstance(clear, int):
+            image.putalpha(PIL.Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:  # on white: the colour of transparent pixels is arbitrary, often black
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))

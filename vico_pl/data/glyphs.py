@@ -20,10 +20,13 @@ import math
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vico_pl.errors import check_settings
 
 TILE, CELL = 64, 16  # px
 FONT = ImageFont.load_default(12)
@@ -43,7 +46,7 @@ TILE_KINDS = {
     "shape": 0.3,
     "texture": 0.2,
     "blank": 0.2,
-}  # share of tiles
+}  # shares
 MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 2}  # each letter once: 26 do for two tiles
 READ_QUESTION = "Read the text."
 
@@ -60,14 +63,14 @@ class GlyphsConfig:
     read_fraction: float = 0.0  # of images: one dense tile with the single request to read it (curriculum)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_tiles <= 6:
-            raise ValueError(f"max_tiles is {self.max_tiles}; expected 1 to 6")
-        if self.questions_per_image < 1:
-            raise ValueError(f"questions_per_image is {self.questions_per_image}; expected at least 1")
-        if self.comparisons_per_image < 0:
-            raise ValueError(f"comparisons_per_image is {self.comparisons_per_image}; expected 0 or more")
-        if not 0 <= self.read_fraction <= 1:
-            raise ValueError(f"read_fraction is {self.read_fraction}; expected 0 to 1")
+        check_settings(
+            "glyphs",
+            self,
+            max_tiles=(1 <= self.max_tiles <= 6, "1 to 6"),
+            questions_per_image=(self.questions_per_image >= 1, "at least 1"),
+            comparisons_per_image=(self.comparisons_per_image >= 0, "0 or more"),
+            read_fraction=(0 <= self.read_fraction <= 1, "0 to 1"),
+        )
 
 
 class Question(NamedTuple):
@@ -97,12 +100,9 @@ def draw_records(
         reads = bool(rng.random() < config.read_fraction)
         image, scene = draw_image(rng, reading_page=reads, max_tiles=config.max_tiles)
         questions = _reading(scene) if reads else choose_questions(rng, scene, config)
-        turns = [
-            {"from": role, "value": text}
-            for question in questions
-            for role, text in (("human", question.text), ("gpt", question.answer))
-        ]
-        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+        texts = [text for question in questions for text in (question.text, question.answer)]
+        texts[0] = f"<image>\n{texts[0]}"
+        turns = [{"from": role, "value": text} for role, text in zip(cycle(("human", "gpt")), texts)]
         skills = [question.skill for question in questions]
         annotation = {"conversations": turns, "skills": skills, "tile_kinds": scene.kinds}
         jpeg = io.BytesIO()
@@ -215,22 +215,19 @@ def _paint_shape(rng: Rng, scene: Scene) -> Image.Image:
     x, y = (int(rng.integers(radius + 2, TILE - radius - 1)) for _ in range(2))
     ink = tuple(int(np.clip(v + rng.integers(-12, 13), 0, 255)) for v in COLOURS[colour])
     tile = Image.new("RGB", (TILE, TILE), ground)
-    draw = ImageDraw.Draw(tile)
+    draw, side, inner = ImageDraw.Draw(tile), radius * 17 // 20, radius * 11 // 20
     if shape in ("circle", "ring"):
         draw.ellipse(_box(x, y, radius, radius), fill=ink)
         if shape == "ring":
-            inner = radius * 11 // 20
             draw.ellipse(_box(x, y, inner, inner), fill=ground)
     elif shape == "square":
-        side = radius * 17 // 20
         draw.rectangle(_box(x, y, side, side), fill=ink)
     elif shape == "cross":
         draw.rectangle(_box(x, y, radius, radius // 3), fill=ink)
         draw.rectangle(_box(x, y, radius // 3, radius), fill=ink)
-    elif shape == "triangle":
-        draw.polygon(_corners(x, y, [radius] * 3), fill=ink)
-    else:  # star
-        draw.polygon(_corners(x, y, [radius, radius * 2 // 5] * 5), fill=ink)
+    else:
+        radii = [radius] * 3 if shape == "triangle" else [radius, radius * 2 // 5] * 5  # of a star
+        draw.polygon(_corners(x, y, radii), fill=ink)
     return tile
 
 

@@ -26,7 +26,8 @@ from vico_pl.data.collate import (
 from vico_pl.data.decode import ImageLimits, bad_record, decode_record
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
-from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
+from vico_pl.data.shards.reader import RecordReader, read_index
+from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.data.tiling import TilingConfig, estimated_tiles, tile_sample
 from vico_pl.errors import STOP_SIGNALS, RecordError
 from vico_pl.types import BadRecord, EncodedSample, RankBatch, TiledSample
@@ -78,26 +79,28 @@ class DataModule(L.LightningDataModule):
         full_tokens_per_tile: int,
         seed: int,
         cost: SampleCost | None = None,
+        max_positions: int | None = None,
     ) -> None:
-        """Open the shards. Samples are assigned to ranks by `cost`; default: tokens at full vision tokens."""
+        """Open the shards. Samples are assigned to ranks by `cost`; default: tokens at full vision tokens.
+
+        Samples of more tokens than `max_positions`, those of the language model, are bad records.
+        """
         super().__init__()
         if not config.sources:
             raise ValueError("data.sources is empty; name at least one folder of shards")
         self.config, self.cost = config, cost
         self.indexes = open_sources(config)
-        self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile)
+        self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile, max_positions)
         self.order = build_order(config, self.indexes, seed=seed)
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that starts at the trainer's global step."""
-        trainer = self.trainer
+        trainer, workers = self.trainer, self.config.num_workers
         if trainer is None:
             raise RuntimeError("the DataModule is not attached to a Trainer")
-        workers = self.config.num_workers
+        place = {"rank": trainer.global_rank, "world": trainer.world_size}
         return DataLoader(
-            RankBatches(
-                self, first_step=trainer.global_step, rank=trainer.global_rank, world=trainer.world_size
-            ),
+            RankBatches(self, first_step=trainer.global_step, **place),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -227,9 +230,8 @@ def open_sources(config: DataConfig) -> list[ShardIndex]:
 def build_order(config: DataConfig, indexes: Sequence[ShardIndex], *, seed: int) -> SampleOrder:
     """Return the order in which a run reads its sources."""
     window = config.streaming.window
-    shapes = [
-        SourceShape(shard_sizes=i.shard_sizes, window=window if i.is_streamed else None) for i in indexes
-    ]
+    windows = [window if index.is_streamed else None for index in indexes]
+    shapes = [SourceShape(shard_sizes=i.shard_sizes, window=w) for i, w in zip(indexes, windows, strict=True)]
     weights = [source.weight for source in config.sources if source.weight is not None]
     if weights:
         return SampleOrder(sources=shapes, source_ends=[None] * len(shapes), seed=seed, weights=weights)

@@ -1,5 +1,6 @@
 """Image -> square tiles, as InternVL cuts them: grid nearest in aspect ratio, row by row, thumbnail last."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -12,6 +13,7 @@ from torchvision.transforms.v2.functional import resize
 from vico_pl.data.shards.sizes import SampleSize
 from vico_pl.types import Image, Sample, TiledSample
 
+Size = tuple[int, int]  # width and height of an image in pixels
 _resize = partial(resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
@@ -76,9 +78,14 @@ def estimated_tiles(size: SampleSize, config: TilingConfig) -> list[int]:
     """
     if min(size.width, size.height) < 1:
         return [1] * size.num_images
-    config = config.per_image(size.num_images)
-    columns, rows = choose_grid(size.width, size.height, config)
-    return [columns * rows + (config.use_thumbnail and columns * rows > 1)] * size.num_images
+    tiles = _tiles_of_image((size.width, size.height), config.per_image(size.num_images))
+    return [tiles] * size.num_images
+
+
+def count_tiles(sizes: Sequence[Size], config: TilingConfig) -> int:
+    """Return the number of tiles of a sample's images, thumbnails included."""
+    per_image = config.per_image(len(sizes))
+    return sum(_tiles_of_image(size, per_image) for size in sizes)
 
 
 def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
@@ -98,6 +105,12 @@ def choose_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int
         elif difference == best_difference and area > 0.5 * config.tile_size**2 * columns * rows:
             best = (columns, rows)
     return best
+
+
+@lru_cache(maxsize=65536)
+def _tiles_of_image(size: Size, config: TilingConfig) -> int:
+    columns, rows = choose_grid(*size, config)
+    return columns * rows + (config.use_thumbnail and columns * rows > 1)
 
 
 @lru_cache

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from vico_pl.data.collate import collate
 from vico_pl.data.shards.inspect import read_samples
-from vico_pl.data.shards.stats import Size, count_tiles
-from vico_pl.data.tiling import TilingConfig, tile_sample
+from vico_pl.data.tiling import Size, TilingConfig, count_tiles, tile_sample
 from vico_pl.evaluation.metrics import accuracy_by_skill, accuracy_tables
 from vico_pl.evaluation.questions import (
     EvalQuestion,

@@ -57,7 +57,8 @@ class Predictor:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if place.type == "cpu" else None
         model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
-        encoder, rule = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile), contents.rule
+        positions = getattr(model.language.config, "max_position_embeddings", None)
+        encoder, rule = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile, positions), contents.rule
         return cls(folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
 
     @property

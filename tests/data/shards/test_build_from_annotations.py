@@ -209,6 +209,25 @@ def test_a_build_does_not_go_on_with_other_annotations_images_or_settings(tmp_pa
         build(tmp_path, images, *two)
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_image_that_was_replaced_by_one_of_its_size_is_noticed(tmp_path, images, is_whole):
+    build(tmp_path, images, line(image="a.png"))
+    if not is_whole:
+        (tmp_path / "out" / "index.json").unlink()
+    build(tmp_path, images, line(image="a.png"))  # the same
+    (images / "a.png").write_bytes((images / "a.png").read_bytes())
+    with pytest.raises(ValueError, match=r"an image is newer than out-000000\.tar, .*; remove the folder"):
+        build(tmp_path, images, line(image="a.png"))
+
+
+def test_a_meta_file_of_internvl_is_named_as_such(tmp_path, images):
+    meta = {"caption": {"root": "photos", "annotation": "caption.jsonl", "data_augment": False}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta, indent=2))
+    told = "a meta file of InternVL, .*: --annotations caption.jsonl --images photos"
+    with pytest.raises(ValueError, match=told):
+        build_from_annotations([tmp_path / "meta.json"], images, tmp_path / "out")
+
+
 def test_tars_of_unknown_origin_are_not_taken_for_shards_of_the_build(tmp_path, images):
     write_shard(tmp_path / "out" / "out-000000.tar", [("0", {"json": b"{}"})])
     with pytest.raises(ValueError, match=r"holds tars of which no build\.json tells the origin"):

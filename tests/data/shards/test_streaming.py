@@ -205,7 +205,7 @@ def test_a_shard_that_cannot_be_fetched_makes_its_records_bad_and_is_not_asked_f
     assert found == [*KEYS[:6], *[kind] * 4]
     asked = server.requests.count("s-3.tar")
     assert asked <= cache_module.TRIES
-    monkeypatch.setattr(reader_module, "FAILURE_S", 0.0)  # a minute later it is there again
+    monkeypatch.setattr(shard_module, "FAILURE_S", 0.0)  # a minute later it is there again
     del server.answers["s-3.tar"]
     assert reader(9).key == KEYS[9]
     assert server.requests.count("s-3.tar") == asked + 1
@@ -261,7 +261,7 @@ def test_a_forked_process_reads_what_its_parent_opened(server, streaming):
 
 
 def test_no_more_than_so_many_shards_are_open(folder, monkeypatch):
-    monkeypatch.setattr(reader_module, "MAX_OPEN", 2)
+    monkeypatch.setattr(shard_module, "MAX_OPEN", 2)
     closed = []
     monkeypatch.setattr(shard_module.OpenShard, "__del__", lambda shard: closed.append(shard))
     index = read_index(folder)

@@ -6,13 +6,12 @@ set. A build with another plan into the same folder is refused, or the set would
 """
 
 import codecs
-import gc
 import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,17 +19,19 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from vico_pl.data.decode import IMAGE_EXTENSIONS, parse_conversation
+from vico_pl.data.decode import IMAGE_EXTENSIONS, bad_record, parse_conversation, parsing
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
 from vico_pl.data.shards.parallel import run_parallel
-from vico_pl.data.shards.reader import ShardIndex, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import read_index, write_index, write_shard
+from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.errors import RecordError
 from vico_pl.files import write_json
 from vico_pl.types import BadRecord
 
 IMAGE_FIELDS = ("image", "images")  # one path or a list of paths, relative to the image folder
 SAMPLES_PER_SHARD = 1000  # of annotations, by default
+_MAX_META_BYTES = 2**20
 _BLOCK = 512  # bytes of a tar block: a header takes one, contents are padded to whole ones
 
 Part = TypeVar("Part", bound=Sized)  # what a shard is made of; its length is the number of samples
@@ -77,9 +78,10 @@ def build_from_annotations(
     for path in annotations:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; expected JSONL or a JSON list with 'conversations'")
+        _refuse_meta_file(path)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
-    lines, faults, checksum = _usable_lines(annotations, images)
+    lines, faults, checksum, newest = _usable_lines(annotations, images)
     if not lines:
         first = faults[0].reason if faults else "empty"
         raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
@@ -87,7 +89,7 @@ def build_from_annotations(
     parts = _cut(lines, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"annotations": [path.name for path in annotations], "content": checksum}
     records = partial(_records, images=images)
-    return build_set(output, records, parts, settings=settings, workers=workers), faults
+    return build_set(output, records, parts, settings=settings, newest=newest, workers=workers), faults
 
 
 def build_set(
@@ -96,11 +98,13 @@ def build_set(
     parts: Sequence[Part],
     *,
     settings: Mapping[str, Any],
+    newest: int = 0,
     workers: int | None = None,
 ) -> ShardIndex:
     """Write `records(part)` as a shard for each part; shards that are already whole are kept.
 
-    `settings` say what else the records depend on. `workers` is the number of processes, by default that of
+    `settings` say what else the records depend on; no file that they are read from may have changed, last at
+    `newest` (ns), after a shard was written. `workers` is the number of processes, by default that of
     the CPU cores; the bytes do not depend on it.
 
     Raises:
@@ -108,7 +112,12 @@ def build_set(
     """
     plan = {"version": 1, "settings": dict(settings), "num_samples": [len(part) for part in parts]}
     plan["sha256"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    if _is_whole(folder, plan):
+    is_whole = _is_whole(folder, plan)
+    for tar in folder.glob("*.tar"):
+        if tar.stat().st_mtime_ns < newest:
+            changed = f"an image is newer than {tar.name}, which may hold what it was before"
+            raise ValueError(f"{folder}: {changed}; remove the folder or choose another")
+    if is_whole:
         return read_index(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.partial"):  # of a process that was killed
@@ -118,8 +127,7 @@ def build_set(
     # A shard is whole if it has a sidecar, which is written after it.
     missing = [job for job in jobs if not (job[0].exists() and side_index_path(job[0]).exists())]
     write, done = partial(_write, records=records), len(jobs) - len(missing)
-    for _ in run_parallel(write, missing, workers=workers, title=str(folder), done=done):
-        pass
+    list(run_parallel(write, missing, workers=workers, title=str(folder), done=done))
     return write_index(folder, workers=workers)
 
 
@@ -134,24 +142,25 @@ def _glyphs(part: range, *, config: GlyphsConfig, seed: int) -> Records:
 
 def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     """Return whether a folder holds the set of a plan; another one, or a part of another, is refused."""
-    is_whole, path = (folder / INDEX_NAME).exists(), folder / PLAN_NAME
-    state = "already holds" if is_whole else "already holds a part of"
-    remedy = "remove it or choose another folder"
+    is_whole, path, fault = (folder / INDEX_NAME).exists(), folder / PLAN_NAME, ""
     if path.exists():
-        if _read_plan(path) != plan:
-            reason = f"a set of other annotations or settings, or {PLAN_NAME} is damaged"
-            raise ValueError(f"{folder}: {state} {reason}; {remedy}")
+        if _read_json(path) != plan:
+            state = "already holds" if is_whole else "already holds a part of"
+            fault = f"{state} a set of other annotations or settings, or {PLAN_NAME} is damaged"
     elif is_whole:
         found, expected = read_index(folder).num_samples, sum(plan["num_samples"])
         if found != expected:
-            raise ValueError(f"{folder}: {state} {found} samples, not {expected}; {remedy}")
+            fault = f"already holds {found} samples, not {expected}"
     elif any(folder.glob("*.tar")):
-        raise ValueError(f"{folder}: holds tars of which no {PLAN_NAME} tells the origin; {remedy}")
+        fault = f"holds tars of which no {PLAN_NAME} tells the origin"
+    if fault:
+        raise ValueError(f"{folder}: {fault}; remove it or choose another folder")
     return is_whole
 
 
-def _read_plan(path: Path) -> Any:
-    with suppress(ValueError, RecursionError):
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file; None: it is none."""
+    with suppress(ValueError), parsing():
         return json.loads(path.read_bytes())
 
 
@@ -170,35 +179,50 @@ def _cut(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> l
     return parts
 
 
-def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str]:
-    """Return usable records, bad records, and a checksum of everything that will be written."""
+def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, int]:
+    """Return usable and bad records, a checksum of texts, image names and sizes, the last change in ns."""
     lines: list[Line] = []
     faults: list[BadRecord] = []
-    digest = hashlib.sha256()
+    digest, newest = hashlib.sha256(), 0
     found = ((path, *item) for path in paths for item in _pieces(path))
     for path, name, start, content in tqdm(found, desc="read annotations", unit="record", disable=None):
         try:
             entry, files = _parse_line(content, images)
         except RecordError as error:
-            faults.append(BadRecord(id=f"{path.name}{name}", reason=str(error)))
+            faults.append(bad_record(f"{path.name}{name}", error))
             continue
-        sizes = [file.stat().st_size for file in files]
+        stats = [file.stat() for file in files]
+        newest = max([newest, *(status.st_mtime_ns for status in stats)])
+        sizes = [status.st_size for status in stats]
         digest.update(content + json.dumps([str(file.name) for file in files] + sizes).encode())
         members = [*sizes, len(_annotation(entry))]
         num_bytes = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in members)
         lines.append(Line(len(lines), path, start, len(content), num_bytes))
-    return lines, faults, digest.hexdigest()
+    return lines, faults, digest.hexdigest(), newest
+
+
+def _refuse_meta_file(path: Path) -> None:
+    if path.stat().st_size > _MAX_META_BYTES:
+        return
+    entries = _read_json(path)
+    if not isinstance(entries, dict) or not all(
+        isinstance(e, dict) and "annotation" in e for e in entries.values()
+    ):
+        return
+    for entry in entries.values():
+        files = f"--annotations {entry['annotation']} --images {entry.get('root', 'FOLDER')}"
+        what = "a meta file of InternVL, which lists sets of annotations"
+        raise ValueError(f"{path}: {what}; give the files of a set instead: {files}")
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, int, bytes]]:
     """Yield the name within the file, first byte and JSON of each record."""
-    with path.open("rb") as file:
-        is_list = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    if is_list and path.suffix != ".jsonl":
-        yield from _list_items(path)
-        return
     position = 0
     with path.open("rb") as file:
+        is_list = file.peek(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        if is_list and path.suffix != ".jsonl":
+            yield from _list_items(path)
+            return
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f":{number}", position, line
@@ -220,40 +244,26 @@ def _list_items(path: Path) -> Iterator[tuple[str, int, bytes]]:
             if text[start] == "]":
                 return
             position += start - end  # spaces and commas take one byte each
-            with _paused_collection():
+            with parsing():
                 _, end = decoder.raw_decode(text, start)
             content = text[start:end].encode()
             yield f"[{number}]", position, content
             position += len(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not a readable JSON list ({error})") from error
-
-
-@contextmanager
-def _paused_collection() -> Iterator[None]:
-    """Pause garbage collection, which would run finalizers without stack left when JSON nests too deep."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
     """Return a record without its image paths, and the image files."""
     try:
-        with _paused_collection():
+        with parsing():
             entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RecordError(f"JSON: {error}") from error
     if not isinstance(entry, dict):
         raise RecordError("expected a JSON object in each line")
-    named = []
-    for given in map(entry.get, IMAGE_FIELDS):
-        if given not in (None, ""):  # both mark a text-only record
-            named += given if isinstance(given, list) else [given]
+    fields = [entry[name] for name in IMAGE_FIELDS if entry.get(name) not in (None, "")]  # "": text only
+    named = [name for given in fields for name in (given if isinstance(given, list) else [given])]
     paths = [_image_path(name, images) for name in named]
     parse_conversation(entry, num_images=len(paths))
     return {k: v for k, v in entry.items() if k not in IMAGE_FIELDS}, paths
@@ -265,7 +275,7 @@ def _image_path(name: Any, images: Path) -> Path:
     path = Path(os.path.abspath(images / name))  # not resolve(): links may lead elsewhere
     if not path.is_relative_to(os.path.abspath(images)):
         raise RecordError(f"image path '{name}' leads out of {images}")
-    if path.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+    if _ending(path) not in IMAGE_EXTENSIONS:
         raise RecordError(f"image '{name}': expected one of {', '.join(IMAGE_EXTENSIONS)}")
     if not path.is_file():
         raise RecordError(f"image '{name}' is absent")
@@ -277,11 +287,13 @@ def _records(part: Sequence[Line], *, images: Path) -> Records:
         with line.path.open("rb") as file:
             content = os.pread(file.fileno(), line.length, line.start)
         entry, paths = _parse_line(content, images)
-        names = [path.suffix.lower().lstrip(".") for path in paths]
-        if len(paths) > 1:
-            names = [f"{i}.{name}" for i, name in enumerate(names)]
-        files = {name: path.read_bytes() for name, path in zip(names, paths, strict=True)}
+        numbered = len(paths) > 1
+        files = {f"{i}." * numbered + _ending(path): path.read_bytes() for i, path in enumerate(paths)}
         yield f"{line.number:08d}", {**files, "json": _annotation(entry)}
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
 
 
 def _annotation(entry: dict[str, Any]) -> bytes:

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from vico_pl.data.shards.index import ShardEntry
 from vico_pl.data.shards.locations import without_secrets
-from vico_pl.errors import RecordError
+from vico_pl.errors import RecordError, check_settings
 from vico_pl.files import atomic_path
 
 MAX_INDEX_BYTES = 2**28  # of an index.json: a million shards
@@ -51,12 +51,9 @@ class StreamingConfig:
     allow_pipe: bool = False  # whether a path may be pipe:COMMAND, which runs in a shell
 
     def __post_init__(self) -> None:
-        """Check windows and limits."""
-        if self.window < 1:
-            raise ValueError(f"data.streaming.window is {self.window}; expected at least 1")
-        if min(self.cache_gib, self.max_shard_gib) <= 0:
-            given = f"cache_gib is {self.cache_gib} and max_shard_gib {self.max_shard_gib}"
-            raise ValueError(f"data.streaming.{given}; expected more than 0 for both")
+        window = (self.window >= 1, "at least 1")
+        cache, shard = ((value > 0, "more than 0") for value in (self.cache_gib, self.max_shard_gib))
+        check_settings("data.streaming", self, window=window, cache_gib=cache, max_shard_gib=shard)
 
 
 DEFAULT_STREAMING = StreamingConfig()
@@ -108,7 +105,8 @@ class ShardCache:
         with atomic_path(path) as temporary:
             with open_location(location) as stream, temporary.open("wb") as file:
                 received = _copy(stream, file, limit, shown)
-            _compare(received, entry)
+            if entry is not None:
+                _compare(*received, entry)
             with temporary.open("rb") as file:
                 if file.read(2) == _GZIP:
                     file.seek(0)
@@ -136,9 +134,9 @@ class ShardCache:
 
 def build_cache(config: StreamingConfig) -> ShardCache:
     """Return the configured cache."""
-    folder = Path(config.cache_dir) if config.cache_dir else CACHE / "shards"
-    max_shard_bytes = int(config.max_shard_gib * 2**30)
-    return ShardCache(folder=folder.expanduser(), max_gib=config.cache_gib, max_shard_bytes=max_shard_bytes)
+    folder = Path(config.cache_dir or CACHE / "shards").expanduser()
+    limit = int(config.max_shard_gib * 2**30)
+    return ShardCache(folder=folder, max_gib=config.cache_gib, max_shard_bytes=limit)
 
 
 def fetch_bytes(location: str) -> bytes | None:
@@ -149,10 +147,9 @@ def fetch_bytes(location: str) -> bytes | None:
     """
 
     def fetch() -> bytes:
-        content = BytesIO()
-        with open_location(location) as stream:
+        with BytesIO() as content, open_location(location) as stream:
             _copy(stream, content, MAX_INDEX_BYTES, without_secrets(location))
-        return content.getvalue()
+            return content.getvalue()
 
     try:
         return _retry(location, fetch)
@@ -212,17 +209,15 @@ def _copy(stream: Any, file: Any, limit: int, shown: str) -> tuple[int, str]:
     return num_bytes, digest.hexdigest()
 
 
-def _compare(received: tuple[int, str], entry: ShardEntry | None) -> None:
+def _compare(num_bytes: int, sha256: str, entry: ShardEntry) -> None:
     """Raise `EOFError`, after which it is fetched again, if this is not the shard that was indexed."""
-    num_bytes, sha256 = received
-    if entry is not None and entry.num_bytes not in (None, num_bytes):
+    if entry.num_bytes not in (None, num_bytes):
         raise EOFError(f"{num_bytes} bytes came, index.json has {entry.num_bytes}")
-    if entry is not None and entry.sha256 not in (None, sha256):
+    if entry.sha256 not in (None, sha256):
         raise EOFError("its checksum differs from index.json")
 
 
 def _retry(location: str, fetch: Callable[[], T]) -> T:
-    """Fetch, again after faults that may be temporary."""
     for attempt in range(TRIES):
         try:
             return fetch()
@@ -240,7 +235,6 @@ def _retry(location: str, fetch: Callable[[], T]) -> T:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Say whether trying again makes sense: not if a file is absent or the server refuses it."""
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
     return not refused and not isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError)

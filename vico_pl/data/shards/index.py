@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vico_pl.data.decode import parsing
 from vico_pl.data.shards.locations import SHARD_ENDINGS
 from vico_pl.files import atomic_path, write_json
 
@@ -78,14 +79,14 @@ def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
         ValueError: it is unreadable, or lists a shard outside its folder.
     """
     try:
-        shards = json.loads(content)["shards"]
-        if shards and "raw_data" in shards[0]:
-            raise ValueError(
-                f"{where}: lists shards of MosaicML; expected WebDataset tars (see data/README.md)"
-            )
-        entries = [_parse_entry(entry) for entry in shards]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError) as error:
+        with parsing():
+            shards = json.loads(content)["shards"]
+        of_mosaic = bool(shards) and "raw_data" in shards[0]
+        entries = [] if of_mosaic else [_parse_entry(entry) for entry in shards]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: unreadable; {rebuild_hint(where.rpartition('/')[0])}") from error
+    if of_mosaic:
+        raise ValueError(f"{where}: lists shards of MosaicML; expected WebDataset tars (see data/README.md)")
     names = [entry.name for entry in entries]
     for name in names:
         if "/" in name or "\0" in name or not name.endswith(SHARD_ENDINGS):
@@ -96,18 +97,13 @@ def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
 
 
 def _parse_entry(entry: dict[str, Any]) -> ShardEntry:
-    parsed = ShardEntry(
-        name=entry["name"],
-        num_samples=entry["num_samples"],
-        num_bytes=entry.get("num_bytes"),
-        sha256=entry.get("sha256"),
-    )
-    numbers: list[Any] = [parsed.num_samples, 0 if parsed.num_bytes is None else parsed.num_bytes]
-    texts: list[Any] = [parsed.name, "unknown" if parsed.sha256 is None else parsed.sha256]
-    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
-        raise TypeError("a count is not a number")
-    if not all(isinstance(text, str) and text for text in texts):
-        raise TypeError("a name or checksum is not a string")
+    known = {key: entry[key] for key in ("num_bytes", "sha256") if entry.get(key) is not None}
+    parsed = ShardEntry(name=entry["name"], num_samples=entry["num_samples"], **known)
+    for key, value in vars(parsed).items():
+        is_count = type(value) is int and 0 <= value < 2**62
+        is_text = isinstance(value, str) and value != ""
+        if value is not None and not (is_count if key.startswith("num_") else is_text):
+            raise TypeError(f"'{key}' is {value!r}")
     return parsed
 
 
@@ -168,24 +164,8 @@ def load_sidecar(file: Path | BytesIO, *, mmap_mode: Literal["r"] | None = None)
 
 def read_sizes(path: Path, count: int) -> np.ndarray | None:
     """Return the sizes (count, 4) of the samples of the shard at `path`, see `SampleSize`; None: unknown."""
-    try:
+    with suppress(OSError, ValueError):
         contents = read_sidecar(path)
-    except (OSError, ValueError):
-        return None
-    if contents is None or contents.sizes is None or len(contents.sizes) != count:
-        return None
-    return contents.sizes
-
-
-def check_contents(contents: Contents, path: Path, *, count: int, num_bytes: int) -> None:
-    """Compare the contents of the shard at `path` with index.json and the size of the tar.
-
-    Raises:
-        ValueError: `index.json` has another number of samples, or the tar is too short.
-    """
-    found, end = len(contents.bounds) - 1, int(contents.bounds[-1])
-    if found != count or end > num_bytes:
-        raise ValueError(
-            f"{side_index_path(path)}: does not match {INDEX_NAME} or its shard: {found} samples in {end} "
-            f"bytes, expected {count} in at most {num_bytes}; {rebuild_hint(path.parent)}"
-        )
+        if contents is not None and contents.sizes is not None and len(contents.sizes) == count:
+            return contents.sizes
+    return None

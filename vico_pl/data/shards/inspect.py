@@ -5,7 +5,8 @@ from pathlib import Path
 
 from vico_pl.data.decode import bad_record, decode_record, printable
 from vico_pl.data.shards.cache import DEFAULT_STREAMING, StreamingConfig
-from vico_pl.data.shards.reader import RecordReader, ShardIndex, read_index
+from vico_pl.data.shards.reader import RecordReader, read_index
+from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.errors import RecordError
 from vico_pl.types import BadRecord, Sample
 

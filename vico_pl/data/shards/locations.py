@@ -31,15 +31,12 @@ class Source:
 
     def location(self, name: str) -> str:
         """Return the path, the URL or the command that gives a file."""
-        if self.commands is not None:
-            return self.commands[name]
-        return f"{self.base}/{name}{self.query}"
+        return f"{self.base}/{name}{self.query}" if self.commands is None else self.commands[name]
 
     def identity(self, name: str) -> str:
-        """Return what identifies a file: its absolute path, or its URL without a signature."""
-        if self.commands is not None:
-            return self.commands[name]
-        return str(Path(self.base, name).absolute()) if self.is_local else f"{self.base}/{name}"
+        """Return what identifies a file: its absolute path, its command, or its URL without a signature."""
+        place = self.location(name).removesuffix(self.query)
+        return str(Path(place).absolute()) if self.is_local else place
 
     def is_in_place(self, name: str) -> bool:
         """Say whether a shard is read where it is: a local tar that is not compressed."""
@@ -85,9 +82,7 @@ def list_shards(folder: Path) -> list[str]:
     """
     names = sorted(path.name for path in folder.iterdir() if _is_shard(path.name))
     if not names:
-        raise ValueError(
-            f"{folder}: no shard found; expected names such as train-000000.tar (see data/README.md)"
-        )
+        raise ValueError(f"{folder}: no shard found; expected names such as a-00.tar (see data/README.md)")
     return names
 
 
@@ -96,9 +91,8 @@ def _parse_path(text: str) -> Source:
     if path.is_dir():
         return Source(base=str(path), names=None, is_local=True)
     if not _names_shards(text):
-        raise ValueError(
-            f"{text}: no such folder of shards; make one with 'vico shards build' or 'make shards'"
-        )
+        remedy = "make one with 'vico shards build' or 'make shards'"
+        raise ValueError(f"{text}: no such folder of shards; {remedy}")
     named = [text] if path.exists() else _expand(text)
     paths = [found for name in named for found in _glob(name)]
     if not paths:
@@ -112,9 +106,8 @@ def _parse_url(text: str) -> Source:
     plain, query = re.fullmatch(r"([^?]*)(\?.*)?", text, re.DOTALL).groups(default="")  # type: ignore[union-attr]
     shown = without_secrets(text)
     if "*" in plain:
-        raise ValueError(
-            f"{shown}: '*' finds only files of a folder; name shards of a URL as train-{{00..31}}.tar"
-        )
+        remedy = "name shards of a URL as train-{00..31}.tar"
+        raise ValueError(f"{shown}: '*' finds only files of a folder; {remedy}")
     if not _names_shards(plain):
         return Source(base=plain.rstrip("/"), names=None, is_local=False, query=query)
     base, names = _split(_expand(plain), shown)
@@ -168,9 +161,8 @@ def _split(locations: list[str], text: str) -> tuple[str, list[str]]:
     folders = sorted({location.rpartition("/")[0] for location in locations})
     if len(folders) > 1:
         both = without_secrets(f"'{folders[0]}' and '{folders[1]}'")
-        raise ValueError(
-            f"{text}: names shards of {both}; expected one folder: name each as a source of its own"
-        )
+        remedy = "expected one folder: name each as a source of its own"
+        raise ValueError(f"{text}: names shards of {both}; {remedy}")
     names = [location.rpartition("/")[2] for location in locations]
     for name in names:
         if not _is_shard(name):

@@ -6,20 +6,15 @@ fetched into the cache and then read as a local tar (`shard.py`, `cache.py`).
 """
 
 import os
-import time
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import numpy as np
 import webdataset as wds
 from tqdm import tqdm
 
@@ -35,120 +30,20 @@ from vico_pl.data.shards.index import (
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
 from vico_pl.data.shards.parallel import run_parallel, worth_processes
-from vico_pl.data.shards.shard import OpenShard, Shard
-from vico_pl.data.shards.sizes import UNKNOWN_SIZE, SampleSize, measure_shard
+from vico_pl.data.shards.shard import Shard, ShardIndex
+from vico_pl.data.shards.sizes import measure_shard
 from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members, scan_boundaries
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
 from vico_pl.types import Record
 
-MAX_OPEN = 128  # shards of a set: several sets share the 1,024 files that a process may usually open
-FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again
 _THREADS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """A set of shards. Each shard is opened on first use, and the most recent ones remain open."""
-
-    source: Source
-    shards: Sequence[Shard]  # in the order of the set, all counted
-    has_sizes: bool = True  # of streamed sets: known of all shards or of none, so that all machines agree
-
-    @property
-    def folder(self) -> Path | str:
-        """The folder of the set, or its URL without secrets."""
-        return self.source.folder
-
-    @cached_property
-    def is_streamed(self) -> bool:
-        """Whether some shards must be fetched or uncompressed before they are read."""
-        return not all(shard.in_place for shard in self.shards)
-
-    @cached_property
-    def names(self) -> list[str]:
-        """File names of the shards."""
-        return [shard.name for shard in self.shards]
-
-    @cached_property
-    def entries(self) -> list[ShardEntry]:
-        """What is known of each shard."""
-        return [shard.entry for shard in self.shards if shard.entry is not None]
-
-    @cached_property
-    def shard_sizes(self) -> list[int]:
-        """Samples of each shard."""
-        return [entry.num_samples for entry in self.entries]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the whole set."""
-        return self.starts[-1]
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """Number of the first sample of each shard, and the number of samples."""
-        return list(accumulate(self.shard_sizes, initial=0))
-
-    def place(self, sample: int) -> tuple[int, int]:
-        """Return the number of a sample's shard, and the sample's place in it."""
-        if not 0 <= sample < self.num_samples:
-            raise IndexError(f"{self.folder} has {self.num_samples} samples, no sample {sample}")
-        number = bisect_right(self.starts, sample) - 1
-        return number, sample - self.starts[number]
-
-    def size_of(self, sample: int) -> SampleSize:
-        """Return the size of a sample: the same on every machine."""
-        number, place = self.place(sample)
-        sizes = self._sizes(number) if self.has_sizes else None
-        return UNKNOWN_SIZE if sizes is None else SampleSize(*sizes[place].tolist())
-
-    def open(self, number: int) -> OpenShard:
-        """Return a shard, open; a failure is remembered for a while.
-
-        Raises:
-            RecordError: it cannot be opened.
-        """
-        failed_at, failure = self._failures.get(number, (0.0, None))
-        if failure is not None and time.monotonic() - failed_at < FAILURE_S:
-            raise RecordError(str(failure), kind=failure.kind)
-        try:
-            return self._recent(number)
-        except ValueError as error:
-            failure = error if isinstance(error, RecordError) else RecordError(str(error), kind="shard")
-            self._failures[number] = time.monotonic(), failure
-            raise failure from error
-
-    @cached_property
-    def _failures(self) -> dict[int, tuple[float, RecordError]]:
-        return {}
-
-    @cached_property
-    def _recent(self) -> Callable[[int], OpenShard]:
-        return lru_cache(MAX_OPEN)(lambda number: self.shards[number].open())
-
-    @cached_property
-    def _sizes(self) -> Callable[[int], np.ndarray | None]:
-        return lru_cache(MAX_OPEN)(self._read_sizes)
-
-    def _read_sizes(self, number: int) -> np.ndarray | None:
-        shard = self.shards[number]
-        sizes = shard.sizes()
-        if sizes is None and not shard.in_place:  # this machine would assign otherwise than others
-            where = f"{shard.cache.folder}: the sizes of {shard.name} were"
-            raise FileNotFoundError(f"{where} removed during the run; leave the cache alone while it is used")
-        return sizes
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle without open files."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
 class RecordReader:
     """Reads any record of a set with one positioned read."""
 
     def __init__(self, index: ShardIndex) -> None:
-        """Open nothing yet."""
         self._index = index
         self._expected: Sequence[int] = ()
 
@@ -229,10 +124,8 @@ def write_index(
 
 
 def _index_folder(source: Source, streaming: StreamingConfig, workers: int | None = None) -> None:
-    """Write the sidecar of each shard of a folder, and `index.json` last."""
     folder, cache = Path(source.base), build_cache(streaming)
-    names = list_shards(folder)
-    shards = [Shard(source=source, name=name, cache=cache, entry=None) for name in names]
+    shards = [Shard(source=source, name=name, cache=cache, entry=None) for name in list_shards(folder)]
     workers = workers or worth_processes([shard.original for shard in shards])
     entries = run_parallel(Shard.index, shards, workers=workers, title=f"index of {folder}")
     write_entries(list(entries), folder / INDEX_NAME)
@@ -241,10 +134,8 @@ def _index_folder(source: Source, streaming: StreamingConfig, workers: int | Non
 def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> None:
     """Write `(key, {extension: content})` records as a tar and its sidecar, each in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_path(path) as temporary,
-        wds.TarWriter(str(temporary), encoder=False, mtime=0, user="", group="") as tar,
-    ):
+    options: dict[str, Any] = {"encoder": False, "mtime": 0, "user": "", "group": ""}
+    with atomic_path(path) as temporary, wds.TarWriter(str(temporary), **options) as tar:
         for key, files in records:
             tar.write({"__key__": key, **files})
     bounds = scan_boundaries(path)
@@ -304,7 +195,6 @@ def _prepare(shard: Shard) -> Shard:
 
 
 def _fetch_sizes(shards: Sequence[Shard]) -> bool:
-    """Fetch the sizes of all samples of streamed shards, and say whether all are known."""
     with _threads() as pool:
         return all(map(Shard.fetch_sizes, shards[:1])) and all(pool.map(Shard.fetch_sizes, shards[1:]))
 

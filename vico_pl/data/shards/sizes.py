@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from vico_pl.data.decode import IMAGE_EXTENSIONS, IMAGE_FORMATS, image_number
+from vico_pl.data.decode import IMAGE_EXTENSIONS, IMAGE_FORMATS, parsing, sort_images
 from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members
 from vico_pl.errors import RecordError
 from vico_pl.types import Content
@@ -40,7 +40,7 @@ def measure_record(files: Mapping[str, Content]) -> SampleSize:
     SampleSize(text_tokens=3, num_images=0, width=0, height=0)
     """
     names = [name for name in files if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    width, height = _image_size(files[min(names, key=image_number)]) if names else (0, 0)
+    width, height = _image_size(files[sort_images(names)[0]]) if names else (0, 0)
     return SampleSize(_text_tokens(files.get("json", b"")), len(names), width, height)
 
 
@@ -64,9 +64,10 @@ def _measure_bytes(content: bytes) -> SampleSize:
 def _text_tokens(content: Content) -> int:
     """Count roughly what a tokenizer would; used only to assign samples to ranks."""
     try:
-        turns = json.loads(bytes(content))["conversations"]
-        return sum(len(_PIECES.findall(turn["value"])) for turn in turns)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with parsing():
+            turns = json.loads(bytes(content))["conversations"]
+        return sum(1 for turn in turns for _ in _PIECES.finditer(turn["value"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
         return 0
 
 

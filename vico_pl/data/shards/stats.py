@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,11 @@ from matplotlib.ticker import MaxNLocator
 
 from vico_pl.data.shards.inspect import read_all
 from vico_pl.data.shards.reader import read_index
-from vico_pl.data.tiling import TilingConfig, choose_grid
+from vico_pl.data.tiling import Size, TilingConfig, count_tiles
 from vico_pl.types import BadRecord
 
 COLOUR, FAULT_COLOUR = "#2f6db3", "#c2502e"
 NUM_BINS = 40
-DEFAULT_TILING = TilingConfig()
-Size = tuple[int, int]  # width and height of an image in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +62,13 @@ def survey(source: Path | str, *, tokenize: Callable[[str], Sized] | None = None
             continue
         sizes = [(image.shape[2], image.shape[1]) for image in item.images]
         answers = [turn for turn in item.turns if turn.role == "gpt"]
-        found.tiles.append(count_tiles(sizes, DEFAULT_TILING))
+        found.tiles.append(count_tiles(sizes, TilingConfig()))
         found.images.append(len(sizes))
         found.answers.append(len(answers))
         found.skills.update(turn.skill for turn in answers if turn.skill is not None)
         found.text.append(sum(len(split(turn.text)) for turn in item.turns))
         found.image_sizes.extend(sizes)
     return found
-
-
-def count_tiles(sizes: Sequence[Size], tiling: TilingConfig) -> int:
-    """Return the number of tiles of a sample's images, thumbnails included."""
-    per_image = tiling.per_image(len(sizes))
-    return sum(_tiles_of_image(size, per_image) for size in sizes)
 
 
 def draw(found: Survey) -> Figure:
@@ -97,12 +88,6 @@ def draw(found: Survey) -> Figure:
     totals = ", ".join(f"{counts[name]:,} {name}" for name in ("samples", "images", "tiles", "shards"))
     figure.suptitle(f"{found.name}: {totals}", parse_math=False)
     return figure
-
-
-@lru_cache(maxsize=65536)
-def _tiles_of_image(size: Size, tiling: TilingConfig) -> int:
-    columns, rows = choose_grid(*size, tiling)
-    return columns * rows + (tiling.use_thumbnail and columns * rows > 1)
 
 
 def _histogram(axes: Axes, values: Sequence[int], *, title: str, unit: str) -> None:

@@ -64,27 +64,21 @@ def read_members(content: bytes) -> tuple[str, dict[str, bytes]]:
     Raises:
         RecordError: the bytes are no readable part of a tar, or a member is a duplicate or no plain file.
     """
+    key, files = None, dict[str, bytes]()
     try:
-        return _read_members(content)
-    except RecordError:
-        raise
+        for name, data in _members(content):
+            member_of = member_key(name)
+            key = key or member_of
+            if member_of is None or member_of != key:
+                raise tarfile.ReadError("members of two keys; 'vico shards index' separates them")
+            ending = name[len(key) + 1 :].lower()
+            if ending in files:
+                raise RecordError(f"duplicate member '{ending}'", kind="member")
+            files[ending] = data
     except TAR_ERRORS as error:
-        raise RecordError(str(error), kind="tar") from error
-
-
-def _read_members(content: bytes) -> tuple[str, dict[str, bytes]]:
-    key, files = None, {}
-    for name, data in _members(content):
-        member_of = member_key(name)
-        key = key or member_of
-        if member_of is None or member_of != key:
-            raise tarfile.ReadError("members of two keys; 'vico shards index' separates them")
-        ending = name[len(key) + 1 :].lower()
-        if ending in files:
-            raise RecordError(f"duplicate member '{ending}'", kind="member")
-        files[ending] = data
+        raise RecordError(str(error), kind=getattr(error, "kind", "tar")) from error
     if key is None:
-        raise tarfile.ReadError("a tar header is damaged")
+        raise RecordError("a tar header is damaged", kind="tar")
     return key, files
 
 
