@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from vico_pl.model.assemble import assemble_model
 from vico_pl.model.families.folder import load_model, save_model
+from vico_pl.model.vlm import assemble_model
 
 NAME = "vico-test-tower"
 TEXT = {"context_length": 4, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}

@@ -22,7 +22,7 @@ from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.inference.routing import choose_ratios
 from vico_pl.model.families.base import PROCESSING_NAME, FolderContents
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.packed import KeyValues, run_packed
+from vico_pl.model.language import KeyValues, run_packed
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import Spliced, VisionLanguageModel
 from vico_pl.tokens import TURN_END, load_tokenizer, token_id

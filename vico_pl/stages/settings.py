@@ -8,7 +8,7 @@ import torch
 from vico_pl.data.module import DataConfig
 from vico_pl.errors import check_settings
 from vico_pl.model.adapters import LoraConfig
-from vico_pl.model.packed import PACKED_ATTENTION
+from vico_pl.model.language import PACKED_ATTENTION
 from vico_pl.optim import OptimConfig
 
 Section = TypeVar("Section")

@@ -129,9 +129,5 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
 
 
 OURS = Family(
-    name="ours",
-    marks=(FORMAT,),
-    read=_read,
-    parts_of=lambda name, _: [TensorPart(name, name)],
-    write=_write,
+    name="ours", marks=(FORMAT,), read=_read, parts_of=lambda name, _: [TensorPart(name, name)], write=_write
 )
