@@ -17,9 +17,8 @@ from tests.released import (
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image, tile_sample
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.routing import compress_probability
-from vico_pl.model.families.base import CALIBRATION_NAME
-from vico_pl.model.families.tensors import StoredTensors
+from vico_pl.model.families.base import CALIBRATION_NAME, StoredTensors
+from vico_pl.model.router import compress_probability
 from vico_pl.types import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

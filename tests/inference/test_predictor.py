@@ -8,9 +8,8 @@ from tests.helpers import encoded_image
 from tests.sessions import tiled, write_model_folder, write_set
 from vico_pl.data.collate import collate
 from vico_pl.inference.predictor import Predictor, question_text
-from vico_pl.inference.routing import compress_probability
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
-from vico_pl.model.families.tensors import WEIGHTS_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, WEIGHTS_NAME
+from vico_pl.model.router import compress_probability
 
 
 @pytest.fixture

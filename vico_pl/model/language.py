@@ -36,16 +36,9 @@ from transformers import (
 # one with "flash" in it transformers would take for its own.
 PACKED_ATTENTION = {"sdpa": "vico_segments", "flash": "vico_varlen"}
 
-# Keys of stored configs that describe how a model was run or saved, or code that must never run: transformers
-# offers to run that of `auto_map` even if it knows the model type.
-_NOT_OF_THE_SHAPE = {
-    "torch_dtype",
-    "dtype",
-    "attn_implementation",
-    "transformers_version",
-    "use_cache",
-    "auto_map",
-}
+# Keys of stored configs that describe how a model was run or saved, not its shape. `auto_map` names code in
+# the folder, which must never run: transformers offers to run it even if it knows the model type.
+_RUN_KEYS = {"torch_dtype", "dtype", "attn_implementation", "transformers_version", "use_cache", "auto_map"}
 
 # Sizes of a copy that is compared with transformers, where the architecture has them; all else is kept.
 _HEADS, _MIN_LAYERS = 4, 2
@@ -236,7 +229,7 @@ def build_language_model(config: dict[str, Any]) -> PreTrainedModel:
     Raises:
         ValueError: transformers knows no such model, or it does not compute here what it computes there.
     """
-    settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_OF_THE_SHAPE}
+    settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in _RUN_KEYS}
     try:
         language_config = AutoConfig.for_model(**settings)
     except (KeyError, StrictDataclassError) as error:
@@ -262,7 +255,7 @@ def check_parity(config: PreTrainedConfig) -> None:
 
 def _shrink(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the settings of a copy with small sizes, which keeps how many query heads share a key."""
-    ignored = {*_NOT_OF_THE_SHAPE, "architectures"}
+    ignored = {*_RUN_KEYS, "architectures"}
     small = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in ignored}
     small |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     for name, size in _SMALL.items():

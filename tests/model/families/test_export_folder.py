@@ -16,9 +16,8 @@ from tests.released import (
     write_official,
 )
 from vico_pl.files import read_json
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, write_tensors
 from vico_pl.model.families.folder import LAYOUTS, export, load_model, open_folder, save_model
-from vico_pl.model.families.tensors import write_tensors
 
 INTERNVIT = {
     "model_type": "internvl_vision",
@@ -111,7 +110,7 @@ def test_a_folder_counts_as_complete_only_with_its_weights(tmp_path, ours, layou
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vico_pl.model.families.tensors.save_file", full_disk)
+    monkeypatch.setattr("vico_pl.model.families.base.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export(ours, tmp_path / "out", layout=layout)
     with pytest.raises(ValueError, match="no config"):

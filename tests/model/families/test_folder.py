@@ -3,9 +3,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny_model, tiny_spec
-from vico_pl.model.families.base import CONFIG_NAME
+from vico_pl.model.families.base import CONFIG_NAME, WEIGHTS_NAME
 from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.families.tensors import WEIGHTS_NAME
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_an_interrupted_save_leaves_no_folder_that_looks_complete(tmp_path, mode
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vico_pl.model.families.tensors.save_file", full_disk)
+    monkeypatch.setattr("vico_pl.model.families.base.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_model(model, tmp_path)
     with pytest.raises(ValueError, match="no config"):

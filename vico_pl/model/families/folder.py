@@ -14,14 +14,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.initialization import no_init_weights
 
 from vico_pl.files import read_json, write_json
 from vico_pl.model.connector import Connector
 from vico_pl.model.families import FAMILIES
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, OURS, Family, FolderContents, Json
+from vico_pl.model.families.base import (
+    CALIBRATION_NAME,
+    CONFIG_NAME,
+    OURS,
+    Family,
+    FolderContents,
+    Json,
+    StoredTensors,
+    write_tensors,
+)
 from vico_pl.model.families.official import placeholder_id
-from vico_pl.model.families.tensors import StoredTensors, write_tensors
+from vico_pl.model.flops import build_without_weights
 from vico_pl.model.router import RoutingRule, build_router
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.tokens import PLACEHOLDER
@@ -168,11 +176,9 @@ def check_tensors(folder: ModelFolder, own: Mapping[str, Tensor]) -> None:
     wanted, found = folder.family.stored_shapes(own), folder.tensors.names
     problems = [f"missing {name}" for name in wanted.keys() - found]
     problems += [f"unknown {name}" for name in found - wanted.keys() if not _is_tied_head(folder, name)]
-    problems += [
-        f"{name} has shape {list(folder.tensors.shape(name))}, expected {list(wanted[name])}"
-        for name in wanted.keys() & found
-        if folder.tensors.shape(name) != wanted[name]
-    ]
+    shapes = {name: folder.tensors.shape(name) for name in wanted.keys() & found}
+    differing = [(name, shape) for name, shape in shapes.items() if shape != wanted[name]]
+    problems += [f"{name} has shape {list(s)}, expected {list(wanted[name])}" for name, s in differing]
     if problems:
         listed = "; ".join(sorted(problems)[:MAX_PROBLEMS])
         rest = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
@@ -217,10 +223,8 @@ def _is_tied_head(folder: ModelFolder, name: str) -> bool:
 
 
 def _build(path: Path | str, spec: ModelSpec, *, device: str) -> VisionLanguageModel:
-    """Build a model without values: its memory is never touched."""
     try:
-        with torch.device(device), no_init_weights():
-            model = VisionLanguageModel(spec)
+        model = build_without_weights(spec, device=device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.language.tie_weights()  # initialisation would have done it
@@ -228,7 +232,6 @@ def _build(path: Path | str, spec: ModelSpec, *, device: str) -> VisionLanguageM
 
 
 def _initialise_new(model: VisionLanguageModel, stored: ModelSpec, dtype: torch.dtype) -> None:
-    """Replace the parts that a folder lacks, built without values, by randomly initialised ones."""
     vision_width, language_width = model.vision.width, model.language.config.hidden_size
     for ratio in model.ratios:
         if ratio not in stored.ratios:
@@ -241,7 +244,6 @@ def _initialise_new(model: VisionLanguageModel, stored: ModelSpec, dtype: torch.
 
 
 def _remote_code(template: Path, folder: ModelFolder) -> Json:
-    """Check that a template fits the model; return where its configuration names its code."""
     if not (template / CONFIG_NAME).is_file():
         raise ValueError(f"{template}: no {CONFIG_NAME}; --template takes a released model folder")
     if any((template / name).exists() for name in VOCABULARY_FILES):  # else the model's tokenizer is kept
