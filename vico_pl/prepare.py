@@ -73,7 +73,8 @@ class FolderModels:
         if config.path is not None:
             return load_tokenizer(local_folder(config.path))
         if "path" in config.language:
-            return extend_tokenizer(config.language["path"], revision=config.language.get("revision"))
+            path, revision = config.language["path"], config.language.get("revision")
+            return extend_tokenizer(path, revision=revision, is_trained="language" in config.trainable)
         return build_tokenizer(question_words(), vocab_size=config.vocab_size)
 
     def policy(self) -> VisionLanguageModel:

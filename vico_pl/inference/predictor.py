@@ -24,8 +24,10 @@ from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.language import KeyValues, run_packed
 from vico_pl.model.router import RoutingRule, choose_ratios
 from vico_pl.model.vlm import Spliced, VisionLanguageModel
-from vico_pl.tokens import TURN_END, load_tokenizer, token_id
+from vico_pl.tokens import PLACEHOLDER, TURN_END, load_tokenizer, token_id
 from vico_pl.types import Batch, Image, Sample, TiledSample
+
+MAX_TILES = 1024  # per sample; all grids of so many are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,12 @@ class Predictor:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if place.type == "cpu" else None
         model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
+        for name, found, expected in (
+            ("the tile_size of its tiling", tiling.tile_size, model.vision.tile_size),
+            ("its placeholder_id", model.spec.placeholder_id, token_id(tokenizer, PLACEHOLDER)),
+        ):
+            if found != expected:
+                raise ValueError(f"{folder}: {name} is {found!r}; its tower and tokenizer have {expected}")
         encoder, rule = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile), contents.rule
         return cls(folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
 
@@ -191,7 +199,12 @@ def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, C
     if settings is None:
         raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it next to the weights")
     try:
-        return TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
+        tiling, chat = TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
+        if tiling.max_tiles > MAX_TILES:
+            raise ValueError(f"max_tiles is {tiling.max_tiles}; expected at most {MAX_TILES}")
+        if not isinstance(chat.system, str | None):
+            raise ValueError(f"system is {chat.system!r}; expected a text")
+        return tiling, chat
     except (KeyError, TypeError, ValueError) as error:  # missing or unknown settings, or invalid values
         problem = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder / PROCESSING_NAME}: {problem}") from error

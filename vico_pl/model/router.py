@@ -26,6 +26,14 @@ class RoutingRule:
     # Released models also ask that it lies above this quantile of the sample's tiles; None: no such rule.
     relative_threshold: float | None = None
 
+    def __post_init__(self) -> None:
+        threshold: Any = self.threshold
+        relative: Any = self.relative_threshold  # both are read from files
+        if not isinstance(threshold, float | int) or math.isnan(threshold):
+            raise ValueError(f"its threshold is {threshold!r}, no number")
+        if relative is not None and not (isinstance(relative, float | int) and 0 <= relative <= 1):
+            raise ValueError(f"its relative_threshold is {relative!r}; expected a number from 0 to 1")
+
 
 class ResolutionRouter(nn.Module):
     """Pools a tile's patch features with one learned query and classifies the result.
@@ -107,6 +115,8 @@ def build_router(name: str, width: int, *, num_ratios: int, num_heads: int) -> n
     """
     if name not in ROUTERS:
         raise ValueError(f"router is '{name}'; expected one of {', '.join(ROUTERS)}")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"router_heads is {num_heads}; expected a divisor of the vision width {width}")
     return ROUTERS[name](width, num_ratios=num_ratios, num_heads=num_heads)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vico_pl.errors import check_settings
 from vico_pl.model.connector import FULL_RATIO, Connectors
 from vico_pl.model.language import build_language_model, run_packed
 from vico_pl.model.router import DEFAULT_ROUTER, build_router
@@ -36,6 +37,19 @@ class ModelSpec:
     router_heads: int | None = None  # attention heads of the router; None: the model has no router
     placeholder_id: int  # token id that stands for a tile
     router: str = DEFAULT_ROUTER  # name of its builder in `router.ROUTERS`
+
+    def __post_init__(self) -> None:
+        ratios: Any = self.ratios  # read from a file
+        are_numbers = isinstance(ratios, list) and all(isinstance(ratio, int) for ratio in ratios)
+        check_settings(
+            "model",
+            self,
+            vision=(isinstance(self.vision, dict), "settings of a vision tower"),
+            language=(isinstance(self.language, dict), "settings of a language model"),
+            ratios=(are_numbers, "a list of whole numbers"),
+            router_heads=(isinstance(self.router_heads, int | None), "a whole number"),
+            placeholder_id=(isinstance(self.placeholder_id, int), "a token id"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +100,15 @@ class VisionLanguageModel(nn.Module):
         """
         super().__init__()
         self.spec = spec
+        try:
+            self._build(spec)
+        except ValueError:
+            raise
+        except Exception as error:  # libraries fail in their own ways at sizes that make no model
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"no such model can be built ({type(error).__name__}: {reason})") from error
+
+    def _build(self, spec: ModelSpec) -> None:
         self.vision = VisionEncoder(spec.vision)
         _check_ratios(spec.ratios, self.vision)
         self.language = build_language_model(spec.language)
@@ -182,7 +205,7 @@ def assemble_model(
     """
     tower, language_model = None, None
     if "open_clip" in vision:
-        _check_settings("vision", vision, "open_clip", "pretrained", "image_size")
+        _check_settings("vision", vision, "open_clip", "pretrained", "image_size", "image_mean", "image_std")
         vision, tower = _pretrained_tower(vision)
     if "path" in language:
         _check_settings("language", language, "path", "revision")
@@ -224,13 +247,22 @@ def _pretrained_tower(settings: dict[str, Any]) -> tuple[dict[str, Any], nn.Modu
         raise ValueError(
             f"model.vision: open_clip has no weights '{pretrained}' for {name} ({reason})"
         ) from error
-    config = {
-        **known["vision_cfg"],
-        "image_mean": list(tower.preprocess_cfg["mean"]),
-        "image_std": list(tower.preprocess_cfg["std"]),
-        "quick_gelu": known.get("quick_gelu", False),
-    }
-    return config | ({"image_size": image_size} if image_size else {}), tower
+    norm = _pixel_norm(name, pretrained, tower)
+    config = known["vision_cfg"] | norm | {"quick_gelu": known.get("quick_gelu", False)}
+    given = {key: settings[key] for key in ("image_size", *norm) if settings.get(key)}
+    return config | given, tower
+
+
+def _pixel_norm(name: str, pretrained: str | None, tower: Any) -> dict[str, list[float]]:
+    """Return mean and std of the pixels: those of the tag, of a file those that all tags of the tower share."""
+    parts, tags = ("mean", "std"), open_clip.list_pretrained_tags_by_model(name)
+    norms = {part: list(tower.preprocess_cfg[part]) for part in parts}
+    if open_clip.get_pretrained_cfg(name, pretrained or "") == {}:
+        known = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+        for part in parts:
+            values = {tuple(cfg.get(part) or norms[part]) for cfg in known}
+            norms[part] = list(values.pop()) if len(values) == 1 else norms[part]
+    return {f"image_{part}": values for part, values in norms.items()}
 
 
 def _pretrained_language_model(settings: dict[str, Any], vocab_size: int) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,6 +34,7 @@ CONFIG_NAME = "config.json"
 PROCESSING_NAME = "processing.json"  # tiling and chat settings
 CALIBRATION_NAME = "calibration.json"  # routing threshold, and the curve it was chosen from
 FORMAT = "vico_pl"
+MARKS = ("format", "model_type", "transformers_version")  # of a config.json of ours, read by transformers
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -83,7 +85,10 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int
         with atomic_path(folder / name) as temporary:
             temporary.touch()
             usual_mode = temporary.stat().st_mode
-            save_file(whole, temporary, metadata={"format": "pt"})
+            try:
+                save_file(whole, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, too
+                raise OSError(f"{folder / name}: cannot be written ({error}); free space") from error
             temporary.chmod(usual_mode)  # safetensors makes it readable by its owner only
     written = set(plan.filename_to_tensors)
     if plan.is_sharded:
@@ -187,11 +192,11 @@ class Family:
 
 def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
     try:
-        spec = ModelSpec(**{key: value for key, value in config.items() if key != "format"})
-    except TypeError as error:  # keys missing or unknown
+        spec = ModelSpec(**{key: value for key, value in config.items() if key not in MARKS})
+    except (TypeError, ValueError) as error:  # keys missing or unknown, or of another type
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     processing = folder / PROCESSING_NAME
-    return FolderContents(spec=spec, processing=read_json(processing) if processing.exists() else None)
+    return FolderContents(spec=spec, processing=read_json(processing) if processing.is_file() else None)
 
 
 def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
@@ -203,7 +208,7 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
     spec = asdict(contents.spec)
     if spec["router"] == DEFAULT_ROUTER:
         del spec["router"]  # so that a folder has the same bytes as one written before there was a choice
-    return {"format": FORMAT, **spec}
+    return {"format": FORMAT, "model_type": FORMAT, "transformers_version": transformers.__version__, **spec}
 
 
 OURS = Family(
