@@ -291,10 +291,9 @@ def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.2)
-        else:  # biases that begin at zero would not show
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        # All values are drawn, as the model may have none yet, and biases that begin at zero would not show.
+        mean, std = (0.0, 0.2) if parameter.ndim > 1 else (1.0, 0.3)
+        parameter.normal_(mean, std)
     return model
 
 

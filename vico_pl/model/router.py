@@ -26,14 +26,6 @@ class RoutingRule:
     # Released models also ask that it lies above this quantile of the sample's tiles; None: no such rule.
     relative_threshold: float | None = None
 
-    def __post_init__(self) -> None:
-        threshold: Any = self.threshold
-        relative: Any = self.relative_threshold  # both are read from files
-        if not isinstance(threshold, float | int) or math.isnan(threshold):
-            raise ValueError(f"its threshold is {threshold!r}, no number")
-        if relative is not None and not (isinstance(relative, float | int) and 0 <= relative <= 1):
-            raise ValueError(f"its relative_threshold is {relative!r}; expected a number from 0 to 1")
-
 
 class ResolutionRouter(nn.Module):
     """Pools a tile's patch features with one learned query and classifies the result.

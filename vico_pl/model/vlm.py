@@ -9,6 +9,7 @@ The connectors between them are randomly initialised; stage `pretrain` trains th
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,22 +248,27 @@ def _pretrained_tower(settings: dict[str, Any]) -> tuple[dict[str, Any], nn.Modu
         raise ValueError(
             f"model.vision: open_clip has no weights '{pretrained}' for {name} ({reason})"
         ) from error
-    norm = _pixel_norm(name, pretrained, tower)
+    norm = _pixel_norm(str(name), pretrained, tower)
     config = known["vision_cfg"] | norm | {"quick_gelu": known.get("quick_gelu", False)}
     given = {key: settings[key] for key in ("image_size", *norm) if settings.get(key)}
     return config | given, tower
 
 
 def _pixel_norm(name: str, pretrained: str | None, tower: Any) -> dict[str, list[float]]:
-    """Return mean and std of the pixels: those of the tag, of a file those that all tags of the tower share."""
-    parts, tags = ("mean", "std"), open_clip.list_pretrained_tags_by_model(name)
-    norms = {part: list(tower.preprocess_cfg[part]) for part in parts}
-    if open_clip.get_pretrained_cfg(name, pretrained or "") == {}:
-        known = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
-        for part in parts:
-            values = {tuple(cfg.get(part) or norms[part]) for cfg in known}
-            norms[part] = list(values.pop()) if len(values) == 1 else norms[part]
-    return {f"image_{part}": values for part, values in norms.items()}
+    """Return mean and std of the pixels: those of a tag, or of a file those that the tower's tags share."""
+    own, tags = tower.preprocess_cfg, open_clip.list_pretrained_tags_by_model(name)
+    if open_clip.is_pretrained_cfg(name, pretrained or ""):
+        tags = []
+    known = [{**own, **open_clip.get_pretrained_cfg(name, tag)} for tag in tags] or [own]
+    norms = {(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in known}
+    if len(norms) > 1:
+        unknown = (
+            f"model.vision: the tags of {name} differ in image_mean and image_std; those of CLIP are taken"
+        )
+        warnings.warn(f"{unknown} unless you set them beside open_clip", stacklevel=2)
+        norms = {(tuple(own["mean"]), tuple(own["std"]))}
+    ((mean, std),) = norms
+    return {"image_mean": list(mean), "image_std": list(std)}
 
 
 def _pretrained_language_model(settings: dict[str, Any], vocab_size: int) -> PreTrainedModel:

@@ -13,6 +13,7 @@ views of the mapped file, so that opening a checkpoint takes no memory of its ow
 Our own layout is at the end: `config.json` is the `ModelSpec`, tensors have the names of our modules.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -188,6 +189,22 @@ class Family:
     def _parts(self, own: Mapping[str, Tensor]) -> Iterator[TensorPart]:
         for name, tensor in own.items():
             yield from self.parts_of(name, tuple(tensor.shape))
+
+
+def routing_rule(file: Path, threshold: Any, relative: Any) -> RoutingRule:
+    """Return the rule that a file holds.
+
+    Raises:
+        ValueError: its thresholds are not numbers that the rule can compare with.
+    """
+    is_number = isinstance(threshold, float | int) and not math.isnan(threshold)
+    is_quantile = relative is None or (isinstance(relative, float | int) and 0 <= relative <= 1)
+    if not is_number or not is_quantile:
+        found = f"its threshold is {threshold!r}, its relative_threshold {relative!r}"
+        raise ValueError(
+            f"{file}: {found}; expected a number, and none or one from 0 to 1; run 'vico calibrate'"
+        )
+    return RoutingRule(threshold=float(threshold), relative_threshold=relative)
 
 
 def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:

@@ -27,6 +27,7 @@ from vico_pl.model.families.base import (
     FolderContents,
     Json,
     StoredTensors,
+    routing_rule,
     write_tensors,
 )
 from vico_pl.model.families.official import FLASH, INTERNVL, placeholder_id
@@ -224,13 +225,7 @@ def _calibrated(path: Path) -> RoutingRule | None:
     if not path.is_file():
         return None
     content = read_json(path)
-    try:
-        return RoutingRule(
-            threshold=content.get("threshold"),  # type: ignore[arg-type]  # which it checks
-            relative_threshold=content.get("relative_threshold"),
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; run 'vico calibrate' again") from error
+    return routing_rule(path, content.get("threshold"), content.get("relative_threshold"))
 
 
 def _stored_type(folder: Path, config: Json) -> torch.dtype:

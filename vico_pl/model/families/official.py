@@ -15,8 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vico_pl.model.families.base import CONFIG_NAME, Family, FolderContents, Json, Shape, TensorPart
-from vico_pl.model.router import RELEASED_HEADS, RoutingRule
+from vico_pl.model.families.base import (
+    CONFIG_NAME,
+    Family,
+    FolderContents,
+    Json,
+    Shape,
+    TensorPart,
+    routing_rule,
+)
+from vico_pl.model.router import RELEASED_HEADS
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
 
@@ -81,7 +89,7 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
     if names is not None and HEAD_NAME not in names:
         language.setdefault("tie_word_embeddings", True)
     threshold, relative = (config.get(f"flash_{kind}_threshold") for kind in ("absolute", "relative"))
-    rule = None if threshold is None else RoutingRule(threshold=threshold, relative_threshold=relative)
+    rule = None if threshold is None else routing_rule(folder / CONFIG_NAME, threshold, relative)
     given = config["vision_config"]
     vision = {ours: given.get(name, default) for name, (ours, default) in VISION_KEYS.items()}
     return FolderContents(
