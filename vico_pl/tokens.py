@@ -98,5 +98,6 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 def _read(path: Path | str, complaint: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{complaint} ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:  # damaged files fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{complaint} ({reason})") from error

@@ -54,7 +54,17 @@ def test_unreadable_processing_settings_are_refused_by_name(folder, content, exp
     assert expected in message
 
 
-@pytest.mark.parametrize("content", ["{}", '{"threshold": null}', '{"threshold": "low"}', "no"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"threshold": null}',
+        '{"threshold": "low"}',
+        "no",
+        '{"threshold": NaN}',
+        '{"threshold": 0.5, "relative_threshold": 7}',
+    ],
+)
 def test_an_unreadable_calibration_is_refused_and_not_taken_for_none(folder, content):
     (folder / CALIBRATION_NAME).write_text(content)
     assert CALIBRATION_NAME in refusal(folder)

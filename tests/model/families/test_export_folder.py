@@ -222,11 +222,8 @@ def test_a_template_in_the_cache_of_the_hub_is_copied_through_its_links(tmp_path
 def test_a_template_of_another_layout_is_refused(tmp_path, flash, template):
     write_official(tmp_path / "base")
     write_native(tmp_path / "native")
-    for folder, layout, kind in (
-        ("base", "flash", "internvl"),
-        ("native", "flash", "hf"),
-        ("template", "hf", "flash"),
-    ):
+    cases = (("base", "flash", "internvl"), ("native", "flash", "hf"), ("template", "hf", "flash"))
+    for folder, layout, kind in cases:
         message = f"{tmp_path}/{folder}: its layout is {kind}; expected a template in the layout {layout}"
         assert_refused(flash, tmp_path / "out", message, layout=layout, template=tmp_path / folder)
 

@@ -104,6 +104,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_NAME).is_file():
         try:
             names = sorted(set(read_json(folder / INDEX_NAME)["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("it names files outside the folder")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / INDEX_NAME}: no readable index of weights ({error})") from error
         absent = ", ".join(name for name in names if not (folder / name).is_file())
