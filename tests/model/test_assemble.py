@@ -130,7 +130,7 @@ TAGS = {"webli": {"mean": (0.5,) * 3, "std": (0.4,) * 3}}
     ],
 )
 def test_weights_from_a_file_get_the_pixels_of_the_towers_tags(
-    clip, language, monkeypatch, tags, given, mean, std
+    clip, language, monkeypatch, tags, given, norm
 ):
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, NAME, tags)
     vision = assembled({"pretrained": str(clip[1]), **given}, language[0]).spec.vision
