@@ -1,6 +1,7 @@
 """From a released checkpoint to Flash with the commands alone: 448 px tiles, JPEGs, a Qwen tokenizer."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,10 +90,12 @@ def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, train, released,
     start = [f"model.path={policy}", f"model.reference={released}"]
     model = train("internvl3_5-1b/router", *start, "router.min_history=1")
 
-    flash, photo = tmp_path / "flash", tmp_path / "1.jpg"
+    flash, photo, template = tmp_path / "flash", tmp_path / "1.jpg", tmp_path / "template"
+    shutil.copytree(released, template)
+    (template / "config.json").write_text(json.dumps(official_config(flash=True)))
     assert vico("calibrate", model, "--data", shards, "--budget", "0.8")[0] == 0
     compress_two_of_three(model, photo)
-    assert vico("export", model, flash, "--layout", "flash", "--template", released)[0] == 0
+    assert vico("export", model, flash, "--layout", "flash", "--template", template)[0] == 0
 
     config = json.loads((flash / "config.json").read_text())
     assert config["flash_mode"] is True
