@@ -22,8 +22,7 @@ from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.inference.predictor import Predictor, prefill
-from vico_pl.inference.routing import NEVER
-from vico_pl.model.router import RoutingRule
+from vico_pl.model.router import NEVER, RoutingRule
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.tokens import PLACEHOLDER, TURN_END, build_tokenizer, token_id
 from vico_pl.types import Batch, TiledSample

@@ -1,9 +1,19 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from vico_pl.data.glyphs import question_words
-from vico_pl.tokens import PLACEHOLDER, SPECIAL_TOKENS, TURN_END, build_tokenizer, load_tokenizer, token_id
+from vico_pl.tokens import (
+    PLACEHOLDER,
+    SPECIAL_TOKENS,
+    TURN_END,
+    build_tokenizer,
+    extend_tokenizer,
+    load_tokenizer,
+    token_id,
+)
 
 
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
@@ -41,6 +51,23 @@ def test_a_tokenizer_comes_back_from_its_folder(tokenizer, tmp_path):
     assert token_id(restored, PLACEHOLDER) == token_id(tokenizer, PLACEHOLDER)
     messages = [{"role": "user", "content": "x"}]
     assert restored.apply_chat_template(messages, tokenize=False) == "<|im_start|>user\nx<|im_end|>\n"
+
+
+def test_new_tokens_whose_embeddings_are_frozen_are_warned_of(tmp_path):
+    vocab = {"a": 0, "<unk>": 1}
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")))
+    plain.save_pretrained(tmp_path)
+    extend_tokenizer(str(tmp_path))  # a warning would fail the test
+    with pytest.warns(UserWarning, match=r"<img>, .* are new, and their embeddings are trained neither"):
+        extend_tokenizer(str(tmp_path), is_trained=False)
+
+
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
+def test_damaged_tokenizer_files_are_refused_in_a_sentence(tokenizer, tmp_path, name, content):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="tokenizer files are incomplete or unreadable"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_with_our_special_tokens_is_named(tmp_path, tokenizer):

@@ -189,20 +189,23 @@ def export(
         str, Option(help="flash or internvl (released code, LMDeploy), hf (transformers) or ours.")
     ] = "flash",
     template: Annotated[
-        Path | None, Option(help="Released model folder whose code and tokenizer files are copied.")
+        str | None, Option(help="Released model (folder or Hub name) whose code and tokenizer are copied.")
     ] = None,
     dtype: Annotated[
         str, Option(help="Dtype of the weights: stored (unchanged), bfloat16 or float32.")
     ] = "stored",
 ) -> None:
     """Convert a model to another layout; weights change only with --dtype."""
+    from vico_pl.model.families.base import CONFIG_NAME
+    from vico_pl.model.families.folder import TEMPLATE_FILES
     from vico_pl.model.families.folder import export as write
     from vico_pl.model.families.hub import local_folder
     from vico_pl.stages.settings import DTYPES
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
-    write(local_folder(model), output, layout=layout, template=template, dtype=DTYPES[dtype])
+    code = None if template is None else local_folder(template, (CONFIG_NAME, *TEMPLATE_FILES))
+    write(local_folder(model), output, layout=layout, template=code, dtype=DTYPES[dtype])
     echo(f"{output} is written in the layout '{layout}'")
 
 

@@ -19,11 +19,10 @@ from vico_pl.config import (
     save_config,
 )
 from vico_pl.data.glyphs import question_words
-from vico_pl.model.assemble import assemble_model
 from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.families.hub import local_folder, pinned
 from vico_pl.model.flops import build_without_weights
-from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.model.vlm import VisionLanguageModel, assemble_model
 from vico_pl.stages import STAGES
 from vico_pl.stages.settings import DTYPES, ModelConfig
 from vico_pl.tokens import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
@@ -74,7 +73,8 @@ class FolderModels:
         if config.path is not None:
             return load_tokenizer(local_folder(config.path))
         if "path" in config.language:
-            return extend_tokenizer(config.language["path"], revision=config.language.get("revision"))
+            path, revision = config.language["path"], config.language.get("revision")
+            return extend_tokenizer(path, revision=revision, is_trained="language" in config.trainable)
         return build_tokenizer(question_words(), vocab_size=config.vocab_size)
 
     def policy(self) -> VisionLanguageModel:

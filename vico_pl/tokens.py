@@ -5,6 +5,7 @@ so that sequences stay short; letters and digits that carry values remain tokens
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,26 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     )
 
 
-def extend_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def extend_tokenizer(
+    path: str, *, revision: str | None = None, is_trained: bool = True
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a language model and add the marks of images and turns that it lacks.
+
+    Without `is_trained`, the language model's embeddings are frozen: it warns of new tokens.
 
     Raises:
         ValueError: there is no tokenizer at `path`.
     """
     tokenizer = _read(path, f"model.language.path {path}: no tokenizer to load", revision=revision)
     known = tokenizer.get_added_vocab()
-    tokenizer.add_tokens([token for token in MARKS if token not in known], special_tokens=True)
+    new = [token for token in MARKS if token not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    if new and not is_trained:
+        warnings.warn(
+            f"model.language.path {path}: {', '.join(new)} are new, and their embeddings are trained neither "
+            "here nor with lora; a stage must name language in model.trainable before or instead",
+            stacklevel=2,
+        )
     return tokenizer
 
 
@@ -117,5 +129,6 @@ class TextEncoder:
 def _read(path: Path | str, complaint: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{complaint} ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:  # damaged files fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{complaint} ({reason})") from error

@@ -9,8 +9,7 @@ import pytest
 
 import vico_pl.prepare
 from tests.sessions import tree
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME
-from vico_pl.model.families.tensors import WEIGHTS_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vico_pl.prepare import prepare_run
 
 INSPECT = ("check", "stats", "index", "preview")

@@ -1,6 +1,7 @@
 """From a released checkpoint to Flash with the commands alone: 448 px tiles, JPEGs, a Qwen tokenizer."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,9 +18,8 @@ from tests.released import (
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image, tile_sample
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.routing import compress_probability
-from vico_pl.model.families.base import CALIBRATION_NAME
-from vico_pl.model.families.tensors import StoredTensors
+from vico_pl.model.families.base import CALIBRATION_NAME, StoredTensors
+from vico_pl.model.router import compress_probability
 from vico_pl.types import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -90,10 +90,12 @@ def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, train, released,
     start = [f"model.path={policy}", f"model.reference={released}"]
     model = train("internvl3_5-1b/router", *start, "router.min_history=1")
 
-    flash, photo = tmp_path / "flash", tmp_path / "1.jpg"
+    flash, photo, template = tmp_path / "flash", tmp_path / "1.jpg", tmp_path / "template"
+    shutil.copytree(released, template)
+    (template / "config.json").write_text(json.dumps(official_config(flash=True)))
     assert vico("calibrate", model, "--data", shards, "--budget", "0.8")[0] == 0
     compress_two_of_three(model, photo)
-    assert vico("export", model, flash, "--layout", "flash", "--template", released)[0] == 0
+    assert vico("export", model, flash, "--layout", "flash", "--template", template)[0] == 0
 
     config = json.loads((flash / "config.json").read_text())
     assert config["flash_mode"] is True

@@ -20,7 +20,7 @@ from vico_pl.evaluation.evaluate import (
     shrunken_tilings,
 )
 from vico_pl.evaluation.questions import read_groups
-from vico_pl.model.packed import run_packed
+from vico_pl.model.language import run_packed
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from vico_pl.evaluation.calibrate import (
 )
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.routing import NEVER
 from vico_pl.model.families.base import CALIBRATION_NAME
-from vico_pl.model.router import RoutingRule
+from vico_pl.model.router import NEVER, RoutingRule
 
 
 def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None):

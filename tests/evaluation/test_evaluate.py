@@ -12,8 +12,7 @@ from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.evaluation import questions
 from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.routing import NEVER
-from vico_pl.model.router import RoutingRule
+from vico_pl.model.router import NEVER, RoutingRule
 
 ARMS = {"full", "all_compressed", "router", "random", "pixel_detail", "downsample", "oracle"}
 COLUMNS = {"perception", "reasoning", "ocr", "mean"}

@@ -13,7 +13,7 @@ from vico_pl.evaluation.questions import (
     folder_groups,
     read_groups,
 )
-from vico_pl.inference.routing import at_threshold, threshold_for
+from vico_pl.model.router import at_threshold, threshold_for
 from vico_pl.types import Turn
 
 

@@ -6,7 +6,7 @@ from tests.sessions import full_ratios, tiled
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import read_image
 from vico_pl.inference.predictor import question_text
-from vico_pl.model.packed import run_packed
+from vico_pl.model.language import run_packed
 
 MAX_NEW = 9
 

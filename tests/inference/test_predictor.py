@@ -8,9 +8,8 @@ from tests.helpers import encoded_image
 from tests.sessions import tiled, write_model_folder, write_set
 from vico_pl.data.collate import collate
 from vico_pl.inference.predictor import Predictor, question_text
-from vico_pl.inference.routing import compress_probability
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
-from vico_pl.model.families.tensors import WEIGHTS_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, WEIGHTS_NAME
+from vico_pl.model.router import compress_probability
 
 
 @pytest.fixture
@@ -55,7 +54,17 @@ def test_unreadable_processing_settings_are_refused_by_name(folder, content, exp
     assert expected in message
 
 
-@pytest.mark.parametrize("content", ["{}", '{"threshold": null}', '{"threshold": "low"}', "no"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"threshold": null}',
+        '{"threshold": "low"}',
+        "no",
+        '{"threshold": NaN}',
+        '{"threshold": 0.5, "relative_threshold": 7}',
+    ],
+)
 def test_an_unreadable_calibration_is_refused_and_not_taken_for_none(folder, content):
     (folder / CALIBRATION_NAME).write_text(content)
     assert CALIBRATION_NAME in refusal(folder)

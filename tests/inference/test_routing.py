@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sessions import tiled
-from vico_pl.inference.routing import NEVER, choose_ratios, compress_probability, routing_scores
-from vico_pl.model.router import RoutingRule
+from vico_pl.model.router import NEVER, RoutingRule, choose_ratios, compress_probability, routing_scores
 
 LOGIT = st.floats(-30, 30, width=32)
 

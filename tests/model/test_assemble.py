@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from vico_pl.model.assemble import assemble_model
 from vico_pl.model.families.folder import load_model, save_model
+from vico_pl.model.vlm import assemble_model
 
 NAME = "vico-test-tower"
 TEXT = {"context_length": 4, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
@@ -116,6 +116,32 @@ def test_an_assembled_model_comes_back_from_its_folder(clip, tmp_path, kind):
 def test_a_tower_that_cannot_be_had_is_named(clip, language, vision, said):
     with pytest.raises(ValueError, match=said):
         assembled(vision, language[0])
+
+
+TAGS = {"webli": {"mean": (0.5,) * 3, "std": (0.4,) * 3}}
+
+
+@pytest.mark.parametrize(
+    ("tags", "given", "norm"),
+    [
+        (TAGS, {}, ([0.5] * 3, [0.4] * 3)),
+        (TAGS, {"image_mean": [0.1, 0.2, 0.3]}, ([0.1, 0.2, 0.3], [0.4] * 3)),
+        ({}, {"image_std": [0.2] * 3}, (list(open_clip.OPENAI_DATASET_MEAN), [0.2] * 3)),
+    ],
+)
+def test_weights_from_a_file_get_the_pixels_of_the_towers_tags(
+    clip, language, monkeypatch, tags, given, norm
+):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, NAME, tags)
+    vision = assembled({"pretrained": str(clip[1]), **given}, language[0]).spec.vision
+    assert (vision["image_mean"], vision["image_std"]) == norm
+
+
+def test_a_file_for_a_tower_whose_tags_differ_is_warned_of(clip, language, monkeypatch):
+    tags = {**TAGS, "openai": {"mean": (0.4,) * 3, "std": (0.4,) * 3}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, NAME, tags)
+    with pytest.warns(UserWarning, match=f"the tags of {NAME} differ in image_mean and image_std"):
+        assembled({"pretrained": str(clip[1])}, language[0])
 
 
 def test_a_folder_without_a_language_model_is_named(clip, tmp_path):

@@ -19,12 +19,7 @@ SMALL_VISION = {
         "patch_size": 14,
     },
     "open_clip": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-    "timm": {
-        "timm_model_name": "vit_tiny_patch16_224",
-        "timm_pool": "",
-        "timm_proj": "",
-        "image_size": 64,
-    },
+    "timm": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "", "image_size": 64},
     "timm without attention": {
         "timm_model_name": "convnext_atto",
         "timm_pool": "",
@@ -110,8 +105,7 @@ def test_experts_that_a_token_does_not_meet_cost_nothing():
 
 
 @pytest.mark.parametrize(
-    ("size", "at_full_tokens", "compressed", "head"),
-    [("1b", 1.57, 0.50, 0.03), ("8b", 21.4, 7.45, 0.12)],
+    ("size", "at_full_tokens", "compressed", "head"), [("1b", 1.57, 0.50, 0.03), ("8b", 21.4, 7.45, 0.12)]
 )
 def test_released_shapes_cost_what_has_been_worked_out_by_hand(size, at_full_tokens, compressed, head):
     """Five tiles and 200 text tokens, 100 of them the response: 1490 tokens, or 530 with all compressed."""

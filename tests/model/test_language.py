@@ -8,8 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from tests.helpers import tiny_spec
-from vico_pl.model.language import build_language_model, check_parity
-from vico_pl.model.packed import Prefixes, run_packed
+from vico_pl.model.language import Prefixes, build_language_model, check_parity, run_packed
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 FAMILIES = {  # name: (model_type and settings that matter, why it is refused)

@@ -10,8 +10,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.helpers import WIDTH, tiny_spec
-from vico_pl.model.language import build_language_model
-from vico_pl.model.packed import Prefixes, check_flash_attention, run_packed, set_packed_attention
+from vico_pl.model.language import (
+    Prefixes,
+    build_language_model,
+    check_flash_attention,
+    run_packed,
+    set_packed_attention,
+)
 
 LENGTHS = [3, 7, 1, 5]
 
@@ -148,7 +153,7 @@ def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
         ValueError, match=r"runs on CUDA devices, but this run is on cpu; set model\.attention=sdpa"
     ):
         check_flash_attention(torch.device("cpu"))
-    monkeypatch.setattr("vico_pl.model.packed.find_spec", lambda _: None)
+    monkeypatch.setattr("vico_pl.model.language.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="flash-attn is not installed; pip install flash-attn"):
         check_flash_attention(torch.device("cuda"))
 

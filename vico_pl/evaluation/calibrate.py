@@ -11,7 +11,7 @@ from vico_pl.data.shards.inspect import read_samples
 from vico_pl.evaluation.metrics import accuracy_by_skill
 from vico_pl.evaluation.questions import answer_folder, folder_groups, has_questions
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.routing import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
+from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
 
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
 SKILL_SLACK = 0.01  # a single skill may be this far below the required retention: few questions, noisy

@@ -30,9 +30,15 @@ from vico_pl.evaluation.questions import (
     has_questions,
 )
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.routing import NEVER, at_threshold, routing_scores, threshold_for, vision_tokens
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.router import RoutingRule
+from vico_pl.model.router import (
+    NEVER,
+    RoutingRule,
+    at_threshold,
+    routing_scores,
+    threshold_for,
+    vision_tokens,
+)
 from vico_pl.stages.router import tile_loss_ratios
 
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed

@@ -19,14 +19,15 @@ from vico_pl.data.collate import collate
 from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
-from vico_pl.inference.routing import choose_ratios
 from vico_pl.model.families.base import PROCESSING_NAME, FolderContents
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.packed import KeyValues, run_packed
-from vico_pl.model.router import RoutingRule
+from vico_pl.model.language import KeyValues, run_packed
+from vico_pl.model.router import RoutingRule, choose_ratios
 from vico_pl.model.vlm import Spliced, VisionLanguageModel
-from vico_pl.tokens import TURN_END, load_tokenizer, token_id
+from vico_pl.tokens import PLACEHOLDER, TURN_END, load_tokenizer, token_id
 from vico_pl.types import Batch, Image, Sample, TiledSample
+
+MAX_TILES = 1024  # per sample; all grids of so many are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,12 @@ class Predictor:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if place.type == "cpu" else None
         model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
+        for name, found, expected in (
+            ("the tile_size of its tiling", tiling.tile_size, model.vision.tile_size),
+            ("its placeholder_id", model.spec.placeholder_id, token_id(tokenizer, PLACEHOLDER)),
+        ):
+            if found != expected:
+                raise ValueError(f"{folder}: {name} is {found!r}; its tower and tokenizer have {expected}")
         positions = getattr(model.language.config, "max_position_embeddings", None)
         encoder, rule = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile, positions), contents.rule
         return cls(folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
@@ -100,22 +107,9 @@ class Predictor:
         (text,) = self.answer([sample], [question], **given, max_new_tokens=max_new_tokens)
         return text
 
-    def answer(
-        self,
-        samples: Sequence[TiledSample],
-        questions: Sequence[str],
-        *,
-        features: Sequence[Float[Tensor, "_ P C"]],
-        ratios: Sequence[Int64[Tensor, " _"]],
-        max_new_tokens: int = 64,
-    ) -> list[str]:
-        """Answer question i about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`.
-
-        Samples may have any number of tiles, or none. An answer does not depend on the rest of the batch.
-        """
-        ids = self.generate_ids(
-            samples, questions, features=features, ratios=ratios, max_new_tokens=max_new_tokens
-        )
+    def answer(self, samples: Sequence[TiledSample], questions: Sequence[str], **settings: Any) -> list[str]:
+        """Answer question i about sample i; takes the arguments of `generate_ids`."""
+        ids = self.generate_ids(samples, questions, **settings)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
@@ -126,9 +120,13 @@ class Predictor:
         *,
         features: Sequence[Float[Tensor, "_ P C"]],
         ratios: Sequence[Int64[Tensor, " _"]],
-        max_new_tokens: int,
+        max_new_tokens: int = 64,
     ) -> Int64[Tensor, "B n"]:
-        """Return the token ids of the answers, padded on the right after the end of the turn."""
+        """Return the token ids of the answers, padded on the right after the end of the turn.
+
+        Question i is about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`, any
+        number of them. An answer does not depend on the rest of the batch.
+        """
         batch, language = self._encode_prompts(samples, questions), self.model.language
         chosen = torch.cat(list(ratios)).to(self.device)
         spliced = self.model.splice_batch(batch, torch.cat(list(features)), chosen)
@@ -176,17 +174,12 @@ def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
     run_packed(language, spliced.embeddings, spliced.segment_lengths, keep=kept)
     cache = DynamicCache()
     for layer in sorted(kept):
-        key, value = (pad_left(x, spliced.segment_lengths)[:, :, :-1] for x in kept.pop(layer))
+        # From (1, heads, S, width) to left-padded rows (B, heads, longest, width).
+        samples = [x[0].transpose(0, 1).split(spliced.segment_lengths) for x in kept.pop(layer)]
+        rows = [pad_sequence(list(x), batch_first=True, padding_side="left") for x in samples]
+        key, value = (x.transpose(1, 2)[:, :, :-1] for x in rows)
         cache.update(key, value, layer)
     return cache
-
-
-def pad_left(
-    packed: Float[Tensor, "1 heads S width"], lengths: list[int]
-) -> Float[Tensor, "B heads longest width"]:
-    """Turn packed samples into left-padded rows."""
-    rows = packed[0].transpose(0, 1).split(lengths)  # each: tokens, heads, width
-    return pad_sequence(list(rows), batch_first=True, padding_side="left").transpose(1, 2)
 
 
 def question_text(prompt: str, *, num_images: int) -> str:
@@ -207,7 +200,12 @@ def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, C
     if settings is None:
         raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it next to the weights")
     try:
-        return TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
+        tiling, chat = TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
+        if tiling.max_tiles > MAX_TILES:
+            raise ValueError(f"max_tiles is {tiling.max_tiles}; expected at most {MAX_TILES}")
+        if not isinstance(chat.system, str | None):
+            raise ValueError(f"system is {chat.system!r}; expected a text")
+        return tiling, chat
     except (KeyError, TypeError, ValueError) as error:  # missing or unknown settings, or invalid values
         problem = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder / PROCESSING_NAME}: {problem}") from error

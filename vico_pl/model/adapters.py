@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from vico_pl.errors import check_settings
 from vico_pl.model.vision import switched
 
 ALL_LINEAR = "all-linear"
@@ -35,16 +36,15 @@ class LoraConfig:
     targets: str | list[str] = ALL_LINEAR
 
     def __post_init__(self) -> None:
-        """Refuse what no adapter can be made of."""
-        is_named = self.targets == ALL_LINEAR or (self.targets and not isinstance(self.targets, str))
-        for name, is_possible, expected in (
-            ("rank", self.rank >= 1, "1 or more"),
-            ("alpha", self.alpha > 0, "more than 0"),
-            ("dropout", 0 <= self.dropout < 1, "0 to less than 1"),
-            ("targets", is_named, f"{ALL_LINEAR} or a list of layer names"),
-        ):
-            if not is_possible:
-                raise ValueError(f"model.lora.{name} is {getattr(self, name)!r}; expected {expected}")
+        is_named = self.targets == ALL_LINEAR or (bool(self.targets) and not isinstance(self.targets, str))
+        check_settings(
+            "model.lora",
+            self,
+            rank=(self.rank >= 1, "1 or more"),
+            alpha=(self.alpha > 0, "more than 0"),
+            dropout=(0 <= self.dropout < 1, "0 to less than 1"),
+            targets=(is_named, f"{ALL_LINEAR} or a list of layer names"),
+        )
 
 
 def add_adapters(language: PreTrainedModel, config: LoraConfig) -> None:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from vico_pl.model.packed import KeyValues, Prefixes, run_packed
+from vico_pl.model.language import KeyValues, Prefixes, run_packed
 from vico_pl.model.vlm import Spliced, VisionLanguageModel
 from vico_pl.types import Batch
 

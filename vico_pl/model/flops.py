@@ -36,13 +36,13 @@ class ModelFlops:
         return self.language_per_token * num_tokens + self.language_per_pair * pairs
 
 
-def build_without_weights(spec: ModelSpec) -> VisionLanguageModel:
-    """Build a model whose tensors have shapes but no memory.
+def build_without_weights(spec: ModelSpec, *, device: str = "meta") -> VisionLanguageModel:
+    """Build a model whose tensors have shapes but no values, and on `meta` no memory.
 
     Raises:
         ValueError: no model can be built from the description.
     """
-    with torch.device("meta"), no_init_weights():
+    with torch.device(device), no_init_weights():
         return VisionLanguageModel(spec)
 
 

@@ -121,6 +121,9 @@ def _last_patch_states(module: Any, pixels: Tensor) -> Tensor:
 
 def _open_clip_tower(config: dict[str, Any]) -> Tower:
     config = {**config, "timm_model_pretrained": False}  # weights come from the model folder
+    if ":" in str(config.get("timm_model_name")):  # timm would fetch the description of a tower
+        found = f"timm_model_name is '{config['timm_model_name']}'"
+        raise ValueError(f"vision tower: {found}; expected the name of a model of timm, without a source")
     quick_gelu = config.pop("quick_gelu", False)
     clip = open_clip.CLIP(embed_dim=8, vision_cfg=config, text_cfg=_NO_TEXT, quick_gelu=quick_gelu)
     module: Any = clip.visual

@@ -1,17 +1,28 @@
-"""The whole multimodal model: tiles and token ids in, response hidden states out."""
+"""The whole multimodal model: tiles and token ids in, response hidden states out.
+
+It is built from a description, from a model folder (see `families`), or assembled from pretrained parts:
+
+    vision:    {open_clip: ViT-SO400M-14-SigLIP-384, pretrained: webli, image_size: 448}
+    language:  {path: Qwen/Qwen3-0.6B}
+
+The connectors between them are randomly initialised; stage `pretrain` trains them first.
+"""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import open_clip
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from vico_pl.errors import check_settings
 from vico_pl.model.connector import FULL_RATIO, Connectors
-from vico_pl.model.language import build_language_model
-from vico_pl.model.packed import run_packed
+from vico_pl.model.language import build_language_model, run_packed
 from vico_pl.model.router import DEFAULT_ROUTER, build_router
 from vico_pl.model.vision import VisionEncoder
 from vico_pl.types import Batch
@@ -27,6 +38,19 @@ class ModelSpec:
     router_heads: int | None = None  # attention heads of the router; None: the model has no router
     placeholder_id: int  # token id that stands for a tile
     router: str = DEFAULT_ROUTER  # name of its builder in `router.ROUTERS`
+
+    def __post_init__(self) -> None:
+        ratios: Any = self.ratios  # read from a file
+        are_numbers = isinstance(ratios, list) and all(isinstance(ratio, int) for ratio in ratios)
+        check_settings(
+            "model",
+            self,
+            vision=(isinstance(self.vision, dict), "settings of a vision tower"),
+            language=(isinstance(self.language, dict), "settings of a language model"),
+            ratios=(are_numbers, "a list of whole numbers"),
+            router_heads=(isinstance(self.router_heads, int | None), "a whole number"),
+            placeholder_id=(isinstance(self.placeholder_id, int), "a token id"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +101,15 @@ class VisionLanguageModel(nn.Module):
         """
         super().__init__()
         self.spec = spec
+        try:
+            self._build(spec)
+        except ValueError:
+            raise
+        except Exception as error:  # libraries fail in their own ways at sizes that make no model
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"no such model can be built ({type(error).__name__}: {reason})") from error
+
+    def _build(self, spec: ModelSpec) -> None:
         self.vision = VisionEncoder(spec.vision)
         _check_ratios(spec.ratios, self.vision)
         self.language = build_language_model(spec.language)
@@ -154,3 +187,100 @@ def _check_ratios(ratios: list[int], vision: VisionEncoder) -> None:
                 f"tiles of {vision.tile_size} px are {side} x {side} patches, which do not fold by {factor} "
                 f"for ratio {ratio}; choose another image_size or other ratios"
             )
+
+
+def assemble_model(
+    vision: dict[str, Any],
+    language: dict[str, Any],
+    *,
+    ratios: list[int],
+    vocab_size: int,
+    placeholder_id: int,
+) -> VisionLanguageModel:
+    """Build a model from descriptions of its parts; a named part is loaded with its weights.
+
+    The embeddings of a pretrained language model grow to the size of the tokenizer.
+
+    Raises:
+        ValueError: a part cannot be loaded.
+    """
+    tower, language_model = None, None
+    if "open_clip" in vision:
+        _check_settings("vision", vision, "open_clip", "pretrained", "image_size", "image_mean", "image_std")
+        vision, tower = _pretrained_tower(vision)
+    if "path" in language:
+        _check_settings("language", language, "path", "revision")
+        language_model = _pretrained_language_model(language, vocab_size)
+        language = language_model.config.to_dict()
+    else:
+        language = {**language, "vocab_size": vocab_size}
+    spec = ModelSpec(vision=vision, language=language, ratios=ratios, placeholder_id=placeholder_id)
+    model = VisionLanguageModel(spec)
+    if tower is not None:
+        state = tower.state_dict()  # with weights of the pooled embedding, which are not needed
+        own = model.vision.tower
+        own.load_state_dict({name: state[name] for name in own.state_dict()})
+    if language_model is not None:
+        model.language = language_model
+    return model
+
+
+def _check_settings(part: str, given: dict[str, Any], beside: str, *known: str) -> None:
+    for name in given.keys() - {beside, *known}:
+        raise ValueError(f"model.{part} has no setting '{name}' beside {beside}; expected {', '.join(known)}")
+
+
+def _pretrained_tower(settings: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
+    """Return the description of an open_clip tower and the tower with its weights."""
+    name, pretrained, image_size = (settings.get(key) for key in ("open_clip", "pretrained", "image_size"))
+    known = open_clip.get_model_config(name)
+    if known is None:
+        raise ValueError(f"model.vision.open_clip is '{name}', which open_clip does not know")
+    try:
+        tower = open_clip.create_model(
+            name,
+            pretrained=pretrained,  # a tag or a file
+            force_image_size=image_size,  # fits position embeddings to other tiles
+            require_pretrained=pretrained is not None,
+        ).visual
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.vision: open_clip has no weights '{pretrained}' for {name} ({reason})"
+        ) from error
+    norm = _pixel_norm(str(name), pretrained, tower)
+    config = known["vision_cfg"] | norm | {"quick_gelu": known.get("quick_gelu", False)}
+    given = {key: settings[key] for key in ("image_size", *norm) if settings.get(key)}
+    return config | given, tower
+
+
+def _pixel_norm(name: str, pretrained: str | None, tower: Any) -> dict[str, list[float]]:
+    """Return mean and std of the pixels: those of a tag, or of a file those that the tower's tags share."""
+    own, tags = tower.preprocess_cfg, open_clip.list_pretrained_tags_by_model(name)
+    if open_clip.is_pretrained_cfg(name, pretrained or ""):
+        tags = []
+    known = [{**own, **open_clip.get_pretrained_cfg(name, tag)} for tag in tags] or [own]
+    norms = {(tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in known}
+    if len(norms) > 1:
+        unknown = (
+            f"model.vision: the tags of {name} differ in image_mean and image_std; those of CLIP are taken"
+        )
+        warnings.warn(f"{unknown} unless you set them beside open_clip", stacklevel=2)
+        norms = {(tuple(own["mean"]), tuple(own["std"]))}
+    ((mean, std),) = norms
+    return {"image_mean": list(mean), "image_std": list(std)}
+
+
+def _pretrained_language_model(settings: dict[str, Any], vocab_size: int) -> PreTrainedModel:
+    """Load a causal language model of transformers in float32; code of the folder never runs."""
+    path, revision = settings["path"], settings.get("revision")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.language.path {path}: no language model to load ({reason})") from error
+    if vocab_size > model.config.vocab_size:
+        model.resize_token_embeddings(vocab_size)
+    return model

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from vico_pl.losses import consistency
 from vico_pl.model.blocks import find_blocks
-from vico_pl.model.packed import Segments
+from vico_pl.model.language import Segments
 
 METERED_ATTENTION = "vico_metered"  # the name under which transformers knows `packed_attention`
 REST = "loss"  # what no watched part of a step made

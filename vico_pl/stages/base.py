@@ -17,7 +17,7 @@ from vico_pl.model.adapters import LoraConfig, add_adapters
 from vico_pl.model.blocks import cast_trained, checkpoint_blocks, compile_blocks, shard_model
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
-from vico_pl.model.packed import check_flash_attention, set_packed_attention
+from vico_pl.model.language import check_flash_attention, set_packed_attention
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import build_optimizer, clip_gradients, numbered_by_module

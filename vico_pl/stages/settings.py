@@ -8,7 +8,7 @@ import torch
 from vico_pl.data.module import DataConfig
 from vico_pl.errors import check_settings
 from vico_pl.model.adapters import LoraConfig
-from vico_pl.model.packed import PACKED_ATTENTION
+from vico_pl.model.language import PACKED_ATTENTION
 from vico_pl.optim import OptimConfig
 
 Section = TypeVar("Section")
@@ -35,7 +35,8 @@ class ModelConfig:
     trainable: list[str] = field(default_factory=lambda: list(PARTS))
     lora: LoraConfig = field(default_factory=LoraConfig)
     attention: str = "sdpa"  # over packed samples: sdpa, or flash (CUDA, needs the flash-attn package)
-    # Pretrain: an open_clip vision_cfg, or {open_clip: NAME, pretrained: TAG or file, image_size: px}.
+    # Pretrain: an open_clip vision_cfg, or {open_clip: NAME, pretrained: TAG or file, image_size: px}, and
+    # optionally image_mean and image_std.
     vision: dict[str, Any] = field(default_factory=dict)
     # Pretrain: a transformers config with its model_type, or {path: folder or name on the Hub}.
     language: dict[str, Any] = field(default_factory=dict)

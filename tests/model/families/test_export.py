@@ -21,6 +21,7 @@ from vico_pl.model.families.folder import export, load_model, open_folder, save_
 from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel
 
+pytestmark = pytest.mark.filterwarnings("ignore:the folder will have no remote code")
 ROUTING = ("mlp2.", "pooling_before_gating.", "gating.")
 MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
 MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 24}

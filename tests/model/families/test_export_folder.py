@@ -1,6 +1,7 @@
 """What an export refuses, warns of and copies."""
 
 import json
+import os
 import re
 
 import pytest
@@ -16,10 +17,10 @@ from tests.released import (
     write_official,
 )
 from vico_pl.files import read_json
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, write_tensors
 from vico_pl.model.families.folder import LAYOUTS, export, load_model, open_folder, save_model
-from vico_pl.model.families.tensors import write_tensors
 
+pytestmark = pytest.mark.filterwarnings("ignore:the folder will have no remote code")
 INTERNVIT = {
     "model_type": "internvl_vision",
     "hidden_size": 32,
@@ -111,7 +112,7 @@ def test_a_folder_counts_as_complete_only_with_its_weights(tmp_path, ours, layou
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vico_pl.model.families.tensors.save_file", full_disk)
+    monkeypatch.setattr("vico_pl.model.families.base.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export(ours, tmp_path / "out", layout=layout)
     with pytest.raises(ValueError, match="no config"):
@@ -184,6 +185,62 @@ def test_a_template_of_another_family_is_refused(tmp_path, flash, template):
     (template / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = "take the template of the same family"
     assert_refused(flash, tmp_path / "out", message, layout="flash", template=template)
+
+
+def test_only_code_and_tokenizer_of_a_template_go_along(tmp_path, flash, ours, template):
+    (template / CALIBRATION_NAME).write_text('{"threshold": 0.9}')
+    (template / "report").mkdir()
+    (template / "report/report.html").write_text("private")
+    export(ours, tmp_path / "out", layout="flash", template=template)
+    assert open_folder(tmp_path / "out").contents.rule.threshold == 0.45
+    assert not (tmp_path / "out/report").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "pipe"])
+def test_no_file_from_elsewhere_is_copied(tmp_path, flash, template, kind):
+    (tmp_path / "secret").write_text("private")
+    path = template / "more.py"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"link": tmp_path / "secret", "device": "/dev/zero"}[kind])
+    message = f"{path}: expected a plain file, or a link to one in there"
+    assert_refused(flash, tmp_path / "out", message, layout="flash", template=template)
+
+
+def test_a_template_in_the_cache_of_the_hub_is_copied_through_its_links(tmp_path, flash, template):
+    snapshot, blob = tmp_path / "cache/snapshots/abc", tmp_path / "cache/blobs/1"
+    for folder in (snapshot.parent, blob.parent):
+        folder.mkdir(parents=True)
+    template.rename(snapshot)
+    (snapshot / "modeling_internvl_chat.py").rename(blob)
+    (snapshot / "modeling_internvl_chat.py").symlink_to(blob)
+    export(flash, tmp_path / "out", layout="flash", template=snapshot)
+    assert not (tmp_path / "out/modeling_internvl_chat.py").is_symlink()
+
+
+def test_a_template_of_another_layout_is_refused(tmp_path, flash, template):
+    write_official(tmp_path / "base")
+    write_native(tmp_path / "native")
+    cases = (("base", "flash", "internvl"), ("native", "flash", "hf"), ("template", "hf", "flash"))
+    for folder, layout, kind in cases:
+        message = f"{tmp_path}/{folder}: its layout is {kind}; expected a template in the layout {layout}"
+        assert_refused(flash, tmp_path / "out", message, layout=layout, template=tmp_path / folder)
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_export_without_code_says_what_to_give(tmp_path, flash, template):
+    with pytest.warns(UserWarning, match="no remote code, .* give --template the released model"):
+        export(flash, tmp_path / "out", layout="flash")
+    (template / "modeling_internvl_chat.py").unlink()
+    with pytest.warns(UserWarning, match="no remote code"):
+        export(flash, tmp_path / "out2", layout="flash", template=template)
+
+
+def test_an_export_of_a_router_without_threshold_is_warned_of(tmp_path, ours):
+    (ours / CALIBRATION_NAME).unlink()
+    with pytest.warns(UserWarning, match="its router has no threshold, .* run 'vico calibrate' first"):
+        export(ours, tmp_path / "out", layout="ours")
 
 
 def test_shards_are_put_together(tmp_path, flash):

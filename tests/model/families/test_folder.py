@@ -1,11 +1,14 @@
+import json
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny_model, tiny_spec
-from vico_pl.model.families.base import CONFIG_NAME
+from vico_pl.files import read_json
+from vico_pl.model.families.base import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from vico_pl.model.families.folder import load_model, open_folder, save_model
-from vico_pl.model.families.tensors import WEIGHTS_NAME
 
 
 @pytest.fixture
@@ -79,11 +82,50 @@ def test_a_configuration_that_is_not_ours_is_named(folder, content):
         open_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "said"),
+    [
+        ("language", {"hidden_size": 10**8}, "tensors do not fit"),
+        ("language", {"hidden_size": -5}, "no such model can be built"),
+        ("language", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but the folder holds"),
+        ("vision", {"layers": 10**6}, "layers is 1000000, but the folder holds"),
+        ("vision", {"timm_model_name": "hf_hub:some/model"}, "without a source"),
+        (None, {"language": []}, r"(?s)config.json: .*language"),
+        (None, {"ratios": "ab"}, r"(?s)config.json: .*ratios"),
+        (None, {"router_heads": 3}, "router_heads is 3; expected a divisor"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_in_a_sentence(folder, part, changes, said):
+    config = read_json(folder / CONFIG_NAME)
+    (config if part is None else config[part]).update(changes)
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said):
+        load_model(folder)
+
+
+def test_deeply_nested_json_and_weights_outside_the_folder_are_refused(folder):
+    (folder / INDEX_NAME).write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+    with pytest.raises(ValueError, match="names files outside the folder"):
+        load_model(folder)
+    (folder / CONFIG_NAME).write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"config.json: no JSON"):
+        load_model(folder)
+
+
+def test_a_disk_without_room_for_the_weights_is_an_error_of_the_system(tmp_path, model, monkeypatch):
+    def full_disk(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("vico_pl.model.families.base.save_file", full_disk)
+    with pytest.raises(OSError, match=r"model.safetensors: cannot be written .*No space left"):
+        save_model(model, tmp_path)
+
+
 def test_an_interrupted_save_leaves_no_folder_that_looks_complete(tmp_path, model, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vico_pl.model.families.tensors.save_file", full_disk)
+    monkeypatch.setattr("vico_pl.model.families.base.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_model(model, tmp_path)
     with pytest.raises(ValueError, match="no config"):

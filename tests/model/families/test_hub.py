@@ -6,6 +6,7 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineMo
 from huggingface_hub.utils import filter_repo_objects
 
 from vico_pl.model.families import hub
+from vico_pl.model.families.folder import TEMPLATE_FILES
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 RELEASED = [
@@ -76,6 +77,13 @@ def test_python_files_and_pickled_weights_are_not_fetched(calls):
     hub.local_folder("a/b")
     (patterns,) = [options["allow_patterns"] for _, options in calls]
     assert list(filter_repo_objects(RELEASED + LEFT_OUT, allow_patterns=patterns)) == RELEASED
+
+
+def test_of_a_template_code_is_fetched_and_no_weights(calls):
+    hub.local_folder("a/b", TEMPLATE_FILES)
+    (patterns,) = [options["allow_patterns"] for _, options in calls]
+    names = ["modeling.py", "tokenizer.json", "model.safetensors", "calibration.json"]
+    assert list(filter_repo_objects(names, allow_patterns=patterns)) == ["modeling.py", "tokenizer.json"]
 
 
 def test_the_name_of_a_repository_stands_for_its_snapshot_and_a_path_for_itself(calls, tmp_path):

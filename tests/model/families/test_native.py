@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tests.helpers import batch_of
 from tests.released import TILE, folder_tensors, qwen_tokenizer, write_native
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.packed import run_packed
+from vico_pl.model.language import run_packed
 from vico_pl.types import EncodedSample
 
 PLACEHOLDER = qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")

@@ -20,7 +20,7 @@ from tests.released import (
 from vico_pl.model.families.folder import load_model, open_folder, own_tensors
 from vico_pl.model.families.official import FLASH, SYSTEM_MESSAGE
 from vico_pl.model.flops import build_without_weights
-from vico_pl.model.packed import run_packed
+from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule
 from vico_pl.types import EncodedSample
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tests.helpers import batch_of, encoded_sample, tiny_model
@@ -34,13 +35,16 @@ def test_settings_and_threshold_of_an_old_folder_are_read():
     assert contents.spec.router == DEFAULT_ROUTER
 
 
-def test_an_old_folder_is_written_again_byte_for_byte(tmp_path):
+def test_an_old_folder_is_written_again_with_marks_for_transformers(tmp_path):
     processing = open_folder(FOLDER).contents.processing
     save_model(load_model(FOLDER, dtype=None), tmp_path / "saved", processing=processing)
     export(FOLDER, tmp_path / "exported", layout="ours")
-    for name in (CONFIG_NAME, PROCESSING_NAME, "model.safetensors"):
-        for folder in ("saved", "exported"):
+    marks = {"model_type": "vico_pl", "transformers_version": transformers.__version__}
+    for folder in ("saved", "exported"):
+        for name in (PROCESSING_NAME, "model.safetensors"):
             assert (tmp_path / folder / name).read_bytes() == (FOLDER / name).read_bytes(), name
+        config = json.loads((tmp_path / folder / CONFIG_NAME).read_text())
+        assert config == json.loads((FOLDER / CONFIG_NAME).read_text()) | marks
 
 
 class MeanRouter(nn.Module):

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from vico_pl.model.families.tensors import INDEX_NAME, WEIGHTS_NAME, StoredTensors, write_tensors
+from vico_pl.model.families.base import INDEX_NAME, WEIGHTS_NAME, StoredTensors, write_tensors
 
 TENSORS = {f"layer.{i}.weight": torch.full((10,), float(i)) for i in range(5)}  # 40 bytes each
 
@@ -84,7 +84,7 @@ def test_an_interrupted_write_leaves_the_older_weights_whole(tmp_path, monkeypat
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("vico_pl.model.families.tensors.save_file", interrupted)
+    monkeypatch.setattr("vico_pl.model.families.base.save_file", interrupted)
     with pytest.raises(OSError, match="No space left"):
         write_tensors({"new": torch.zeros(3)}, tmp_path)
     assert_holds(tmp_path, TENSORS)

@@ -2,11 +2,10 @@
 
 A family is one module that ends in a `Family`, and one line in the table below.
 
-base.py       what a family is, and our own layout
+base.py       what a family is, safetensors files, and our own layout
 official.py   released InternVL checkpoints: base model and Flash
 native.py     InternVL as transformers stores it
 folder.py     open a folder of any family, load a model, save one, write another layout
-tensors.py    safetensors files, whole or in shards
 hub.py        folders on the Hugging Face Hub
 """
 

@@ -7,9 +7,13 @@ a stored tensor to a part of one of ours; reading and writing both follow that l
     TensorPart("attention.k_proj.weight", "attn.qkv.weight", rows=(C, 2 * C))    a third of a stored tensor
     TensorPart("experts.down_proj", "experts.7.down_proj.weight", at=(7,))       one expert of our tensor
 
+Weights are safetensors files: one `model.safetensors`, or numbered shards and their index. They are read as
+views of the mapped file, so that opening a checkpoint takes no memory of its own.
+
 Our own layout is at the end: `config.json` is the `ModelSpec`, tensors have the names of our modules.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vico_pl.files import read_json, write_json
-from vico_pl.model.families.tensors import StoredTensors
+from vico_pl.files import atomic_path, read_json, write_json
 from vico_pl.model.router import DEFAULT_ROUTER, RoutingRule
 from vico_pl.model.vlm import ModelSpec
 
@@ -28,9 +35,88 @@ CONFIG_NAME = "config.json"
 PROCESSING_NAME = "processing.json"  # tiling and chat settings
 CALIBRATION_NAME = "calibration.json"  # routing threshold, and the curve it was chosen from
 FORMAT = "vico_pl"
+MARKS = ("format", "model_type", "transformers_version")  # of a config.json of ours, read by transformers
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
 
 Json = dict[str, Any]
 Shape = tuple[int, ...]
+
+
+class StoredTensors:
+    """All tensors of a model folder by name; `stored_name` gives each the name it goes by here.
+
+    Raises:
+        ValueError: no weights, only pickled ones, a shard is absent, or a file is no safetensors.
+    """
+
+    def __init__(self, folder: Path, stored_name: Callable[[str], str] = str) -> None:
+        self._places: dict[str, tuple[Any, str]] = {}
+        for path in _weight_files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: no readable weights ({error})") from error
+            self._places |= {stored_name(name): (file, name) for name in file.keys()}  # noqa: SIM118
+        self.names = set(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        file, name = self._places[name]
+        return tuple(file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor as a view of the file."""
+        file, name = self._places[name]
+        return file.get_tensor(name)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write tensors, in shards if larger than `max_bytes`; each file appears whole or not at all."""
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        get_storage_id=lambda _: None,  # equal storage means nothing: views of one file share it
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for name, members in plan.filename_to_tensors.items():
+        whole = {member: tensors[member].contiguous() for member in members}
+        with atomic_path(folder / name) as temporary:
+            temporary.touch()
+            usual_mode = temporary.stat().st_mode
+            try:
+                save_file(whole, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, too
+                raise OSError(f"{folder / name}: cannot be written ({error}); free space") from error
+            temporary.chmod(usual_mode)  # safetensors makes it readable by its owner only
+    written = set(plan.filename_to_tensors)
+    if plan.is_sharded:
+        weight_map = dict(sorted(plan.tensor_to_filename.items()))
+        write_json({"metadata": plan.metadata, "weight_map": weight_map}, folder / INDEX_NAME, indent=2)
+        written.add(INDEX_NAME)
+    for old in {path.name for path in folder.glob("model*.safetensors*")} - written:
+        (folder / old).unlink()  # of a model that was here before
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX_NAME).is_file():
+        try:
+            names = sorted(set(read_json(folder / INDEX_NAME)["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("it names files outside the folder")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX_NAME}: no readable index of weights ({error})") from error
+        absent = ", ".join(name for name in names if not (folder / name).is_file())
+        if absent:
+            raise ValueError(f"{folder}: {INDEX_NAME} names {absent}, which is absent; fetch it again")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    if any(folder.glob("*.bin")):
+        raise ValueError(f"{folder}: pickled weights may run code; save them as {WEIGHTS_NAME}")
+    raise ValueError(f"{folder}: no {WEIGHTS_NAME}; a model folder holds weights next to config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +193,29 @@ class Family:
             yield from self.parts_of(name, tuple(tensor.shape))
 
 
+def routing_rule(file: Path, threshold: Any, relative: Any) -> RoutingRule:
+    """Return the rule that a file holds.
+
+    Raises:
+        ValueError: its thresholds are not numbers that the rule can compare with.
+    """
+    is_number = isinstance(threshold, float | int) and not math.isnan(threshold)
+    is_quantile = relative is None or (isinstance(relative, float | int) and 0 <= relative <= 1)
+    if not is_number or not is_quantile:
+        found = f"its threshold is {threshold!r}, its relative_threshold {relative!r}"
+        raise ValueError(
+            f"{file}: {found}; expected a number, and none or one from 0 to 1; run 'vico calibrate'"
+        )
+    return RoutingRule(threshold=float(threshold), relative_threshold=relative)
+
+
 def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
     try:
-        spec = ModelSpec(**{key: value for key, value in config.items() if key != "format"})
-    except TypeError as error:  # keys missing or unknown
+        spec = ModelSpec(**{key: value for key, value in config.items() if key not in MARKS})
+    except (TypeError, ValueError) as error:  # keys missing or unknown, or of another type
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     processing = folder / PROCESSING_NAME
-    return FolderContents(spec=spec, processing=read_json(processing) if processing.exists() else None)
+    return FolderContents(spec=spec, processing=read_json(processing) if processing.is_file() else None)
 
 
 def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
@@ -125,13 +227,9 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
     spec = asdict(contents.spec)
     if spec["router"] == DEFAULT_ROUTER:
         del spec["router"]  # so that a folder has the same bytes as one written before there was a choice
-    return {"format": FORMAT, **spec}
+    return {"format": FORMAT, "model_type": FORMAT, "transformers_version": transformers.__version__, **spec}
 
 
 OURS = Family(
-    name="ours",
-    marks=(FORMAT,),
-    read=_read,
-    parts_of=lambda name, _: [TensorPart(name, name)],
-    write=_write,
+    name="ours", marks=(FORMAT,), read=_read, parts_of=lambda name, _: [TensorPart(name, name)], write=_write
 )

@@ -8,20 +8,30 @@ calibration.json     routing threshold (takes precedence over that of a Flash co
 """
 
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.initialization import no_init_weights
 
 from vico_pl.files import read_json, write_json
 from vico_pl.model.connector import Connector
 from vico_pl.model.families import FAMILIES
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, OURS, Family, FolderContents, Json
-from vico_pl.model.families.official import placeholder_id
-from vico_pl.model.families.tensors import StoredTensors, write_tensors
+from vico_pl.model.families.base import (
+    CALIBRATION_NAME,
+    CONFIG_NAME,
+    OURS,
+    Family,
+    FolderContents,
+    Json,
+    StoredTensors,
+    routing_rule,
+    write_tensors,
+)
+from vico_pl.model.families.official import FLASH, INTERNVL, placeholder_id
+from vico_pl.model.flops import build_without_weights
 from vico_pl.model.router import RoutingRule, build_router
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.tokens import PLACEHOLDER
@@ -34,8 +44,14 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-# What an export does not copy from `--template`: the new folder has its own.
-NOT_OF_A_TEMPLATE = ("*.safetensors", "*.bin", "*.index.json", CONFIG_NAME, ".*")
+# What an export copies from `--template`; the rest of a model is its own.
+TEMPLATE_FILES = ("*.py", "*processor_config.json", *TOKENIZER_FILES)
+
+
+_NO_CODE = (
+    "the folder will have no remote code, without which released code and servers cannot load it; give "
+    "--template the released model of the same size (flash: as OpenGVLab/InternVL3_5-1B-Flash)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +76,22 @@ def open_folder(path: Path | str) -> ModelFolder:
     config = read_json(path / CONFIG_NAME)
     family = _family_of(config, path / CONFIG_NAME)
     tensors = StoredTensors(path, family.stored_name)
-    contents = family.read(path, config, tensors.names)
+    try:
+        contents = family.read(path, config, tensors.names)
+    except (TypeError, KeyError, AttributeError) as error:  # settings of other types than a family has
+        raise ValueError(f"{path / CONFIG_NAME}: {type(error).__name__}: {error}") from error
     contents = replace(contents, rule=_calibrated(path / CALIBRATION_NAME) or contents.rule)
+    _check_depth(path, contents.spec, len(tensors.names))
     return ModelFolder(path=path, family=family, contents=contents, tensors=tensors)
+
+
+def _check_depth(path: Path, spec: ModelSpec, num_tensors: int) -> None:
+    """Refuse a number of layers that would take hours to build, before the tensors are compared."""
+    for part in (spec.vision, spec.language):
+        for name in ("num_hidden_layers", "layers", "n_layer", "n_layers", "num_layers"):
+            if isinstance(part.get(name), int) and part[name] > num_tensors:
+                found = f"{name} is {part[name]}, but the folder holds {num_tensors} tensors"
+                raise ValueError(f"{path / CONFIG_NAME}: {found}")
 
 
 def read_shape(path: Path) -> tuple[ModelSpec, torch.dtype]:
@@ -95,11 +124,13 @@ def load_model(
     heads = stored.router_heads or router_heads
     if router_heads not in (None, heads):
         raise ValueError(f"{path}: its router has {heads} attention heads, not {router_heads}")
-    model = _build(path, replace(stored, ratios=ratios or stored.ratios, router_heads=heads), device="cpu")
-    new = tuple(f"connectors.by_ratio.{ratio}." for ratio in model.ratios if ratio not in stored.ratios)
+    spec = replace(stored, ratios=ratios or stored.ratios, router_heads=heads)
+    new = tuple(f"connectors.by_ratio.{ratio}." for ratio in spec.ratios if ratio not in stored.ratios)
     new += ("router.",) if stored.router_heads is None else ()
-    wanted = {name: tensor for name, tensor in own_tensors(model).items() if not name.startswith(new)}
+    shapes = own_tensors(_build(path, spec, device="meta"))  # first without memory: the sizes may be absurd
+    wanted = {name: tensor for name, tensor in shapes.items() if not name.startswith(new)}
     check_tensors(folder, wanted)
+    model = _build(path, spec, device="cpu")
     state = folder.family.to_own(folder.tensors, wanted, dtype=dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.language.tie_weights()  # loading replaced one of the two
@@ -125,27 +156,31 @@ def export(
     folder whose remote code and tokenizer go along, as servers want them.
 
     Raises:
-        ValueError: the layout cannot hold the model, a folder cannot be read, or `output` is not empty.
+        ValueError: the layout cannot hold the model, the template is of another, a folder cannot be read, or
+            `output` is not empty.
     """
     folder = open_folder(source)
     if layout not in LAYOUTS:
         raise ValueError(f"layout is '{layout}'; expected one of {', '.join(LAYOUTS)}")
     target = LAYOUTS[layout]
     contents = target.reduce(folder.contents)
-    code = {} if template is None else _remote_code(template, folder)
+    code = {} if template is None else _remote_code(template, folder, layout)
+    own_files = (*TOKENIZER_FILES, *([CALIBRATION_NAME] if target is OURS else []))  # with its curve
+    files = _files(folder.path, own_files) + ([] if template is None else _files(template, TEMPLATE_FILES))
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: not empty; name a new folder")
+    if target.takes_remote_code and not code:
+        warnings.warn(_NO_CODE, stacklevel=2)
+    if contents.spec.router_heads is not None and contents.rule is None:
+        uncalibrated = f"{source}: its router has no threshold, so every tile will keep full tokens"
+        warnings.warn(f"{uncalibrated}; run 'vico calibrate' first", stacklevel=2)
     check_tensors(folder, own_tensors(_build(source, folder.contents.spec, device="meta")))
     kept = own_tensors(_build(source, contents.spec, device="meta"))
     state = folder.family.to_own(folder.tensors, kept, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
     write_tensors(target.to_stored(state), output)
-    for name in (*TOKENIZER_FILES, *([CALIBRATION_NAME] if target is OURS else [])):  # with its curve
-        if (folder.path / name).is_file():
-            shutil.copyfile(folder.path / name, output / name)
-    if template is not None:
-        ignored = shutil.ignore_patterns(*NOT_OF_A_TEMPLATE)
-        shutil.copytree(template, output, ignore=ignored, dirs_exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, output / file.name)
     # The output layer, or what it is tied to, stands for the whole model.
     heads = (state[name] for name in state if name.endswith(("lm_head.weight", "embed_tokens.weight")))
     config = target.write(output, contents, str(next(heads).dtype).removeprefix("torch."))
@@ -168,11 +203,9 @@ def check_tensors(folder: ModelFolder, own: Mapping[str, Tensor]) -> None:
     wanted, found = folder.family.stored_shapes(own), folder.tensors.names
     problems = [f"missing {name}" for name in wanted.keys() - found]
     problems += [f"unknown {name}" for name in found - wanted.keys() if not _is_tied_head(folder, name)]
-    problems += [
-        f"{name} has shape {list(folder.tensors.shape(name))}, expected {list(wanted[name])}"
-        for name in wanted.keys() & found
-        if folder.tensors.shape(name) != wanted[name]
-    ]
+    shapes = {name: folder.tensors.shape(name) for name in wanted.keys() & found}
+    differing = [(name, shape) for name, shape in shapes.items() if shape != wanted[name]]
+    problems += [f"{name} has shape {list(s)}, expected {list(wanted[name])}" for name, s in differing]
     if problems:
         listed = "; ".join(sorted(problems)[:MAX_PROBLEMS])
         rest = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
@@ -189,13 +222,10 @@ def _family_of(config: Json, path: Path) -> Family:
 
 def _calibrated(path: Path) -> RoutingRule | None:
     """Read the threshold that `vico calibrate` wrote into a folder of any family."""
-    if not path.exists():
+    if not path.is_file():
         return None
     content = read_json(path)
-    threshold, relative = content.get("threshold"), content.get("relative_threshold")
-    if not isinstance(threshold, float | int) or not isinstance(relative, float | int | None):
-        raise ValueError(f"{path}: its threshold is {threshold!r}, no number; run 'vico calibrate' again")
-    return RoutingRule(threshold=float(threshold), relative_threshold=relative)
+    return routing_rule(path, content.get("threshold"), content.get("relative_threshold"))
 
 
 def _stored_type(folder: Path, config: Json) -> torch.dtype:
@@ -217,10 +247,8 @@ def _is_tied_head(folder: ModelFolder, name: str) -> bool:
 
 
 def _build(path: Path | str, spec: ModelSpec, *, device: str) -> VisionLanguageModel:
-    """Build a model without values: its memory is never touched."""
     try:
-        with torch.device(device), no_init_weights():
-            model = VisionLanguageModel(spec)
+        model = build_without_weights(spec, device=device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.language.tie_weights()  # initialisation would have done it
@@ -228,7 +256,6 @@ def _build(path: Path | str, spec: ModelSpec, *, device: str) -> VisionLanguageM
 
 
 def _initialise_new(model: VisionLanguageModel, stored: ModelSpec, dtype: torch.dtype) -> None:
-    """Replace the parts that a folder lacks, built without values, by randomly initialised ones."""
     vision_width, language_width = model.vision.width, model.language.config.hidden_size
     for ratio in model.ratios:
         if ratio not in stored.ratios:
@@ -240,10 +267,28 @@ def _initialise_new(model: VisionLanguageModel, stored: ModelSpec, dtype: torch.
         model.router = build_router(model.spec.router, vision_width, num_ratios=num_ratios, num_heads=heads)
 
 
-def _remote_code(template: Path, folder: ModelFolder) -> Json:
-    """Check that a template fits the model; return where its configuration names its code."""
+def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Return the files of a folder to copy; a link may lead out of a snapshot into the Hub's cache alone."""
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    files = [path for path in sorted(folder.iterdir()) if any(map(path.match, patterns))]
+    for path in files:
+        if not path.is_file() or not path.resolve().is_relative_to(root):
+            raise ValueError(f"{path}: expected a plain file, or a link to one in there; put a copy there")
+    return files
+
+
+def _remote_code(template: Path, folder: ModelFolder, layout: str) -> Json:
+    """Check that a template fits model and layout; return where its configuration names its code."""
     if not (template / CONFIG_NAME).is_file():
-        raise ValueError(f"{template}: no {CONFIG_NAME}; --template takes a released model folder")
+        takes = "--template takes a released model folder or its name on the Hub"
+        raise ValueError(f"{template}: no {CONFIG_NAME}; {takes}")
+    config = read_json(template / CONFIG_NAME)
+    kind = _family_of(config, template / CONFIG_NAME).name
+    if kind == FLASH.name and not any(key.startswith("flash_") for key in config):
+        kind = INTERNVL.name
+    if layout not in (kind, OURS.name):
+        raise ValueError(f"{template}: its layout is {kind}; expected a template in the layout {layout}")
     if any((template / name).exists() for name in VOCABULARY_FILES):  # else the model's tokenizer is kept
         theirs, ours = placeholder_id(template), folder.contents.spec.placeholder_id
         if theirs != ours:
@@ -251,5 +296,5 @@ def _remote_code(template: Path, folder: ModelFolder) -> Json:
                 f"{template}: its tokenizer has {PLACEHOLDER} at {theirs}, the model at {ours}; "
                 "take the template of the same family"
             )
-    config = read_json(template / CONFIG_NAME)
-    return {"auto_map": config["auto_map"]} if "auto_map" in config else {}
+    has_code = "auto_map" in config and any(template.glob("*.py"))
+    return {"auto_map": config["auto_map"]} if has_code else {}

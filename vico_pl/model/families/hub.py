@@ -1,7 +1,7 @@
 """Model folders that live on the Hugging Face Hub: named OWNER/NAME or OWNER/NAME@REVISION, fetched once."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ def pinned(path: str, begun_with: str | None = None) -> str:
     return f"{name}@{commit}"
 
 
-def local_folder(path: str) -> Path:
+def local_folder(path: str, patterns: Sequence[str] = PATTERNS) -> Path:
     """Return the folder that a path or the name of a repository stands for, fetched if it is not yet here.
+
+    Of a repository only the files that match a pattern are fetched.
 
     Raises:
         ValueError: neither the cache nor the Hub has it.
@@ -58,7 +60,7 @@ def local_folder(path: str) -> Path:
     if not is_hub_id(path):
         return Path(path)
     name, revision = split_revision(path)
-    return Path(_ask(path, snapshot_download, name, revision=revision, allow_patterns=PATTERNS))
+    return Path(_ask(path, snapshot_download, name, revision=revision, allow_patterns=list(patterns)))
 
 
 def _ask(path: str, question: Callable[..., Any], *arguments: str, **options: Any) -> Any:

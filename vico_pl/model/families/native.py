@@ -32,15 +32,13 @@ MODULE_NAMES = {  # names of modules -> stored names
 
 
 def _stored_name(name: str) -> str:
-    """Return the stored name of a tensor that may be named as a module."""
     for pattern, stored in MODULE_NAMES.items():
         name = re.sub(pattern, stored, name)
     return name
 
 
 def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
-    problems = "; ".join(_problems(config))
-    if problems:
+    if problems := "; ".join(_problems(config)):
         raise ValueError(f"{folder / CONFIG_NAME}: {problems}")
     has_head = names is None or official.HEAD_NAME in names
     tied = config["text_config"].get("tie_word_embeddings", config.get("tie_word_embeddings", not has_head))
@@ -60,7 +58,6 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
 
 
 def _problems(config: Json) -> Iterator[str]:
-    """Yield everything in a configuration that we do not read."""
     yield from official.unread(config, downsample_ratio=0.5, vision_feature_layer=-1)
     vision, language = config.get("vision_config"), config.get("text_config")
     if not isinstance(vision, dict) or not isinstance(language, dict):
@@ -81,8 +78,7 @@ def _tiling(folder: Path, tile_size: int) -> Json:
     """Read the image processor from where transformers looks first, if there is one."""
     whole, alone = folder / WHOLE_PROCESSOR_NAME, folder / PROCESSOR_NAME
     processor = read_json(whole).get("image_processor") if whole.exists() else None
-    if not processor:
-        processor = read_json(alone) if alone.exists() else {}
+    processor = processor or (read_json(alone) if alone.exists() else {})
     return {
         "tile_size": tile_size,
         "min_tiles": processor.get("min_patches", 1),
@@ -92,7 +88,6 @@ def _tiling(folder: Path, tile_size: int) -> Json:
 
 
 def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
-    """Write the image processor; return the configuration."""
     spec, tiling = contents.spec, (contents.processing or {}).get("tiling", {})
     side, patch = spec.vision["image_size"], spec.vision["patch_size"]
     write_json(_processor(tiling, side), folder / PROCESSOR_NAME, indent=2)

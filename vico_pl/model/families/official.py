@@ -15,8 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vico_pl.model.families.base import CONFIG_NAME, Family, FolderContents, Json, Shape, TensorPart
-from vico_pl.model.router import RELEASED_HEADS, RoutingRule
+from vico_pl.model.families.base import (
+    CONFIG_NAME,
+    Family,
+    FolderContents,
+    Json,
+    Shape,
+    TensorPart,
+    routing_rule,
+)
+from vico_pl.model.router import RELEASED_HEADS
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
 
@@ -73,17 +81,15 @@ SYSTEM_MESSAGE = (
 
 
 def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
-    """Read a released checkpoint, or one that we exported."""
-    problems = "; ".join(_problems(config))
-    if problems:
+    if problems := "; ".join(_problems(config)):
         raise ValueError(f"{folder / CONFIG_NAME}: {problems}")
     modules = {name.partition(".")[0] for name in names or ()}
-    architecture = config["llm_config"]["architectures"][0]
-    language = {**config["llm_config"], "model_type": LANGUAGE_MODELS[architecture]}
+    language = dict(config["llm_config"])
+    language["model_type"] = LANGUAGE_MODELS[language["architectures"][0]]
     if names is not None and HEAD_NAME not in names:
         language.setdefault("tie_word_embeddings", True)
     threshold, relative = (config.get(f"flash_{kind}_threshold") for kind in ("absolute", "relative"))
-    rule = None if threshold is None else RoutingRule(threshold=threshold, relative_threshold=relative)
+    rule = None if threshold is None else routing_rule(folder / CONFIG_NAME, threshold, relative)
     given = config["vision_config"]
     vision = {ours: given.get(name, default) for name, (ours, default) in VISION_KEYS.items()}
     return FolderContents(
@@ -100,7 +106,6 @@ def _read(folder: Path, config: Json, names: set[str] | None) -> FolderContents:
 
 
 def _problems(config: Json) -> Iterator[str]:
-    """Yield everything in a configuration that we do not read."""
     # Version v1 of pixel unshuffle, which configurations without one mean, transposes the patches.
     given = {"ps_version": "v1", "template": None, **config}
     yield from unread(given, ps_version="v2", select_layer=-1, downsample_ratio=0.5, template=TEMPLATE)
@@ -112,8 +117,7 @@ def _problems(config: Json) -> Iterator[str]:
     if not architectures or architectures[0] not in LANGUAGE_MODELS:
         yield f"llm_config.architectures is {architectures}; expected one of {', '.join(LANGUAGE_MODELS)}"
     tile_size = vision.get("image_size", VISION_KEYS["image_size"][1])
-    forced = config.get("force_image_size") or tile_size
-    if forced != tile_size:
+    if (forced := config.get("force_image_size") or tile_size) != tile_size:
         yield f"force_image_size is {forced} but the position embeddings are of {tile_size} px"
 
 
