@@ -1,7 +1,6 @@
 """What all stages share: an optimizer step over micro-batches, whose loss is a mean over all ranks."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -187,9 +186,9 @@ class Stage(L.LightningModule):
         """Return the FLOPs of a sample by part of the step."""
         return trained_parts(run, flops, sample)
 
-    @abstractmethod
     def step(self, batch: Batch) -> StepResult:
-        """Compute the loss of one micro-batch."""
+        """Compute the loss of one micro-batch. A stage defines this, or `results`."""
+        return next(self.results([batch]))
 
     def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
         """Yield the result of each micro-batch; its backward pass is done before the next is asked for."""
