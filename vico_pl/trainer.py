@@ -82,6 +82,7 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
         _fit(trainer, stage, data, checkpoint=newest_checkpoint(run_dir))
         if trainer.global_step < config.trainer.max_steps:
             return trainer, None
+        _check_has_trained(trainer, run_dir)
         state = whole_state(model) if stage.is_sharded else None
         if trainer.is_global_zero:
             whole = model if state is None else models.trained(state)
@@ -101,7 +102,7 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
         precision=config.precision,  # type: ignore[arg-type]  # Lightning itself checks the name
         max_steps=config.max_steps,
         limit_train_batches=config.max_steps,
-        log_every_n_steps=config.log_every,
+        log_every_n_steps=min(config.log_every, config.max_steps),  # a short run logs its last step
         callbacks=[
             stop,
             guards.StepSeed(run.seed),
@@ -153,6 +154,15 @@ def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path
     finally:
         for worker in multiprocessing.active_children():  # one that waits for a slow source ignores SIGTERM
             worker.kill()
+
+
+def _check_has_trained(trainer: L.Trainer, run_dir: Path) -> None:
+    if not any(isinstance(c, guards.GradientGuard) and c.has_trained for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{run_dir}: none of the {trainer.global_step} steps had anything to train on, so no model is "
+            "written; bad records are in bad_records.jsonl there, and stage router needs "
+            "router.min_history tiles first; correct the recipe or its data, and set another run_dir"
+        )
 
 
 def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:

@@ -30,7 +30,7 @@ from vico_pl.errors import STOP_SIGNALS
 from vico_pl.files import append_json
 from vico_pl.types import RankBatch
 
-MAX_SKIPPED = 3  # non-finite gradients in a row that stop the run
+MAX_SKIPPED = 3  # steps in a row with non-finite gradients or loss ratios that stop the run
 SPIKE_FACTOR = 10.0  # times the median of recent gradient norms is a spike
 HISTORY = 100  # steps
 REQUEUE_SIGNAL = signal.SIGUSR1  # sent before the time limit; SIGTERM also comes when a user cancels the job
@@ -106,36 +106,53 @@ class StepSeed(L.Callback):
 
 
 class GradientGuard(L.Callback):
-    """Logs steps skipped for a non-finite gradient, and warns about spikes of the gradient norm.
+    """Logs steps with a non-finite gradient or loss ratio, and warns about spikes of the gradient norm.
 
-    `path` lists the samples of skipped steps; the third in a row stops the run. A skipped step changes no
-    weight.
+    `path` lists the samples of such steps; the third in a row stops the run. With a non-finite gradient a
+    step is skipped and changes no weight. `has_trained` says whether any step of the run had a gradient.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._in_a_row = path, 0
+        self._path, self._in_a_row, self.has_trained = path, 0, False
         self._norms: deque[float] = deque(maxlen=HISTORY)
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
-        """Check the norm of the step's gradient, which is the same on all ranks.
+        """Check the norm of the step's gradient and what was left out, the same on all ranks.
 
         Raises:
-            ValueError: it was non-finite three times in a row; all ranks raise it at the same step.
+            ValueError: one was non-finite three times in a row; all ranks raise it at the same step.
         """
-        norm, step = out["grad_norm"], trainer.global_step - 1
+        norm, num_left_out, step = out["grad_norm"], out["num_left_out"], trainer.global_step - 1
         if math.isfinite(norm):
-            self._in_a_row = 0
+            self.has_trained = self.has_trained or norm > 0
             self._warn_of_spike(norm, step)
-            return
+            if not num_left_out:
+                self._in_a_row = 0
+                return
         self._in_a_row += 1
         line = {"step": step, "rank": trainer.global_rank, "grad_norm": str(norm), "ids": batch.ids}
         append_json(self._path, line)
-        rank_zero_warn(f"step {step} is skipped: its gradient is {norm}; {self._path} names its samples")
+        if num_left_out:
+            what, told = "loss ratios", f"{num_left_out} of its loss ratios are not finite and left out"
+            remedy = "look at the weights of model.path and model.reference, and at these samples"
+        else:
+            what, told = "gradients", f"its gradient is {norm}"
+            remedy = "lower optim.lr, or look at these samples"
+        skipped = "" if math.isfinite(norm) else " is skipped"
+        rank_zero_warn(f"step {step}{skipped}: {told}; {self._path} names its samples")
         if self._in_a_row == MAX_SKIPPED:
             raise ValueError(
-                f"the gradients of {MAX_SKIPPED} steps in a row are not finite, the last of step {step}; "
-                f"their samples are in {self._path}; lower optim.lr, or look at these samples"
+                f"the {what} of {MAX_SKIPPED} steps in a row are not finite, the last of step {step}; "
+                f"their samples are in {self._path}; {remedy}"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"has_trained": self.has_trained}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, stage: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint; those of earlier versions do not say whether they have trained."""
+        self.has_trained = checkpoint["callbacks"].get(self.state_key, {}).get("has_trained", True)
 
     def _warn_of_spike(self, norm: float, step: int) -> None:
         usual = median(self._norms) if len(self._norms) == HISTORY else math.inf

@@ -4,6 +4,7 @@ Its labels come from loss ratios: how compressing a tile changes the loss of its
 equations 8 and 9).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -163,7 +164,7 @@ class RouterStage(Stage):
         return max(self.ranks.gather(number)) if self.is_sharded else number
 
     def _remember(self, micro_batches: list[Batch], ratios: list[Tensor]) -> None:
-        """Add the loss ratios of all ranks to the window, in sample order: the same on each."""
+        """Add the finite loss ratios of all ranks to the window, in sample order: the same on each."""
         here = [
             (position, ratio)
             for micro_batch, values in zip(micro_batches, ratios, strict=True)
@@ -171,18 +172,22 @@ class RouterStage(Stage):
             if position >= 0
         ]
         everywhere = sorted(chain.from_iterable(self.ranks.gather(here)), key=itemgetter(0))
-        self.window.update(ratios[0].new_tensor([ratio for _, ratio in everywhere]))
+        finite = [ratio for _, ratio in everywhere if math.isfinite(ratio)]
+        self.num_left_out = len(everywhere) - len(finite)
+        self.window.update(ratios[0].new_tensor(finite))
 
     def _classify(
         self, batch: Batch, features: Tensor, ratios: Tensor, threshold: float | None
     ) -> StepResult:
         logits = self.router(features)
         if threshold is None:
-            return StepResult(loss_sum=0 * logits.sum())
+            return StepResult(loss_sum=0 * logits.sum(), num_items=0)
         tiles = torch.tensor(_tiles_of_samples(batch), dtype=torch.int64, device=logits.device)
+        tiles = tiles[ratios[tiles].isfinite()]
         logits, targets = logits[tiles], router_targets(ratios[tiles], threshold)
         loss = cross_entropy(logits, targets, reduction="sum")
-        return StepResult(loss_sum=loss, metrics=_metrics(logits, targets, threshold))
+        metrics = _metrics(logits, targets, threshold)
+        return StepResult(loss_sum=loss, metrics=metrics, num_items=len(tiles))
 
 
 def _positions(batch: Batch) -> list[int]:
