@@ -123,6 +123,21 @@ def test_a_saved_configuration_loads_as_the_same(recipe, tmp_path):
     assert load_config(tmp_path / "config.yaml", []) == config
 
 
+def test_references_stay_references_and_files_with_secrets_are_the_owners(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN", "topsecret")
+    monkeypatch.setenv("BASE", "data/base")
+    path, stored = tmp_path / "run" / "config.yaml", "https://host/a-{000000..000001}.tar?sig=${oc.env:TOKEN}"
+    data = {**RECIPE["data"], "sources": [{"path": stored}]}
+    config = prepare_run(recipe(data=data, model={"path": "${oc.env:BASE}"}), [f"run_dir={tmp_path}/run"])
+    assert (config.data.sources[0].path[-13:], config.model.path) == ("sig=topsecret", "data/base")
+    assert load_config(path, []) == config
+    assert stored in path.read_text()
+    assert "topsecret" not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    prepare_run(recipe(), [f"run_dir={tmp_path}/other"])
+    assert (tmp_path / "other" / "config.yaml").stat().st_mode & 0o044
+
+
 def test_a_run_keeps_its_settings_and_refuses_others_unless_they_change_no_result(recipe, tmp_path):
     run_dir = f"run_dir={tmp_path}/run"
     config = prepare_run(recipe(), [run_dir])

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vico_pl.data.shards.locations import without_secrets
 from vico_pl.files import atomic_path
 from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyConfig
@@ -110,10 +111,16 @@ def check_run(config: RunConfig) -> Iterator[str]:
         yield f"data.sources: the last one is never reached, the others last {fed} steps"
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration as a recipe that gives the same run, atomically, as all ranks write it."""
+def save_config(settings: RunConfig | dict[str, Any], path: Path) -> None:
+    """Write settings as a recipe that gives the same run, atomically, as all ranks write it.
+
+    References such as `${oc.env:TOKEN}` stay references. Only its owner may read a file that has a URL with
+    a password or signature.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(RunConfig), settings))
     with atomic_path(path) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        temporary.touch(mode=0o666 if without_secrets(text) == text else 0o600)
+        temporary.write_text(text)
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -40,18 +40,20 @@ def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
             holds a run with other settings.
     """
     settings = read_settings(recipe, overrides)
-    path = Path(parse_config(settings, name=str(recipe)).run_dir) / "config.yaml"
+    given = parse_config(settings, name=str(recipe))
+    path = Path(given.run_dir) / "config.yaml"
     stored = load_config(path, []) if path.exists() else None
-    config = parse_config(_completed(settings, stored), name=str(recipe))
+    settings = _completed(settings, given.model, stored)
+    config = parse_config(settings, name=str(recipe))
     differences = [] if stored is None else config_differences(stored, config)
     if differences:
         listed = "; ".join(differences)
         raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
-    given, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
-    if seen not in (None, given):
-        raise ValueError(f"data.tiling.tile_size is {given} but the model sees tiles of {seen} pixels")
+    side, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
+    if seen not in (None, side):
+        raise ValueError(f"data.tiling.tile_size is {side} but the model sees tiles of {seen} pixels")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
+    save_config(settings, path)
     return config
 
 
@@ -121,16 +123,16 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "model" / "config.json").exists()
 
 
-def _completed(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, Any]:
+def _completed(settings: dict[str, Any], given: ModelConfig, stored: RunConfig | None) -> dict[str, Any]:
     """Pin names on the Hub to commits, and take tiling and prompt settings from the model."""
-    model = dict(settings.get("model") or {})
-    if model.get("path") is None:
+    if given.path is None:
         return settings
-    for key in ("path", "reference"):
-        if model.get(key) is not None:
-            begun_with = getattr(stored.model, key) if stored is not None else None
-            model[key] = pinned(model[key], begun_with)
-    processing = open_folder(local_folder(model["path"])).contents.processing or {}
+    model = dict(settings["model"])
+    names = {key: name for key in ("path", "reference") if (name := getattr(given, key)) is not None}
+    commits = {key: pinned(name, stored and getattr(stored.model, key)) for key, name in names.items()}
+    # What is no name on the Hub stays as it is written, such as ${oc.env:BASE}.
+    model.update({key: commit for key, commit in commits.items() if commit != names[key]})
+    processing = open_folder(local_folder(commits["path"])).contents.processing or {}
     data = dict(settings.get("data") or {})
     for part, values in processing.items():
         data[part] = {**values, **(data.get(part) or {})}

@@ -110,6 +110,7 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
             SampleLog(run_dir),  # before callbacks that may stop the run
             BadRecordLog(run_dir / "bad_records.jsonl", max_bad_fraction=run.data.max_bad_fraction),
             guards.GradientGuard(run_dir / "skipped_steps.jsonl"),
+            guards.DataGuard(),
             guards.SyncGuard(every=every),
             guards.Watchdog(run_dir, limit_s=config.watchdog_s),
             StepCheckpoint(run_dir / "checkpoints", every=every, keep=config.keep_checkpoints),
@@ -182,7 +183,11 @@ def _lock(run_dir: Path) -> Iterator[None]:
     with (run_dir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             occupied = f"{run_dir} is being trained by another process"
             raise ValueError(f"{occupied}; wait for it or stop it") from error
+        except OSError as error:  # Lustre without -o flock, some NFS
+            rank_zero_warn(
+                f"{run_dir}: its file system has no locks ({error}); start no second process there"
+            )
         yield

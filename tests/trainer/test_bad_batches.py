@@ -62,6 +62,8 @@ def test_a_run_of_bad_records_alone_writes_no_model_however_often_it_is_started(
     shards, run_dir = faulty_set(tmp_path / "shards", num_good=0, num_bad=4), tmp_path / "run"
     changes = [f"run_dir={run_dir}", f"data.sources=[{{path: {shards}}}]", "trainer.max_steps=2"]
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"none of the 2 steps had anything to train on.*set another run_dir"):
+        with pytest.raises(
+            ValueError, match=r"none of the 2 steps had anything to train on.*set another run_dir"
+        ):
             run(runs / "consistency.yaml", *changes)
     assert not (run_dir / "model").exists()

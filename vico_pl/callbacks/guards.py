@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -159,6 +160,42 @@ class GradientGuard(L.Callback):
         if norm > SPIKE_FACTOR * usual:
             rank_zero_warn(f"step {step}: the gradient norm is {norm:.3g}, usually {usual:.3g}")
         self._norms.append(norm)
+
+
+class DataGuard(L.Callback):
+    """Keeps in checkpoints what the order of samples depends on, and refuses to resume over other data."""
+
+    def on_save_checkpoint(self, trainer: Any, stage: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the shards of each source."""
+        checkpoint["data_order"] = self._sources(trainer)
+
+    def on_load_checkpoint(self, trainer: Any, stage: Any, checkpoint: dict[str, Any]) -> None:
+        """Compare them; checkpoints of earlier versions have none.
+
+        Raises:
+            ValueError: the number of samples of a shard has changed.
+        """
+        now = self._sources(trainer)
+        for found, before in zip(now, checkpoint.get("data_order", now), strict=True):
+            if found != before:
+                raise ValueError(
+                    f"{found['folder']} has {found['num_samples']} samples in {found['num_shards']} shards, but "
+                    f"this run began with {before['num_samples']} in {before['num_shards']}, or with others in "
+                    "some of them, and would go on in another order; restore its data, or set another run_dir"
+                )
+
+    def _sources(self, trainer: Any) -> list[dict[str, Any]]:
+        indexes, shapes = trainer.datamodule.indexes, trainer.datamodule.order.sources
+        return [
+            {
+                "folder": str(index.folder),
+                "num_samples": index.num_samples,
+                "num_shards": len(shape.shard_sizes),
+                "window": shape.window,
+                "digest": sha256(repr(list(shape.shard_sizes)).encode()).hexdigest(),
+            }
+            for index, shape in zip(indexes, shapes, strict=True)
+        ]
 
 
 class SyncGuard(L.Callback):
