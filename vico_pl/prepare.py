@@ -129,7 +129,8 @@ def _completed(settings: dict[str, Any], given: ModelConfig, stored: RunConfig |
         return settings
     model = dict(settings["model"])
     names = {key: name for key in ("path", "reference") if (name := getattr(given, key)) is not None}
-    commits = {key: pinned(name, stored and getattr(stored.model, key)) for key, name in names.items()}
+    begun_with = vars(stored.model) if stored is not None else {}
+    commits = {key: pinned(name, begun_with.get(key)) for key, name in names.items()}
     # What is no name on the Hub stays as it is written, such as ${oc.env:BASE}.
     model.update({key: commit for key, commit in commits.items() if commit != names[key]})
     processing = open_folder(local_folder(commits["path"])).contents.processing or {}

@@ -178,10 +178,12 @@ class DataGuard(L.Callback):
         now = self._sources(trainer)
         for found, before in zip(now, checkpoint.get("data_order", now), strict=True):
             if found != before:
+                now_in, began_in = (
+                    f"{s['num_samples']} samples in {s['num_shards']}" for s in (found, before)
+                )
                 raise ValueError(
-                    f"{found['folder']} has {found['num_samples']} samples in {found['num_shards']} shards, but "
-                    f"this run began with {before['num_samples']} in {before['num_shards']}, or with others in "
-                    "some of them, and would go on in another order; restore its data, or set another run_dir"
+                    f"{found['folder']}: {now_in} shards, but this run began with {began_in}, or with other "
+                    "numbers per shard, and would go on in another order; restore its data, or set another run_dir"
                 )
 
     def _sources(self, trainer: Any) -> list[dict[str, Any]]:
