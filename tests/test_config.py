@@ -42,6 +42,14 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
     assert config.data.sources[0].path == "shards"
 
 
+def test_an_override_reaches_into_a_list_and_a_described_tower_replaces_another(recipe):
+    model = {"path": "a", "vision": {"open_clip": "ViT-B-16", "pretrained": "openai"}, "dropout": 0.2}
+    changes = ["data.sources.0.path=b", "model.vision={width: 8}", "model={path: c}"]
+    config = load_config(recipe(model=model), changes)
+    assert config.data.sources[0].path == "b"
+    assert (config.model.path, config.model.vision, config.model.dropout) == ("c", {"width": 8}, 0.2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -92,6 +100,8 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
             ],
         ),
         (["seed", "run_dir=a", "x"], ["expected key=value, got seed, x"]),
+        (["data.sources.7.path=a"], ["data.sources[7]"]),
+        (["model.vision={width"], ["expected ',' or '}'"]),
     ],
     ids=lambda value: value[0],
 )

@@ -71,11 +71,14 @@ def read_settings(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
         content = OmegaConf.load(recipe)
         if not isinstance(content, DictConfig):
             raise ValueError(f"{recipe}: expected a mapping of settings")
-        merged = OmegaConf.merge(content, OmegaConf.from_dotlist([*overrides]))
-        return _renamed(OmegaConf.to_container(merged))
-    # OSError: a single word or number; TypeError: an override such as data.sources.0.path=...
-    except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
-        raise ValueError(f"{recipe}: {error}") from error
+        for key, _, text in (item.partition("=") for item in overrides):
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+            # A section's settings are merged; the description of a tower replaces another one.
+            OmegaConf.update(content, key, value, merge=key not in ("model.vision", "model.language"))
+        return _renamed(OmegaConf.to_container(content))
+    # OSError: a single word or number; the others: an override such as data.sources.9.path=... or stage.x=...
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"{recipe}: {' '.join(str(error).split())}") from error
 
 
 def parse_config(settings: dict[str, Any], *, name: str) -> RunConfig:

@@ -176,14 +176,12 @@ class DataGuard(L.Callback):
             ValueError: the number of samples of a shard has changed.
         """
         now = self._sources(trainer)
-        for found, before in zip(now, checkpoint.get("data_order", now), strict=True):
-            if found != before:
-                now_in, began_in = (
-                    f"{s['num_samples']} samples in {s['num_shards']}" for s in (found, before)
-                )
+        for pair in zip(now, checkpoint.get("data_order", now), strict=True):
+            if pair[0] != pair[1]:
+                now_in, began_in = (f"{s['num_samples']} samples in {s['num_shards']}" for s in pair)
                 raise ValueError(
-                    f"{found['folder']}: {now_in} shards, but this run began with {began_in}, or with other "
-                    "numbers per shard, and would go on in another order; restore its data, or set another run_dir"
+                    f"{pair[0]['folder']}: {now_in} shards, but this run began with {began_in}, or with "
+                    "other numbers in a shard, and would go on in another order; restore them, or set run_dir"
                 )
 
     def _sources(self, trainer: Any) -> list[dict[str, Any]]:
