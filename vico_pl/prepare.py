@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -36,8 +37,8 @@ def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     Hugging Face Hub is pinned to its present commit; a run that has begun keeps the commit it began with.
 
     Raises:
-        ValueError: as `load_config`; the model cannot be opened or sees tiles of another size; the folder
-            holds a run with other settings.
+        ValueError: as `load_config`; the model cannot be opened, has other ratios or sees other tiles; the
+            folder holds a run with other settings.
     """
     settings = read_settings(recipe, overrides)
     given = parse_config(settings, name=str(recipe))
@@ -101,7 +102,13 @@ class FolderModels:
         return model
 
     def reference(self) -> VisionLanguageModel:
-        """Return the model that the policy is compared with."""
+        """Return the model that the policy is compared with; warn if it is a policy of another run."""
+        ratios = open_folder(self._reference_folder).contents.spec.ratios
+        if self.run.model.reference is None and len(ratios) > 1:
+            rank_zero_warn(
+                f"model.reference is not set and {self.run.model.path} has been trained to compress (ratios "
+                f"{ratios}): it becomes its own reference; set model.reference to the model it was made from"
+            )
         return load_model(self._reference_folder, dtype=DTYPES[self.run.model.frozen_dtype])
 
     def trained(self, state: dict[str, Tensor]) -> VisionLanguageModel:
@@ -133,7 +140,13 @@ def _completed(settings: dict[str, Any], given: ModelConfig, stored: RunConfig |
     commits = {key: pinned(name, begun_with.get(key)) for key, name in names.items()}
     # What is no name on the Hub stays as it is written, such as ${oc.env:BASE}.
     model.update({key: commit for key, commit in commits.items() if commit != names[key]})
-    processing = open_folder(local_folder(commits["path"])).contents.processing or {}
+    contents = open_folder(local_folder(commits["path"])).contents
+    if not set(contents.spec.ratios) <= set(given.ratios):
+        found = f"{given.path} has connectors of ratios {contents.spec.ratios}"
+        raise ValueError(
+            f"model.ratios is {given.ratios} but {found}; set model.ratios to name these as well"
+        )
+    processing = contents.processing or {}
     data = dict(settings.get("data") or {})
     for part, values in processing.items():
         data[part] = {**values, **(data.get(part) or {})}

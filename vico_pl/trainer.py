@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vico_pl.callbacks import guards
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
-from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog, StepProgressBar
+from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, JsonlLogger, SampleLog, StepProgressBar
 from vico_pl.config import RunConfig
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
@@ -107,6 +107,7 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
             stop,
             guards.StepSeed(run.seed),
             StepProgressBar(run.stage),
+            EnvironmentLog(run_dir / "environment.jsonl"),
             SampleLog(run_dir),  # before callbacks that may stop the run
             BadRecordLog(run_dir / "bad_records.jsonl", max_bad_fraction=run.data.max_bad_fraction),
             guards.GradientGuard(run_dir / "skipped_steps.jsonl"),
