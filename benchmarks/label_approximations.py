@@ -27,12 +27,11 @@ from torchmetrics.functional import spearman_corrcoef
 from vico_pl.data.collate import collate
 from vico_pl.inference.predictor import Predictor
 from vico_pl.losses.consistency import consistency_kl
-from vico_pl.losses.routing import loss_ratio
 from vico_pl.model.families.folder import load_model
 from vico_pl.model.language import KeyValues, Prefixes, run_packed
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.router import tile_loss_ratios
+from vico_pl.stages.router import loss_ratio, tile_loss_ratios
 from vico_pl.types import Batch
 
 ENOUGH = 0.95  # rank correlation below which an approximation is not offered

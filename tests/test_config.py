@@ -42,6 +42,14 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
     assert config.data.sources[0].path == "shards"
 
 
+def test_an_override_reaches_into_a_list_and_a_described_tower_replaces_another(recipe):
+    model = {"path": "a", "vision": {"open_clip": "ViT-B-16", "pretrained": "openai"}, "dropout": 0.2}
+    changes = ["data.sources.0.path=b", "model.vision={width: 8}", "model={path: c}"]
+    config = load_config(recipe(model=model), changes)
+    assert config.data.sources[0].path == "b"
+    assert (config.model.path, config.model.vision, config.model.dropout) == ("c", {"width": 8}, 0.2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -92,6 +100,8 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
             ],
         ),
         (["seed", "run_dir=a", "x"], ["expected key=value, got seed, x"]),
+        (["data.sources.7.path=a"], ["data.sources[7]"]),
+        (["model.vision={width"], ["expected ',' or '}'"]),
     ],
     ids=lambda value: value[0],
 )
@@ -121,6 +131,21 @@ def test_a_saved_configuration_loads_as_the_same(recipe, tmp_path):
     )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml", []) == config
+
+
+def test_references_stay_references_and_files_with_secrets_are_the_owners(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN", "topsecret")
+    monkeypatch.setenv("BASE", "data/base")
+    path, stored = tmp_path / "run" / "config.yaml", "https://host/a-{000000..000001}.tar?sig=${oc.env:TOKEN}"
+    data = {**RECIPE["data"], "sources": [{"path": stored}]}
+    config = prepare_run(recipe(data=data, model={"path": "${oc.env:BASE}"}), [f"run_dir={tmp_path}/run"])
+    assert (config.data.sources[0].path[-13:], config.model.path) == ("sig=topsecret", "data/base")
+    assert load_config(path, []) == config
+    assert stored in path.read_text()
+    assert "topsecret" not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    prepare_run(recipe(), [f"run_dir={tmp_path}/other"])
+    assert (tmp_path / "other" / "config.yaml").stat().st_mode & 0o044
 
 
 def test_a_run_keeps_its_settings_and_refuses_others_unless_they_change_no_result(recipe, tmp_path):

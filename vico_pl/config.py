@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vico_pl.data.shards.locations import without_secrets
 from vico_pl.files import atomic_path
 from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyConfig
@@ -70,11 +71,14 @@ def read_settings(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
         content = OmegaConf.load(recipe)
         if not isinstance(content, DictConfig):
             raise ValueError(f"{recipe}: expected a mapping of settings")
-        merged = OmegaConf.merge(content, OmegaConf.from_dotlist([*overrides]))
-        return _renamed(OmegaConf.to_container(merged))
-    # OSError: a single word or number; TypeError: an override such as data.sources.0.path=...
-    except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
-        raise ValueError(f"{recipe}: {error}") from error
+        for key, _, text in (item.partition("=") for item in overrides):
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload, index]
+            # A section's settings are merged; the description of a tower replaces another one.
+            OmegaConf.update(content, key, value, merge=key not in ("model.vision", "model.language"))
+        return _renamed(OmegaConf.to_container(content))
+    # OSError: a single word or number; the others: an override such as data.sources.9.path=... or stage.x=...
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError, IndexError, AssertionError) as error:
+        raise ValueError(f"{recipe}: {' '.join(str(error).split())}") from error
 
 
 def parse_config(settings: dict[str, Any], *, name: str) -> RunConfig:
@@ -110,10 +114,16 @@ def check_run(config: RunConfig) -> Iterator[str]:
         yield f"data.sources: the last one is never reached, the others last {fed} steps"
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write a configuration as a recipe that gives the same run, atomically, as all ranks write it."""
+def save_config(settings: RunConfig | dict[str, Any], path: Path) -> None:
+    """Write settings as a recipe that gives the same run, atomically, as all ranks write it.
+
+    References such as `${oc.env:TOKEN}` stay references. Only its owner may read a file that has a URL with
+    a password or signature.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(RunConfig), settings))
     with atomic_path(path) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        temporary.touch(mode=0o666 if without_secrets(text) == text else 0o600)
+        temporary.write_text(text)
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:

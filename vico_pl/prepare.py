@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -35,22 +36,24 @@ def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     Hugging Face Hub is pinned to its present commit; a run that has begun keeps the commit it began with.
 
     Raises:
-        ValueError: as `load_config`; the model cannot be opened or sees tiles of another size; the folder
-            holds a run with other settings.
+        ValueError: as `load_config`; the model cannot be opened, has other ratios or sees other tiles; the
+            folder holds a run with other settings.
     """
     settings = read_settings(recipe, overrides)
-    path = Path(parse_config(settings, name=str(recipe)).run_dir) / "config.yaml"
+    given = parse_config(settings, name=str(recipe))
+    path = Path(given.run_dir) / "config.yaml"
     stored = load_config(path, []) if path.exists() else None
-    config = parse_config(_completed(settings, stored), name=str(recipe))
+    settings = _completed(settings, given.model, stored)
+    config = parse_config(settings, name=str(recipe))
     differences = [] if stored is None else config_differences(stored, config)
     if differences:
         listed = "; ".join(differences)
         raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
-    given, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
-    if seen not in (None, given):
-        raise ValueError(f"data.tiling.tile_size is {given} but the model sees tiles of {seen} pixels")
+    side, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
+    if seen not in (None, side):
+        raise ValueError(f"data.tiling.tile_size is {side} but the model sees tiles of {seen} pixels")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
+    save_config(settings, path)
     return config
 
 
@@ -99,7 +102,13 @@ class FolderModels:
         return model
 
     def reference(self) -> VisionLanguageModel:
-        """Return the model that the policy is compared with."""
+        """Return the model that the policy is compared with; warn if it is a policy of another run."""
+        ratios = open_folder(self._reference_folder).contents.spec.ratios
+        if self.run.model.reference is None and len(ratios) > 1:
+            rank_zero_warn(
+                f"model.reference is not set and {self.run.model.path} has been trained to compress (ratios "
+                f"{ratios}): it becomes its own reference; set model.reference to the model it was made from"
+            )
         return load_model(self._reference_folder, dtype=DTYPES[self.run.model.frozen_dtype])
 
     def trained(self, state: dict[str, Tensor]) -> VisionLanguageModel:
@@ -121,16 +130,23 @@ def is_finished(run_dir: Path) -> bool:
     return (run_dir / "model" / "config.json").exists()
 
 
-def _completed(settings: dict[str, Any], stored: RunConfig | None) -> dict[str, Any]:
+def _completed(settings: dict[str, Any], given: ModelConfig, stored: RunConfig | None) -> dict[str, Any]:
     """Pin names on the Hub to commits, and take tiling and prompt settings from the model."""
-    model = dict(settings.get("model") or {})
-    if model.get("path") is None:
+    if given.path is None:
         return settings
-    for key in ("path", "reference"):
-        if model.get(key) is not None:
-            begun_with = getattr(stored.model, key) if stored is not None else None
-            model[key] = pinned(model[key], begun_with)
-    processing = open_folder(local_folder(model["path"])).contents.processing or {}
+    model = dict(settings["model"])
+    names = {key: name for key in ("path", "reference") if (name := getattr(given, key)) is not None}
+    begun_with = vars(stored.model) if stored is not None else {}
+    commits = {key: pinned(name, begun_with.get(key)) for key, name in names.items()}
+    # What is no name on the Hub stays as it is written, such as ${oc.env:BASE}.
+    model.update({key: commit for key, commit in commits.items() if commit != names[key]})
+    contents = open_folder(local_folder(commits["path"])).contents
+    if not set(contents.spec.ratios) <= set(given.ratios):
+        found = f"{given.path} has connectors of ratios {contents.spec.ratios}"
+        raise ValueError(
+            f"model.ratios is {given.ratios} but {found}; set model.ratios to name these as well"
+        )
+    processing = contents.processing or {}
     data = dict(settings.get("data") or {})
     for part, values in processing.items():
         data[part] = {**values, **(data.get(part) or {})}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vico_pl.callbacks import guards
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
-from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, SampleLog, StepProgressBar
+from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, JsonlLogger, SampleLog, StepProgressBar
 from vico_pl.config import RunConfig
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
@@ -83,6 +83,7 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
         _fit(trainer, stage, data, checkpoint=newest_checkpoint(run_dir))
         if trainer.global_step < config.trainer.max_steps:
             return trainer, None
+        _check_has_trained(trainer, run_dir)
         state = whole_state(model) if stage.is_sharded else None
         if trainer.is_global_zero:
             whole = model if state is None else models.trained(state)
@@ -102,14 +103,16 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
         precision=config.precision,  # type: ignore[arg-type]  # Lightning itself checks the name
         max_steps=config.max_steps,
         limit_train_batches=config.max_steps,
-        log_every_n_steps=config.log_every,
+        log_every_n_steps=min(config.log_every, config.max_steps),  # a short run logs its last step
         callbacks=[
             stop,
             guards.StepSeed(run.seed),
             StepProgressBar(run.stage),
+            EnvironmentLog(run_dir / "environment.jsonl"),
             SampleLog(run_dir),  # before callbacks that may stop the run
             BadRecordLog(run_dir / "bad_records.jsonl", max_bad_fraction=run.data.max_bad_fraction),
             guards.GradientGuard(run_dir / "skipped_steps.jsonl"),
+            guards.DataGuard(),
             guards.SyncGuard(every=every),
             guards.Watchdog(run_dir, limit_s=config.watchdog_s),
             StepCheckpoint(run_dir / "checkpoints", every=every, keep=config.keep_checkpoints),
@@ -156,6 +159,15 @@ def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path
             worker.kill()
 
 
+def _check_has_trained(trainer: L.Trainer, run_dir: Path) -> None:
+    if not any(isinstance(c, guards.GradientGuard) and c.has_trained for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{run_dir}: none of the {trainer.global_step} steps had anything to train on, so no model is "
+            "written; bad records are in bad_records.jsonl there, and stage router needs "
+            "router.min_history tiles first; correct the recipe or its data, and set another run_dir"
+        )
+
+
 def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     folder = Path(config.run_dir) / "model"
     tokenizer.save_pretrained(folder)
@@ -173,7 +185,11 @@ def _lock(run_dir: Path) -> Iterator[None]:
     with (run_dir / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             occupied = f"{run_dir} is being trained by another process"
             raise ValueError(f"{occupied}; wait for it or stop it") from error
+        except OSError as error:  # Lustre without -o flock, some NFS
+            rank_zero_warn(
+                f"{run_dir}: its file system has no locks ({error}); start no second process there"
+            )
         yield

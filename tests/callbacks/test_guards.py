@@ -79,8 +79,9 @@ def test_a_job_that_cannot_be_queued_again_says_so(monkeypatch, fault):
         requeue(fail)
 
 
-def step(guard, norm):
-    guard.on_train_batch_end(TrainerAt(5), StageLog(), {"grad_norm": norm}, rank_batch(), 4)
+def step(guard, norm, num_left_out=0):
+    out = {"grad_norm": norm, "num_left_out": num_left_out}
+    guard.on_train_batch_end(TrainerAt(5), StageLog(), out, rank_batch(), 4)
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped")
@@ -96,6 +97,27 @@ def test_three_steps_in_a_row_with_non_finite_gradients_stop_the_run(tmp_path):
     assert lines[1] == {"step": 4, "rank": 0, "grad_norm": "inf", "ids": ["a.tar/1"]}
     with pytest.warns(UserWarning, match="step 4 is skipped: its gradient is nan"):
         step(GradientGuard(tmp_path / "skipped.jsonl"), NAN)
+
+
+@pytest.mark.filterwarnings("ignore:.*are not finite and left out")
+def test_three_steps_in_a_row_with_loss_ratios_left_out_stop_the_run(tmp_path):
+    guard = GradientGuard(tmp_path / "skipped.jsonl")
+    for num_left_out in (1, 2, 0, 1, 1):
+        step(guard, 1.0, num_left_out)
+    with pytest.raises(ValueError, match=r"loss ratios of 3 steps in a row are not finite.*model\.reference"):
+        step(guard, 1.0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
+def test_a_run_has_trained_once_a_gradient_was_finite_and_not_zero(tmp_path):
+    guard = GradientGuard(tmp_path / "skipped.jsonl")
+    for norm, trained in ((0.0, False), (NAN, False), (0.5, True), (0.0, True)):
+        step(guard, norm)
+        assert guard.has_trained is trained
+    resumed = GradientGuard(tmp_path / "skipped.jsonl")
+    for states, trained in (({guard.state_key: {"has_trained": False}}, False), ({}, True)):
+        resumed.on_load_checkpoint(TrainerAt(5), StageLog(), {"callbacks": states})
+        assert resumed.has_trained is trained  # one of an earlier version does not say
 
 
 def test_a_spike_is_told_once_there_is_something_usual(tmp_path):

@@ -65,9 +65,17 @@ def test_auroc_is_whether_tiles_to_keep_rank_above_tiles_to_compress(monkeypatch
 def test_there_are_no_labels_before_min_history():
     stage, batch = stage_of(min_history=10), batch_of(*mixed_samples())  # seven tiles
     result = stage.step(batch)
-    assert (result.loss_sum.item(), result.metrics) == (0, {})
+    assert (result.loss_sum.item(), result.num_items, result.metrics) == (0, 0, {})
     result.loss_sum.backward()  # zero, but a gradient: every rank takes the same steps
     assert stage.step(batch).loss_sum > 0
+
+
+def test_loss_ratios_that_are_not_finite_are_left_out_and_counted(monkeypatch):
+    stage, ratios = stage_of(), torch.tensor([1.0, float("nan"), 3.0, float("inf")])
+    monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: ratios)
+    result = stage.step(batch_of(encoded_sample(1, images=(4,))))
+    assert (stage.num_left_out, result.num_items, int(stage.window.seen)) == (2, 2, 2)
+    assert (result.metrics["router/threshold"].total, result.loss_sum.isfinite().item()) == (2.0, True)
 
 
 def test_only_the_router_learns_and_every_trained_parameter_has_a_gradient():

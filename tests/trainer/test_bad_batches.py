@@ -26,7 +26,7 @@ def lines(path):
 def test_batches_of_bad_records_alone_do_not_end_a_run(runs, tmp_path, stage):
     shards, run_dir = faulty_set(tmp_path / "shards", num_good=1, num_bad=7), tmp_path / "run"
     changes = [f"run_dir={run_dir}", f"data.sources=[{{path: {shards}}}]", "data.batch_size=2"]
-    run(runs / f"{stage}.yaml", *changes, "data.max_bad_fraction=1.0")
+    run(runs / f"{stage}.yaml", *changes, "data.max_bad_fraction=1.0", "router.min_history=1")
     found = lines(run_dir / "bad_records.jsonl")
     assert {(line["kind"], line["id"].partition("-")[0]) for line in found} == {("json", "a")}
     assert all(line["reason"].startswith("JSON: ") for line in found)
@@ -56,3 +56,14 @@ def test_too_many_bad_records_stop_a_run_in_a_sentence_with_the_last_checkpoint_
     checkpoint = newest_checkpoint(run_dir)
     assert checkpoint.name == "step-00000002.ckpt"
     assert torch.load(checkpoint, weights_only=False)["global_step"] == 2
+
+
+def test_a_run_of_bad_records_alone_writes_no_model_however_often_it_is_started(runs, tmp_path):
+    shards, run_dir = faulty_set(tmp_path / "shards", num_good=0, num_bad=4), tmp_path / "run"
+    changes = [f"run_dir={run_dir}", f"data.sources=[{{path: {shards}}}]", "trainer.max_steps=2"]
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"none of the 2 steps had anything to train on.*set another run_dir"
+        ):
+            run(runs / "consistency.yaml", *changes)
+    assert not (run_dir / "model").exists()

@@ -1,13 +1,22 @@
 """Whole runs on the CPU: pretrain -> consistency -> router on real shards, records, refusals and resuming."""
 
+import errno
+import json
+import shutil
+from importlib.metadata import version
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers import record
 from tests.runs import STEPS, break_run, differing, metrics, run, watch_steps
 from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.config import load_config
+from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.model.families.folder import load_model
-from vico_pl.prepare import is_finished
+from vico_pl.prepare import FolderModels, is_finished, prepare_run
 from vico_pl.tokens import load_tokenizer
+from vico_pl.trainer import _lock
 
 
 def test_each_stage_hands_a_model_folder_to_the_next(runs):
@@ -93,6 +102,54 @@ def test_another_seed_gives_other_weights(runs, tmp_path):
     run(runs / "consistency.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", "seed=1")
     run(runs / "consistency.yaml", f"run_dir={tmp_path}/again", "trainer.max_steps=1", "seed=2")
     assert differing(tmp_path, tmp_path / "again")
+
+
+def test_a_run_does_not_go_on_over_other_data(runs, tmp_path, monkeypatch):
+    shards = tmp_path / "shards"
+    changes = [f"run_dir={tmp_path}/run", f"data.sources=[{{path: {shards}}}]"]
+    for sizes in ((4, 4), (5, 3)):
+        shutil.rmtree(shards, ignore_errors=True)
+        for number, size in enumerate(sizes):
+            write_shard(shards / f"a-{number}.tar", [(f"{number}-{i}", record().files) for i in range(size)])
+        write_index(shards)
+        if sizes == (4, 4):
+            break_run(monkeypatch, runs / "consistency.yaml", *changes)
+    with pytest.raises(ValueError, match="8 samples in 2 shards, but this run began with 8 samples in 2, or"):
+        run(runs / "consistency.yaml", *changes)
+
+
+def test_a_policy_that_becomes_its_own_reference_is_told(runs):
+    config = load_config(runs / "router.yaml", ["model.reference=null"])
+    with pytest.warns(
+        UserWarning, match=r"ratios \[4, 16\]\): it becomes its own reference; set model\.reference"
+    ):
+        FolderModels(config).reference()
+
+
+def test_connectors_that_the_recipe_does_not_name_are_told_by_their_setting(runs, tmp_path):
+    changes = [f"run_dir={tmp_path}/run", f"model.path={runs}/consistency/model", "model.ratios=[4, 64]"]
+    with pytest.raises(
+        ValueError, match=r"model\.ratios is \[4, 64\] but .* ratios \[4, 16\]; set model\.ratios"
+    ):
+        prepare_run(runs / "consistency.yaml", changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_tells_what_it_ran_on_and_a_short_one_its_last_step(runs, tmp_path):
+    run(runs / "router.yaml", f"run_dir={tmp_path}", "trainer.log_every=100")
+    (line,) = map(json.loads, (tmp_path / "environment.jsonl").read_text().splitlines())
+    assert (line["torch"], line["num_ranks"]) == (version("torch"), 1)
+    assert line["device"].startswith("cpu")
+    assert [line["step"] for line in metrics(tmp_path) if "router/loss" in line] == [STEPS - 1]
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("vico_pl.trainer.fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="its file system has no locks"), _lock(tmp_path):
+        pass
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(runs, tmp_path, monkeypatch):

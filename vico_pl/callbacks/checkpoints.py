@@ -1,6 +1,5 @@
 """Atomic checkpoints, every n steps and at the last step before a run stops."""
 
-import os
 import pickle
 import shutil
 import zipfile
@@ -81,11 +80,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             reason = f"{path} could not be written ({error})"
             raise ValueError(f"{reason}; the previous checkpoint is intact") from error
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name survives a power cut
-        finally:
-            os.close(folder)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

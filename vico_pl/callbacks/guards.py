@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -30,7 +31,7 @@ from vico_pl.errors import STOP_SIGNALS
 from vico_pl.files import append_json
 from vico_pl.types import RankBatch
 
-MAX_SKIPPED = 3  # non-finite gradients in a row that stop the run
+MAX_SKIPPED = 3  # steps in a row with non-finite gradients or loss ratios that stop the run
 SPIKE_FACTOR = 10.0  # times the median of recent gradient norms is a spike
 HISTORY = 100  # steps
 REQUEUE_SIGNAL = signal.SIGUSR1  # sent before the time limit; SIGTERM also comes when a user cancels the job
@@ -106,42 +107,95 @@ class StepSeed(L.Callback):
 
 
 class GradientGuard(L.Callback):
-    """Logs steps skipped for a non-finite gradient, and warns about spikes of the gradient norm.
+    """Logs steps with a non-finite gradient or loss ratio, and warns about spikes of the gradient norm.
 
-    `path` lists the samples of skipped steps; the third in a row stops the run. A skipped step changes no
-    weight.
+    `path` lists the samples of such steps; the third in a row stops the run. With a non-finite gradient a
+    step is skipped and changes no weight. `has_trained` says whether any step of the run had a gradient.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._in_a_row = path, 0
+        self._path, self._in_a_row, self.has_trained = path, 0, False
         self._norms: deque[float] = deque(maxlen=HISTORY)
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
-        """Check the norm of the step's gradient, which is the same on all ranks.
+        """Check the norm of the step's gradient and what was left out, the same on all ranks.
 
         Raises:
-            ValueError: it was non-finite three times in a row; all ranks raise it at the same step.
+            ValueError: one was non-finite three times in a row; all ranks raise it at the same step.
         """
-        norm, step = out["grad_norm"], trainer.global_step - 1
+        norm, num_left_out, step = out["grad_norm"], out["num_left_out"], trainer.global_step - 1
         if math.isfinite(norm):
-            self._in_a_row = 0
+            self.has_trained = self.has_trained or norm > 0
             self._warn_of_spike(norm, step)
-            return
+            if not num_left_out:
+                self._in_a_row = 0
+                return
         self._in_a_row += 1
         line = {"step": step, "rank": trainer.global_rank, "grad_norm": str(norm), "ids": batch.ids}
         append_json(self._path, line)
-        rank_zero_warn(f"step {step} is skipped: its gradient is {norm}; {self._path} names its samples")
+        if num_left_out:
+            what, told = "loss ratios", f"{num_left_out} of its loss ratios are not finite and left out"
+            remedy = "look at the weights of model.path and model.reference, and at these samples"
+        else:
+            what, told = "gradients", f"its gradient is {norm}"
+            remedy = "lower optim.lr, or look at these samples"
+        skipped = "" if math.isfinite(norm) else " is skipped"
+        rank_zero_warn(f"step {step}{skipped}: {told}; {self._path} names its samples")
         if self._in_a_row == MAX_SKIPPED:
             raise ValueError(
-                f"the gradients of {MAX_SKIPPED} steps in a row are not finite, the last of step {step}; "
-                f"their samples are in {self._path}; lower optim.lr, or look at these samples"
+                f"the {what} of {MAX_SKIPPED} steps in a row are not finite, the last of step {step}; "
+                f"their samples are in {self._path}; {remedy}"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"has_trained": self.has_trained}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, stage: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint; those of earlier versions do not say whether they have trained."""
+        self.has_trained = checkpoint["callbacks"].get(self.state_key, {}).get("has_trained", True)
 
     def _warn_of_spike(self, norm: float, step: int) -> None:
         usual = median(self._norms) if len(self._norms) == HISTORY else math.inf
         if norm > SPIKE_FACTOR * usual:
             rank_zero_warn(f"step {step}: the gradient norm is {norm:.3g}, usually {usual:.3g}")
         self._norms.append(norm)
+
+
+class DataGuard(L.Callback):
+    """Keeps in checkpoints what the order of samples depends on, and refuses to resume over other data."""
+
+    def on_save_checkpoint(self, trainer: Any, stage: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the shards of each source."""
+        checkpoint["data_order"] = self._sources(trainer)
+
+    def on_load_checkpoint(self, trainer: Any, stage: Any, checkpoint: dict[str, Any]) -> None:
+        """Compare them; checkpoints of earlier versions have none.
+
+        Raises:
+            ValueError: the number of samples of a shard has changed.
+        """
+        now = self._sources(trainer)
+        for pair in zip(now, checkpoint.get("data_order", now), strict=True):
+            if pair[0] != pair[1]:
+                now_in, began_in = (f"{s['num_samples']} samples in {s['num_shards']}" for s in pair)
+                raise ValueError(
+                    f"{pair[0]['folder']}: {now_in} shards, but this run began with {began_in}, or with "
+                    "other numbers in a shard, and would go on in another order; restore them, or set run_dir"
+                )
+
+    def _sources(self, trainer: Any) -> list[dict[str, Any]]:
+        indexes, shapes = trainer.datamodule.indexes, trainer.datamodule.order.sources
+        return [
+            {
+                "folder": str(index.folder),
+                "num_samples": index.num_samples,
+                "num_shards": len(shape.shard_sizes),
+                "window": shape.window,
+                "digest": sha256(repr(list(shape.shard_sizes)).encode()).hexdigest(),
+            }
+            for index, shape in zip(indexes, shapes, strict=True)
+        ]
 
 
 class SyncGuard(L.Callback):

@@ -1,14 +1,18 @@
-"""What a run reports: progress, metrics, bad records, and the samples of each step."""
+"""What a run reports: progress, metrics, bad records, its environment, and the samples of each step."""
 
 import math
 import os
+import platform
+import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -117,6 +121,49 @@ class BadRecordLog(L.Callback):
         examples = {bad.kind: f"{bad.id!r}: {bad.reason}" for bad in recent}
         frequent = Counter(bad.kind for bad in recent).most_common(3)
         return ", ".join(f"{kind} ({count}, such as {examples[kind]})" for kind, count in frequent)
+
+
+class EnvironmentLog(L.Callback):
+    """Appends to `path` what each attempt of a run ran on: versions, commit and hardware."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Append one line."""
+        device = trainer.strategy.root_device
+        is_cuda = device.type == "cuda"
+        line = {
+            "from_step": trainer.global_step,
+            **{name: _version(name) for name in ("vico_pl", "torch", "transformers", "lightning")},
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "host": platform.node(),
+            "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu ({platform.machine()})",
+            "num_ranks": trainer.world_size,
+            "num_nodes": trainer.num_nodes,
+        }
+        append_json(self._path, line)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this code lies in, if it does, and whether it was changed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class SampleLog(L.Callback):

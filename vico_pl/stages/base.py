@@ -1,7 +1,6 @@
 """What all stages share: an optimizer step over micro-batches, whose loss is a mean over all ranks."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -56,6 +55,7 @@ class StepResult:
 
     loss_sum: Tensor  # over the items that the stage counts
     metrics: Mapping[str, Mean] = field(default_factory=dict)
+    num_items: int | None = None  # that the loss sums over; default: `Stage.num_items`, none left out
 
 
 class Ranks:
@@ -95,6 +95,7 @@ class Stage(L.LightningModule):
     reference: FrozenReference  # if it compares
     ranks: Ranks
     stop_requested = False  # on this rank
+    num_left_out = 0  # items of a step that were left out on all ranks, as no loss could be computed
     is_sharded = False
 
     def __init__(
@@ -187,9 +188,9 @@ class Stage(L.LightningModule):
         """Return the FLOPs of a sample by part of the step."""
         return trained_parts(run, flops, sample)
 
-    @abstractmethod
     def step(self, batch: Batch) -> StepResult:
-        """Compute the loss of one micro-batch."""
+        """Compute the loss of one micro-batch. A stage defines this, or `results`."""
+        return next(self.results([batch]))
 
     def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
         """Yield the result of each micro-batch; its backward pass is done before the next is asked for."""
@@ -231,7 +232,7 @@ class Stage(L.LightningModule):
         """Take an optimizer step on a global batch; the result does not depend on how it is split.
 
         Returns what callbacks need, the same on all ranks: `num_samples`, of these `num_bad`, `grad_norm`,
-        and `stop`: how many ranks were asked to.
+        `num_left_out`, and `stop`: how many ranks were asked to.
         """
         facts = self.ranks.gather(self._facts(rank_batch))
         totals = {name: sum(rank[name] for rank in facts) for name in facts[0]}
@@ -245,12 +246,12 @@ class Stage(L.LightningModule):
             loss = result.loss_sum / max(totals["num_items"], 1) * self.ranks.world
             with nullcontext() if index == num_micro_batches - 1 else self._gradients_stay_local():
                 self.manual_backward(loss)
-            loss_mean = Mean(result.loss_sum.detach(), self.num_items(micro_batches[index]))
-            metrics.append({f"{self.name}/loss": loss_mean, **result.metrics})
+            count = self.num_items(micro_batches[index]) if result.num_items is None else result.num_items
+            metrics.append({f"{self.name}/loss": Mean(result.loss_sum.detach(), count), **result.metrics})
         lr, norm = self.trainer.optimizers[0].param_groups[0]["lr"], self._update()
         metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
         self._log(metrics)
-        return {**totals, "grad_norm": norm}
+        return {**totals, "grad_norm": norm, "num_left_out": self.num_left_out}
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""

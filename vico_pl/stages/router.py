@@ -1,8 +1,10 @@
 """Stage 2: train the resolution router, with all else frozen, to say which tiles can be compressed.
 
-Its labels come from loss ratios: how compressing a tile changes the loss of its sample.
+Its labels come from loss ratios: how compressing a tile changes the loss of its sample (InternVL3.5 report,
+equations 8 and 9).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -11,13 +13,12 @@ from operator import itemgetter
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc
 
 from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import consistency_kl
-from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, loss_ratio, router_targets
 from vico_pl.model.blocks import release
 from vico_pl.model.branches import branch_states
 from vico_pl.model.connector import FULL_RATIO
@@ -28,6 +29,8 @@ from vico_pl.stages.base import Mean, Stage, StepResult, prepare_blocks
 from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.settings import DTYPES, RunSettings, section_of
 from vico_pl.types import Batch
+
+COMPRESS, KEEP = 0, 1  # router targets, as in published checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,33 @@ class RouterConfig:
             epsilon=(self.epsilon > 0, "more than 0"),
             min_history=(1 <= self.min_history <= self.window, f"1 to router.window ({self.window})"),
         )
+
+
+class SlidingPercentile(nn.Module):
+    """The k-th percentile of the last `window` loss ratios; the window is part of checkpoints."""
+
+    values: Tensor
+    seen: Tensor
+
+    def __init__(self, *, percentile: float, window: int, min_history: int) -> None:
+        super().__init__()
+        self._percentile, self._min_history = percentile, min_history
+        self.register_buffer("values", torch.zeros(window))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def update(self, ratios: Float[Tensor, " n"]) -> None:
+        """Add loss ratios, the oldest ones fall out."""
+        window = len(self.values)
+        recent = ratios.detach().to(self.values)[-window:]
+        self.values.copy_(torch.cat([self.values, recent])[-window:])
+        self.seen += len(ratios)
+
+    def threshold(self) -> float | None:
+        """Return the percentile, or None while fewer than `min_history` ratios were seen."""
+        count = min(int(self.seen), len(self.values))
+        if count < max(self._min_history, 1):
+            return None
+        return float(torch.quantile(self.values[-count:].float(), self._percentile / 100))
 
 
 class RouterStage(Stage):
@@ -112,10 +142,6 @@ class RouterStage(Stage):
         for micro_batch, (features, ratios) in zip(micro_batches, seen, strict=True):
             yield self._classify(micro_batch, features, ratios, threshold)
 
-    def step(self, batch: Batch) -> StepResult:
-        """Label the tiles of one micro-batch and classify them."""
-        return next(self.results([batch]))
-
     @torch.no_grad()
     def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
         """Return the patch features and the loss ratio of every tile."""
@@ -138,7 +164,7 @@ class RouterStage(Stage):
         return max(self.ranks.gather(number)) if self.is_sharded else number
 
     def _remember(self, micro_batches: list[Batch], ratios: list[Tensor]) -> None:
-        """Add the loss ratios of all ranks to the window, in sample order: the same on each."""
+        """Add the finite loss ratios of all ranks to the window, in sample order: the same on each."""
         here = [
             (position, ratio)
             for micro_batch, values in zip(micro_batches, ratios, strict=True)
@@ -146,18 +172,22 @@ class RouterStage(Stage):
             if position >= 0
         ]
         everywhere = sorted(chain.from_iterable(self.ranks.gather(here)), key=itemgetter(0))
-        self.window.update(ratios[0].new_tensor([ratio for _, ratio in everywhere]))
+        finite = [ratio for _, ratio in everywhere if math.isfinite(ratio)]
+        self.num_left_out = len(everywhere) - len(finite)
+        self.window.update(ratios[0].new_tensor(finite))
 
     def _classify(
         self, batch: Batch, features: Tensor, ratios: Tensor, threshold: float | None
     ) -> StepResult:
         logits = self.router(features)
         if threshold is None:
-            return StepResult(loss_sum=0 * logits.sum())
+            return StepResult(loss_sum=0 * logits.sum(), num_items=0)
         tiles = torch.tensor(_tiles_of_samples(batch), dtype=torch.int64, device=logits.device)
+        tiles = tiles[ratios[tiles].isfinite()]
         logits, targets = logits[tiles], router_targets(ratios[tiles], threshold)
         loss = cross_entropy(logits, targets, reduction="sum")
-        return StepResult(loss_sum=loss, metrics=_metrics(logits, targets, threshold))
+        metrics = _metrics(logits, targets, threshold)
+        return StepResult(loss_sum=loss, metrics=metrics, num_items=len(tiles))
 
 
 def _positions(batch: Batch) -> list[int]:
@@ -232,3 +262,19 @@ def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tenso
 def _mean_by(owner: Int64[Tensor, " R"], values: Float[Tensor, " R"], *, count: int) -> Float[Tensor, " _"]:
     total = values.new_zeros(count).index_add_(0, owner, values)
     return total / torch.bincount(owner, minlength=count).clamp(min=1)
+
+
+def loss_ratio(
+    compressed: Float[Tensor, "..."], full: Float[Tensor, "..."], *, epsilon: float
+) -> Float[Tensor, "..."]:
+    """Return the factor of the loss under compression: (compressed + epsilon) / (full + epsilon), in nats.
+
+    >>> loss_ratio(torch.tensor(0.3), torch.tensor(0.1), epsilon=0.1)
+    tensor(2.)
+    """
+    return (compressed + epsilon) / (full + epsilon)
+
+
+def router_targets(ratios: Float[Tensor, " T"], threshold: float) -> Int64[Tensor, " T"]:
+    """Return 0 (compress) where the loss ratio stays under the threshold, else 1 (keep)."""
+    return torch.where(ratios < threshold, COMPRESS, KEEP)

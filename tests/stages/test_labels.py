@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vico_pl.losses.routing import COMPRESS, KEEP, SlidingPercentile, loss_ratio, router_targets
+from vico_pl.stages.router import COMPRESS, KEEP, SlidingPercentile, loss_ratio, router_targets
 
 
 def percentile(**changes):
