@@ -154,9 +154,8 @@ def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered
 
 def test_eval_writes_report_and_page(vico, model, answered, tmp_path):
     output = tmp_path / "report"
-    code, out, err = vico("eval", model, "--data", answered, "--output", output)
+    code, out, _ = vico("eval", model, "--data", answered, "--output", output)
     assert code == 0
-    assert "scoring tiles: 100%" in err, "progress knows its end"
     report = json.loads((output / "report.json").read_text())
     assert (report["model"], report["dataset"]) == (str(model), str(answered))
     assert len(report["arms"]) == 7
