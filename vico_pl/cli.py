@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,21 @@ Overrides = Annotated[list[str] | None, Argument(help="Settings that override th
 Model = Annotated[str, Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
 Output = Annotated[Path, Option(help="File to write.")]
 Data = Annotated[Path, Option(help="Folder of shards with questions and answers.")]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        echo(f"vico_pl {version('vico_pl')}")
+        raise SystemExit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that need no command."""
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import PIL.Image
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 def pixels(path):
     with PIL.Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def test_the_version_is_that_of_the_package(vico):
+    assert vico("--version") == (0, f"vico_pl {version('vico_pl')}\n", "")
 
 
 def test_glyphs_are_drawn_counted_checked_and_shown(vico, tmp_path):
