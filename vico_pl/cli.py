@@ -25,10 +25,11 @@ Output = Annotated[Path, Option(help="File to write.")]
 Data = Annotated[Path, Option(help="Folder of shards with questions and answers.")]
 
 
-def _print_version(is_asked: bool) -> None:
+def _print_version(is_asked: bool) -> bool:
     if is_asked:
         echo(f"vico_pl {version('vico_pl')}")
-        raise SystemExit
+        raise SystemExit(0)
+    return is_asked
 
 
 @app.callback()
