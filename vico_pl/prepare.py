@@ -32,6 +32,19 @@ from vico_pl.tokens import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_
 def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     """Load a configuration and create its run folder, or find the same configuration already there.
 
+    Raises:
+        ValueError: as `complete_config`.
+    """
+    config = complete_config(recipe, overrides)
+    path = Path(config.run_dir) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_config(config, path)
+    return config
+
+
+def complete_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """Load a configuration as its run will have it; writes nothing into the run folder.
+
     Tiling and prompt settings that the recipe leaves open come from the model to start from. A name on the
     Hugging Face Hub is pinned to its present commit; a run that has begun keeps the commit it began with.
 
@@ -50,8 +63,6 @@ def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     given, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
     if seen not in (None, given):
         raise ValueError(f"data.tiling.tile_size is {given} but the model sees tiles of {seen} pixels")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
     return config
 
 
