@@ -135,8 +135,9 @@ def calibrate(
     chosen, record = choose(session, data, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
-    kept = chosen.retention["mean"]
-    accuracy = "accuracy not measured" if kept is None else f"{kept:.2%} of the accuracy"
+    kept, right = chosen.retention["mean"], chosen.accuracy["mean"]
+    unknown = "accuracy not measured" if right is None else "0 % right at full tokens"
+    accuracy = unknown if kept is None else f"{kept:.2%} of the accuracy"
     echo(
         f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {accuracy}; "
         f"written to {written}"

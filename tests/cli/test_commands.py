@@ -11,7 +11,7 @@ import pytest
 import vico_pl.cli
 import vico_pl.evaluation.questions
 import vico_pl.files
-from tests.helpers import record
+from tests.helpers import encoded_image, record
 from tests.sessions import tree, write_model_folder, write_set
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.files import write_json
@@ -143,6 +143,16 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     assert Predictor.load(model).rule.threshold == stored["threshold"]
     assert stored["chosen"]["token_fraction"] <= 0.6
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
+
+
+def test_calibrate_tells_a_model_that_is_never_right_from_a_set_without_questions(vico, model, tmp_path):
+    for skill, message in (("ocr", "0 % right at full tokens"), (None, "accuracy not measured")):
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "no: zz"}]
+        annotation = json.dumps({"conversations": turns, "skills": [skill]}).encode()
+        files = {"png": encoded_image("PNG", size=(64, 64)), "json": annotation}
+        folder = write_set(tmp_path / str(skill), [("0", files)])
+        code, out, _ = vico("calibrate", model, "--data", folder, "--budget", "0.6")
+        assert (code, message in out) == (0, True)
 
 
 def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered, monkeypatch):
