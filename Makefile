@@ -82,7 +82,11 @@ demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded def
 	@echo "  report           $(RUN)/report/report.html"
 	@echo "  figures          $(REPORT)"
 	@echo "  training curves  make tensorboard"
-	@echo "  routed model     $(RUN)/router/model   (try: $(VICO) route $(RUN)/router/model IMAGE --output routed.png)"
+	@echo "  routed model     $(RUN)/router/model"
+	@echo "Try the model on an image of GlyphDocs; it knows no other images:"
+	@echo "  tar -xf $(SHARDS)/val/val-000000.tar -C $(RUN) 00000006.jpg"
+	@echo "  $(VICO) route $(RUN)/router/model $(RUN)/00000006.jpg --output $(RUN)/routed.png"
+	@echo "  $(VICO) generate $(RUN)/router/model $(RUN)/00000006.jpg --prompt 'How many shapes are there?'"
 	@echo "To train again from the start: make clean, or set another RUN=FOLDER."
 
 data: shards
@@ -98,10 +102,15 @@ $(SHARDS)/calibration/index.json: | $(INSTALLED)
 $(SHARDS)/val/index.json: | $(INSTALLED)
 	$(VICO) shards glyphs --output $(@D) --num-samples $(VALIDATION_SAMPLES) --seed $(VALIDATION_SEED)
 
-# $(call train,RECIPE,RUN FOLDER,SETTINGS): resumes an earlier call, unless the model the run started from has been
-# retrained since. A run stopped by a signal saves and exits with 0, hence the check in the last line.
+# $(call train,RECIPE,RUN FOLDER,SETTINGS): resumes an earlier call. RUN FOLDER.begun_with has the checksum of the model
+# that the run started from: if that has been trained again, the run is refused, never removed. A run stopped by a
+# signal saves and exits with 0, hence the check in the last line.
 define train
-@if [ -n "$<" ] && [ -d $(2) ] && [ $(2)/config.yaml -ot "$<" ]; then echo "$< is newer than $(2): $(2) is removed and trained again"; rm -rf $(2); fi
+@[ -z "$<" ] || { \
+  model=$$(cd $(<D) && { cat config.json model*.safetensors 2>/dev/null || true; } | cksum); \
+  [ -e $(2)/config.yaml ] || { mkdir -p $(dir $(2)) && echo "$$model" >$(2).begun_with; }; \
+  [ ! -e $(2).begun_with ] || [ "$$(cat $(2).begun_with)" = "$$model" ] || { \
+    echo "$(2) was begun with another model than $(<D) holds now; remove $(2) to train it again, or set another RUN=FOLDER" >&2; exit 2; }; }
 $(VICO) train $(1) run_dir=$(2) $(3) $(ARGS)
 @[ -e $@ ] || { echo "$(2) is not finished; the same command resumes it" >&2; exit 1; }
 endef

@@ -111,6 +111,11 @@ def test_a_clean_run_has_no_faults_and_a_row_per_epoch(config, tmp_path):
     assert format_verdict(found) == sentence
 
 
+def test_a_run_without_a_step_proves_nothing(config, tmp_path):
+    train(tmp_path, config, steps=range(0))
+    assert format_verdict(audit(tmp_path, config)).startswith("0 steps in 1 attempt: nothing to check yet")
+
+
 def test_a_line_is_what_the_documentation_shows(config, tmp_path):
     train(tmp_path, config, steps=range(2), bad=[expected_ids(config)(5)])
     ids = [expected_ids(config)(position) for position in range(8)]

@@ -22,12 +22,17 @@ STEPS = [
 ]
 
 
-def make(*arguments):
-    """Return the output of make, without the settings of a surrounding `make test`."""
+def run_make(*arguments):
+    """Run make without the settings of a surrounding `make test`."""
     outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "RECIPE", "RUN", "SHARDS")
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     command = ["make", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def make(*arguments):
+    """Return the output of make."""
+    done = run_make(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -94,6 +99,38 @@ def test_an_interrupted_demo_resumes_at_the_missing_step(tmp_path, folders, lost
     finish(tmp_path)
     (tmp_path / lost).unlink()
     assert steps_of(planned(tmp_path, folders, "demo")) == STEPS[first_step:]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        (lambda run: os.utime(run / "router" / "config.yaml", (0, 0)), False),
+        (lambda run: (run / "consistency" / "model" / "model.safetensors").write_text("others"), True),
+        (lambda run: (run / "router.begun_with").unlink(), False),
+    ],
+)
+def test_a_begun_run_is_resumed_by_the_content_of_its_first_model_and_never_removed(
+    tmp_path, change, is_refused
+):
+    """The clock may have jumped, or the model of stage 1 been trained again."""
+    run, shards = tmp_path / "run", tmp_path / "shards" / "train"
+    for folder in (tmp_path / "bin", run / "consistency" / "model", shards):
+        folder.mkdir(parents=True)
+    vico = tmp_path / "bin" / "vico"
+    vico.write_text(f"#!/bin/sh\nmkdir -p {run}/router\ntouch {run}/router/config.yaml\n")
+    vico.chmod(0o755)
+    for file in (tmp_path / ".installed", shards / "index.json"):
+        file.touch()
+    (run / "consistency" / "model" / "model.safetensors").write_text("weights")
+    (run / "consistency" / "model" / "config.json").write_text("{}")
+    settings = [f"RUN={run}", f"SHARDS={tmp_path}/shards", f"VENV={tmp_path}", "train-router"]
+    assert "is not finished; the same command resumes it" in run_make(*settings).stderr
+    (run / "router" / "last.ckpt").touch()
+    change(run)
+    done = run_make(*settings)
+    assert ("was begun with another model" in done.stderr) == is_refused
+    assert ("the same command resumes it" in done.stderr) != is_refused
+    assert (run / "router" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize(

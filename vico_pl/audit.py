@@ -119,6 +119,8 @@ def format_verdict(audit: Audit) -> str:
     covered = f"{_count(audit.num_steps, 'step')} in {_count(audit.num_attempts, 'attempt')}"
     if audit.faults:
         return f"{covered}: {_count(len(audit.faults), 'fault')}"
+    if not audit.num_steps:
+        return f"{covered}: nothing to check yet; every rank has to log a step first"
     return f"{covered}: every sample of each source and epoch was used once, as the order says"
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,22 @@ Overrides = Annotated[list[str] | None, Argument(help="Settings that override th
 Model = Annotated[str, Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
 Output = Annotated[Path, Option(help="File to write.")]
 Data = Annotated[Path, Option(help="Folder of shards with questions and answers.")]
+
+
+def _print_version(is_asked: bool) -> bool:
+    if is_asked:
+        echo(f"vico_pl {version('vico_pl')}")
+        raise SystemExit(0)
+    return is_asked
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that need no command."""
 
 
 @app.command()
@@ -118,8 +135,9 @@ def calibrate(
     chosen, record = choose(session, data, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
-    kept = chosen.retention["mean"]
-    accuracy = "accuracy not measured" if kept is None else f"{kept:.2%} of the accuracy"
+    kept, right = chosen.retention["mean"], chosen.accuracy["mean"]
+    unknown = "accuracy not measured" if right is None else "0 % right at full tokens"
+    accuracy = unknown if kept is None else f"{kept:.2%} of the accuracy"
     echo(
         f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {accuracy}; "
         f"written to {written}"

@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from vico_pl.callbacks.guards import StopSignals
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.inspect import read_samples
@@ -26,8 +27,10 @@ from vico_pl.model.flops import build_without_weights
 from vico_pl.planning.memory import GIB
 from vico_pl.planning.plan import Plan, build_plan
 from vico_pl.planning.sources import find_config
+from vico_pl.prepare import complete_config
 from vico_pl.stages import STAGES
 from vico_pl.tokens import load_tokenizer
+from vico_pl.trainer import build_trainer
 
 PACKAGE = "vico-pl"
 MIN_SHARED_GIB = 1.0  # of /dev/shm, through which data workers pass batches
@@ -71,9 +74,9 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
         yield "shards", partial(_check_shards, source.path, config.data.streaming)
     for path in filter(None, dict.fromkeys([config.model.path, config.model.reference])):
         yield "model", partial(_check_model, path)
-    yield "kernels", partial(_check_kernels, config)
+    yield "kernels", partial(_check_trainer, config)
     plan = cache(partial(build_plan, config))  # for the two checks that need it
-    yield "run folder", partial(_check_run_dir, config, plan)
+    yield "run folder", partial(_check_run_dir, recipe, overrides, plan)
     yield "memory of the run", partial(_check_fit, config, plan)
 
 
@@ -179,14 +182,18 @@ def _check_model(path: str) -> str:
     return f"{path}: layout {opened.family.name}, {len(opened.tensors.names)} tensors fit, tokenizer complete"
 
 
-def _check_kernels(config: RunConfig) -> str:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _check_trainer(config: RunConfig) -> str:
+    """Check accelerator, devices, strategy and kernels as `vico train` does."""
+    device = build_trainer(config, StopSignals()).strategy.root_device
     STAGES[config.stage].check_device(config, device)
     return f"run on {device.type}"
 
 
-def _check_run_dir(config: RunConfig, make_plan: Callable[[], Plan]) -> str:
-    """Check write permission and room for checkpoints."""
+def _check_run_dir(recipe: Path, overrides: Sequence[str], make_plan: Callable[[], Plan]) -> str:
+    """Check that a run can begin or resume there: its settings, write permission, room for checkpoints."""
+    config = load_config(recipe, overrides)
+    if not any(is_hub_id(path or "") for path in (config.model.path, config.model.reference)):
+        config = complete_config(recipe, overrides)  # would fetch models from the Hub
     folder = Path(config.run_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

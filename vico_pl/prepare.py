@@ -32,6 +32,19 @@ from vico_pl.tokens import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_
 def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     """Load a configuration and create its run folder, or find the same configuration already there.
 
+    Raises:
+        ValueError: as `complete_config`.
+    """
+    config, settings = _complete(recipe, overrides)
+    path = Path(config.run_dir) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_config(settings, path)
+    return config
+
+
+def complete_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """Load a configuration as its run will have it; writes nothing into the run folder.
+
     Tiling and prompt settings that the recipe leaves open come from the model to start from. A name on the
     Hugging Face Hub is pinned to its present commit; a run that has begun keeps the commit it began with.
 
@@ -39,6 +52,11 @@ def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
         ValueError: as `load_config`; the model cannot be opened, has other ratios or sees other tiles; the
             folder holds a run with other settings.
     """
+    return _complete(recipe, overrides)[0]
+
+
+def _complete(recipe: Path, overrides: Sequence[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the configuration, and its settings as they are stored: references are not resolved."""
     settings = read_settings(recipe, overrides)
     given = parse_config(settings, name=str(recipe))
     path = Path(given.run_dir) / "config.yaml"
@@ -52,9 +70,7 @@ def prepare_run(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     side, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
     if seen not in (None, side):
         raise ValueError(f"data.tiling.tile_size is {side} but the model sees tiles of {seen} pixels")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(settings, path)
-    return config
+    return config, settings
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,7 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
     L.seed_everything(config.seed, verbose=False)
     for problem in stage_class.doubtful_settings(config):
         rank_zero_warn(problem)
-    try:
-        trainer = _build_trainer(config, run_dir, stop)
-    except (MisconfigurationException, ModuleNotFoundError) as error:  # what Lightning raises for hardware
-        raise ValueError(f"trainer: {error} 'vico doctor' lists what this machine has") from error
+    trainer = build_trainer(config, stop)
     stage_class.check_device(config, trainer.strategy.root_device)
     models = FolderModels(config)
     tokenizer = models.tokenizer
@@ -89,6 +86,18 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
             whole = model if state is None else models.trained(state)
             _write_model(whole, tokenizer, config)
     return trainer, run_dir / "model"
+
+
+def build_trainer(config: RunConfig, stop: guards.StopSignals) -> L.Trainer:
+    """Build Lightning's trainer for a run.
+
+    Raises:
+        ValueError: the machine cannot do what the recipe asks for.
+    """
+    try:
+        return _build_trainer(config, Path(config.run_dir), stop)
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # what Lightning raises for hardware
+        raise ValueError(f"trainer: {error} 'vico doctor' lists what this machine has") from error
 
 
 def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L.Trainer:

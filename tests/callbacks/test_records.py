@@ -1,9 +1,13 @@
 import json
+import sys
 
+import lightning as L
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from tests.callbacks.steps import StageLog, TrainerAt, rank_batch
-from vico_pl.callbacks.records import BadRecordLog, JsonlLogger
+from vico_pl.callbacks import records
+from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, StepProgressBar
 from vico_pl.types import BadRecord
 
 
@@ -19,6 +23,19 @@ def test_metrics_are_appended_as_lines(tmp_path):
         {"step": 10, "consistency/loss": 0.5},
         {"step": 20, "consistency/loss": 0.25, "optim/lr": 0.001},
     ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_a_few_lines_in_a_log(monkeypatch, capsys, is_terminal):
+    written: list[str] = []
+    monkeypatch.setattr(records, "rank_zero_info", written.append)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    settings = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    bar = StepProgressBar("demo")
+    L.Trainer(max_steps=9, accelerator="cpu", devices=1, callbacks=[bar], **settings).fit(BoringModel())
+    assert ("demo: " in capsys.readouterr().out) == is_terminal
+    assert written == ([] if is_terminal else ["demo: step 1 of 9", "demo: step 9 of 9"])
 
 
 def feed(log, *, num_bad, num_good, everywhere=None, step=0):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from vico_pl import doctor
 from vico_pl.planning.memory import GIB
+from vico_pl.prepare import prepare_run
 
 Usage = namedtuple("Usage", "total used free")
 MACHINE = ["python", "packages", "devices", "memory", "/dev/shm"]
@@ -128,6 +129,12 @@ def test_a_pipe_is_read_if_the_recipe_allows_it(problems, tmp_path, shards, allo
     assert ("shards" in problems(source, streaming)) != allow_pipe
 
 
+def test_a_run_folder_of_other_settings(problems, recipe):
+    prepare_run(recipe(), [])
+    assert "holds a run with other settings (seed: 0 -> 3)" in problems("seed=3")["run folder"]
+    assert problems() == {}
+
+
 def damage_tokenizer(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text()
@@ -157,6 +164,8 @@ def test_model_folders_that_will_not_load(problems, model, fault, message):
     [
         ("model.attention=flash trainer.precision=bf16-mixed", "problem", "kernels", "model.attention=sdpa"),
         ("stage=consistency consistency.kernel=liger", "problem", "kernels", "consistency.kernel=native"),
+        ("trainer.accelerator=gpu", "problem", "kernels", "No supported gpu backend found"),
+        ("data.tiling.tile_size=64", "problem", "run folder", "the model sees tiles of 32 pixels"),
         ("data.num_workers=3 trainer.devices=\\'2\\'", "problem", "workers", "set data.num_workers=2"),
         ("data.sources=[{path:\\ nowhere}]", "problem", "shards", "no such folder of shards"),
         ("optim.warmup_steps=1000000", "ok", "recipe", "but optim.warmup_steps is 1000000: a run of"),

@@ -13,6 +13,7 @@ from vico_pl.evaluation.calibrate import (
     choose_point,
     measure_curve,
 )
+from vico_pl.evaluation.evaluate import evaluate
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME
@@ -42,9 +43,6 @@ def test_the_cheapest_point_that_keeps_the_accuracy_is_chosen():
 
 def test_full_tokens_are_kept_where_no_compressed_point_keeps_the_accuracy():
     assert chosen(point(0.9, 0.8, mean=0.9), point(0.0, 0.25, mean=0.1)) == NEVER
-    kept = {"ocr": None, "mean": None}
-    nothing = CalibrationPoint(threshold=0.1, token_fraction=0.5, accuracy={"mean": 0.0}, retention=kept)
-    assert chosen(nothing) == NEVER, "nothing is right at all"
 
 
 def test_one_skill_may_fall_a_little_below_the_mean_but_not_far():
@@ -131,12 +129,12 @@ def test_a_session_reads_the_choice_back_and_spends_what_was_promised(predictor,
     assert chosen.token_fraction < 0.8
 
 
-def text_record(answer_skill=None):
-    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "me"}]
-    return {"json": json.dumps({"conversations": turns, "skills": [answer_skill]}).encode()}
+def annotated(question, answer, *, skill=None):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"json": json.dumps({"conversations": turns, "skills": [skill]}).encode()}
 
 
-@pytest.mark.parametrize("content", [text_record("ocr"), {"json": b"{"}])
+@pytest.mark.parametrize("content", [annotated("Who?", "me", skill="ocr"), {"json": b"{"}])
 def test_a_set_without_images_cannot_calibrate(predictor, tmp_path, content):
     with pytest.raises(ValueError, match="no image to calibrate on"):
         measure_curve(predictor, write_set(tmp_path / "set", [("0", content)]))
@@ -145,13 +143,9 @@ def test_a_set_without_images_cannot_calibrate(predictor, tmp_path, content):
 @pytest.fixture
 def unasked(tmp_path):
     """A set of images whose questions have no skill, as training data has them."""
-    record = json.loads(text_record()["json"])
-    record["conversations"][0]["value"] = "<image>"
-    content = json.dumps(record).encode()
+    files = annotated("<image>", "me")
     pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
-    return write_set(
-        tmp_path / "set", [(f"{i}", {"png": p, "json": content}) for i, p in enumerate(pictures)]
-    )
+    return write_set(tmp_path / "set", [(f"{i}", {"png": p, **files}) for i, p in enumerate(pictures)])
 
 
 def test_a_set_without_skills_has_no_accuracy_to_keep(predictor, unasked):
@@ -166,6 +160,24 @@ def test_a_set_without_skills_does_for_a_budget(predictor, unasked):
     assert {point["accuracy"]["mean"] for point in record["curve"]} == {None}
     fractions = [point["token_fraction"] for point in record["curve"]]
     assert chosen.token_fraction == max(f for f in fractions if f <= 0.6) > 0.5
+
+
+def test_a_model_that_is_never_right_has_no_accuracy_to_keep(predictor, tmp_path):
+    files = {"png": encoded_image("PNG", size=(64, 64)), **annotated("<image>\nWho?", "no: zz", skill="ocr")}
+    folder = write_set(tmp_path / "set", [(f"{i}", files) for i in range(4)])
+    with pytest.raises(ValueError, match=r"set: 0 % right at full tokens.*set a budget"):
+        calibrate(predictor, folder, retention=0.9)
+    chosen, record = calibrate(predictor, folder, retention=0.9, budget=0.6)
+    fractions = [point["token_fraction"] for point in record["curve"]]
+    assert chosen.token_fraction == max(f for f in fractions if f <= 0.6) > 0.25
+
+
+@pytest.mark.parametrize("run", [calibrate, evaluate])
+def test_a_router_of_nan_is_refused(predictor, answered, run):
+    with torch.no_grad():
+        predictor.model.router.gating.gate[1].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the router gives NaN or infinity"):
+        run(predictor, answered, **({"retention": 0.9} if run is calibrate else {"seed": 0}))
 
 
 def test_a_model_without_router_cannot_be_calibrated(tmp_path, answered):

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 
 import pytest
@@ -139,11 +140,19 @@ def test_only_turns_with_a_known_skill_are_questions(predictor):
     assert [(q.text, q.expected, q.skill) for q in group.questions] == [asked[0], asked[3]]
 
 
-def test_progress_knows_the_number_of_groups(predictor, answered, monkeypatch, capsys):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_knows_the_number_of_groups_and_fills_no_log_file(
+    predictor, answered, monkeypatch, capsys, is_terminal
+):
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 5)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     assert len(list(folder_groups(predictor, answered, title="reading"))) == 3
-    assert "reading: 100%" in (shown := capsys.readouterr().err)
-    assert "3/3" in shown
+    shown = capsys.readouterr().err
+    assert ("reading: 100%" in shown, "3/3" in shown, shown == "") == (
+        is_terminal,
+        is_terminal,
+        not is_terminal,
+    )
 
 
 def scores(*of_samples):

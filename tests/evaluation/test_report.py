@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from vico_pl.evaluation.evaluate import RoutedExample
-from vico_pl.evaluation.questions import EvalQuestion
+from vico_pl.evaluation.questions import NOTHING_RIGHT, EvalQuestion
 from vico_pl.evaluation.report import (
     ARMS,
     NOTHING,
@@ -135,8 +135,10 @@ def test_without_a_right_answer_at_full_tokens_nothing_is_kept(report, tmp_path)
         for table in ("retention", "retention_ci"):
             entry[table] = dict.fromkeys(entry[table])
     page = write(report, tmp_path).replace("\u00a0", " ")
-    assert f"The router keeps {NOTHING} of the accuracy with 44 %" in page
-    assert format_table(report).splitlines()[1].endswith(f" {NOTHING}")
+    assert f"<h1>{NOTHING_RIGHT}.</h1>" in page
+    lines = format_table(report).splitlines()
+    assert lines[1].endswith(f" {NOTHING}")
+    assert lines[-1] == f"{NOTHING_RIGHT}."
 
 
 def test_table_has_aligned_columns_in_the_order_of_arms(report):

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -40,11 +41,12 @@ class JsonlLogger(Logger):
 
 
 class StepProgressBar(TQDMProgressBar):
-    """A bar over all steps of the run, also after a resume."""
+    """A bar over all steps of the run, also after a resume; in log files a line per minute instead."""
 
     def __init__(self, title: str) -> None:
-        super().__init__(refresh_rate=5)
+        super().__init__(refresh_rate=5 if sys.stdout.isatty() else 0)  # 0: no bar
         self._title = title
+        self._next_line_s = -math.inf  # when the next line may be printed
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """Start at the step that the run resumes from, so that speed and time left are right."""
@@ -53,6 +55,14 @@ class StepProgressBar(TQDMProgressBar):
         bar.reset(total=trainer.max_steps)
         bar.initial = bar.n = bar.last_print_n = trainer.global_step
         bar.set_description(self._title)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Advance the bar, or print a line."""
+        super().on_train_batch_end(trainer, *arguments)
+        step, steps = trainer.global_step, trainer.max_steps
+        if self.is_disabled and (time.monotonic() >= self._next_line_s or step == steps):
+            self._next_line_s = time.monotonic() + 60
+            rank_zero_info(f"{self._title}: step {step} of {steps}")
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Show no epochs: a run is one count of steps."""

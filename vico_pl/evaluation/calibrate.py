@@ -9,7 +9,7 @@ import torch
 
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.evaluation.metrics import accuracy_by_skill
-from vico_pl.evaluation.questions import answer_folder, folder_groups, has_questions
+from vico_pl.evaluation.questions import NOTHING_RIGHT, answer_folder, folder_groups, has_questions
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
 
@@ -33,7 +33,7 @@ def calibrate(
     """Measure thresholds on a folder; return the chosen point and the content of calibration.json.
 
     Raises:
-        ValueError: the budget cannot be met, or without one there are no questions; no image.
+        ValueError: the budget cannot be met, or without one there is no accuracy to keep; no image.
     """
     cheapest = predictor.model.ratios[0] / predictor.model.ratios[-1]
     if budget is not None and budget < cheapest:
@@ -44,6 +44,8 @@ def calibrate(
             "evaluation sets, or set a budget of vision tokens"
         )
     curve = measure_curve(predictor, folder)
+    if budget is None and not curve[0].accuracy["mean"]:
+        raise ValueError(f"{folder}: {NOTHING_RIGHT}; no threshold is written, set a budget to choose one")
     chosen = choose_point(curve, retention=retention, budget=budget)
     made_with = {"data": str(folder), "retention": retention, "budget": budget}
     points = {"chosen": asdict(chosen), "curve": [asdict(point) for point in curve]}
@@ -97,12 +99,13 @@ def choose_point(
 ) -> CalibrationPoint:
     """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
 
-    For a curve without accuracies, return the most expensive point within the budget.
+    For a curve without accuracies, or of a model that is never right, return the most expensive point within
+    the budget.
     """
     if budget is None:
         return min((p for p in curve if _keeps(p, retention)), key=lambda point: point.token_fraction)
     within = [point for point in curve if point.token_fraction <= budget]
-    if within[0].accuracy["mean"] is None:
+    if not curve[0].accuracy["mean"]:
         return max(within, key=lambda point: point.token_fraction)
     return max(within, key=lambda point: (point.accuracy["mean"] or 0.0, -point.token_fraction))
 

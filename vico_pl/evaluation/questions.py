@@ -18,6 +18,10 @@ from vico_pl.types import Sample, TiledSample
 SAMPLES_PER_GROUP = 32
 TOKENS_PER_BATCH = 16384  # of generation, padding included
 EXTRA_TOKENS = 8  # an answer that is longer than the expected one by this many is wrong anyway
+NOTHING_RIGHT = (
+    "0 % right at full tokens, so there is no accuracy to keep; answers must equal the expected ones, use "
+    "questions with short answers that the model knows"
+)
 
 Ratios = Sequence[Int64[Tensor, " _"]]  # one entry per sample
 _Prompt = tuple[int, tuple[int, ...]]  # number of a question in its group, and its sample's ratios
@@ -58,7 +62,7 @@ def folder_groups(
     """Encode the samples of a folder, or `samples` made of them, with a progress bar."""
     groups = read_groups(predictor, predictor.samples(folder) if samples is None else samples)
     total = -(-read_index(folder).num_samples // SAMPLES_PER_GROUP)
-    yield from tqdm(groups, desc=title, total=total, unit="group")
+    yield from tqdm(groups, desc=title, total=total, unit="group", disable=None)  # in log files
 
 
 def read_groups(predictor: Predictor, samples: Iterable[TiledSample]) -> Iterator[Group]:

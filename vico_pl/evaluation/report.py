@@ -24,6 +24,7 @@ from vico_pl.data.shards.preview import render
 from vico_pl.data.tiling import choose_grid, tile_image
 from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.metrics import NUM_RESAMPLES, SKILLS, is_correct
+from vico_pl.evaluation.questions import NOTHING_RIGHT
 from vico_pl.files import atomic_path
 from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Image
@@ -76,7 +77,8 @@ def write_html(
     router, random = report["arms"]["router"], report["arms"]["random"]
     page = environment.get_template("report.html.j2").render(
         report=report,
-        headline=_fill("The router keeps {kept} of the accuracy with {spent} of the vision tokens.", router),
+        headline=_warning(report)
+        or _fill("The router keeps {kept} of the accuracy with {spent} of the vision tokens.", router),
         comparison=_fill("Random tiles keep {kept} with {spent}.", random),
         columns=COLUMNS,
         arms=[_arm_row(report, arm) for arm in ARMS],
@@ -92,7 +94,7 @@ def write_html(
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Return the arms as aligned lines of plain text."""
+    """Return the arms as aligned lines of plain text, and a warning if nothing is right at full tokens."""
     lines = [["arm", "tokens", "per image", *COLUMNS, "95 % interval", "retention"]]
     for row in (_arm_row(report, arm) for arm in ARMS):
         values = [row["accuracy"][column]["value"] for column in COLUMNS]
@@ -101,9 +103,8 @@ def format_table(report: dict[str, Any]) -> str:
             [row["label"], row["fraction"], row["tokens"], *values, interval, row["retention"]["value"]]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([label.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for label, *cells in lines
-    )
+    rows = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
+    return "\n".join([*rows, *filter(None, [_warning(report)])])
 
 
 @torch.no_grad()
@@ -155,6 +156,11 @@ def build_gallery(
         for position, sample in enumerate(read_samples(folder))
         if position in wanted
     ]
+
+
+def _warning(report: dict[str, Any]) -> str:
+    kept = report["arms"]["full"]["retention"]["mean"]
+    return f"{NOTHING_RIGHT}." if kept is None else ""
 
 
 def _fill(sentence: str, arm: dict[str, Any]) -> str:

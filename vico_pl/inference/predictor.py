@@ -85,12 +85,15 @@ class Predictor:
         """Run the router.
 
         Raises:
-            ValueError: the model has none.
+            ValueError: the model has none, or its output is not finite.
         """
         if self.model.router is None:
             lacks = "the model has no router; train one with a recipe of stage router"
             raise ValueError(f"{self.folder}: {lacks}")
-        return self.model.router(features).float().cpu()
+        logits = self.model.router(features).float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError(f"{self.folder}: the router gives NaN or infinity; train or export it again")
+        return logits
 
     def route(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
         """Choose a ratio for each tile of a sample; full tokens if there is no router or no calibration."""
