@@ -1,4 +1,4 @@
-"""Fixtures that several parts share. What tests build with arguments of their own is in tests/helpers.py."""
+"""Fixtures that several parts share. What tests build themselves is in tests/support."""
 
 import os
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers import batch_of, mixed_samples, tiny_model
+from tests.support.tiny import batch_of, mixed_samples, tiny_model
 from vico_pl.data.glyphs import GlyphsConfig, draw_records, question_words
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.tokens import build_tokenizer

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import batch_of, mixed_samples, record
+from tests.support.tiny import batch_of, mixed_samples, record
 from vico_pl.audit import SampleNames, audit_run, format_table, format_verdict
 from vico_pl.callbacks.records import SampleLog
 from vico_pl.data.module import DataConfig, SourceConfig, build_order, open_sources

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.scripts import BENCHMARKS, load_benchmark
+from tests.support.scripts import BENCHMARKS, load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 

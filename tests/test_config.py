@@ -2,7 +2,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelInfo
 
-from tests.released import write_official
+from tests.support.released import write_official
 from vico_pl.config import load_config, save_config
 from vico_pl.model.families import hub
 from vico_pl.prepare import prepare_run
@@ -51,7 +51,7 @@ def test_an_override_reaches_into_a_list_and_a_described_tower_replaces_another(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         # Unknown keys, with what was probably meant.
         (["optimizer.lr=1"], ["unknown key optimizer (did you mean optim?)"]),
@@ -105,9 +105,9 @@ def test_an_override_reaches_into_a_list_and_a_described_tower_replaces_another(
     ],
     ids=lambda value: value[0],
 )
-def test_all_problems_of_a_recipe_are_told_at_once(recipe, overrides, told):
+def test_all_problems_of_a_recipe_are_reported_at_once(recipe, overrides, message):
     found = problems(recipe(), overrides)
-    for part in told:
+    for part in message:
         assert part in found
 
 
@@ -176,17 +176,17 @@ def test_a_run_takes_from_the_model_what_the_recipe_leaves_open(recipe, released
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("absent", "absent: no config.json"),
         ("released", "tile_size is 28 but the model sees tiles of 56 pixels"),
     ],
 )
 def test_a_model_that_is_absent_or_sees_other_tiles_leaves_no_run_folder(
-    recipe, released, tmp_path, name, told
+    recipe, released, tmp_path, name, message
 ):
     model, data = {"path": str(tmp_path / name)}, {**RECIPE["data"], "tiling": {"tile_size": 28}}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         prepare_run(recipe(model=model, data=data), [f"run_dir={tmp_path}/run"])
     assert not (tmp_path / "run").exists()
 

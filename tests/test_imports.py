@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import vico_pl
-from tests.scripts import load_benchmark
+from tests.support.scripts import load_benchmark
 
 PACKAGE = Path(vico_pl.__file__).parent
 GROUND = {"types", "errors", "files", "tokens", "optim"}

@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vico_pl.callbacks.records import SAMPLE_LOG
 from vico_pl.data.module import DataConfig, build_order, open_sources
 from vico_pl.data.order import Place
 from vico_pl.data.shards.locations import without_secrets
@@ -175,9 +176,11 @@ _Names = defaultdict[int, Counter[str]]  # by step
 
 def _read_logs(run_dir: Path, faults: list[BadRecord]) -> tuple[int, int, _Names, _Names]:
     """Return how many attempts there were, how many steps all ranks logged, and the samples used and bad."""
-    paths = {int(path.stem.split("-")[-1]): path for path in run_dir.glob("samples-rank-*.jsonl")}
+    paths = {int(path.stem.split("-")[-1]): path for path in run_dir.glob(SAMPLE_LOG.format(rank="*"))}
     if 0 not in paths:
-        raise ValueError(f"{run_dir}: no samples-rank-0.jsonl; training writes it from its first step on")
+        raise ValueError(
+            f"{run_dir}: no {SAMPLE_LOG.format(rank=0)}; training writes it from its first step on"
+        )
     lines = {rank: list(_whole_lines(path, faults)) for rank, path in sorted(paths.items())}
     attempts = [line for _, line in lines[0] if isinstance(line, _Attempt)]
     last = attempts[-1] if attempts else _Attempt(0, 0, 1)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import lightning as L
 
-from tests.helpers import encoded_sample
+from tests.support.tiny import encoded_sample
 from vico_pl.data.collate import collate
 from vico_pl.types import RankBatch
 

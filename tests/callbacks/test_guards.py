@@ -120,7 +120,7 @@ def test_a_run_has_trained_once_a_gradient_was_finite_and_not_zero(tmp_path):
         assert resumed.has_trained is trained  # one of an earlier version does not say
 
 
-def test_a_spike_is_told_once_there_is_something_usual(tmp_path):
+def test_a_spike_is_reported_once_there_is_something_usual(tmp_path):
     guard = GradientGuard(tmp_path / "skipped.jsonl")
     for norm in (50.0, *[1.0] * HISTORY, 9.0):
         step(guard, norm)
@@ -163,7 +163,7 @@ def test_a_checksum_changes_with_any_bit_of_what_is_trained(dtype):
     assert checksum(model) != first
 
 
-def test_a_step_that_takes_too_long_is_told_with_rank_place_and_stack(tmp_path, capsys):
+def test_a_step_that_takes_too_long_is_reported_with_rank_place_and_stack(tmp_path, capsys):
     dog = Watchdog(tmp_path, limit_s=0.02)
     dog.on_train_start(TrainerAt(7, rank=3))
     dog._timer.join(60)
@@ -171,7 +171,7 @@ def test_a_step_that_takes_too_long_is_told_with_rank_place_and_stack(tmp_path, 
     assert "test_a_step_that_takes_too_long" in (tmp_path / "waiting-rank-3.txt").read_text()
 
 
-def test_steps_in_time_are_not_told(tmp_path):
+def test_steps_in_time_are_not_reported(tmp_path):
     dog = Watchdog(tmp_path, limit_s=0.2)
     dog.on_train_start(TrainerAt(7))
     dog.on_train_batch_end(TrainerAt(8))

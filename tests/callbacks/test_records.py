@@ -105,11 +105,11 @@ def test_all_ranks_stop_together_for_what_one_of_them_saw(tmp_path):
         feed(log, num_bad=0, num_good=4, everywhere=(2, 8))
 
 
-def test_bad_records_are_told_once_a_minute(tmp_path, monkeypatch):
-    told, now = [], iter([0, 0, 30, 61, 61])
-    monkeypatch.setattr("vico_pl.callbacks.records.rank_zero_info", told.append)
+def test_bad_records_are_reported_once_a_minute(tmp_path, monkeypatch):
+    message, now = [], iter([0, 0, 30, 61, 61])
+    monkeypatch.setattr("vico_pl.callbacks.records.rank_zero_info", message.append)
     monkeypatch.setattr("vico_pl.callbacks.records.time.monotonic", lambda: next(now))
     log = BadRecordLog(tmp_path / "bad.jsonl")
     for _ in range(3):
         feed(log, num_bad=2, num_good=1)
-    assert [line.partition(",")[0] for line in told] == ["2 bad records so far", "6 bad records so far"]
+    assert [line.partition(",")[0] for line in message] == ["2 bad records so far", "6 bad records so far"]

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import vico_pl.cli
-from tests.helpers import TILE, encoded_image
-from tests.sessions import answered_records, router_probabilities, write_model_folder, write_set
+from tests.support.folders import answered_records, router_probabilities, write_model_folder, write_set
+from tests.support.tiny import TILE, encoded_image
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME

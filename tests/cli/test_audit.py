@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.helpers import record, tiny_spec
-from tests.runs import STEPS, break_run, recipe, run
+from tests.support.runs import STEPS, break_run, recipe, run
+from tests.support.tiny import record, tiny_spec
 from vico_pl.data.module import RankBatches
 from vico_pl.data.shards.reader import write_index, write_shard
 

@@ -11,8 +11,8 @@ import pytest
 import vico_pl.cli
 import vico_pl.evaluation.questions
 import vico_pl.files
-from tests.helpers import encoded_image, record
-from tests.sessions import tree, write_model_folder, write_set
+from tests.support.folders import tree, write_model_folder, write_set
+from tests.support.tiny import encoded_image, record
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor

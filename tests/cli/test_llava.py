@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.helpers import encoded_image
-from tests.released import qwen_tokenizer
-from tests.sessions import write_set
+from tests.support.folders import write_set
+from tests.support.released import qwen_tokenizer
+from tests.support.tiny import encoded_image
 from vico_pl.model.families.folder import load_model
 from vico_pl.tokens import load_tokenizer
 

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 
 import vico_pl.prepare
-from tests.sessions import tree
+from tests.support.folders import tree
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, WEIGHTS_NAME
 from vico_pl.prepare import prepare_run
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import encoded_image
-from tests.released import (
+from tests.support.released import (
     LANGUAGE_CONFIG,
     VISION_CONFIG,
     official_config,
     official_shapes,
     write_official,
 )
+from tests.support.tiny import encoded_image
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image, tile_sample
 from vico_pl.inference.predictor import Predictor

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import encoded_image
-from tests.hostile import GOOD, member, png, whole, with_checksum
+from tests.support.hostile import GOOD, member, png, whole, with_checksum
+from tests.support.tiny import encoded_image
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
 from vico_pl.data.shards.index import Contents, write_sidecar

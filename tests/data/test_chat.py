@@ -172,8 +172,8 @@ def test_a_sample_or_prompt_longer_than_the_language_model_has_positions_is_refu
     num_tokens = len(ChatEncoder(tokenizer).encode(sample("q", "a")).input_ids)
     assert ChatEncoder(tokenizer, max_positions=num_tokens).encode(sample("q", "a"))
     short = ChatEncoder(tokenizer, max_positions=num_tokens - 1)
-    told = rf"{num_tokens} tokens at full vision tokens; the language model has {num_tokens - 1} positions"
-    with pytest.raises(RecordError, match=told):
+    message = rf"{num_tokens} tokens at full vision tokens; the language model has {num_tokens - 1} positions"
+    with pytest.raises(RecordError, match=message):
         short.encode(sample("q", "a"))
     with pytest.raises(RecordError, match=f"x: .* the language model has {num_tokens - 1} positions"):
         short.encode_prompt(sample(), "question " * 100)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import PLACEHOLDER_ID, TILE, batch_of, encoded_sample, mixed_samples
+from tests.support.tiny import PLACEHOLDER_ID, TILE, batch_of, encoded_sample, mixed_samples
 from vico_pl.data.collate import (
     MicroBatchLimits,
     SampleLoad,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import encoded_image, record
+from tests.support.tiny import encoded_image, record
 from vico_pl.data.decode import decode_record
 from vico_pl.data.module import apply
 from vico_pl.errors import RecordError
@@ -154,12 +154,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_told_in_one_sentence(name):
+def test_a_fault_is_reported_in_one_sentence(name):
     broken, expected = FAULTS[name]
-    told = reason(broken)
-    assert expected in told
-    assert "\n" not in told
-    assert ".cpp" not in told
+    message = reason(broken)
+    assert expected in message
+    assert "\n" not in message
+    assert ".cpp" not in message
 
 
 def test_bad_records_keep_their_places_and_the_others_go_through():

@@ -6,8 +6,8 @@ from contextlib import suppress
 
 import pytest
 
-from tests.helpers import encoded_image, record
-from tests.hostile import GOOD, mutated, whole
+from tests.support.hostile import GOOD, mutated, whole
+from tests.support.tiny import encoded_image, record
 from vico_pl.data.decode import decode_record
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.errors import RecordError

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torchvision.io import ImageReadMode, decode_image
 
-from tests.helpers import encoded_image, record
-from tests.hostile import png
+from tests.support.hostile import png
+from tests.support.tiny import encoded_image, record
 from vico_pl.data.decode import ImageLimits, decode_record
 from vico_pl.errors import RecordError
 
@@ -132,9 +132,9 @@ def test_interlaced_pngs_are_put_together():
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
 def test_moving_images_are_refused(image_format):
     content = saved(PICTURE, image_format, save_all=True, append_images=[PICTURE.rotate(180)])
-    kind, told = refused(content)
+    kind, message = refused(content)
     assert kind == "image"
-    assert "several frames, expected one" in told
+    assert "several frames, expected one" in message
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF"])
@@ -159,12 +159,12 @@ def test_damaged_pixels_of_a_png_end_no_process():
 @pytest.mark.parametrize("side", [10_001, 60_000, 2**31 - 1])
 def test_a_decompression_bomb_costs_nothing(side):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kind, told = refused(png(side, side))
-    assert (kind, f"{side} x {side}" in told or "exceeds limit" in told) == ("image_limit", True)
+    kind, message = refused(png(side, side))
+    assert (kind, f"{side} x {side}" in message or "exceeds limit" in message) == ("image_limit", True)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
-def test_limits_of_pixels_bytes_sides_and_scans_are_told():
+def test_limits_of_pixels_bytes_sides_and_scans_are_reported():
     assert "40 x 30 pixels are more than max_pixels (1199)" in refused(ORDINARY["PNG"], max_pixels=1199)[1]
     assert decoded(ORDINARY["PNG"], max_pixels=1200, min_side=30).shape == (30, 40, 3)
     assert "a side is shorter than min_side (31)" in refused(ORDINARY["WebP"], min_side=31)[1]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tests.helpers import record, tiny_model, tiny_spec
+from tests.support.tiny import record, tiny_model, tiny_spec
 from vico_pl.data.collate import MicroBatchLimits
 from vico_pl.data.decode import ImageLimits
 from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig, apply

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.helpers import encoded_image, record
+from tests.support.tiny import encoded_image, record
 from vico_pl.data.decode import decode_record
 from vico_pl.data.tiling import TilingConfig, choose_grid, tile_image, tile_sample
 from vico_pl.types import Sample, Turn

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.sessions import answered_records, router_probabilities, write_model_folder, write_set
+from tests.support.folders import answered_records, router_probabilities, write_model_folder, write_set
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME

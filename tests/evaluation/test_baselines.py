@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax
 
-from tests.helpers import TILE
-from tests.sessions import tiled
+from tests.support.folders import tiled
+from tests.support.tiny import TILE
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig, choose_grid

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from tests.helpers import encoded_image
-from tests.sessions import router_probabilities, write_model_folder, write_set
+from tests.support.folders import router_probabilities, write_model_folder, write_set
+from tests.support.tiny import encoded_image
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.evaluation.calibrate import (
     SKILL_SLACK,

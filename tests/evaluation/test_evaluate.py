@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import encoded_image
-from tests.sessions import write_model_folder, write_set
+from tests.support.folders import write_model_folder, write_set
+from tests.support.tiny import encoded_image
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.evaluation import questions

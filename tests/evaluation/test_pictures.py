@@ -6,7 +6,7 @@ import PIL.ImageColor
 import pytest
 import torch
 
-from tests.sessions import write_set
+from tests.support.folders import write_set
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image
 from vico_pl.evaluation.evaluate import RoutedExample

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vico_pl.evaluation.questions as questions_module
-from tests.sessions import full_ratios, tiled
+from tests.support.folders import full_ratios, tiled
 from vico_pl.evaluation.questions import (
     EXTRA_TOKENS,
     EvalQuestion,

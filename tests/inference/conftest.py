@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.sessions import answered_records, write_model_folder, write_set
+from tests.support.folders import answered_records, write_model_folder, write_set
 from vico_pl.inference.predictor import Predictor
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.helpers import encoded_image
-from tests.sessions import full_ratios, tiled
+from tests.support.folders import full_ratios, tiled
+from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import read_image
 from vico_pl.inference.predictor import question_text

@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
-from tests.helpers import encoded_image
-from tests.sessions import tiled, write_model_folder, write_set
+from tests.support.folders import tiled, write_model_folder, write_set
+from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
 from vico_pl.inference.predictor import Predictor, question_text
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, WEIGHTS_NAME

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.sessions import tiled
+from tests.support.folders import tiled
 from vico_pl.model.router import NEVER, RoutingRule, choose_ratios, compress_probability, routing_scores
 
 LOGIT = st.floats(-30, 30, width=32)

@@ -47,7 +47,7 @@ def ours(inputs, *, reverse):
 
 
 def theirs(folder, device, **options):
-    """What the package computes, in a process of its own: Triton is told at import what it runs on."""
+    """What the package computes, in a process of its own: Triton learns at import what it runs on."""
     path = folder / "cases.pt"
     torch.save([(tensors(tokens, **options), reverse) for tokens, reverse in CASES], path)
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import tiny_model, tiny_spec
+from tests.support.tiny import tiny_model, tiny_spec
 from vico_pl.model.adapters import LoraConfig, adapters_merged, adapters_off, add_adapters, own_parameters
 from vico_pl.model.families.folder import load_model, save_model
 
@@ -130,7 +130,7 @@ def test_adapters_of_experts_that_should_have_dropout_are_refused():
     adapted(model, dropout=0.1, targets=["q_proj"])
 
 
-def test_targets_that_the_model_lacks_are_told_with_those_it_has(model):
+def test_targets_that_the_model_lacks_are_reported_with_those_it_has(model):
     with pytest.raises(ValueError, match=r"names lm_head, qproj; .* are down_proj, gate_proj, k_proj"):
         adapted(model, targets=["qproj", "v_proj", "lm_head"])
 

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.helpers import TILE, WIDTH, batch_of, encoded_sample, tiny_model, tiny_spec
+from tests.support.tiny import TILE, WIDTH, batch_of, encoded_sample, tiny_model, tiny_spec
 from vico_pl.model.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vico_pl.model.vision import VisionEncoder
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers import PLACEHOLDER_ID, batch_of, encoded_sample, mixed_samples, tiny_model
+from tests.support.tiny import PLACEHOLDER_ID, batch_of, encoded_sample, mixed_samples, tiny_model
 from vico_pl.model.branches import branch_states
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import tiny_spec
+from tests.support.tiny import tiny_spec
 from vico_pl.model.flops import build_without_weights, count_flops
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.sources import RELEASED
@@ -128,6 +128,6 @@ def test_a_model_without_weights_has_the_shapes_of_one_with_them():
     assert all(parameter.is_meta for parameter in build_without_weights(spec).parameters())
 
 
-def test_what_cannot_be_built_is_told():
+def test_what_cannot_be_built_is_reported():
     with pytest.raises(ValueError, match="do not fold by 4"):
         count_flops(tiny_spec(vision={**SMALL_VISION["open_clip"], "image_size": 48}))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from tests.helpers import tiny_spec
+from tests.support.tiny import tiny_spec
 from vico_pl.model.language import Prefixes, build_language_model, check_parity, run_packed
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

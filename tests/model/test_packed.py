@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.helpers import WIDTH, tiny_spec
+from tests.support.tiny import WIDTH, tiny_spec
 from vico_pl.model.language import (
     Prefixes,
     build_language_model,

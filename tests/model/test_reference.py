@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import batch_of, encoded_sample, tiny_model, tiny_spec
+from tests.support.tiny import batch_of, encoded_sample, tiny_model, tiny_spec
 from vico_pl.model.adapters import LoraConfig, add_adapters
 from vico_pl.model.reference import FrozenReference
 

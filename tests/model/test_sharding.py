@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
-from tests.helpers import encoded_sample, tiny_model, tiny_spec
+from tests.support.tiny import encoded_sample, tiny_model, tiny_spec
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.helpers import TILE, WIDTH, tiny_spec
+from tests.support.tiny import TILE, WIDTH, tiny_spec
 from vico_pl.model.vision import VisionEncoder
 
 CONFIG = tiny_spec().vision

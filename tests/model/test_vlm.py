@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model, tiny_spec
+from tests.support.tiny import batch_of, encoded_sample, mixed_samples, tiny_model, tiny_spec
 from vico_pl.model.vlm import splice
 
 RATIOS = torch.tensor([4, 16, 4, 16, 16, 4, 16])  # of the seven tiles of `mixed_samples`

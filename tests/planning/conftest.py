@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import tiny_spec
+from tests.support.tiny import tiny_spec
 from vico_pl.config import parse_config
 from vico_pl.planning.sources import ModelShape
 

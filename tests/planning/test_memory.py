@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.helpers import tiny_spec
+from tests.support.tiny import tiny_spec
 from vico_pl.config import load_config
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.memory import (

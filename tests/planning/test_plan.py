@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import tiny_spec
+from tests.support.tiny import tiny_spec
 from vico_pl.config import load_config
 from vico_pl.model.families.folder import save_model
 from vico_pl.model.vlm import VisionLanguageModel

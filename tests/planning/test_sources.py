@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import tiny_spec
-from tests.released import official_config, write_native, write_official
+from tests.support.released import official_config, write_native, write_official
+from tests.support.tiny import tiny_spec
 from vico_pl.data.collate import MicroBatchLimits
 from vico_pl.data.shards.index import INDEX_NAME, Contents, ShardEntry, write_entries, write_sidecar
 from vico_pl.data.shards.sizes import SampleSize

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import tiny_spec
-from tests.processes import newest_step
-from tests.runs import recipe, run
 from tests.slurm.cluster import Cluster, NoClusterError, started, why_not
+from tests.support.runs import newest_step, recipe, run
+from tests.support.tiny import tiny_spec
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "recipes" / "slurm" / "train.sbatch"

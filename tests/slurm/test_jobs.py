@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from tests.processes import audit, finish, newest_step, steps_taken
-from tests.runs import differing, recipe
+from tests.support.runs import audit, differing, finish, newest_step, recipe, steps_taken
 from vico_pl.prepare import is_finished
 
 pytestmark = pytest.mark.slurm

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 
-from tests.helpers import batch_of, encoded_sample, tiny_model
+from tests.support.tiny import batch_of, encoded_sample, tiny_model
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.optim import OptimConfig
@@ -134,7 +134,7 @@ def test_a_step_without_anything_to_learn_from_is_zero():
     assert "toy/loss" not in found.logged
 
 
-def test_callbacks_are_told_of_all_ranks():
+def test_callbacks_are_reported_of_all_ranks():
     bad = [BadRecord(id="a", reason="b")] * 2
     others = facts(num_samples=6, num_bad=1, stop=1)
     found = Watched(rank_batch(batch_of(encoded_sample(1)), bad=bad), others)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from tests.helpers import batch_of, encoded_sample, mixed_samples, tiny_model
+from tests.support.tiny import batch_of, encoded_sample, mixed_samples, tiny_model
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl

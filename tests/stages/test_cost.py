@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from tests.helpers import tiny_spec
+from tests.support.tiny import tiny_spec
 from vico_pl.config import RunConfig
 from vico_pl.model.flops import count_flops
 from vico_pl.stages import STAGES

@@ -3,7 +3,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
-from tests.helpers import batch_of, encoded_sample, tiny_model
+from tests.support.tiny import batch_of, encoded_sample, tiny_model
 from vico_pl.config import RunConfig
 from vico_pl.stages.pretrain import PretrainStage, response_cross_entropy
 

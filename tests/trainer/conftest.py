@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.helpers import tiny_spec
-from tests.runs import recipe, run
+from tests.support.runs import recipe, run
+from tests.support.tiny import tiny_spec
 
 
 @pytest.fixture(scope="session")

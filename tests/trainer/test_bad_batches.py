@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import vico_pl.cli
-from tests.helpers import record
-from tests.runs import run, weights
+from tests.support.runs import run, weights
+from tests.support.tiny import record
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.data.shards.reader import write_index, write_shard
 

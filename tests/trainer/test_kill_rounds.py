@@ -9,8 +9,7 @@ from collections import Counter
 
 import pytest
 
-from tests.processes import audit, finish, kill_at_random, newest_step, steps_taken
-from tests.runs import differing
+from tests.support.runs import audit, differing, finish, kill_at_random, newest_step, steps_taken
 from vico_pl.prepare import is_finished
 
 pytestmark = pytest.mark.slow

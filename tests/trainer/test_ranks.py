@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from tests import processes
-from tests.runs import break_run, differing, metrics, run, weights
+from tests.support import runs as running
+from tests.support.runs import audit, break_run, differing, metrics, run, start, weights
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.prepare import is_finished
 
@@ -24,7 +24,7 @@ MIXED = ["trainer.precision=bf16-mixed", "model.frozen_dtype=bfloat16"]
 
 
 def finish(recipe, run_dir, *settings, ranks, strategy):
-    processes.finish(recipe, run_dir, *EXACT, f"trainer.strategy={strategy}", *settings, ranks=ranks)
+    running.finish(recipe, run_dir, *EXACT, f"trainer.strategy={strategy}", *settings, ranks=ranks)
     assert is_finished(run_dir)
 
 
@@ -56,7 +56,7 @@ def test_any_number_of_ranks_gives_the_run_of_one(runs, tmp_path, stage, ranks, 
     run(recipe, f"run_dir={alone}", *EXACT)
     finish(recipe, several, ranks=ranks, strategy=strategy)
     assert_alike(several, alone, tolerance=2e-3)
-    assert processes.audit(several).faults == []
+    assert audit(several).faults == []
 
 
 def lead_a_group(_):
@@ -78,16 +78,14 @@ def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tm
     run(recipe, f"run_dir={unbroken}", *EXACT, length)
     for step, ranks, workers, strategy in zip((2, 6), (2, 1), (1, 2), strategies[:2], strict=True):
         parallel = [f"data.num_workers={workers}", f"trainer.strategy={strategy}"]
-        running = processes.start(
-            recipe, changed, *EXACT, length, *parallel, ranks=ranks, before=lead_a_group
-        )
+        running = start(recipe, changed, *EXACT, length, *parallel, ranks=ranks, before=lead_a_group)
         running.wait_for_checkpoint(step=step)
         for rank in running.ranks:
             os.killpg(rank.pid, signal.SIGKILL)
         running.wait(supervised=True)
     finish(recipe, changed, length, ranks=4, strategy=strategies[2])
     assert_alike(changed, unbroken, tolerance=5e-3)
-    found = processes.audit(changed)
+    found = audit(changed)
     assert (found.faults, found.num_steps, found.num_attempts) == ([], 12, 3)
 
 
@@ -158,4 +156,4 @@ def test_adapters_and_recomputation_go_on_sharded_and_back(
     run(recipe, f"run_dir={changing}", *EXACT, *settings)
     stay_near(changing, alone, loss=loss)
     assert apart(changing, alone, start=runs / "pretrain") < weight
-    assert processes.audit(changing).faults == []
+    assert audit(changing).faults == []

@@ -8,8 +8,8 @@ from importlib.metadata import version
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers import record
-from tests.runs import STEPS, break_run, differing, metrics, run, watch_steps
+from tests.support.runs import STEPS, break_run, differing, metrics, run, watch_steps
+from tests.support.tiny import record
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
 from vico_pl.data.shards.reader import write_index, write_shard
@@ -118,7 +118,7 @@ def test_a_run_does_not_go_on_over_other_data(runs, tmp_path, monkeypatch):
         run(runs / "consistency.yaml", *changes)
 
 
-def test_a_policy_that_becomes_its_own_reference_is_told(runs):
+def test_a_policy_that_becomes_its_own_reference_is_reported(runs):
     config = load_config(runs / "router.yaml", ["model.reference=null"])
     with pytest.warns(
         UserWarning, match=r"ratios \[4, 16\]\): it becomes its own reference; set model\.reference"
@@ -126,7 +126,7 @@ def test_a_policy_that_becomes_its_own_reference_is_told(runs):
         FolderModels(config).reference()
 
 
-def test_connectors_that_the_recipe_does_not_name_are_told_by_their_setting(runs, tmp_path):
+def test_connectors_that_the_recipe_does_not_name_are_reported_by_their_setting(runs, tmp_path):
     changes = [f"run_dir={tmp_path}/run", f"model.path={runs}/consistency/model", "model.ratios=[4, 64]"]
     with pytest.raises(
         ValueError, match=r"model\.ratios is \[4, 64\] but .* ratios \[4, 16\]; set model\.ratios"
@@ -143,7 +143,7 @@ def test_a_run_tells_what_it_ran_on_and_a_short_one_its_last_step(runs, tmp_path
     assert [line["step"] for line in metrics(tmp_path) if "router/loss" in line] == [STEPS - 1]
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 

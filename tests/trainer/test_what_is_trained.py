@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.helpers import PLACEHOLDER_ID, batch_of, mixed_samples
-from tests.runs import break_run, differing, run, watch_steps, weights
+from tests.support.runs import break_run, differing, run, watch_steps, weights
+from tests.support.tiny import PLACEHOLDER_ID, batch_of, mixed_samples
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
 from vico_pl.model.blocks import cast_trained
@@ -119,21 +119,21 @@ def test_a_run_goes_on_compiled_where_it_began_uncompiled(runs, tmp_path, monkey
 @pytest.mark.parametrize(
     "settings", [("model.attention=flash", "trainer.precision=bf16-mixed"), ("consistency.kernel=liger",)]
 )
-def test_a_kernel_for_gpus_on_a_cpu_is_told_before_training(runs, tmp_path, settings):
+def test_a_kernel_for_gpus_on_a_cpu_is_reported_before_training(runs, tmp_path, settings):
     with pytest.raises(ValueError, match=r"is '(flash|liger)', .* but this run is on cpu"):
         run(runs / "consistency.yaml", f"run_dir={tmp_path}", *settings)
 
 
 @pytest.mark.parametrize(
-    ("stage", "setting", "told"),
+    ("stage", "setting", "message"),
     [
         ("consistency", "model.lora={rank: 4}", "model.lora has no effect"),
         ("consistency", "optim.warmup_steps=99", "never reaches optim.lr"),
         ("router", "trainer.activation_checkpointing=true", "trainer.activation_checkpointing has no effect"),
     ],
 )
-def test_a_setting_without_effect_warns_before_training(runs, tmp_path, stage, setting, told):
-    with pytest.warns(UserWarning, match=told):
+def test_a_setting_without_effect_warns_before_training(runs, tmp_path, stage, setting, message):
+    with pytest.warns(UserWarning, match=message):
         run(runs / f"{stage}.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", setting)
 
 

@@ -21,6 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from vico_pl.files import append_json
 from vico_pl.types import BadRecord, RankBatch
 
+SAMPLE_LOG = "samples-rank-{rank}.jsonl"
+
 
 class JsonlLogger(Logger):
     """Appends every logged set of metrics as one JSON line."""
@@ -177,7 +179,7 @@ def _commit() -> str | None:
 
 
 class SampleLog(L.Callback):
-    """Logs the samples of each step of a rank in `samples-rank-R.jsonl` of `folder`, for `vico audit`.
+    """Logs the samples of each step of a rank in `SAMPLE_LOG` of `folder`, for `vico audit`.
 
         {"attempt": 1, "from_step": 4, "world": 2}                 the run started or resumed at step 4
         {"step": 4, "ids": ["a.tar/7", "a.tar/3"], "bad": [...]}   samples of a step, and bad records if any
@@ -213,7 +215,7 @@ class SampleLog(L.Callback):
         return sum(line.startswith(b'{"attempt"') for line in _lines(self._path(0)))
 
     def _path(self, rank: int) -> Path:
-        return self._folder / f"samples-rank-{rank}.jsonl"
+        return self._folder / SAMPLE_LOG.format(rank=rank)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import encoded_image
+from tests.support.tiny import encoded_image
 from vico_pl.data.decode import read_image
 from vico_pl.data.shards import build as build_module
 from vico_pl.data.shards.build import build_from_annotations
@@ -61,7 +61,7 @@ def test_images_and_conversations_come_back_as_they_were(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "message"),
     [
         ("{", "JSON: "),
         ("[1]", "expected a JSON object"),
@@ -79,10 +79,10 @@ def test_images_and_conversations_come_back_as_they_were(tmp_path, images):
         (line(image="a.png", answer="\ud83d"), "half a surrogate pair"),
     ],
 )
-def test_a_bad_line_is_named_and_left_out(tmp_path, images, bad, told):
+def test_a_bad_line_is_named_and_left_out(tmp_path, images, bad, message):
     index, faults = build(tmp_path, images, line(image="a.png"), "", "  ", bad, line(image="deep/b.JPG"))
     assert [fault.id for fault in faults] == ["train.jsonl:4"], "empty lines are passed over and counted"
-    assert told in faults[0].reason
+    assert message in faults[0].reason
     assert index.num_samples == 2
     assert [s.images[0].shape[1:] for s in read_samples(tmp_path / "out")] == [(30, 40), (50, 20)]
     assert list(find_faults(index)) == []
@@ -118,11 +118,11 @@ def test_an_empty_image_path_marks_text_alone_and_metadata_need_be_no_utf8(tmp_p
 
 
 def test_without_a_usable_line_nothing_is_written(tmp_path, images):
-    for lines, told in (
+    for lines, message in (
         (["{", "{"], "the first fault: JSON"),
         ([""], "no usable line; the first fault: empty"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             build(tmp_path, images, *lines)
     assert not (tmp_path / "out").exists()
 
@@ -194,18 +194,20 @@ def test_a_build_does_not_go_on_with_other_annotations_images_or_settings(tmp_pa
     build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="2"))
     (tmp_path / "out" / "index.json").unlink()  # as if it had been interrupted
     before = contents(tmp_path / "out")
-    told = "already holds a part of a set of other annotations or settings, or build.json is damaged; remove"
+    message = (
+        "already holds a part of a set of other annotations or settings, or build.json is damaged; remove"
+    )
     two = [line(image="a.png"), line(image="a.png", answer="2")]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         build(tmp_path, images, line(image="a.png"), line(image="a.png", answer="3"))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         build(tmp_path, images, *two, samples_per_shard=1)
     (images / "a.png").write_bytes(encoded_image("PNG", size=(41, 31)))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         build(tmp_path, images, *two)
     assert contents(tmp_path / "out") == before
     (tmp_path / "out" / "build.json").write_text("[]")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         build(tmp_path, images, *two)
 
 
@@ -223,8 +225,8 @@ def test_an_image_that_was_replaced_by_one_of_its_size_is_noticed(tmp_path, imag
 def test_a_meta_file_of_internvl_is_named_as_such(tmp_path, images):
     meta = {"caption": {"root": "photos", "annotation": "caption.jsonl", "data_augment": False}}
     (tmp_path / "meta.json").write_text(json.dumps(meta, indent=2))
-    told = "a meta file of InternVL, .*: --annotations caption.jsonl --images photos"
-    with pytest.raises(ValueError, match=told):
+    message = "a meta file of InternVL, .*: --annotations caption.jsonl --images photos"
+    with pytest.raises(ValueError, match=message):
         build_from_annotations([tmp_path / "meta.json"], images, tmp_path / "out")
 
 

@@ -9,7 +9,7 @@ import tarfile
 import fsspec
 import pytest
 
-from tests.servers import serving
+from tests.support.hostile import serving
 from vico_pl.data.shards import cache as cache_module
 from vico_pl.data.shards.cache import ShardCache, fetch_bytes
 from vico_pl.data.shards.index import ShardEntry
@@ -82,9 +82,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_cannot_be_fetched_is_said_and_leaves_nothing(server, cache, name):
-    answers, kind, told, tries = FAULTS[name]
+    answers, kind, message, tries = FAULTS[name]
     server.answers["a.tar"] = list(answers)
-    with pytest.raises(RecordError, match=told) as caught:
+    with pytest.raises(RecordError, match=message) as caught:
         fetched(cache, f"{server.url}/a.tar")
     assert caught.value.kind == kind
     assert len(server.requests) == tries

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tests.helpers import encoded_image, record
+from tests.support.tiny import encoded_image, record
 from vico_pl.data.shards.inspect import find_faults, read_samples
 from vico_pl.data.shards.reader import read_index, write_index, write_shard
 from vico_pl.data.shards.stats import survey

@@ -61,7 +61,7 @@ def test_what_follows_a_question_mark_goes_along_with_every_file():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("absent", "no such folder of shards; make one"),
         ("absent.tar.zip", "no such folder of shards"),
@@ -75,8 +75,8 @@ def test_what_follows_a_question_mark_goes_along_with_every_file():
         ("https://me:hush@host/*.tar?hush", "finds only files"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence_without_secrets(text, told):
-    with pytest.raises(ValueError, match=told) as caught:
+def test_what_is_wrong_is_said_in_a_sentence_without_secrets(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
         parse_source(text)
     assert "hush" not in str(caught.value)
 

@@ -15,7 +15,7 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import record
+from tests.support.tiny import record
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.index import INDEX_NAME, side_index_path

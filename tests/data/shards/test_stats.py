@@ -3,7 +3,7 @@ import io
 import numpy as np
 from PIL import Image, ImageColor
 
-from tests.helpers import encoded_image, record
+from tests.support.tiny import encoded_image, record
 from vico_pl.data.shards.reader import write_shard
 from vico_pl.data.shards.stats import COLOUR, FAULT_COLOUR, Survey, draw, survey
 

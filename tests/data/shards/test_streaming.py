@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_module import data_module, global_batches
-from tests.servers import serving
+from tests.support.hostile import serving
 from vico_pl.audit import SampleNames
 from vico_pl.data.module import SourceConfig
 from vico_pl.data.shards import cache as cache_module

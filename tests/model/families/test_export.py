@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoImageProcessor, InternVLForConditionalGeneration
 
-from tests.released import (
+from tests.support.released import (
     LANGUAGE_CONFIG,
     folder_tensors,
     official_config,
@@ -102,7 +102,7 @@ def test_a_tied_head_is_stored_once(tmp_path):
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
 
 
-def test_another_type_casts_every_tensor_and_is_told(tmp_path, flash):
+def test_another_type_casts_every_tensor_and_is_reported(tmp_path, flash):
     export(flash, tmp_path / "out", layout="flash", dtype=torch.bfloat16)
     expected = {name: tensor.bfloat16() for name, tensor in folder_tensors(flash).items()}
     assert_same_tensors(folder_tensors(tmp_path / "out"), expected)
@@ -111,7 +111,7 @@ def test_another_type_casts_every_tensor_and_is_told(tmp_path, flash):
         assert part["torch_dtype"] == "bfloat16"
 
 
-def test_without_another_type_that_of_the_weights_is_told(tmp_path):
+def test_without_another_type_that_of_the_weights_is_reported(tmp_path):
     write_official(tmp_path / "in", dtype=torch.float16)
     assert config_of(tmp_path / "in")["torch_dtype"] == "bfloat16"  # the configuration may be mistaken
     export(tmp_path / "in", tmp_path / "out", layout="hf")
@@ -153,8 +153,8 @@ def test_a_flash_configuration_keeps_tiling_template_and_thresholds(tmp_path, fl
     assert open_folder(tmp_path / "ours").contents == open_folder(flash).contents
     export(tmp_path / "ours", tmp_path / "back", layout="flash")
     before, after = config_of(flash), config_of(tmp_path / "back")
-    told_elsewhere = ("auto_map", "torch_dtype", "vision_config", "llm_config")
-    assert without(after, *told_elsewhere) == without(before, *told_elsewhere)
+    stored_elsewhere = ("auto_map", "torch_dtype", "vision_config", "llm_config")
+    assert without(after, *stored_elsewhere) == without(before, *stored_elsewhere)
     assert after["llm_config"].items() >= without(LANGUAGE_CONFIG, "torch_dtype").items()
     of_training = ("use_flash_attn", "drop_path_rate")
     assert after["vision_config"].items() >= without(before["vision_config"], *of_training).items()
@@ -189,7 +189,7 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize(("layout", "part"), [("flash", "llm_config"), ("hf", "text_config")])
-def test_the_rope_of_transformers_5_is_also_told_to_version_4(tmp_path, rope, layout, part):
+def test_the_rope_of_transformers_5_is_also_written_for_version_4(tmp_path, rope, layout, part):
     flash_folder(tmp_path / "in", rope_parameters=ROPES[rope])
     export(tmp_path / "in", tmp_path / "out", layout=layout)
     language = config_of(tmp_path / "out")[part]

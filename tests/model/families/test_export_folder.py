@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.helpers import tiny_model, tiny_spec
-from tests.released import (
+from tests.support.released import (
     VISION_CONFIG,
     folder_tensors,
     official_config,
@@ -16,6 +15,7 @@ from tests.released import (
     write_native,
     write_official,
 )
+from tests.support.tiny import tiny_model, tiny_spec
 from vico_pl.files import read_json
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, write_tensors
 from vico_pl.model.families.folder import LAYOUTS, export, load_model, open_folder, save_model
@@ -92,7 +92,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, flash):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-def test_tensors_that_do_not_fit_are_told_before_anything_is_written(tmp_path):
+def test_tensors_that_do_not_fit_are_reported_before_anything_is_written(tmp_path):
     tensors = official_tensors(official_config(), flash=True)
     del tensors["mlp1.3.bias"], tensors["gating.gate.1.bias"]
     write_official(tmp_path / "in", flash=True, tensors=tensors)
@@ -100,7 +100,7 @@ def test_tensors_that_do_not_fit_are_told_before_anything_is_written(tmp_path):
     assert_refused(tmp_path / "in", tmp_path / "out", message, layout="internvl")  # which has no gating
 
 
-def test_tiles_that_do_not_divide_are_told_with_the_folder(tmp_path):
+def test_tiles_that_do_not_divide_are_reported_with_the_folder(tmp_path):
     config = official_config(vision_config={**VISION_CONFIG, "image_size": 42}, force_image_size=42)
     write_official(tmp_path / "in", config=config)
     message = f"{tmp_path}/in: tiles of 42 px are 3 x 3 patches"
@@ -123,10 +123,12 @@ def test_a_folder_counts_as_complete_only_with_its_weights(tmp_path, ours, layou
 
 
 @pytest.mark.parametrize("layout", ["flash", "internvl"])
-@pytest.mark.parametrize(("chat", "told"), [({"system": "Answer briefly."}, "'Answer briefly.'"), ({}, None)])
-def test_another_system_message_than_released_code_sends_is_warned_of(tmp_path, ours, layout, chat, told):
+@pytest.mark.parametrize(
+    ("chat", "message"), [({"system": "Answer briefly."}, "'Answer briefly.'"), ({}, None)]
+)
+def test_another_system_message_than_released_code_sends_is_warned_of(tmp_path, ours, layout, chat, message):
     (ours / PROCESSING_NAME).write_text(json.dumps({"chat": chat}))
-    expected = f"the system message {told}, released code will send that of 'internvl2_5'"
+    expected = f"the system message {message}, released code will send that of 'internvl2_5'"
     with pytest.warns(UserWarning, match=re.escape(expected)):
         export(ours, tmp_path / "out", layout=layout)
     assert read_json(tmp_path / "out" / CONFIG_NAME)["template"] == "internvl2_5"
@@ -253,7 +255,7 @@ def test_shards_are_put_together(tmp_path, flash):
     assert all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
-def test_a_server_is_told_the_class_of_the_language_model(tmp_path):
+def test_a_server_is_reported_the_class_of_the_language_model(tmp_path):
     write_native(tmp_path / "native")
     config = read_json(tmp_path / "native" / CONFIG_NAME)
     del config["text_config"]["architectures"]

@@ -5,7 +5,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import tiny_model, tiny_spec
+from tests.support.tiny import tiny_model, tiny_spec
 from vico_pl.files import read_json
 from vico_pl.model.families.base import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from vico_pl.model.families.folder import load_model, open_folder, save_model

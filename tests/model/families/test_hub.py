@@ -103,7 +103,7 @@ UNREACHABLE = [
 
 @pytest.mark.parametrize("error", UNREACHABLE, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("ask", [hub.pinned, hub.local_folder])
-def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(monkeypatch, ask, error):
+def test_a_hub_that_cannot_be_reached_is_reported_in_one_sentence(monkeypatch, ask, error):
     def fail(*_, **__):
         raise error
 

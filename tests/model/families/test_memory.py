@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.released import LANGUAGE_CONFIG, VISION_CONFIG, official_config, write_official
+from tests.support.released import LANGUAGE_CONFIG, VISION_CONFIG, official_config, write_official
 from vico_pl.model.families.folder import export
 
 # Reads a model and every byte of its weights, in a process of its own whose peak nothing else has raised.

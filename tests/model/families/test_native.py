@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers import batch_of
-from tests.released import TILE, folder_tensors, qwen_tokenizer, write_native
+from tests.support.released import TILE, folder_tensors, qwen_tokenizer, write_native
+from tests.support.tiny import batch_of
 from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.language import run_packed
 from vico_pl.types import EncodedSample

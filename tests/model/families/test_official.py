@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import batch_of
-from tests.recomputed import Recomputed
-from tests.released import (
+from tests.model.families.recomputed import Recomputed
+from tests.support.released import (
     LANGUAGE_CONFIG,
     TILE,
     VISION_CONFIG,
@@ -17,6 +16,7 @@ from tests.released import (
     qwen_tokenizer,
     write_official,
 )
+from tests.support.tiny import batch_of
 from vico_pl.model.families.folder import load_model, open_folder, own_tensors
 from vico_pl.model.families.official import FLASH, SYSTEM_MESSAGE
 from vico_pl.model.flops import build_without_weights

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from tests.released import (
+from tests.support.released import (
     LANGUAGE_CONFIG,
     TILE,
     VISION_CONFIG,
@@ -125,7 +125,7 @@ def test_the_list_of_tensors_ends_after_twenty(tmp_path):
     assert re.fullmatch(listed, refusal(tmp_path))
 
 
-def test_a_tied_head_without_embeddings_is_told_with_the_missing(tmp_path):
+def test_a_tied_head_without_embeddings_is_reported_with_the_missing(tmp_path):
     config = official_config(llm_config={**LANGUAGE_CONFIG, "tie_word_embeddings": True})
     tensors = official_tensors(config)
     tensors[HEAD] = tensors.pop(EMBEDDINGS)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.helpers import batch_of, encoded_sample, tiny_model
+from tests.support.tiny import batch_of, encoded_sample, tiny_model
 from vico_pl.model.families.base import CONFIG_NAME, PROCESSING_NAME
 from vico_pl.model.families.folder import export, load_model, open_folder, save_model
 from vico_pl.model.router import DEFAULT_ROUTER, ROUTERS, RoutingRule

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from tests.helpers import TILE, encoded_image, tiny_model, tiny_spec
+from tests.support.tiny import TILE, encoded_image, tiny_model, tiny_spec
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.decode import decode_record
 from vico_pl.data.shards.reader import write_index, write_shard

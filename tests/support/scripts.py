@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def load_benchmark(name):

@@ -1,6 +1,6 @@
-"""Training runs in separate processes that tests can signal and kill.
+"""Tiny training runs on CPU: in this process, to observe and break them; in others, to signal and kill them.
 
-A fork server with all imports starts them within a second. Ranks are started separately, as by Slurm.
+A fork server with all imports starts those within a second. Ranks are started separately, as by Slurm.
 """
 
 import contextlib
@@ -15,11 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
+import vico_pl.trainer
+from tests.support.tiny import TILE
 from vico_pl.audit import audit_run
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.config import load_config
+from vico_pl.prepare import prepare_run
+from vico_pl.stages import build_stage
+from vico_pl.trainer import train
 
+STEPS = 6
 PATIENCE_S = 240  # timeout of a wait
 GRACE_S = 5  # for the ranks left after one fails
 _FORKED = multiprocessing.get_context("forkserver")
@@ -31,6 +40,77 @@ _FORKED.set_forkserver_preload(  # what `vico train` imports, the last two only 
         "transformers.models.qwen3.modeling_qwen3",
     ]
 )
+
+
+def recipe(folder, stage, shards, **sections):
+    """Write a recipe of a tiny run that checkpoints every other step."""
+    settings = {
+        "stage": stage,
+        "run_dir": str(folder / stage),
+        "data": {
+            "sources": [{"path": str(shards)}],
+            "batch_size": 4,
+            "num_workers": 0,
+            "tiling": {"tile_size": TILE, "max_tiles": 2},
+        },
+        "optim": {"lr": 3e-3},
+        "trainer": {"max_steps": STEPS, "checkpoint_every": 2, "log_every": 1, "accelerator": "cpu"},
+        **sections,
+    }
+    path = folder / f"{stage}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(recipe_path, *overrides):
+    return train(prepare_run(recipe_path, overrides))
+
+
+def weights(run_dir):
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def differing(run_dir, other):
+    ours, theirs = weights(run_dir), weights(other)
+    return {name for name in ours.keys() | theirs.keys() if not same(ours.get(name), theirs.get(name))}
+
+
+def same(a, b):
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def watch_steps(monkeypatch, before_step):
+    """Call `before_step(stage)` before each step of a run."""
+
+    def build(*args):
+        stage = build_stage(*args)
+        results = stage.results
+
+        def watched(micro_batches):
+            before_step(stage)
+            return results(micro_batches)
+
+        stage.results = watched
+        return stage
+
+    monkeypatch.setattr(vico_pl.trainer, "build_stage", build)
+
+
+def break_run(monkeypatch, path, *overrides):
+    """Start a run that fails at step five."""
+
+    def break_at_step_five(stage):
+        if stage.trainer.global_step == 5:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        watch_steps(patch, break_at_step_five)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(path, *overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
