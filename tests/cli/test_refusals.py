@@ -35,7 +35,7 @@ def places(recipe, model, answered, photo, tmp_path, monkeypatch):
         ("train {here}/absent.yaml", "{here}/absent.yaml: no such recipe"),
         ("train {recipe} 'data.sources=[{{path: {here}/absent}}]'", "no such folder of shards"),
         ("train {recipe} 'data.sources=[{{path: {here}/empty}}]'", "no shard found; expected names such as"),
-        ("train {recipe} data.sources.0.path=x", "{recipe}"),
+        ("train {recipe} data.sources.7.path=x", "{recipe}"),
         (
             "train {recipe} 'data.sources=[{{path: a, weight: 1}}, {{path: b}}]'",
             "b needs a 'weight'",
@@ -69,6 +69,7 @@ def places(recipe, model, answered, photo, tmp_path, monkeypatch):
         ("route {model} {photo} --output {here}/routed.xyz", "unknown file extension: .xyz"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:model.reference is not set")
 def test_what_cannot_be_used_is_refused_before_anything_is_written(
     refused, places, tmp_path, command, expected
 ):

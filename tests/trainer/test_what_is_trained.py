@@ -137,6 +137,7 @@ def test_a_setting_without_effect_warns_before_training(runs, tmp_path, stage, s
         run(runs / f"{stage}.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", setting)
 
 
+@pytest.mark.filterwarnings("ignore:model.reference is not set")
 def test_stage_router_labels_by_one_copy_where_policy_and_reference_are_the_same(runs, tmp_path, monkeypatch):
     stages = []
     watch_steps(monkeypatch, stages.append)

@@ -183,7 +183,8 @@ class RouterStage(Stage):
         if threshold is None:
             return StepResult(loss_sum=0 * logits.sum(), num_items=0)
         tiles = torch.tensor(_tiles_of_samples(batch), dtype=torch.int64, device=logits.device)
-        tiles = tiles[ratios[tiles].isfinite()]
+        if self.num_left_out:
+            tiles = tiles[ratios[tiles].isfinite()]
         logits, targets = logits[tiles], router_targets(ratios[tiles], threshold)
         loss = cross_entropy(logits, targets, reduction="sum")
         metrics = _metrics(logits, targets, threshold)
