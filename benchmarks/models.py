@@ -184,9 +184,9 @@ class Counter:
     def _attention(self) -> Iterator[None]:
         attention = "scaled_dot_product_attention"
         with ExitStack() as patches:
-            for place in ("torch.nn.functional", "vico_pl.model.packed"):
+            for place in ("torch.nn.functional", "vico_pl.model.language"):
                 patches.enter_context(patch(f"{place}.{attention}", self._attend))
-            patches.enter_context(patch("vico_pl.model.packed.causal_lower_right", lambda *_: LOWER_RIGHT))
+            patches.enter_context(patch("vico_pl.model.language.causal_lower_right", lambda *_: LOWER_RIGHT))
             # transformers looks at position ids for packed samples, to make a mask that nothing here takes.
             patches.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices"))
             yield
