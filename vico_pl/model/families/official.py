@@ -1,7 +1,7 @@
 """The layouts of released InternVL checkpoints: `internvl` (base model) and `flash` (with routing).
 
 `config.json` says `InternVLChatModel`; the folder's own Python files are never run, its parts are mapped onto
-transformers' InternViT and language models. Which of the two layouts a folder has, its tensors tell: Flash
+transformers' InternViT and language models. The tensors show which of the two layouts a folder has: Flash
 adds `mlp2` (the connector of ratio 16), `pooling_before_gating` and `gating` (the router).
 
 The second half is what all layouts of InternVL share: the language model's tensors and its configuration.
