@@ -44,7 +44,7 @@ def test_each_fault_that_is_tested_is_on_the_page_and_was_survived():
     tests = [
         test for source in sources for test in re.split(r"^def (?=test_)", source, flags=re.MULTILINE)[1:]
     ]
-    assert all(re.search(r'\.record\(|"fault"', test) for test in tests), "each records its row"
+    assert all(re.search(r'add_row\(|"fault"', test) for test in tests), "each records its row"
     found = rows(PAGE)
     assert len(found) >= len(tests) > 10
     assert all(fault and outcome and lost for fault, outcome, lost in found), "none failed, none was skipped"

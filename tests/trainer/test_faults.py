@@ -69,7 +69,7 @@ class Case:
         assert differing(self.run_dir, self.unbroken(self.ranks)) == set()
         assert audit(self.run_dir).faults == []
 
-    def record(self, fault, outcome, lost_steps):
+    def add_row(self, fault, outcome, lost_steps):
         for name, value in {"fault": fault, "outcome": outcome, "lost_steps": lost_steps}.items():
             self.record(name, value)
 
@@ -146,7 +146,7 @@ def test_a_signal_ends_the_run_after_the_step_and_loses_nothing(case, number, ra
     running = case.start_until(step=2, before=slow_steps)
     running.signal(number, ranks=signalled)
     stops_after_the_step(case, running)
-    case.record(f"{number.name} to {who}, within a step", "all end after the step, exit code 0", 0)
+    case.add_row(f"{number.name} to {who}, within a step", "all end after the step, exit code 0", 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -156,7 +156,7 @@ def test_a_signal_to_the_process_group_ends_the_run_after_the_step(case, number)
     running = case.start_until(step=2, before=slow_steps_of_a_group)
     os.killpg(running.ranks[0].pid, number)
     stops_after_the_step(case, running)
-    case.record(f"{number.name} to a process and its data worker", "all end after the step, exit code 0", 0)
+    case.add_row(f"{number.name} to a process and its data worker", "all end after the step, exit code 0", 0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(case, before, when):
         os.killpg(running.ranks[0].pid, signal.SIGINT)
     assert running.wait() == [130], running.said()
     assert "Stopping after this step. Press Ctrl-C again" in running.said()
-    case.record(f"Ctrl-C twice, {when}", "ends at once with exit code 130", case.finish())
+    case.add_row(f"Ctrl-C twice, {when}", "ends at once with exit code 130", case.finish())
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_rank_that_is_killed_ends_the_others_soon(case, victim):
     lost = case.finish()
     assert lost <= 2 + 1
     ended = f"the other ended within {waited:.1f} s, naming the connection"
-    case.record(f"kill -9 of rank {victim} of 2", ended, lost)
+    case.add_row(f"kill -9 of rank {victim} of 2", ended, lost)
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(case):
     assert newest_step(case.run_dir) == before
     assert not list(case.run_dir.rglob("*.partial"))
     outcome = "one sentence; the previous checkpoint is intact"
-    case.record("a write fails while a checkpoint is saved", outcome, case.finish())
+    case.add_row("a write fails while a checkpoint is saved", outcome, case.finish())
 
 
 @contextlib.contextmanager
@@ -252,7 +252,7 @@ def test_a_full_disk_is_reported_before_saving_begins(case, tmp_path):
         ballast.unlink()
         lost = case.finish()
     outcome = "one sentence before writing starts; the previous one is intact"
-    case.record("the disk has no room for a checkpoint", outcome, lost)
+    case.add_row("the disk has no room for a checkpoint", outcome, lost)
 
 
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(case):
@@ -265,7 +265,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(case):
     assert running.wait() == [0], running.said()
     assert f"step-{newest:08d}.ckpt is skipped: it cannot be read" in running.said()
     case.check_result()
-    case.record("the newest checkpoint is truncated", "named and skipped; the previous one is used", lost)
+    case.add_row("the newest checkpoint is truncated", "named and skipped; the previous one is used", lost)
 
 
 # --- Ranks that wait, numbers and data ----------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_a_slow_rank_is_reported_apart_from_those_that_wait_for_it(case):
     assert "act_then_seed" in (case.run_dir / "waiting-rank-1.txt").read_text()
     case.check_result()
     outcome = "each logs where it is; the stacks show which one hangs"
-    case.record("a rank hangs for longer than trainer.watchdog_s", outcome, 0)
+    case.add_row("a rank hangs for longer than trainer.watchdog_s", outcome, 0)
 
 
 def nan_from_step_six(_):
@@ -314,7 +314,7 @@ def test_gradients_that_are_not_finite_change_no_weight_and_stop_the_run(case):
     assert newest_step(case.run_dir) == 8
     assert all(torch.equal(before[name], after[name]) for name in before)
     outcome = "no weight changed; samples in skipped_steps.jsonl; the run stops"
-    case.record("non-finite gradients, three steps in a row", outcome, "0 of those with finite gradients")
+    case.add_row("non-finite gradients, three steps in a row", outcome, "0 of those with finite gradients")
 
 
 def test_shards_that_vanish_are_counted_and_asked_for(case, runs, tmp_path):
@@ -338,4 +338,4 @@ def test_shards_that_vanish_are_counted_and_asked_for(case, runs, tmp_path):
         path.rename(path.with_suffix(""))
     assert audit(run_dir).faults == []
     outcome = "their samples count as bad and are logged; the run continues"
-    case.record("shards are removed during the run", outcome, 0)
+    case.add_row("shards are removed during the run", outcome, 0)
