@@ -74,7 +74,7 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
         full_tokens_per_tile=model.tokens_per_full_tile,
         seed=config.seed,
         cost=stage_class.cost(config, count_flops(model.spec)),
-        max_positions=getattr(model.language.config, "max_position_embeddings", None),
+        max_positions=model.max_positions,
     )
     with _lock(run_dir):
         _fit(trainer, stage, data, checkpoint=newest_checkpoint(run_dir))

@@ -135,7 +135,7 @@ FAULTS = {
         "member 'mp4' is a video; expected images",
     ),
     "a video elsewhere": (
-        with_json(conversations=PAIR, video="a.mp4"),
+        record(files={"jpg": None}, text="q", video="a.mp4"),
         "JSON has a 'video'; expected images",
     ),
     "a moving image": (
@@ -183,3 +183,7 @@ def test_a_reason_that_quotes_a_whole_record_is_cut():
 
 def test_a_dotted_name_inside_a_key_is_no_climb():
     assert decode_record(record(key="photos/a..b")).id.endswith("photos/a..b")
+
+
+def test_frames_of_a_video_are_images():
+    assert len(decode_record(record(video="a.mp4")).images) == 1

@@ -134,13 +134,13 @@ class GradientGuard(L.Callback):
         line = {"step": step, "rank": trainer.global_rank, "grad_norm": str(norm), "ids": batch.ids}
         append_json(self._path, line)
         if num_left_out:
-            what, told = "loss ratios", f"{num_left_out} of its loss ratios are not finite and left out"
+            what, fault = "loss ratios", f"{num_left_out} of its loss ratios are not finite and left out"
             remedy = "look at the weights of model.path and model.reference, and at these samples"
         else:
-            what, told = "gradients", f"its gradient is {norm}"
+            what, fault = "gradients", f"its gradient is {norm}"
             remedy = "lower optim.lr, or look at these samples"
         skipped = "" if math.isfinite(norm) else " is skipped"
-        rank_zero_warn(f"step {step}{skipped}: {told}; {self._path} names its samples")
+        rank_zero_warn(f"step {step}{skipped}: {fault}; {self._path} names its samples")
         if self._in_a_row == MAX_SKIPPED:
             raise ValueError(
                 f"the {what} of {MAX_SKIPPED} steps in a row are not finite, the last of step {step}; "
@@ -236,7 +236,7 @@ class Watchdog(L.Callback):
 
     def __init__(self, folder: Path, *, limit_s: float) -> None:
         self._folder, self._limit_s = folder, min(limit_s, threading.TIMEOUT_MAX)
-        self._timer = threading.Timer(limit_s, self._report)
+        self._timer = threading.Timer(self._limit_s, self._report)  # replaced at each step
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Start the clock."""

@@ -25,7 +25,7 @@ from vico_pl.types import BadRecord, Content, Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_TOKEN = "<image>"
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # told by their content, whatever the member is called
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # recognised by their content, whatever the member is called
 VIDEO_EXTENSIONS = ("mp4", "avi", "mov", "mkv", "webm", "m4v", "mpg", "mpeg")
 _MAX_REASON = 500  # characters
 _MAX_SCANS = 100  # of a JPEG: about 10 are usual, and thousands in a few kilobytes take minutes to decode
@@ -104,7 +104,7 @@ def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
     """
     if not isinstance(annotation, dict) or not isinstance(annotation.get("conversations"), list):
         raise _bad_conversation("JSON has no list 'conversations'")
-    if annotation.get("video") or annotation.get("videos"):
+    if not num_images and (annotation.get("video") or annotation.get("videos")):  # else its frames are there
         raise _bad_conversation("JSON has a 'video'; expected images: give its frames as images")
     turns = _parse_turns(annotation["conversations"], annotation.get("skills") or [])
     marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)

@@ -64,8 +64,8 @@ class Predictor:
         ):
             if found != expected:
                 raise ValueError(f"{folder}: {name} is {found!r}; its tower and tokenizer have {expected}")
-        positions = getattr(model.language.config, "max_position_embeddings", None)
-        encoder, rule = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile, positions), contents.rule
+        encoder = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile, model.max_positions)
+        rule = contents.rule
         return cls(folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
 
     @property

@@ -133,6 +133,11 @@ class VisionLanguageModel(nn.Module):
         return self.vision.num_patches // FULL_RATIO
 
     @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest sequence the language model knows positions for; None: any number."""
+        return getattr(self.language.config, "max_position_embeddings", None)
+
+    @property
     def head(self) -> Float[Tensor, "V D"]:
         """Weight of the output layer: hidden states times its transpose are logits."""
         return self.language.get_output_embeddings().weight

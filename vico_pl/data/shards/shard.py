@@ -172,9 +172,10 @@ class Shard:
         if self.source.is_local or self.source.commands is not None:
             return False
         content = fetch_bytes(self.source.location(f"{shard_stem(self.name)}.idx"))
-        with suppress(ValueError):  # absent or foreign
+        with suppress(ValueError):  # absent, foreign or of another shard
             found = load_sidecar(BytesIO(content or b""))
             if found is not None and found.sizes is not None:
+                self._check_bounds(found.bounds, int(found.bounds[-1]))
                 self._keep(found)
         return self.sizes() is not None
 
