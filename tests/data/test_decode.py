@@ -35,7 +35,7 @@ def test_a_record_becomes_pixels_and_turns(extension, image_format):
     assert [(image.shape, image.dtype) for image in sample.images] == [((3, 30, 40), torch.uint8)]
     assert sample.turns == [
         Turn(role="human", text="<image>\nWhat is it?"),
-        Turn(role="gpt", text="a cat", skill="ocr"),
+        Turn(role="gpt", text="a cat", group="ocr"),
     ]
     assert sample.metadata == {"source": "web"}
 
@@ -83,14 +83,35 @@ def test_members_with_other_endings_are_ignored():
 def test_skills_belong_to_answers_in_their_order():
     conversation = turns(("human", "<image>a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
     sample = decode_record(record(conversations=conversation, skills=["ocr", None]))
-    assert [(turn.text, turn.skill) for turn in sample.turns] == [
+    assert [(turn.text, turn.group) for turn in sample.turns] == [
         ("<image>a", None),
         ("b", "ocr"),
         ("c", None),
         ("d", None),
     ]
     without = decode_record(record(conversations=conversation, skills=None))
-    assert [turn.skill for turn in without.turns] == [None] * 4
+    assert [turn.group for turn in without.turns] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "metrics", "answers"),
+    [
+        ({}, [None, None], [(), ()]),
+        ({"metrics": "anls"}, ["anls", "anls"], [(), ()]),
+        ({"metrics": ["f1", None], "answers": [["b", "B"], ["d"]]}, ["f1", None], [("b", "B"), ("d",)]),
+        ({"metrics": {"clip": 0.3}, "answers": {"a": 1}}, [None, None], [(), ()]),  # of another tool
+        ({"answers": ["b", "d"]}, [None, None], [(), ()]),
+    ],
+)
+def test_metrics_and_accepted_answers_belong_to_answers_in_their_order(fields, metrics, answers):
+    conversation = turns(("human", "<image>a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))
+    found = decode_record(record(conversations=conversation, **fields)).turns[1::2]
+    assert ([turn.metric for turn in found], [turn.answers for turn in found]) == (metrics, answers)
+
+
+def test_the_accepted_answers_to_a_single_question_need_no_outer_list():
+    (_, answer) = decode_record(record(metrics="vqa", answers=["net", "net", "nets"])).turns
+    assert answer.answers == ("net", "net", "nets")
 
 
 JPEG, PNG = encoded_image("JPEG", size=(200, 150)), encoded_image("PNG", size=(200, 150))
@@ -123,6 +144,11 @@ FAULTS = {
     "skills of another kind": (record(skills="ocr"), "'skills' is no list of names"),
     "more skills than answers": (record(skills=["ocr", "ocr"]), "'skills' has 2 entries for 1 answers"),
     "a skill that is no name": (record(skills=[["ocr"]]), "'skills' is no list of names"),
+    "metrics that are no names": (record(metrics=[1]), "'metrics' is no list of names"),
+    "too few accepted answers": (
+        record(metrics="f1", answers=[["a"], ["b"]]),
+        "'answers' is no list with the accepted answers to each question",
+    ),
     "not an image": (record(files={"jpg": b"hello"}), "image 'jpg' (5 bytes): neither JPEG, PNG"),
     "an empty image": (record(files={"jpg": b""}), "image 'jpg' (0 bytes): "),
     "a truncated JPEG": (record(files={"jpg": JPEG[: len(JPEG) // 2]}), "incomplete or truncated"),

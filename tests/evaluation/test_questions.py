@@ -120,7 +120,7 @@ def test_groups_number_samples_through_and_hold_their_own_features(predictor, mo
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 2)
     sizes = [((32, 32),), ((64, 64),), (), ((64, 32), (32, 32)), ((32, 64),)]
     samples = [tiled(predictor, *size, seed=i) for i, size in enumerate(sizes)]
-    samples = [replace(s, turns=[s.turns[0], replace(s.turns[1], skill="ocr")]) for s in samples]
+    samples = [replace(s, turns=[s.turns[0], replace(s.turns[1], group="ocr")]) for s in samples]
     groups = list(read_groups(predictor, samples))
     assert [(g.first, len(g.samples)) for g in groups] == [(0, 2), (2, 2), (4, 1)]
     assert [q.sample for g in groups for q in g.questions] == [0, 1, 2, 3, 4]
@@ -134,7 +134,7 @@ def test_only_turns_with_a_known_skill_are_questions(predictor):
     turns = [
         turn
         for text, reply, skill in asked
-        for turn in (Turn(role="human", text=text), Turn(role="gpt", text=reply, skill=skill))
+        for turn in (Turn(role="human", text=text), Turn(role="gpt", text=reply, group=skill))
     ]
     (group,) = read_groups(predictor, [replace(tiled(predictor, (32, 32)), turns=turns)])
     assert [(q.text, q.expected, q.skill) for q in group.questions] == [asked[0], asked[3]]

@@ -5,7 +5,7 @@ from tests.support.folders import full_ratios, tiled
 from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
 from vico_pl.data.decode import read_image
-from vico_pl.inference.predictor import question_text
+from vico_pl.inference.predictor import prompt_texts
 from vico_pl.model.language import run_packed
 
 MAX_NEW = 9
@@ -13,7 +13,7 @@ MAX_NEW = 9
 
 def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
     """Greedy tokens of one sample alone, recomputing the whole sequence for each token."""
-    text = question_text(question, num_images=len(sample.tiles_per_image))
+    (text,) = prompt_texts(question, num_images=len(sample.tiles_per_image))
     batch = collate([predictor.chat.encode_prompt(sample, text)])
     features = predictor.model.encode_tiles(sample.tiles)
     embeddings = predictor.model.splice_batch(batch, features, ratios).embeddings
@@ -157,7 +157,7 @@ def test_prompts_run_in_one_pass_without_padding_and_only_once(predictor, mixed)
     predictor.model.language.base_model.register_forward_pre_hook(note, with_kwargs=True)
     batched_ids(never_ends(predictor), samples, questions, ratios, max_new_tokens=3)
     prompts = [
-        predictor.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+        predictor.chat.encode_prompt(sample, *prompt_texts(question, num_images=len(sample.tiles_per_image)))
         for sample, question in zip(samples, questions, strict=True)
     ]
     vision = sum(int((16 // r).sum()) - len(r) for r in ratios)

@@ -7,7 +7,7 @@ import torch
 from tests.support.folders import tiled, write_model_folder, write_set
 from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
-from vico_pl.inference.predictor import Predictor, question_text
+from vico_pl.inference.predictor import Predictor, prompt_texts
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, WEIGHTS_NAME
 from vico_pl.model.router import compress_probability
 
@@ -126,7 +126,7 @@ def test_samples_are_cut_as_the_folder_says_and_bad_records_are_left_out(folder,
     ],
 )
 def test_a_question_has_as_many_marks_as_images_and_keeps_its_own_places(prompt, num_images, expected):
-    assert question_text(prompt, num_images=num_images) == expected
+    assert prompt_texts(prompt, num_images=num_images) == [expected]
 
 
 def first_token_by_hand(predictor, sample, question, ratios):

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -58,6 +57,7 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+_FIELDS = ("conversations", "skills", "metrics", "answers")  # of a record's JSON; all others are metadata
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _bad_conversation = partial(RecordError, kind="conversation")
@@ -92,7 +92,7 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
         id=record.id,
         images=[_decode_image(name, record.files[name], limits) for name in images],
         turns=turns,
-        metadata={key: value for key, value in annotation.items() if key not in ("conversations", "skills")},
+        metadata={key: value for key, value in annotation.items() if key not in _FIELDS},
     )
 
 
@@ -106,7 +106,7 @@ def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
         raise _bad_conversation("JSON has no list 'conversations'")
     if not num_images and (annotation.get("video") or annotation.get("videos")):  # else its frames are there
         raise _bad_conversation("JSON has a 'video'; expected images: give its frames as images")
-    turns = _parse_turns(annotation["conversations"], annotation.get("skills") or [])
+    turns = _parse_turns(annotation)
     marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if marks != num_images:
         reason = f"{marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images"
@@ -184,19 +184,48 @@ def _parse_annotation(record: Record) -> Any:
         raise RecordError(f"JSON: {error}", kind="json") from error
 
 
-def _parse_turns(conversations: list[Any], skills: Any) -> list[Turn]:
-    if not isinstance(skills, list) or not all(isinstance(skill, str | None) for skill in skills):
-        raise _bad_conversation("'skills' is no list of names")
+def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:
     roles: tuple[Role, ...] = get_args(Role)  # human, gpt
-    turns = [_parse_turn(entry, index, roles[index % 2]) for index, entry in enumerate(conversations)]
+    conversation = enumerate(annotation["conversations"])
+    turns = [_parse_turn(entry, index, roles[index % 2]) for index, entry in conversation]
     if not turns or turns[-1].role != "gpt":
         raise _bad_conversation("the conversation must end with an answer of 'gpt'")
-    answers = turns[1::2]
-    if len(skills) not in (0, len(answers)):
-        given = f"'skills' has {len(skills)} entries for {len(answers)} answers"
-        raise _bad_conversation(f"{given}; expected one each")
-    turns[1::2] = [replace(turn, skill=skill) for turn, skill in zip_longest(answers, skills)]
+    count, metrics = len(turns) // 2, annotation.get("metrics")
+    if isinstance(metrics, dict):  # another tool's
+        metrics = None
+    columns = zip(
+        _names("skills", annotation.get("skills"), count),
+        _names("metrics", [metrics] * count if isinstance(metrics, str) else metrics, count),
+        _accepted(annotation.get("answers") if metrics else None, count),
+        strict=True,
+    )
+    for index, (group, metric, accepted) in zip(range(1, 2 * count, 2), columns, strict=True):
+        turns[index] = replace(turns[index], group=group, metric=metric, answers=accepted)
     return turns
+
+
+def _names(field: str, given: Any, count: int) -> list[str | None]:
+    if not given:
+        return [None] * count
+    if not isinstance(given, list) or not all(isinstance(entry, str | None) for entry in given):
+        raise _bad_conversation(f"'{field}' is no list of names")
+    if len(given) != count:
+        raise _bad_conversation(f"'{field}' has {len(given)} entries for {count} answers; expected one each")
+    return given
+
+
+def _accepted(given: Any, count: int) -> list[tuple[str, ...]]:
+    """Read the accepted answers to each question; those to a single one need no outer list."""
+    if given is None:
+        return [()] * count
+    lists = [given] if count == 1 and _are_texts(given) else given
+    if not isinstance(lists, list) or len(lists) != count or not all(map(_are_texts, lists)):
+        raise _bad_conversation("'answers' is no list with the accepted answers to each question")
+    return [tuple(texts) for texts in lists]
+
+
+def _are_texts(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(isinstance(text, str) for text in given)
 
 
 def _parse_turn(entry: Any, index: int, role: Role) -> Turn:

@@ -87,8 +87,8 @@ def has_questions(samples: Iterable[Sample]) -> bool:
 
 def _questions(sample: Sample | TiledSample, position: int) -> Iterator[EvalQuestion]:
     for human, gpt in zip(sample.turns[::2], sample.turns[1::2], strict=True):
-        if gpt.skill in SKILLS:
-            yield EvalQuestion(sample=position, skill=gpt.skill, text=human.text, expected=gpt.text)
+        if gpt.group in SKILLS:
+            yield EvalQuestion(sample=position, skill=gpt.group, text=human.text, expected=gpt.text)
 
 
 def answer_folder(

@@ -27,6 +27,7 @@ from vico_pl.model.vlm import Spliced, VisionLanguageModel
 from vico_pl.tokens import PLACEHOLDER, TURN_END, load_tokenizer, token_id
 from vico_pl.types import Batch, Image, Sample, TiledSample
 
+Prompt = str | Sequence[str]  # a question, or questions and answers in turn up to the question to answer
 MAX_TILES = 1024  # per sample; all grids of so many are tried
 
 
@@ -110,16 +111,16 @@ class Predictor:
         (text,) = self.answer([sample], [question], **given, max_new_tokens=max_new_tokens)
         return text
 
-    def answer(self, samples: Sequence[TiledSample], questions: Sequence[str], **settings: Any) -> list[str]:
-        """Answer question i about sample i; takes the arguments of `generate_ids`."""
-        ids = self.generate_ids(samples, questions, **settings)
+    def answer(self, samples: Sequence[TiledSample], prompts: Sequence[Prompt], **settings: Any) -> list[str]:
+        """Answer prompt i about sample i; takes the arguments of `generate_ids`."""
+        ids = self.generate_ids(samples, prompts, **settings)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
     def generate_ids(
         self,
         samples: Sequence[TiledSample],
-        questions: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         features: Sequence[Float[Tensor, "_ P C"]],
         ratios: Sequence[Int64[Tensor, " _"]],
@@ -127,10 +128,10 @@ class Predictor:
     ) -> Int64[Tensor, "B n"]:
         """Return the token ids of the answers, padded on the right after the end of the turn.
 
-        Question i is about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`, any
+        Prompt i is about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`, any
         number of them. An answer does not depend on the rest of the batch.
         """
-        batch, language = self._encode_prompts(samples, questions), self.model.language
+        batch, language = self._encode_prompts(samples, prompts), self.model.language
         chosen = torch.cat(list(ratios)).to(self.device)
         spliced = self.model.splice_batch(batch, torch.cat(list(features)), chosen)
         cache = prefill(language, spliced)
@@ -163,12 +164,12 @@ class Predictor:
         states = run_packed(self.model.language, spliced.embeddings, spliced.segment_lengths)
         return int((states[-1] @ self.model.head.T).argmax())
 
-    def _encode_prompts(self, samples: Sequence[TiledSample], questions: Sequence[str]) -> Batch:
-        prompts = [
-            self.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
-            for sample, question in zip(samples, questions, strict=True)
+    def _encode_prompts(self, samples: Sequence[TiledSample], prompts: Sequence[Prompt]) -> Batch:
+        encoded = [
+            self.chat.encode_prompt(sample, *prompt_texts(prompt, num_images=len(sample.tiles_per_image)))
+            for sample, prompt in zip(samples, prompts, strict=True)
         ]
-        return collate(prompts).to(self.device)
+        return collate(encoded).to(self.device)
 
 
 def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
@@ -185,17 +186,19 @@ def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
     return cache
 
 
-def question_text(prompt: str, *, num_images: int) -> str:
-    r"""Put all image marks first unless the prompt has exactly one per image.
+def prompt_texts(prompt: Prompt, *, num_images: int) -> list[str]:
+    r"""Return the texts of a prompt; all image marks come first unless it has exactly one per image.
 
-    >>> question_text("How many?", num_images=1)
-    '<image>\nHow many?'
-    >>> question_text("From <image> to <image>, what changed?", num_images=2)
-    'From <image> to <image>, what changed?'
+    >>> prompt_texts("How many?", num_images=1)
+    ['<image>\nHow many?']
+    >>> prompt_texts(["From <image> to <image>, what changed?", "Nothing.", "Sure?"], num_images=2)
+    ['From <image> to <image>, what changed?', 'Nothing.', 'Sure?']
     """
-    if prompt.count(IMAGE_TOKEN) == num_images:
-        return prompt
-    return f"{IMAGE_TOKEN}\n" * num_images + prompt.replace(IMAGE_TOKEN, "").strip()
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if sum(text.count(IMAGE_TOKEN) for text in texts) == num_images:
+        return texts
+    first, *others = (text.replace(IMAGE_TOKEN, "").strip() for text in texts)
+    return [f"{IMAGE_TOKEN}\n" * num_images + first, *others]
 
 
 def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, ChatConfig]:
