@@ -140,9 +140,9 @@ class TextReader:
     """Reads tokens as text: no special tokens, no white space around it, up to a stop string."""
 
     tokenizer: PreTrainedTokenizerBase
-    stop_strings: Sequence[str]
-    stop: Callable[[], bool] | None  # ends answers from outside
-    streamer: Callable[[str], object] | None  # takes the text of a single answer in pieces
+    stop_strings: Sequence[str] = ()
+    stop: Callable[[], bool] | None = None  # ends answers from outside
+    streamer: Callable[[str], object] | None = None  # takes the text of a single answer in pieces
     _num_sent: int = 0  # characters
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ from vico_pl.model.language import run_packed
 from vico_pl.model.router import RoutingRule, choose_ratios, compress_probability
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
-from vico_pl.types import Batch, Sample, TiledSample
+from vico_pl.types import Batch, EncodedSample, Sample, TiledSample
 
 MAX_TILES = 1024  # per sample; all grids of so many are tried
 
@@ -131,12 +131,8 @@ class Predictor:
 
     @torch.no_grad()
     def route(self, image: Any) -> ImageRouting:
-        """Say how the tiles of an image are routed; it is of any kind that `generate` takes.
-
-        Raises:
-            ValueError: it is no image.
-        """
-        return self._route([image], name="image").images[0]
+        """Say how the tiles of an image are routed, of any kind that `generate` takes."""
+        return self.prepare([image]).images[0]
 
     @torch.no_grad()
     def generate(
@@ -157,15 +153,14 @@ class Predictor:
         A greedy answer does not depend on its batch, nor the routing of an image on other prompts.
 
         Args:
-            images: an entry for each prompt: an image, a list of images, or None for text only. An image is
-                a path, the bytes of a file, a Pillow image, or uint8: an array (H, W, 3) or (H, W), a tensor
-                (3, H, W). Where texts have no `<image>` for each, images come first.
+            images: of each prompt: an image, a list of images, or None for text only. An image is a path,
+                the bytes of a file, a Pillow image, or uint8: an array (H, W, 3) or (H, W), a tensor
+                (3, H, W). Unless a prompt has one `<image>` for each, its images come first.
             prompts: a text each, or questions and answers in turn up to the question to answer. A text
                 instead of a list of prompts is one prompt, and `images` are its images.
             max_new_tokens: length limit of each answer.
             batch_size: number of prompts that run together.
-            ratios: instead of the router: a ratio for all tiles, or for each prompt one or a list of one for
-                each tile.
+            ratios: instead of the router's: one for all tiles, or for each prompt one, or one for each tile.
             stop_strings: an answer ends before any of these texts.
             streamer: a function that gets the text in pieces as they come; for a single prompt.
             stop: is asked after each token; True ends the answers of its batch, and no other is begun.
@@ -178,7 +173,7 @@ class Predictor:
             ValueError: an image, a prompt, a ratio or an option is invalid, or a prompt is too long.
         """
         reader = TextReader(tokenizer=self.tokenizer, stop_strings=stop_strings, stop=stop, streamer=streamer)
-        asked = pair(images, prompts)
+        asked = pair(images, prompts)  # images and texts of each prompt
         given = ratios if isinstance(ratios, Sequence) else [ratios] * len(asked)
         for problem, is_found in (
             (f"max_new_tokens is {max_new_tokens}; expected at least 1", max_new_tokens < 1),
@@ -192,9 +187,11 @@ class Predictor:
         answers: list[Answer] = []
         for start in range(0, len(asked), batch_size):
             numbers = range(start, min(start + batch_size, len(asked)))
-            routed = [self._route(asked[i][0], name=f"prompt {i}", ratios=given[i]) for i in numbers]
-            texts = [asked[i][1] for i in numbers]
-            answers += self._answer(routed, texts, reader=reader, **settings)
+            routed = [self.prepare(asked[i][0], name=f"prompt {i}", ratios=given[i]) for i in numbers]
+            encoded = [
+                self.encode_prompt(one.sample, asked[i][1]) for i, one in zip(numbers, routed, strict=True)
+            ]
+            answers += self.answer_batch(routed, encoded, reader=reader, **settings)
             if stop is not None and stop():
                 break
         return answers
@@ -216,6 +213,69 @@ class Predictor:
             finally:
                 is_closed.set()
             return job.result()[0]
+
+    @torch.no_grad()
+    def prepare(
+        self, images: Any, *, name: str = "image", ratios: int | Sequence[int] | None = None
+    ) -> RoutedSample:
+        """Encode and route the images of a prompt, alone: rounding must not let other prompts decide."""
+        start, found = self._now(), [pixels(image) for image in images]
+        sample = tile_sample(Sample(id=name, images=found, turns=[], metadata={}), self.tiling)
+        features, lengths = self.encode(sample.tiles), sample.tiles_per_image
+        chosen = self.choose_ratios(features) if ratios is None else self._fixed_ratios(sample, ratios)
+        scores: Sequence[list[float] | None] = [None] * len(found)
+        if self.model.router is not None and found:
+            scores = [p.tolist() for p in compress_probability(self.router_logits(features)).split(lengths)]
+        grids = (choose_grid(x.shape[2], x.shape[1], self.tiling.per_image(len(found))) for x in found)
+        routings = [
+            ImageRouting(
+                ratios=of_image.tolist(),
+                scores=score,
+                vision_tokens=(self.model.vision.num_patches // of_image).tolist(),
+                grid=grid,
+                has_thumbnail=len(of_image) > grid[0] * grid[1],
+            )
+            for of_image, score, grid in zip(chosen.split(lengths), scores, grids, strict=True)
+        ]
+        return RoutedSample(sample, features, chosen, routings, self._now() - start)
+
+    def encode_prompt(self, sample: TiledSample, prompt: Prompt) -> EncodedSample:
+        """Encode a prompt about the images of a sample; a RecordError says that it is too long."""
+        return self.chat.encode_prompt(sample, *prompt_texts(prompt, num_images=len(sample.tiles_per_image)))
+
+    def answer_batch(
+        self,
+        routed: Sequence[RoutedSample],
+        prompts: Sequence[EncodedSample],
+        *,
+        reader: TextReader,
+        **settings: Any,
+    ) -> Iterator[Answer]:
+        """Answer a batch of prompts about prepared images; takes settings of generate() of transformers."""
+        start, batch = self._now(), collate(prompts).to(self.device)
+        settings["ends"] = reader.ends
+        rows = decode(
+            self.model,
+            self.tokenizer,
+            batch,
+            features=[one.features for one in routed],
+            ratios=[one.ratios for one in routed],
+            **settings,
+        ).tolist()
+        seconds = self._now() - start
+        for one, length, row in zip(routed, batch.sample_lengths.tolist(), rows, strict=True):
+            text, new_tokens, has_ended = reader.read(row)
+            num_tiles, spent = len(one.ratios), sum(sum(image.vision_tokens) for image in one.images)
+            yield Answer(
+                text=text,
+                images=one.images,
+                prompt_tokens=length - num_tiles + spent,
+                new_tokens=new_tokens,
+                vision_tokens=spent,
+                full_vision_tokens=num_tiles * self.model.tokens_per_full_tile,
+                finish_reason="stop" if has_ended or new_tokens < settings["max_new_tokens"] else "length",
+                seconds={"encode": one.seconds, "generate": seconds},
+            )
 
     def answer(self, samples: Sequence[TiledSample], prompts: Sequence[Prompt], **settings: Any) -> list[str]:
         """Answer prompt i about sample i; takes the arguments of `generate_ids`."""
@@ -253,33 +313,9 @@ class Predictor:
         return int((states[-1] @ self.model.head.T).argmax())
 
     def _encode_prompts(self, samples: Sequence[TiledSample], prompts: Sequence[Prompt]) -> Batch:
-        encoded = [
-            self.chat.encode_prompt(sample, *prompt_texts(prompt, num_images=len(sample.tiles_per_image)))
-            for sample, prompt in zip(samples, prompts, strict=True)
-        ]
-        return collate(encoded).to(self.device)
-
-    def _route(self, images: Any, *, name: str, ratios: int | Sequence[int] | None = None) -> RoutedSample:
-        """Encode and route the images of a prompt, alone: rounding must not let other prompts decide."""
-        start, found = self._now(), [pixels(image) for image in images]
-        sample = tile_sample(Sample(id=name, images=found, turns=[], metadata={}), self.tiling)
-        features, lengths = self.encode(sample.tiles), sample.tiles_per_image
-        chosen = self.choose_ratios(features) if ratios is None else self._fixed_ratios(sample, ratios)
-        scores: Sequence[list[float] | None] = [None] * len(found)
-        if self.model.router is not None and found:
-            scores = [p.tolist() for p in compress_probability(self.router_logits(features)).split(lengths)]
-        grids = (choose_grid(x.shape[2], x.shape[1], self.tiling.per_image(len(found))) for x in found)
-        routings = [
-            ImageRouting(
-                ratios=of_image.tolist(),
-                scores=score,
-                vision_tokens=(self.model.vision.num_patches // of_image).tolist(),
-                grid=grid,
-                has_thumbnail=len(of_image) > grid[0] * grid[1],
-            )
-            for of_image, score, grid in zip(chosen.split(lengths), scores, grids, strict=True)
-        ]
-        return RoutedSample(sample, features, chosen, routings, self._now() - start)
+        return collate([self.encode_prompt(*one) for one in zip(samples, prompts, strict=True)]).to(
+            self.device
+        )
 
     def _fixed_ratios(self, sample: TiledSample, given: int | Sequence[int]) -> Int64[Tensor, " t"]:
         count = len(sample.tiles)
@@ -293,36 +329,6 @@ class Predictor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def _answer(
-        self, routed: Sequence[RoutedSample], texts: Sequence[Prompt], *, reader: TextReader, **settings: Any
-    ) -> Iterator[Answer]:
-        """Answer a batch."""
-        start = self._now()
-        batch = self._encode_prompts([one.sample for one in routed], texts)
-        settings["ends"] = reader.ends
-        rows = decode(
-            self.model,
-            self.tokenizer,
-            batch,
-            features=[one.features for one in routed],
-            ratios=[one.ratios for one in routed],
-            **settings,
-        ).tolist()
-        seconds = self._now() - start
-        for one, length, row in zip(routed, batch.sample_lengths.tolist(), rows, strict=True):
-            text, new_tokens, has_ended = reader.read(row)
-            num_tiles, spent = len(one.ratios), sum(sum(image.vision_tokens) for image in one.images)
-            yield Answer(
-                text=text,
-                images=one.images,
-                prompt_tokens=length - num_tiles + spent,
-                new_tokens=new_tokens,
-                vision_tokens=spent,
-                full_vision_tokens=num_tiles * self.model.tokens_per_full_tile,
-                finish_reason="stop" if has_ended or new_tokens < settings["max_new_tokens"] else "length",
-                seconds={"encode": one.seconds, "generate": seconds},
-            )
 
 
 def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, ChatConfig]:
