@@ -85,7 +85,7 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
     for name, ending in endings.items():
         if ending in VIDEO_EXTENSIONS:
             raise RecordError(f"member '{name}' is a video; expected images: give its frames", kind="member")
-    annotation = _parse_annotation(record)
+    annotation = parse_annotation(record)
     images = sort_images(name for name, ending in endings.items() if ending in IMAGE_EXTENSIONS)
     turns = parse_conversation(annotation, num_images=len(images))
     return Sample(
@@ -174,7 +174,8 @@ def _check_key(key: str) -> None:
         raise RecordError(f"key '{key}' has control characters or is no UTF-8", kind="key")
 
 
-def _parse_annotation(record: Record) -> Any:
+def parse_annotation(record: Record) -> Any:
+    """Return the content of a record's JSON."""
     if "json" not in record.files:
         raise RecordError(f"no .json member; found {sorted(record.files)}", kind="json")
     try:

@@ -2,9 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -19,7 +19,7 @@ from vico_pl.data.decode import DEFAULT_LIMITS, IMAGE_TOKEN, decode_content, pil
 from vico_pl.model.language import KeyValues, run_packed
 from vico_pl.model.vlm import Spliced, VisionLanguageModel
 from vico_pl.tokens import TURN_END, token_id
-from vico_pl.types import Batch, Image
+from vico_pl.types import Batch, Image, TiledSample
 
 ImageLike = str | Path | bytes | PIL.Image.Image | np.ndarray | Tensor  # bytes: of an image file
 Prompt = str | Sequence[str]  # a question, or questions and answers in turn up to the question to answer
@@ -52,6 +52,23 @@ class Answer:
     full_vision_tokens: int  # what they would be without compression
     finish_reason: str  # "stop": it has ended, or was ended by `stop`; "length": at max_new_tokens
     seconds: dict[str, float]  # "encode": of its images; "generate": of its batch, prompts included
+
+
+class RoutedSample(NamedTuple):
+    """The images of a prompt, encoded and routed."""
+
+    sample: TiledSample
+    features: Float[Tensor, "t P C"]
+    ratios: Int64[Tensor, " t"]
+    images: list[ImageRouting]
+    seconds: float
+
+    def first(self, num_images: int) -> "RoutedSample":
+        """Return the first of the images alone, cut and routed as among all."""
+        lengths = self.sample.tiles_per_image[:num_images]
+        sample = replace(self.sample, tiles=self.sample.tiles[: sum(lengths)], tiles_per_image=lengths)
+        tensors = self.features[: sum(lengths)], self.ratios[: sum(lengths)]
+        return RoutedSample(sample, *tensors, self.images[:num_images], self.seconds)
 
 
 def pixels(image: Any) -> Image:

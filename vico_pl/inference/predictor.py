@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -25,6 +25,7 @@ from vico_pl.inference.generate import (
     Answer,
     ImageRouting,
     Prompt,
+    RoutedSample,
     TextReader,
     decode,
     generation_options,
@@ -42,16 +43,6 @@ from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
 from vico_pl.types import Batch, EncodedSample, Sample, TiledSample
 
 MAX_TILES = 1024  # per sample; all grids of so many are tried
-
-
-class RoutedSample(NamedTuple):
-    """The images of a prompt, encoded and routed."""
-
-    sample: TiledSample
-    features: Float[Tensor, "t P C"]
-    ratios: Int64[Tensor, " t"]
-    images: list[ImageRouting]
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
