@@ -31,7 +31,8 @@ from vico_pl.evaluation.answering import (
     score_answers,
 )
 from vico_pl.evaluation.scorers import SCORERS
-from vico_pl.inference.predictor import Predictor, prompt_texts
+from vico_pl.inference.generate import prompt_texts
+from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Sample, TiledSample, Turn
 
 SAMPLES_PER_GROUP = 32
