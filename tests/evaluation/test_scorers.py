@@ -81,7 +81,7 @@ WORKED = [
     *(("choice", text, CAR, 1) for text in ("B: a red car", "B. It is red", "(b) red", "**B**: it is red")),
     *(("choice", text, CAR, 1) for text in ("Answer: (b)", "The answer is B", "the answer is b.")),
     *(("choice", text, CAR, 1) for text in ("I think it's B", "Option B", "It is (B), I say", "答案是B")),
-    ("choice", "A is too small. The correct option is B, since A is blue.", CAR, 0),  # names A after it
+    ("choice", "A is too small. The correct option is B, since A is blue.", CAR, 1),
     ("choice", "A is too small, C too large. The answer is **B**.", CAR, 1),
     ("choice", "A red car.", CAR, 1),  # the text of the option
     ("choice", "The answer is a red car", CAR, 1),
@@ -89,6 +89,7 @@ WORKED = [
     ("choice", "A", CAR, 0),
     ("choice", "", CAR, 0),
     ("choice", "B or C", CAR, 0),
+    ("choice", "Option C is red, so it is not the answer. It is B.", CAR, 1),
     ("choice", "Blue", CAR, 0),
     ("choice", "A dog is running", ["A", "a cat"], 0),
     ("choice", "Answer: A dog is running", ["A"], 0),

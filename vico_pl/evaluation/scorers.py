@@ -7,7 +7,7 @@ harnesses differ, the rule is that of the benchmark's authors. No scorer asks a 
 import math
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -38,14 +38,14 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 
 # Of multiple choice: where the letter of an option is looked for, in this order.
 _ANNOUNCED = re.compile(r"\b(?:answer|option|choice)\b[\s:=]*", re.IGNORECASE)
+# I say B   it is A since ...   but neither "A dog" nor "I", nor a letter in another word
+_CAPITAL = r"(?<![A-Za-z0-9\u00c0-\u024f])((?<=[a-z]\s)A|A(?!\s+\w)|[B-HJ-Z])(?![-'A-Za-z0-9\u00c0-\u024f])"
+_STATED = re.compile(rf"^(?:is\b)?\W*{_CAPITAL}")  # directly after that
 _LETTERS = (
     re.compile(r"^(?:is\b)?\W*([A-Za-z])\W*$"),  # b   (B)   **B**.   is B
     re.compile(r"^(?:is\b)?\W*([A-Za-z])\s?[^\w\s,']\W*(?:\s|$)"),  # B: a red car
     re.compile(r"[(\[{]\s*([A-Za-z])\s*[)\]}]"),  # it is (b)   \boxed{B}
-    # I say B   it is A since ...   but neither "A dog" nor "I", nor a letter in another word
-    re.compile(
-        r"(?<![A-Za-z0-9\u00c0-\u024f])((?<=[a-z]\s)A|A(?!\s+\w)|[B-HJ-Z])(?![-'A-Za-z0-9\u00c0-\u024f])"
-    ),
+    re.compile(_CAPITAL),
 )
 
 # Of MMMU's open questions: words that announce a result, and numbers.
@@ -162,18 +162,21 @@ def choice(prediction: str, answers: Sequence[str]) -> bool:
     """Compare the letter or the text of an option with the accepted one.
 
     The first answer is the letter, further ones are texts; a text of one letter is not looked at, since the
-    prediction is then taken for an option's letter. The letter is read from what follows the last "answer",
-    "option" or "choice", else from the whole prediction. Several letters name none, and an "A" that begins a
-    sentence is an article. Where no letter is found, harnesses draw one or ask a judge; here the score is 0.
+    prediction is then taken for an option's letter. The letter that directly follows the last "answer",
+    "option" or "choice" counts first, then one in the rest, then one in the whole. Several letters name none,
+    and an "A" that begins a sentence is an article. Harnesses that find no letter draw one or ask a judge;
+    here the score is 0.
 
     >>> [choice(text, ["B", "a red car"]) for text in ("Answer: (b)", "B: a car", "A red car", "A dog")]
     [True, True, True, False]
     """
     letter, *texts = map(_bare, answers)
-    tail = _ANNOUNCED.split(prediction)[-1]
+    *announced, tail = _ANNOUNCED.split(prediction.strip())
     if any(len(text) > 1 and text in (_bare(prediction), _bare(tail)) for text in texts):
         return True
-    return next(_named_letters(tail.strip(), prediction.strip()), None) == letter
+    stated = _STATED.findall(tail) if announced else []
+    letters = [*stated, *_named_letters(tail), *_named_letters(prediction.strip())]
+    return bool(letters) and letters[0].lower() == letter
 
 
 def mmmu_open(prediction: str, answers: Sequence[str]) -> bool:
@@ -216,6 +219,7 @@ def f1(prediction: str, answer: str) -> float:
     >>> f1("The red car", "a red sports car")
     0.8
     """
+    target: dict[str, str | dict[str, list[str] | list[int]]]
     target = {"answers": {"answer_start": [0], "text": [answer]}, "id": ""}
     percent = squad({"prediction_text": prediction, "id": ""}, target)["f1"]
     return round(percent.item() / 100, 6)  # torchmetrics computes in float32
@@ -243,13 +247,10 @@ def _bare(text: str) -> str:
     return text.strip(string.punctuation + string.whitespace).lower().removeprefix("is ")
 
 
-def _named_letters(*texts: str) -> Iterator[str]:
-    """Yield letters of options that texts name, the most certain first."""
-    for text in texts:
-        for pattern in _LETTERS:
-            found = {letter.lower() for letter in pattern.findall(text)}
-            if len(found) == 1:
-                yield found.pop()
+def _named_letters(text: str) -> list[str]:
+    """Return letters of options that a text names, the most certain first."""
+    found = [{letter.lower() for letter in pattern.findall(text)} for pattern in _LETTERS]
+    return [letters.pop() for letters in found if len(letters) == 1]
 
 
 def _stated_results(prediction: str) -> list[str]:
