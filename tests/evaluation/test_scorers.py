@@ -85,6 +85,9 @@ WORKED = [
     ("choice", "A is too small, C too large. The answer is **B**.", CAR, 1),
     ("choice", "A red car.", CAR, 1),  # the text of the option
     ("choice", "The answer is a red car", CAR, 1),
+    ("choice", "B a red car", CAR, 1),
+    ("choice", "A leaf", ["A", "leaf"], 1),
+    ("choice", "A leaf", ["A", "root"], 0),
     ("choice", "a red cart", CAR, 0),
     ("choice", "A", CAR, 0),
     ("choice", "", CAR, 0),

@@ -172,7 +172,8 @@ def choice(prediction: str, answers: Sequence[str]) -> bool:
     """
     letter, *texts = map(_bare, answers)
     *announced, tail = _ANNOUNCED.split(prediction.strip())
-    if any(len(text) > 1 and text in (_bare(prediction), _bare(tail)) for text in texts):
+    names = {name for text in texts if len(text) > 1 for name in (text, f"{letter} {text}")}
+    if names & {_bare(prediction), _bare(tail)}:
         return True
     stated = _STATED.findall(tail) if announced else []
     letters = [*stated, *_named_letters(tail), *_named_letters(prediction.strip())]
