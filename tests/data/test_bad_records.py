@@ -16,7 +16,6 @@ from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfi
 from vico_pl.data.shards.index import Contents, write_sidecar
 from vico_pl.data.shards.inspect import find_faults, read_samples
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.shards.stats import survey
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.errors import RecordError
@@ -144,13 +143,6 @@ def test_every_bad_record_is_counted_under_its_kind_and_the_good_ones_train(tmp_
     assert not any("\n" in bad.reason or ".cpp" in bad.reason for bad in share.bad_records)
 
 
-def test_a_check_of_a_folder_counts_by_kind(tmp_path):
-    records = [(f"{i}", files) for i, (files, _) in enumerate(RECORDS["image"].values())]
-    write_shard(tmp_path / "a.tar", [*records, ("x", with_json(b"{"))])
-    counts = survey(tmp_path).counts()
-    assert (counts["bad records: image"], counts["bad records: json"]) == (len(records), 1)
-
-
 ODD_MEMBERS = {
     "symbolic link": member("1.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
     "hard link": member("1.jpg", type=tarfile.LNKTYPE, linkname="0.jpg"),
@@ -173,16 +165,6 @@ def test_members_that_are_no_plain_files_make_their_record_a_bad_one(tmp_path, n
     (tmp_path / "a.tar").write_bytes(tar)
     assert outcome(tmp_path) == (["0", "2"], ["member"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar", "index.json"]
-
-
-def test_folders_and_members_of_other_kinds_are_passed_over(tmp_path):
-    pickled = b"".join(
-        member(f"0.{name}", b"cos\nsystem\n") for name in ("pyd", "pkl", "pickle", "pth", "npy")
-    )
-    folder = member("photos.v2", type=tarfile.DIRTYPE)
-    link = member("README", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-    (tmp_path / "a.tar").write_bytes(folder + whole("0") + pickled + link + folder + whole("1") + bytes(1024))
-    assert outcome(tmp_path) == (["0", "1"], [])
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -273,20 +255,6 @@ def test_a_record_larger_than_memory_is_not_read(tmp_path):
         RecordReader(index)(0)
 
 
-def test_shell_commands_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"runs a shell command, .* data\.streaming\.allow_pipe=true"):
-        read_index("pipe:cat x.tar")
-
-
-def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
-    write_shard(tmp_path / "set" / "a.tar", [("0", GOOD)])
-    write_index(tmp_path / "set")
-    path = tmp_path / "set" / "index.json"
-    path.write_text(path.read_text().replace("a.tar", "../a.tar"))
-    with pytest.raises(ValueError, match=r"index.json: names '../a.tar', which is no file name"):
-        read_index(tmp_path / "set")
-
-
 @pytest.mark.parametrize(
     "bounds",
     [
@@ -296,6 +264,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
         [-512, 1024],
         [0, 2**50],
         [0, 512, 1024],
+        pickle.dumps([0, 1024]),
     ],
 )
 def test_a_damaged_sidecar_is_refused(tmp_path, bounds):

@@ -7,7 +7,7 @@ import torch
 from tests.support.tiny import encoded_image, record
 from vico_pl.data.decode import decode_record
 from vico_pl.data.module import apply
-from vico_pl.types import BadRecord, Sample, Turn
+from vico_pl.types import Turn
 
 
 @pytest.mark.parametrize(("extension", "image_format"), [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG")])
@@ -51,17 +51,6 @@ def test_skills_belong_to_answers_in_their_order():
     ]
     without = decode_record(record(conversations=conversation, skills=None))
     assert [turn.skill for turn in without.turns] == [None] * 4
-
-
-def test_bad_records_keep_their_places_and_the_others_go_through():
-    broken = [record(key="b", files={"json": b"{"}), record(key="d", answer="<image>")]
-    good = [record(key="a"), record(key="c"), record(key="e")]
-    stream = [good[0], broken[0], good[1], BadRecord(id="earlier", reason="unreadable"), broken[1], good[2]]
-    positions, found = zip(*apply(enumerate(stream, start=40), function=decode_record), strict=True)
-    assert positions == (40, 41, 42, 43, 44, 45)
-    assert [type(item) for item in found] == [Sample, BadRecord, Sample, BadRecord, BadRecord, Sample]
-    assert [item.id.rpartition("/")[2] for item in found] == ["a", "b", "c", "earlier", "d", "e"]
-    assert found[1].reason.startswith("JSON: ")
 
 
 def test_a_reason_that_quotes_a_whole_record_is_cut():

@@ -108,11 +108,6 @@ def test_the_shards_that_come_next_are_those_that_are_read_next_also_over_the_en
             assert set(sequence.shards_after(position)) == read
 
 
-def test_a_position_gives_the_same_sample_whatever_was_asked_before():
-    forward = samples(order([40]), 0, 120)
-    assert [order([40])(position).sample for position in range(119, -1, -1)] == forward[::-1]
-
-
 def test_epochs_seeds_and_sources_have_orders_of_their_own():
     two = order([30, 30], [60, None])
     first, second, other_source = (samples(two, start, start + 30) for start in (0, 30, 60))

@@ -146,22 +146,6 @@ def test_a_key_that_comes_back_later_is_another_record(tmp_path):
     assert [(r.key, r.files["json"]) for r in read_all(tmp_path)] == [("0", b"1"), ("1", b"2"), ("0", b"3")]
 
 
-def test_a_member_that_comes_twice_in_a_record_is_a_fault_of_that_record(tmp_path):
-    write_tar(tmp_path / "a.tar", [("0.json", b"1"), ("0.json", b"2"), ("1.json", b"3")])
-    reader = RecordReader(read_index(tmp_path))
-    with pytest.raises(RecordError, match=r"bytes 0 to 2048 of a.tar are no record: .*duplicate"):
-        reader(0)
-    assert reader(1).files == {"json": b"3"}
-
-
-@pytest.mark.parametrize("content", [b"not a tar at all" * 100, b"\x1f\x8b compressed"])
-def test_a_file_that_is_no_tar_is_named(tmp_path, content):
-    (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.tar: not a readable tar"):
-        read_index(tmp_path)
-    assert not (tmp_path / INDEX_NAME).exists()
-
-
 def test_a_folder_that_is_absent_or_empty_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}/x: no such folder of shards"):
         read_index(tmp_path / "x")
@@ -251,15 +235,6 @@ def test_a_sidecar_has_the_byte_ranges_and_sizes_of_the_specification(tmp_path):
     write_shard(tmp_path / "b.tar", [("0", {"jpg": b"j" * 5320, "json": b"{" * 388}), ("1", {"json": b""})])
     # 512 header + 5320 padded to 5632, 512 header + 388 padded to 512; an empty member is a header alone
     assert np.load(side_index_path(tmp_path / "b.tar"))[:, 0].tolist() == [0, 7168, 7680]
-
-
-def test_a_sidecar_with_a_pickle_is_refused(tmp_path):
-    write_shard(tmp_path / "a.tar", RECORDS)
-    write_index(tmp_path)
-    with side_index_path(tmp_path / "a.tar").open("wb") as file:
-        np.save(file, np.array([[os.system, 1]] * 3, dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"a\.idx: .*'vico shards index"):
-        read_index(tmp_path)
 
 
 @pytest.mark.parametrize("has_sidecar", [True, False])
