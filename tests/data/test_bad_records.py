@@ -264,7 +264,6 @@ def test_a_record_larger_than_memory_is_not_read(tmp_path):
         [-512, 1024],
         [0, 2**50],
         [0, 512, 1024],
-        pickle.dumps([0, 1024]),
     ],
 )
 def test_a_damaged_sidecar_is_refused(tmp_path, bounds):
