@@ -104,11 +104,6 @@ def test_a_batch_of_text_alone_has_no_tiles():
     assert batch.tile_to_sample.dtype == torch.int64
 
 
-def test_a_batch_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no sample to make a batch of"):
-        collate([])
-
-
 def test_moving_a_rank_batch_moves_every_tensor_and_keeps_the_rest():
     batch, dummy = collate(mixed_samples()), collate([encoded_sample(9)], positions=[-1])
     bad = BadRecord(id="train-000000.tar/7", reason="JSON: broken")

@@ -39,12 +39,6 @@ def test_every_number_stands_at_one_place(size, seed):
     assert sorted(permutation(size, seed)) == list(range(size))
 
 
-@pytest.mark.parametrize("index", [-1, 5])
-def test_places_outside_are_refused(index):
-    with pytest.raises(IndexError, match=f"index {index} of a shuffle of 5"):
-        shuffled(index, 5, shuffle_keys(0))
-
-
 def test_a_place_in_a_huge_set_is_found_at_once_and_stays_as_it_is():
     assert shuffled(0, 10**15, shuffle_keys(0)) == 787564976560239
 

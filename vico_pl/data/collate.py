@@ -83,13 +83,7 @@ def split_into_micro_batches(
 
 
 def collate(samples: Sequence[EncodedSample], *, positions: Sequence[int] | None = None) -> Batch:
-    """Lay samples end to end; `positions` are those in the order of a run, by default 0, 1, 2, ...
-
-    Raises:
-        ValueError: there is no sample.
-    """
-    if not samples:
-        raise ValueError("no sample to make a batch of")
+    """Lay samples, at least one, end to end; `positions` in the order of a run are by default 0, 1, 2, ..."""
     tiles_per_sample = torch.tensor([len(s.tiles) for s in samples])
     return Batch(
         ids=[s.id for s in samples],

@@ -83,8 +83,6 @@ class DataModule(L.LightningDataModule):
         Samples of more tokens than `max_positions`, those of the language model, are bad records.
         """
         super().__init__()
-        if not config.sources:
-            raise ValueError("data.sources is empty; name at least one folder of shards")
         self.config, self.cost = config, cost
         self.indexes = open_sources(config)
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile, max_positions)
@@ -93,8 +91,7 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that starts at the trainer's global step."""
         trainer, workers = self.trainer, self.config.num_workers
-        if trainer is None:
-            raise RuntimeError("the DataModule is not attached to a Trainer")
+        assert trainer is not None  # which asks for the loader
         place = {"rank": trainer.global_rank, "world": trainer.world_size}
         return DataLoader(
             RankBatches(self, first_step=trainer.global_step, **place),
