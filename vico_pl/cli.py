@@ -141,6 +141,7 @@ def calibrate(
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
+    from vico_pl.model.router import NEVER
 
     session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
     questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
@@ -148,11 +149,11 @@ def calibrate(
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
     low, high = chosen.retention_ci["mean"] or (0, 0)
-    echo(
-        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
-        f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%}); "
-        f"accuracy is {questions.measure}; written to {written}"
-    )
+    kept = f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%})"
+    if chosen.threshold == NEVER and budget is None:
+        kept = f"no threshold keeps {retention:.2%} of the accuracy, so nothing is compressed"
+    echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")
+    echo(f"accuracy: {questions.measure}; {written} is written")
 
 
 @app.command("eval")
