@@ -1,11 +1,9 @@
 """vico_pl: train multimodal language models to spend vision tokens where the meaning is.
 
-From Python, a trained or published model answers questions about images:
+from vico_pl import Predictor
 
-    from vico_pl import Predictor
-
-    predictor = Predictor.load("runs/demo/router/model")
-    answers = predictor.generate(["a.png", "b.png"], ["What is A?", "How many shapes are there?"])
+predictor = Predictor.load("runs/demo/router/model")
+answers = predictor.generate(["a.png", "b.png"], ["What is A?", "How many shapes are there?"])
 """
 
 from typing import TYPE_CHECKING, Any
