@@ -1,9 +1,11 @@
 """vico_pl: train multimodal language models to spend vision tokens where the meaning is.
 
-from vico_pl import Predictor
+A model answers questions about images:
 
-predictor = Predictor.load("runs/demo/router/model")
-answers = predictor.generate(["a.png", "b.png"], ["What is A?", "How many shapes are there?"])
+    from vico_pl import Predictor
+
+    predictor = Predictor.load("runs/demo/router/model")
+    answers = predictor.generate(["a.png", "b.png"], ["What is A?", "How many shapes are there?"])
 """
 
 from typing import TYPE_CHECKING, Any

@@ -213,7 +213,7 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     sampling = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    if data is not None and output is not None and not images:
+    if data is not None and output is not None and not images and not together:
         from vico_pl.inference.responses import generate_responses
 
         settings |= {"prompt": prompt, "samples_per_shard": samples_per_shard}
