@@ -145,14 +145,19 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
 
 
-def test_calibrate_tells_a_model_that_is_never_right_from_a_set_without_questions(vico, model, tmp_path):
-    for skill, message in (("ocr", "0 % right at full tokens"), (None, "accuracy not measured")):
+def test_calibrate_refuses_a_model_that_is_never_right_and_measures_agreement_without_skills(
+    vico, refused, model, tmp_path
+):
+    def set_of(skill):
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "no: zz"}]
         annotation = json.dumps({"conversations": turns, "skills": [skill]}).encode()
         files = {"png": encoded_image("PNG", size=(64, 64)), "json": annotation}
-        folder = write_set(tmp_path / str(skill), [("0", files)])
-        code, out, _ = vico("calibrate", model, "--data", folder, "--budget", "0.6")
-        assert (code, message in out) == (0, True)
+        return write_set(tmp_path / str(skill), [("0", files)])
+
+    message = "0 % right at full tokens, so there is no accuracy to keep"
+    assert message in refused("calibrate", model, "--data", set_of("ocr"), "--budget", "0.6")
+    code, out, _ = vico("calibrate", model, "--data", set_of(None), "--budget", "0.6")
+    assert (code, "agreement with full tokens on the answers of the data" in out) == (0, True)
 
 
 def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered, monkeypatch):
