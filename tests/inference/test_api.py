@@ -1,6 +1,5 @@
 """`vico_pl.Predictor` as users call it: `generate` and `route`."""
 
-import io
 import subprocess
 import sys
 from importlib.metadata import version
@@ -157,29 +156,16 @@ def test_a_model_without_router_has_no_scores_and_keeps_full_tokens(tmp_path):
     assert predictor.route(photo((32, 32))) == ImageRouting(**expected)
 
 
-def as_kinds(folder):
-    """One image as everything that counts as an image."""
-    content = photo((64, 32), 5)
-    (folder / "photo.png").write_bytes(content)
-    picture = PIL.Image.open(io.BytesIO(content))
-    array = np.asarray(picture.convert("RGB"))  # read-only
-    return {
-        "path": folder / "photo.png",
-        "text": str(folder / "photo.png"),
-        "bytes": content,
-        "pillow": picture,
-        "array": array,
-        "strided": np.ascontiguousarray(array[:, ::-1])[:, ::-1],
-        "tensor": torch.tensor(array).permute(2, 0, 1),
-    }
-
-
 def test_every_kind_of_image_gives_the_same_answer(endless, tmp_path):
-    kinds = as_kinds(tmp_path)
-    answers = [endless.generate(image, "What is A?", max_new_tokens=MAX_NEW)[0] for image in kinds.values()]
+    path, content = tmp_path / "photo.png", photo((64, 32), 5)
+    path.write_bytes(content)
+    picture = PIL.Image.open(path)
+    array = np.asarray(picture)  # read-only
+    strided = np.ascontiguousarray(array[:, ::-1])[:, ::-1]
+    kinds = [path, str(path), content, picture, array, strided, torch.tensor(array).permute(2, 0, 1)]
+    answers = [endless.generate(image, "What is A?", max_new_tokens=MAX_NEW)[0] for image in kinds]
     assert all(same(answers[0], answer) for answer in answers)
-    expected = read_image(tmp_path / "photo.png")
-    assert all(torch.equal(pixels(image), expected) for image in kinds.values())
+    assert all(torch.equal(pixels(image), read_image(path)) for image in kinds)
 
 
 def test_a_grey_array_is_an_image():
