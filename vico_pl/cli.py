@@ -197,12 +197,12 @@ def route(
 ) -> None:
     """Draw which tiles of an image keep full vision tokens."""
     from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.report import route_image, routing_picture
+    from vico_pl.evaluation.report import routing_picture
 
     pixels, session = read_image(image), _open(model)
     if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
-    ratios = route_image(session, pixels)
+    ratios = session.route(pixels).ratios
     output.parent.mkdir(parents=True, exist_ok=True)
     routing_picture(session, pixels, ratios, caption=image.name).save(output)
     num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
@@ -236,7 +236,7 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     sampling = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    if data is not None and output is not None and not images:
+    if data is not None and output is not None and not images and not together:
         from vico_pl.inference.responses import generate_responses
 
         settings |= {"prompt": prompt, "samples_per_shard": samples_per_shard}
