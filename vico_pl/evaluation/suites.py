@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ def _find_files(name: str, folder: Path) -> list[Path]:
 
 
 def _read_files(name: str, files: list[Path], skipped: list[BadRecord]) -> Iterator[Sample]:
-    count, faults = 0, []
+    count, before = 0, len(skipped)
     for path in files:
         for position, row in enumerate(read_rows(path)):
             key = _first(row, _KEYS) or f"{position:06d}"
@@ -126,10 +127,11 @@ def _read_files(name: str, files: list[Path], skipped: list[BadRecord]) -> Itera
                     yield decode_record(record)
                     count += 1
             except RecordError as error:
-                faults.append(bad_record(f"{path.name}/{key}", error))
-    skipped += faults
+                skipped.append(bad_record(f"{path.name}/{key}", error))
+    faults = skipped[before:]
     if faults:
-        left_out = f"{len(faults)} of {count + len(faults)} rows are left out"
+        kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(f.kind for f in faults).items())
+        left_out = f"{len(faults)} of {count + len(faults)} rows are left out ({kinds})"
         text = f"{name}: {left_out}; the first, {faults[0].id}: {faults[0].reason}"
         if not count:
             raise ValueError(text)
