@@ -84,7 +84,10 @@ def index_(source: Source, workers: Workers = None) -> None:
 
 
 @shards.command()
-def check(source: Source) -> None:
+def check(
+    source: Source,
+    caption_prompt: Annotated[str | None, Option(help="As caption_prompt of data.sources.")] = None,
+) -> None:
     """Decode every record and report the bad ones (exit code 1 if any)."""
     from vico_pl.data.shards.inspect import find_faults
     from vico_pl.data.shards.reader import read_index
@@ -92,7 +95,7 @@ def check(source: Source) -> None:
     index = read_index(source)
     if index.num_samples == 0:
         raise ValueError(f"{_shown(source)}: no records; expected members KEY.json, KEY.jpg (data/README.md)")
-    report_faults(find_faults(index))
+    report_faults(find_faults(index, caption_prompt=caption_prompt))
     echo(f"{_shown(source)}: all {index.num_samples} records are usable")
 
 
