@@ -124,6 +124,10 @@ def calibrate(
     budget: Annotated[
         float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
     ] = None,
+    dtype: Annotated[
+        str,
+        Option(help="Dtype of the weights, as the export will have: auto, stored, bfloat16 or float32."),
+    ] = "auto",
 ) -> None:
     """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
     from vico_pl.evaluation.calibrate import calibrate as choose
@@ -131,7 +135,10 @@ def calibrate(
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
 
-    session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
+    weights = _dtype(dtype, auto="auto")
+    session = Predictor.load(
+        Path(model), dtype=weights
+    )  # no name on the Hub: the threshold is written into the folder
     chosen, record = choose(session, data, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
@@ -218,12 +225,10 @@ def export(
     from vico_pl.model.families.folder import TEMPLATE_FILES
     from vico_pl.model.families.folder import export as write
     from vico_pl.model.families.hub import local_folder
-    from vico_pl.stages.settings import DTYPES
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
+    weights = _dtype(dtype)
     code = None if template is None else local_folder(template, (CONFIG_NAME, *TEMPLATE_FILES))
-    write(local_folder(model), output, layout=layout, template=code, dtype=DTYPES[dtype])
+    write(local_folder(model), output, layout=layout, template=code, dtype=weights)
     echo(f"{output} is written in the layout '{layout}'")
 
 
@@ -246,6 +251,16 @@ def _open(model: str) -> Any:
     from vico_pl.model.families.hub import local_folder
 
     return Predictor.load(local_folder(model))
+
+
+def _dtype(name: str, **others: Any) -> Any:
+    """Return the dtype that an option names, or one of the other values it takes."""
+    from vico_pl.stages.settings import DTYPES
+
+    known = {**others, **DTYPES}
+    if name not in known:
+        raise ValueError(f"--dtype is '{name}'; expected one of {', '.join(known)}")
+    return known[name]
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:

@@ -11,6 +11,7 @@ from vico_pl.data.shards.inspect import read_samples
 from vico_pl.evaluation.metrics import accuracy_by_skill
 from vico_pl.evaluation.questions import NOTHING_RIGHT, answer_folder, folder_groups, has_questions
 from vico_pl.inference.predictor import Predictor
+from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
 
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
@@ -47,7 +48,8 @@ def calibrate(
     if budget is None and not curve[0].accuracy["mean"]:
         raise ValueError(f"{folder}: {NOTHING_RIGHT}; no threshold is written, set a budget to choose one")
     chosen = choose_point(curve, retention=retention, budget=budget)
-    made_with = {"data": str(folder), "retention": retention, "budget": budget}
+    dtype = name_dtypes(predictor.model.parameters())
+    made_with = {"dtype": dtype, "data": str(folder), "retention": retention, "budget": budget}
     points = {"chosen": asdict(chosen), "curve": [asdict(point) for point in curve]}
     return chosen, {"threshold": chosen.threshold, **made_with, **points}
 

@@ -100,6 +100,11 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int
         (folder / old).unlink()  # of a model that was here before
 
 
+def name_dtypes(tensors: Iterable[Tensor]) -> str:
+    """Return the types of tensors: `bfloat16`, or `bfloat16, float32` if the router is in float32."""
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_NAME).is_file():
         try:
