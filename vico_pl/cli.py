@@ -135,10 +135,8 @@ def calibrate(
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
 
-    weights = _dtype(dtype, auto="auto")
-    session = Predictor.load(
-        Path(model), dtype=weights
-    )  # no name on the Hub: the threshold is written into the folder
+    # No name on the Hub: the threshold is written into the folder.
+    session = Predictor.load(Path(model), dtype=_dtype(dtype, auto="auto"))
     chosen, record = choose(session, data, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
@@ -226,7 +224,7 @@ def export(
     from vico_pl.model.families.folder import export as write
     from vico_pl.model.families.hub import local_folder
 
-    weights = _dtype(dtype)
+    weights = _dtype(dtype)  # first, as a download takes long
     code = None if template is None else local_folder(template, (CONFIG_NAME, *TEMPLATE_FILES))
     write(local_folder(model), output, layout=layout, template=code, dtype=weights)
     echo(f"{output} is written in the layout '{layout}'")

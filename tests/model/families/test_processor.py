@@ -87,7 +87,7 @@ def test_text_alone_and_several_turns_are_the_same_tokens(exported, processor):
     assert text == "".join(f"<|im_start|>{part}<|im_end|>\n" for part in [f"system\n{system}", *roles])
 
 
-@pytest.mark.parametrize("system", [None, 'Be "brief"\nor {{ 7 * 7 }} \U0001f600'])
+@pytest.mark.parametrize("system", [None, "", 'Be "brief"\nor {{ 7 * 7 }} \U0001f600'])
 def test_the_system_message_of_the_model_is_sent_unless_one_is_given(tmp_path, system):
     write_native(tmp_path / "source")
     folder = open_folder(tmp_path / "source")

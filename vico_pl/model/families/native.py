@@ -32,7 +32,7 @@ TOKEN_NAMES = {
 }
 # Our chat format; an image stands before a line break, as in our data.
 CHAT_TEMPLATE = (
-    "{%% if %(system)s and messages[0]['role'] != 'system' %%}"
+    "{%% if %(system)s is not none and messages[0]['role'] != 'system' %%}"
     "%(start)ssystem\n{{ %(system)s }}%(end)s\n{%% endif %%}"
     "{%% for message in messages %%}%(start)s{{ message['role'] }}\n"
     "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
