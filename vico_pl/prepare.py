@@ -114,7 +114,7 @@ class FolderModels:
             )
             if "path" in config.language and "language" not in config.trainable:
                 model.train_tokens(self._extended[1])
-        model.set_dropout(config.dropout)
+        model.set_dropout(config.dropout, seed=self.run.seed)
         return model
 
     def reference(self) -> VisionLanguageModel:

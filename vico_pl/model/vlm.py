@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vico_pl.errors import check_settings
 from vico_pl.model.adapters import NewTokens
 from vico_pl.model.connector import FULL_RATIO, Connectors
+from vico_pl.model.dropout import tile_keys
 from vico_pl.model.language import build_language_model, run_packed
 from vico_pl.model.router import DEFAULT_ROUTER, build_router
 from vico_pl.model.vision import VisionEncoder
@@ -102,7 +103,7 @@ class VisionLanguageModel(nn.Module):
             ValueError: no such part can be built, or patches do not divide into vision tokens.
         """
         super().__init__()
-        self.spec = spec
+        self.spec, self.dropout_seed = spec, 0
         try:
             self._build(spec)
         except ValueError:
@@ -154,7 +155,8 @@ class VisionLanguageModel(nn.Module):
         self, batch: Batch, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
     ) -> Spliced:
         """Turn patch features into vision tokens at the given ratios and put them among the text."""
-        vision_tokens, counts = self.connectors(features, ratios)
+        keys = tile_keys(batch, seed=self.dropout_seed) if self.training else None
+        vision_tokens, counts = self.connectors(features, ratios, keys=keys)
         words: Any = self.language.get_input_embeddings()
         embed = words if self.new_tokens is None else partial(self.new_tokens.embed, words)
         return splice(
@@ -178,8 +180,9 @@ class VisionLanguageModel(nn.Module):
         """Train the embeddings and output rows of these tokens, though the language model is frozen."""
         self.new_tokens = NewTokens(self.language, ids) if ids else None
 
-    def set_dropout(self, probability: float) -> None:
-        """Set the dropout of connectors and router, active only in training mode."""
+    def set_dropout(self, probability: float, *, seed: int = 0) -> None:
+        """Set the dropout of connectors and router, active only in training mode, and its seed."""
+        self.dropout_seed = seed
         parts = [self.connectors, *([] if self.router is None else [self.router])]
         for module in (module for part in parts for module in part.modules()):
             if isinstance(module, nn.Dropout):
