@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 import vico_pl.cli
 import vico_pl.evaluation.questions
@@ -143,6 +144,20 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     assert Predictor.load(model).rule.threshold == stored["threshold"]
     assert stored["chosen"]["token_fraction"] <= 0.6
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
+
+
+@torch.no_grad()
+def test_a_threshold_is_chosen_and_exported_in_one_dtype(vico, model, answered, tmp_path):
+    assert vico("calibrate", model, "--data", answered, "--budget", "0.6", "--dtype", "bfloat16")[0] == 0
+    stored = json.loads((model / CALIBRATION_NAME).read_text())
+    session = Predictor.load(model, dtype=torch.bfloat16)
+    ratios = [session.choose_ratios(session.encode(sample.tiles)) for sample in session.samples(answered)]
+    spent = (4 / torch.cat(ratios)).mean().item()
+    assert (stored["dtype"], stored["chosen"]["token_fraction"]) == ("bfloat16", pytest.approx(spent))
+    export = ["export", model, "--layout", "ours"]
+    assert vico(*export[:2], tmp_path / "same", *export[2:], "--dtype", "bfloat16")[0] == 0
+    with pytest.warns(UserWarning, match="chosen with weights of bfloat16, this export has float32"):
+        assert vico(*export[:2], tmp_path / "other", *export[2:])[0] == 0
 
 
 def test_calibrate_refuses_a_model_that_is_never_right_and_measures_agreement_without_skills(

@@ -22,6 +22,7 @@ from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import release
 from vico_pl.model.branches import branch_states
 from vico_pl.model.connector import FULL_RATIO
+from vico_pl.model.dropout import set_keys, tile_keys
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
@@ -179,6 +180,7 @@ class RouterStage(Stage):
     def _classify(
         self, batch: Batch, features: Tensor, ratios: Tensor, threshold: float | None
     ) -> StepResult:
+        set_keys(self.router, tile_keys(batch, seed=self.run.seed))
         logits = self.router(features)
         if threshold is None:
             return StepResult(loss_sum=0 * logits.sum(), num_items=0)
