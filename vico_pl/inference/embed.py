@@ -1,0 +1,34 @@
+"""`vico embed`: routed vision tokens in files, for engines that take finished ones."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vico_pl.data.decode import read_image
+from vico_pl.data.tiling import tile_image
+from vico_pl.files import atomic_path
+from vico_pl.inference.predictor import Predictor
+
+EMBEDDINGS = "image_embeds"  # name of the tensor, (N, D)
+
+
+@torch.no_grad()
+def embed_image(predictor: Predictor, image: Path, output: Path) -> tuple[int, int]:
+    """Write the routed vision tokens of an image; return their number, and that of full tokens.
+
+    The file has one tensor (N, D), D being the width of the language model, and the ratio of each tile in its
+    metadata, row by row, the thumbnail last.
+
+    Raises:
+        ValueError: the file is no image.
+    """
+    features = predictor.encode(tile_image(read_image(image), predictor.tiling))
+    ratios = predictor.choose_ratios(features)
+    tokens, _ = predictor.model.connectors(features, ratios.to(features.device))
+    metadata = {"ratios": json.dumps(ratios.tolist()), "image": image.name}
+    with atomic_path(output) as temporary:
+        save_file({EMBEDDINGS: tokens.cpu().contiguous()}, temporary, metadata)
+    return len(tokens), len(ratios) * predictor.model.tokens_per_full_tile

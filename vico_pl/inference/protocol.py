@@ -1,0 +1,219 @@
+"""OpenAI's chat protocol: the JSON of a request -> a checked `Question`; answers and errors -> JSON."""
+
+import base64
+import binascii
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vico_pl.data.decode import IMAGE_TOKEN, ImageLimits
+from vico_pl.errors import check_settings
+
+DEFAULT_TOKENS = 256  # new tokens, if the request names no limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """What the model is called, what may be read, and what one request may ask for."""
+
+    model_name: str
+    api_key: str | None = None  # None: everybody may ask
+    image_dir: Path | None = None  # None: images come as data URLs only
+    max_body_mb: float = 32  # of a request, in 10^6 bytes
+    max_images: int = 16  # of a request
+    max_pixels: int = 50_000_000  # of an image
+    max_tokens: int = 4096  # new tokens of an answer
+    max_waiting: int = 64  # requests under way, those that are answered included
+    timeout_s: float = 120  # from the head of a request to the end of its answer
+
+    def __post_init__(self) -> None:
+        limits = ("max_body_mb", "max_images", "max_tokens", "max_waiting", "timeout_s")
+        rules = {name: (getattr(self, name) > 0, "a number above 0") for name in limits}
+        is_folder = self.image_dir is None or self.image_dir.is_dir()
+        check_settings("serve", self, **rules, image_dir=(is_folder, "an existing folder"))
+        _ = self.image_limits  # checks max_pixels
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of a request."""
+        return int(self.max_body_mb * 1e6)
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """Limits of each image."""
+        return ImageLimits(max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+
+
+class ApiError(Exception):
+    """What a client gets instead of an answer: a status and a sentence."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        """Return it as OpenAI's JSON."""
+        headers = {503: {"Retry-After": "2"}, 401: {"WWW-Authenticate": "Bearer"}}
+        return JSONResponse(self.body, self.status, headers.get(self.status))
+
+
+class _Fields(BaseModel):
+    """Fields that are not named are ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Text(_Fields):
+    type: Literal["text"]
+    text: str
+
+
+class _Url(_Fields):
+    url: str
+
+
+class _Image(_Fields):
+    type: Literal["image_url"]
+    image_url: _Url
+
+
+class _Message(_Fields):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[_Text | _Image, Field(discriminator="type")]]
+
+
+class _StreamOptions(_Fields):
+    include_usage: bool = False
+
+
+class _Request(_Fields):
+    model: str
+    messages: list[_Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    n: Literal[1] | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A request with valid fields; its images are not decoded yet."""
+
+    texts: list[str]  # questions and answers in turn up to the question to answer, with a mark per image
+    images: list[bytes]
+    system: str | None  # None: the model's own
+    settings: dict[str, Any]  # of `Predictor.generate`
+    seed: int | None
+    stream: bool
+    include_usage: bool  # at the end of the stream
+
+
+def read_question(body: bytes, config: ServeConfig) -> Question:
+    """Check the body of a request.
+
+    Raises:
+        ApiError: it is no JSON, a field is not valid, or it is for another model.
+    """
+    try:
+        given = _Request.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "body"
+        raise ApiError(400, f"{place}: {first['msg']}", param=place) from error
+    if given.model != config.model_name:
+        reason = f"no model '{given.model[:200]}'; this server has '{config.model_name}'"
+        raise ApiError(404, reason, param="model", code="model_not_found")
+    images: list[bytes] = []
+    texts = [_read_message(message, images, config) for message in given.messages]
+    roles = ["system" if message.role == "developer" else message.role for message in given.messages]
+    num_system = roles.count("system")
+    if roles != ["system"] * num_system + _turns(len(roles) - num_system):
+        order = "system messages first, then user and assistant in turn, user first and last"
+        raise ApiError(400, f"messages: expected {order}", param="messages")
+    return Question(
+        texts=texts[num_system:],
+        images=images,
+        system="\n".join(texts[:num_system]) if num_system else None,
+        settings=_settings(given, config),
+        seed=given.seed,
+        stream=bool(given.stream),
+        include_usage=given.stream_options is not None and given.stream_options.include_usage,
+    )
+
+
+def _turns(count: int) -> list[str]:
+    """Return the roles of a conversation that ends with a question, of about as many messages."""
+    return ["user", *["assistant", "user"] * (count // 2)]
+
+
+def _settings(given: _Request, config: ServeConfig) -> dict[str, Any]:
+    asked = given.max_completion_tokens or given.max_tokens or min(DEFAULT_TOKENS, config.max_tokens)
+    if asked > config.max_tokens:
+        reason = f"max_tokens is {asked}; expected at most {config.max_tokens}"
+        raise ApiError(400, reason, param="max_tokens")
+    stop = [given.stop] if isinstance(given.stop, str) else given.stop or []
+    if not all(stop):
+        raise ApiError(400, "stop: expected texts that are not empty", param="stop")
+    sampling = {"temperature": given.temperature, "top_p": given.top_p} if given.temperature else {}
+    chosen = {name: value for name, value in sampling.items() if value is not None}
+    return {"max_new_tokens": asked, "stop_strings": stop, **chosen}
+
+
+def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -> str:
+    """Return the text with a mark for each image, and add the images to the list."""
+    if isinstance(message.content, str):
+        return _unmarked(message.content)
+    lines = []
+    for part in message.content:
+        if isinstance(part, _Text):
+            lines.append(_unmarked(part.text))
+            continue
+        if message.role != "user" or len(images) == config.max_images:
+            expected = f"images in messages of the user, at most {config.max_images}"
+            raise ApiError(400, f"messages: expected {expected}", param="messages")
+        images.append(_read_image(part.image_url.url, config))
+        lines.append(IMAGE_TOKEN)
+    return "\n".join(lines)
+
+
+def _unmarked(text: str) -> str:
+    if IMAGE_TOKEN in text:
+        reason = f"messages: a text has {IMAGE_TOKEN}; expected images as parts of type image_url"
+        raise ApiError(400, reason, param="messages")
+    return text
+
+
+def bad_image(reason: str) -> ApiError:
+    """Return the error for an image that is not accepted."""
+    return ApiError(400, f"image_url: {reason}", param="messages", code="invalid_image")
+
+
+def _read_image(url: str, config: ServeConfig) -> bytes:
+    header, _, content = url.partition(",")
+    if header.startswith("data:") and header.endswith(";base64"):
+        try:
+            return base64.b64decode(content, validate=True)
+        except binascii.Error as error:
+            raise bad_image(f"no base64 ({error})") from error
+    if url.startswith(("http:", "https:")):
+        raise bad_image("http and https URLs are not fetched; send the image as a data: URL")
+    if config.image_dir is None or header.startswith("data:"):
+        raise bad_image("expected data:image/...;base64,... or, with --image-dir, a path in that folder")
+    folder = config.image_dir.resolve()
+    path = (folder / url.removeprefix("file://").replace("\0", "")).resolve()  # follows links
+    if not path.is_relative_to(folder) or not path.is_file():
+        raise bad_image("no such file in the folder of --image-dir")
+    if path.stat().st_size > config.max_bytes:
+        raise bad_image(f"the file has more than {config.max_bytes} bytes")
+    return path.read_bytes()
+
