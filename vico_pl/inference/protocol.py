@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vico_pl.data.decode import IMAGE_TOKEN, ImageLimits
 from vico_pl.errors import check_settings
@@ -62,6 +62,14 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers.get(self.status))
 
 
+def _listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
+def _parts(given: Any) -> Any:
+    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+
+
 class _Fields(BaseModel):
     """Fields that are not named are ignored."""
 
@@ -84,11 +92,14 @@ class _Image(_Fields):
 
 class _Message(_Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[_Text | _Image, Field(discriminator="type")]]
+    content: Annotated[list[Annotated[_Text | _Image, Field(discriminator="type")]], BeforeValidator(_parts)]
 
 
 class _StreamOptions(_Fields):
     include_usage: bool = False
+
+
+_Stop = Annotated[str, Field(min_length=1)]
 
 
 class _Request(_Fields):
@@ -100,7 +111,7 @@ class _Request(_Fields):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Annotated[list[_Stop] | None, BeforeValidator(_listed)] = Field(None, max_length=4)
     n: Literal[1] | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
 
@@ -161,22 +172,20 @@ def _settings(given: _Request, config: ServeConfig) -> dict[str, Any]:
     if asked > config.max_tokens:
         reason = f"max_tokens is {asked}; expected at most {config.max_tokens}"
         raise ApiError(400, reason, param="max_tokens")
-    stop = [given.stop] if isinstance(given.stop, str) else given.stop or []
-    if not all(stop):
-        raise ApiError(400, "stop: expected texts that are not empty", param="stop")
     sampling = {"temperature": given.temperature, "top_p": given.top_p} if given.temperature else {}
     chosen = {name: value for name, value in sampling.items() if value is not None}
-    return {"max_new_tokens": asked, "stop_strings": stop, **chosen}
+    return {"max_new_tokens": asked, "stop_strings": given.stop or [], **chosen}
 
 
 def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -> str:
     """Return the text with a mark for each image, and add the images to the list."""
-    if isinstance(message.content, str):
-        return _unmarked(message.content)
     lines = []
     for part in message.content:
         if isinstance(part, _Text):
-            lines.append(_unmarked(part.text))
+            if IMAGE_TOKEN in part.text:
+                reason = f"messages: a text has {IMAGE_TOKEN}; expected images as parts of type image_url"
+                raise ApiError(400, reason, param="messages")
+            lines.append(part.text)
             continue
         if message.role != "user" or len(images) == config.max_images:
             expected = f"images in messages of the user, at most {config.max_images}"
@@ -184,13 +193,6 @@ def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -
         images.append(_read_image(part.image_url.url, config))
         lines.append(IMAGE_TOKEN)
     return "\n".join(lines)
-
-
-def _unmarked(text: str) -> str:
-    if IMAGE_TOKEN in text:
-        reason = f"messages: a text has {IMAGE_TOKEN}; expected images as parts of type image_url"
-        raise ApiError(400, reason, param="messages")
-    return text
 
 
 def bad_image(reason: str) -> ApiError:
