@@ -29,7 +29,7 @@ STANDS_ON = {
     "serve_cli": CONDUCTS,
     "cli": TOOLS | {"doctor", "shards_cli", "serve_cli"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"inference"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -191,15 +192,47 @@ def route(
 @app.command()
 def generate(
     model: Model,
-    image: Annotated[Path, Argument(help="JPEG, PNG or WebP file.")],
-    prompt: Annotated[str, Option(help="Question about the image.")],
-    max_new_tokens: Annotated[int, Option(min=1, help="Length limit of the answer, in tokens.")] = 128,
+    images: Annotated[
+        list[Path] | None, Argument(help="JPEG, PNG or WebP files, and folders of such; each gets an answer.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        Option(help="Question; with --data it replaces those of the records, which need no JSON then."),
+    ] = None,
+    together: Annotated[bool, Option("--together", help="Ask once about all images.")] = False,
+    data: Annotated[str | None, Option(help="Shards with questions to answer, instead of images.")] = None,
+    output: Annotated[Path | None, Option(help="With --data: folder of new shards with the answers.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Length limit of an answer, in tokens.")] = 128,
+    batch_size: Annotated[int, Option(min=1, help="Questions that run together.")] = 8,
+    samples_per_shard: Annotated[
+        int, Option(min=1, help="With --data: most records per tar, and most that are lost at a kill.")
+    ] = 1000,
+    temperature: Annotated[float | None, Option(min=0, help="Sample; default and 0: greedy.")] = None,
+    top_p: Annotated[
+        float | None, Option(min=0.01, max=1, help="Sample from the likeliest tokens up to this probability.")
+    ] = None,
 ) -> None:
-    """Answer a question about an image, with routing if the model is calibrated."""
-    from vico_pl.data.decode import read_image
+    """Answer a question about images, or those of a set of shards, routed if the model is calibrated."""
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    sampling = {"temperature": temperature, "top_p": top_p}
+    settings |= {name: value for name, value in sampling.items() if value is not None}
+    if data is not None and output is not None and not images:
+        from vico_pl.inference.responses import generate_responses
 
-    pixels = read_image(image)
-    echo(_open(model).answer_image(pixels, prompt, max_new_tokens=max_new_tokens))
+        settings |= {"prompt": prompt, "samples_per_shard": samples_per_shard}
+        index, faults = generate_responses(_open(model), data, output, **settings)
+        echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
+        report_faults(faults)
+    elif images and prompt is not None and data is None and output is None:
+        paths, session = _image_files(images), _open(model)
+        asked: list[Any] = [paths] if together else paths
+        for start in range(0, len(asked), batch_size):  # to print answers as they come
+            batch = asked[start : start + batch_size]
+            answers = session.generate(batch, [prompt] * len(batch), **settings)
+            for image, answer in zip(batch, answers, strict=True):
+                echo(answer.text if len(asked) == 1 else f"{image}:\n{answer.text}\n")
+    else:
+        raise ValueError("expected images with --prompt, or --data with --output; see 'vico generate --help'")
 
 
 @app.command()
@@ -246,9 +279,22 @@ def main() -> None:
 def _open(model: str) -> Any:
     """Load a model folder, downloaded if it is on the Hub."""
     from vico_pl.inference.predictor import Predictor
-    from vico_pl.model.families.hub import local_folder
 
-    return Predictor.load(local_folder(model))
+    return Predictor.load(model)
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the image files in them."""
+    from vico_pl.data.decode import IMAGE_EXTENSIONS
+
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in inside if file == path or file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+        if not files:
+            raise ValueError(f"{path}: no image in this folder; expected {', '.join(IMAGE_EXTENSIONS)} files")
+        found += files
+    return found
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:
