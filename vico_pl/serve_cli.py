@@ -1,7 +1,7 @@
 """The commands `vico serve` and `vico embed`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option, echo
 
@@ -34,10 +34,13 @@ def serve(
 
     For trying out and for evaluation harnesses, not for production.
     """
+    from vico_pl.inference.predictor import Predictor
+
     try:
         import uvicorn
 
-        from vico_pl.inference.server import ServeConfig, build_app
+        from vico_pl.inference.protocol import ServeConfig
+        from vico_pl.inference.server import build_app
     except ModuleNotFoundError as error:
         raise ValueError(f"vico serve needs {error.name}: pip install 'vico_pl[serve]'") from error
     config = ServeConfig(
@@ -51,9 +54,9 @@ def serve(
         max_waiting=max_waiting,
         timeout_s=timeout,
     )
-    app = build_app(_open(model), config)
+    app = build_app(Predictor.load(model), config)
     echo(f"{model} is served at http://{host}:{port}/ ({NOTICE})")
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
 
 
 def embed(
@@ -62,22 +65,17 @@ def embed(
     output: Annotated[Path, Option(help="File to write (.safetensors); for a folder, the folder to write.")],
 ) -> None:
     """Write the routed vision tokens of images, which vLLM takes in their place (docs/serving.md)."""
+    from vico_pl.data.decode import IMAGE_EXTENSIONS
     from vico_pl.inference.embed import embed_image
+    from vico_pl.inference.predictor import Predictor
 
     written = {image: output}
     if image.is_dir():
-        files = sorted(path for path in image.iterdir() if path.is_file())
+        files = sorted(path for path in image.iterdir() if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
         written = {path: output / f"{path.name}.safetensors" for path in files}
-    session, spent, full = _open(model), 0, 0
+    session, spent, full = Predictor.load(model), 0, 0
     for path, target in written.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         counts = embed_image(session, path, target)
         spent, full = spent + counts[0], full + counts[1]
     echo(f"{len(written)} images: {spent} of {full} vision tokens; {output} is written")
-
-
-def _open(model: str) -> Any:
-    from vico_pl.inference.predictor import Predictor
-    from vico_pl.model.families.hub import local_folder
-
-    return Predictor.load(local_folder(model))

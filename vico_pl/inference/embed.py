@@ -1,14 +1,11 @@
 """`vico embed`: routed vision tokens in files, for engines that take finished ones."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from vico_pl.data.decode import read_image
-from vico_pl.data.tiling import tile_image
 from vico_pl.files import atomic_path
 from vico_pl.inference.predictor import Predictor
 
@@ -25,10 +22,9 @@ def embed_image(predictor: Predictor, image: Path, output: Path) -> tuple[int, i
     Raises:
         ValueError: the file is no image.
     """
-    features = predictor.encode(tile_image(read_image(image), predictor.tiling))
-    ratios = predictor.choose_ratios(features)
-    tokens, _ = predictor.model.connectors(features, ratios.to(features.device))
-    metadata = {"ratios": json.dumps(ratios.tolist()), "image": image.name}
+    routed = predictor.prepare([image])
+    tokens, _ = predictor.model.connectors(routed.features, routed.ratios.to(routed.features.device))
+    metadata = {"ratios": json.dumps(routed.ratios.tolist()), "image": image.name}
     with atomic_path(output) as temporary:
         save_file({EMBEDDINGS: tokens.cpu().contiguous()}, temporary, metadata)
-    return len(tokens), len(ratios) * predictor.model.tokens_per_full_tile
+    return len(tokens), len(routed.ratios) * predictor.model.tokens_per_full_tile

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vico_pl.data.decode import IMAGE_TOKEN, ImageLimits
 from vico_pl.errors import check_settings
@@ -50,7 +50,9 @@ class ServeConfig:
 class ApiError(Exception):
     """What a client gets instead of an answer: a status and a sentence."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self.status = status
@@ -60,14 +62,6 @@ class ApiError(Exception):
         """Return it as OpenAI's JSON."""
         headers = {503: {"Retry-After": "2"}, 401: {"WWW-Authenticate": "Bearer"}}
         return JSONResponse(self.body, self.status, headers.get(self.status))
-
-
-def _listed(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
-
-
-def _parts(given: Any) -> Any:
-    return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
 class _Fields(BaseModel):
@@ -92,14 +86,16 @@ class _Image(_Fields):
 
 class _Message(_Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Annotated[_Text | _Image, Field(discriminator="type")]], BeforeValidator(_parts)]
+    content: list[Annotated[_Text | _Image, Field(discriminator="type")]]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _from_text(cls, given: Any) -> Any:
+        return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
 class _StreamOptions(_Fields):
     include_usage: bool = False
-
-
-_Stop = Annotated[str, Field(min_length=1)]
 
 
 class _Request(_Fields):
@@ -111,9 +107,14 @@ class _Request(_Fields):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: Annotated[list[_Stop] | None, BeforeValidator(_listed)] = Field(None, max_length=4)
+    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=4)
     n: Literal[1] | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _from_text(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,9 @@ class Question:
     texts: list[str]  # questions and answers in turn up to the question to answer, with a mark per image
     images: list[bytes]
     system: str | None  # None: the model's own
-    settings: dict[str, Any]  # of `Predictor.generate`
+    max_tokens: int  # new ones
+    stop: list[str]
+    sampling: dict[str, float]  # options of generation; empty: greedy
     seed: int | None
     stream: bool
     include_usage: bool  # at the end of the stream
@@ -155,7 +158,9 @@ def read_question(body: bytes, config: ServeConfig) -> Question:
         texts=texts[num_system:],
         images=images,
         system="\n".join(texts[:num_system]) if num_system else None,
-        settings=_settings(given, config),
+        max_tokens=_max_tokens(given, config),
+        stop=given.stop or [],
+        sampling=_sampling(given),
         seed=given.seed,
         stream=bool(given.stream),
         include_usage=given.stream_options is not None and given.stream_options.include_usage,
@@ -167,14 +172,18 @@ def _turns(count: int) -> list[str]:
     return ["user", *["assistant", "user"] * (count // 2)]
 
 
-def _settings(given: _Request, config: ServeConfig) -> dict[str, Any]:
+def _max_tokens(given: _Request, config: ServeConfig) -> int:
     asked = given.max_completion_tokens or given.max_tokens or min(DEFAULT_TOKENS, config.max_tokens)
     if asked > config.max_tokens:
         reason = f"max_tokens is {asked}; expected at most {config.max_tokens}"
         raise ApiError(400, reason, param="max_tokens")
-    sampling = {"temperature": given.temperature, "top_p": given.top_p} if given.temperature else {}
-    chosen = {name: value for name, value in sampling.items() if value is not None}
-    return {"max_new_tokens": asked, "stop_strings": given.stop or [], **chosen}
+    return asked
+
+
+def _sampling(given: _Request) -> dict[str, float]:
+    if not given.temperature:
+        return {}
+    return {"temperature": given.temperature, "top_p": given.top_p or 1.0, "top_k": 0}  # 0: all tokens
 
 
 def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -> str:
@@ -195,8 +204,7 @@ def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -
     return "\n".join(lines)
 
 
-def bad_image(reason: str) -> ApiError:
-    """Return the error for an image that is not accepted."""
+def _bad_image(reason: str) -> ApiError:
     return ApiError(400, f"image_url: {reason}", param="messages", code="invalid_image")
 
 
@@ -206,16 +214,15 @@ def _read_image(url: str, config: ServeConfig) -> bytes:
         try:
             return base64.b64decode(content, validate=True)
         except binascii.Error as error:
-            raise bad_image(f"no base64 ({error})") from error
+            raise _bad_image(f"no base64 ({error})") from error
     if url.startswith(("http:", "https:")):
-        raise bad_image("http and https URLs are not fetched; send the image as a data: URL")
+        raise _bad_image("http and https URLs are not fetched; send the image as a data: URL")
     if config.image_dir is None or header.startswith("data:"):
-        raise bad_image("expected data:image/...;base64,... or, with --image-dir, a path in that folder")
+        raise _bad_image("expected data:image/...;base64,... or, with --image-dir, a path in that folder")
     folder = config.image_dir.resolve()
     path = (folder / url.removeprefix("file://").replace("\0", "")).resolve()  # follows links
     if not path.is_relative_to(folder) or not path.is_file():
-        raise bad_image("no such file in the folder of --image-dir")
+        raise _bad_image("no such file in the folder of --image-dir")
     if path.stat().st_size > config.max_bytes:
-        raise bad_image(f"the file has more than {config.max_bytes} bytes")
+        raise _bad_image(f"the file has more than {config.max_bytes} bytes")
     return path.read_bytes()
-

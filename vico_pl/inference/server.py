@@ -9,24 +9,27 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from threading import Event
 from typing import Any, TypeVar
 
 import torch
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vico_pl.data.decode import decode_content
 from vico_pl.errors import RecordError
-from vico_pl.inference.predictor import Answer, Predictor
-from vico_pl.inference.protocol import ApiError, Question, ServeConfig, bad_image, read_question
+from vico_pl.inference.generate import Answer, ImageRouting, TextReader, generation_options
+from vico_pl.inference.predictor import Predictor
+from vico_pl.inference.protocol import ApiError, Question, ServeConfig, read_question
 
 CHAT = "/v1/chat/completions"
 log = logging.getLogger("uvicorn.error")
@@ -37,19 +40,23 @@ class Engine:
     """Answers questions on a thread of its own, in the order they come."""
 
     def __init__(self, predictor: Predictor, config: ServeConfig) -> None:
-        self._predictor, self._limits = predictor, config.image_limits
+        self._with_system = lru_cache(4)(partial(_with_system, predictor))
+        self._limits = config.image_limits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    async def answer(self, question: Question) -> AsyncIterator[str | Answer]:
-        """Yield pieces of the text if it is streamed, then the answer; closing it ends the answer.
+    async def answer(self, question: Question) -> AsyncGenerator[Any]:
+        """Yield how the images are routed, pieces of the text and the answer; closing it ends the answer.
 
         Raises:
             ApiError: an image or the prompt is not accepted.
         """
         loop, is_closed = asyncio.get_running_loop(), Event()
         events: asyncio.Queue[Any] = asyncio.Queue()
-        write = partial(loop.call_soon_threadsafe, events.put_nowait)
-        result = loop.run_in_executor(self._thread, self._generate, question, write, is_closed)
+
+        def write(event: Any) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        result = loop.run_in_executor(self._thread, self._generate, question, write, is_closed.is_set)
         result.add_done_callback(events.put_nowait)
         try:
             while (event := await events.get()) is not result:
@@ -59,23 +66,37 @@ class Engine:
             is_closed.set()
             result.cancel()  # it may not have begun
 
-    def _generate(self, question: Question, write: Any, is_closed: Event) -> Answer:
+    @torch.no_grad()
+    def _generate(self, question: Question, write: Any, stop: Callable[[], bool]) -> Answer:
+        predictor = self._with_system(question.system)
         try:
-            # Here and not before: however many requests wait, one has its pixels in memory.
-            images = [decode_content("image", content, self._limits) for content in question.images]
+            # Not decoded before: however many requests wait, the pixels of one are in memory.
+            images = [decode_content(str(i), data, self._limits) for i, data in enumerate(question.images)]
+            routed = predictor.prepare(images, name="prompt")
+            prompt = predictor.encode_prompt(routed.sample, question.texts)
         except RecordError as error:
-            raise bad_image(str(error)) from error
-        predictor = self._predictor
-        if question.system is not None:
-            chat = replace(predictor.chat, config=replace(predictor.chat.config, system=question.system))
-            predictor = replace(predictor, chat=chat)
+            code = "context_length_exceeded" if error.kind == "length" else "invalid_image"
+            raise ApiError(400, str(error), param="messages", code=code) from error
+        write(routed.images)
         if question.seed is not None:
             torch.manual_seed(question.seed)
-        options = {**question.settings, "streamer": write if question.stream else None}
-        try:
-            return predictor.generate([images], [question.texts], stop=is_closed.is_set, **options)[0]
-        except RecordError as error:
-            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
+        reader = TextReader(
+            tokenizer=predictor.tokenizer,
+            stop_strings=question.stop,
+            stop=stop,
+            streamer=write if question.stream else None,
+        )
+        settings = {**generation_options(question.sampling), "max_new_tokens": question.max_tokens}
+        (answer,) = predictor.answer_batch([routed], [prompt], reader=reader, **settings)
+        return answer
+
+
+def _with_system(predictor: Predictor, system: str | None) -> Predictor:
+    """Return the predictor with another system message; None: with the model's own."""
+    if system is None:
+        return predictor
+    chat = replace(predictor.chat, config=replace(predictor.chat.config, system=system))
+    return replace(predictor, chat=chat)
 
 
 class Gate:
@@ -104,6 +125,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, TimeoutError):
         return ApiError(504, "the answer took longer than --timeout of the server")
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "the client has gone")  # nobody reads it
     if isinstance(error, ApiError):
         return error
     name = uuid.uuid4().hex[:12]
@@ -141,21 +164,34 @@ def build_app(predictor: Predictor, config: ServeConfig) -> FastAPI:
 
     @app.post(CHAT, dependencies=[Depends(check_key)])
     async def chat(request: Request) -> Response:
-        deadline = asyncio.get_running_loop().time() + config.timeout_s
-        async with asyncio.timeout_at(deadline):
-            body = await _read_body(request, config.max_bytes)
-            question = await asyncio.to_thread(read_question, body, config)
-            events = engine.answer(question)
-            first = await _unless_gone(request, anext(events))
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": config.model_name}
-        if question.stream:
-            lines = _stream(head, first, events, deadline=deadline, include_usage=question.include_usage)
-            return StreamingResponse(lines, media_type="text/event-stream")
-        message = {"role": "assistant", "content": first.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": first.finish_reason}
-        return JSONResponse({**head, "object": "chat.completion", "choices": [choice], **_figures(first)})
+        return await answer_request(request, engine, config)
 
     return app
+
+
+async def answer_request(request: Request, engine: Engine, config: ServeConfig) -> Response:
+    """Answer a chat request, whole or as a stream.
+
+    Raises:
+        ApiError: it is not accepted.
+        TimeoutError: the answer takes too long.
+    """
+    deadline = asyncio.get_running_loop().time() + config.timeout_s
+    async with asyncio.timeout_at(deadline):
+        body = await _read_body(request, config.max_bytes)
+        question = await asyncio.to_thread(read_question, body, config)
+        events = engine.answer(question)
+        routing = await _unless_gone(request, anext(events))  # or the error, while a status can be sent
+        if not question.stream:
+            answer = await _unless_gone(request, _last(events))
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": config.model_name}
+    if question.stream:
+        lines = _stream(head, routing, events, deadline=deadline, include_usage=question.include_usage)
+        return StreamingResponse(lines, media_type="text/event-stream")
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+    figures = {"usage": _usage(answer), "routing": [asdict(image) for image in routing]}
+    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], **figures})
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
@@ -173,52 +209,57 @@ async def _unless_gone(request: Request, result: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client has gone")  # nobody reads it
+            raise ClientDisconnect
         return task.result()
     finally:
         task.cancel()
         gone.cancel()
 
 
+async def _last(events: AsyncIterator[Any]) -> Any:
+    return [event async for event in events][-1]
+
+
 async def _stream(
-    head: dict[str, Any], first: Any, events: Any, *, deadline: float, include_usage: bool
+    head: dict[str, Any],
+    routing: list[ImageRouting],
+    events: AsyncGenerator[Any],
+    *,
+    deadline: float,
+    include_usage: bool,
 ) -> AsyncIterator[str]:
     """Write an answer as server-sent events."""
 
-    def line(delta: dict[str, str], finish_reason: str | None = None, **rest: Any) -> str:
+    def chunk(delta: dict[str, str], finish_reason: str | None = None, **rest: Any) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return _event({**head, "object": "chat.completion.chunk", "choices": [choice], **rest})
+        return _line({**head, "object": "chat.completion.chunk", "choices": [choice], **rest})
 
-    yield line({"role": "assistant", "content": ""})
+    yield chunk({"role": "assistant", "content": ""}, routing=[asdict(image) for image in routing])
     try:
         async with aclosing(events):
-            event = first
-            while isinstance(event, str):
-                yield line({"content": event})
+            while True:
                 async with asyncio.timeout_at(deadline):
                     event = await anext(events)
-        figures = _figures(event)
-        yield line({}, event.finish_reason, routing=figures["routing"])
+                if isinstance(event, Answer):
+                    break
+                yield chunk({"content": event})
+        yield chunk({}, event.finish_reason)
         if include_usage:
-            yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": figures["usage"]})
+            yield _line({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(event)})
     except Exception as error:
-        yield _event(api_error(error).body)
+        yield _line(api_error(error).body)
     yield "data: [DONE]\n\n"
 
 
-def _event(content: dict[str, Any]) -> str:
+def _line(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def _figures(answer: Answer) -> dict[str, Any]:
-    """Return the fields `usage` and `routing` of an answer."""
-    usage = {
+def _usage(answer: Answer) -> dict[str, Any]:
+    saved = answer.full_vision_tokens - answer.vision_tokens
+    return {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.new_tokens,
         "total_tokens": answer.prompt_tokens + answer.new_tokens,
-        "vision_tokens": {
-            "spent": answer.vision_tokens,
-            "saved": answer.full_vision_tokens - answer.vision_tokens,
-        },
+        "vision_tokens": {"spent": answer.vision_tokens, "saved": saved},
     }
-    return {"usage": usage, "routing": [asdict(image) for image in answer.images]}
