@@ -72,10 +72,13 @@ def embed(
     written = {image: output}
     if image.is_dir():
         files = sorted(path for path in image.iterdir() if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
+        if not files:
+            raise ValueError(
+                f"{image}: no image in this folder; expected {', '.join(IMAGE_EXTENSIONS)} files"
+            )
         written = {path: output / f"{path.name}.safetensors" for path in files}
     session, spent, full = Predictor.load(model), 0, 0
     for path, target in written.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
         counts = embed_image(session, path, target)
         spent, full = spent + counts[0], full + counts[1]
     echo(f"{len(written)} images: {spent} of {full} vision tokens; {output} is written")

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import http.client
 import json
-import logging
 import socket
 import threading
 import time
@@ -291,7 +290,7 @@ def test_files_are_read_from_the_image_folder_alone(routed, tmp_path):
         for place in outside:
             status, answer = client.ask(asking(images=[place]))
             assert (status, answer["error"]["code"]) == (400, "invalid_image")
-            assert answer["error"]["message"] == "image_url: no such file in the folder of --image-dir"
+            assert str(tmp_path) not in answer["error"]["message"]
 
 
 def test_with_a_key_only_its_owner_may_ask(routed):
@@ -339,7 +338,6 @@ def test_our_own_fault_is_logged_under_the_id_that_the_client_gets(routed, caplo
     broken = Predictor.load(routed.folder)
     with torch.no_grad():
         broken.model.router.gating.gate[1].weight.fill_(torch.nan)
-    caplog.set_level(logging.ERROR, "uvicorn.error")
     with serving(broken) as client:
         status, answer = client.ask(asking(images=[url(PHOTO)]))
         assert client.ask(asking(max_tokens=1))[0] == 200, "the server goes on"
@@ -370,7 +368,7 @@ def test_concurrent_requests_of_all_sorts_get_their_own_answers(routed):
     ("settings", "reason"),
     [
         ({"max_images": 0}, "serve.max_images is 0; expected a number above 0"),
-        ({"timeout_s": -1}, "serve.timeout_s is -1"),
+        ({"timeout_s": -1.0}, "serve.timeout_s is -1.0"),
         ({"max_pixels": 10**10}, "max_pixels of images is 10000000000"),
     ],
 )

@@ -25,6 +25,7 @@ def embed_image(predictor: Predictor, image: Path, output: Path) -> tuple[int, i
     routed = predictor.prepare([image])
     tokens, _ = predictor.model.connectors(routed.features, routed.ratios.to(routed.features.device))
     metadata = {"ratios": json.dumps(routed.ratios.tolist()), "image": image.name}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as temporary:
         save_file({EMBEDDINGS: tokens.cpu().contiguous()}, temporary, metadata)
     return len(tokens), len(routed.ratios) * predictor.model.tokens_per_full_tile

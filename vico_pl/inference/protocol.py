@@ -220,9 +220,10 @@ def _read_image(url: str, config: ServeConfig) -> bytes:
     if config.image_dir is None or header.startswith("data:"):
         raise _bad_image("expected data:image/...;base64,... or, with --image-dir, a path in that folder")
     folder = config.image_dir.resolve()
-    path = (folder / url.removeprefix("file://").replace("\0", "")).resolve()  # follows links
-    if not path.is_relative_to(folder) or not path.is_file():
-        raise _bad_image("no such file in the folder of --image-dir")
-    if path.stat().st_size > config.max_bytes:
-        raise _bad_image(f"the file has more than {config.max_bytes} bytes")
-    return path.read_bytes()
+    try:
+        path = (folder / url.removeprefix("file://").replace("\0", "")).resolve()  # follows links
+        if path.is_relative_to(folder) and path.is_file() and path.stat().st_size <= config.max_bytes:
+            return path.read_bytes()
+    except OSError as error:  # too long a name, no permission
+        raise _bad_image(f"the file cannot be read ({error.strerror})") from error
+    raise _bad_image(f"no such file of at most {config.max_bytes} bytes in the folder of --image-dir")

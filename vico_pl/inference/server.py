@@ -32,7 +32,7 @@ from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.protocol import ApiError, Question, ServeConfig, read_question
 
 CHAT = "/v1/chat/completions"
-log = logging.getLogger("uvicorn.error")
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
