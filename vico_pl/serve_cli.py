@@ -19,14 +19,14 @@ def serve(
     ] = None,
     model_name: Annotated[str | None, Option(help="Name for clients. Default: MODEL as given.")] = None,
     image_dir: Annotated[
-        Path | None, Option(help="Folder whose image files clients may name. Default: data: URLs alone.")
+        Path | None, Option(exists=True, file_okay=False, help="Folder whose image files clients may name.")
     ] = None,
-    max_body_mb: Annotated[float, Option(help="Most megabytes of a request.")] = 32,
-    max_images: Annotated[int, Option(help="Most images of a request.")] = 16,
-    max_pixels: Annotated[int, Option(help="Most pixels of an image.")] = 50_000_000,
-    max_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 4096,
-    max_waiting: Annotated[int, Option(help="Most requests under way; further ones get status 503.")] = 64,
-    timeout: Annotated[float, Option(help="Seconds until a request is given up with status 504.")] = 120,
+    max_body_mb: Annotated[float, Option(min=0, help="Most megabytes of a request.")] = 32,
+    max_images: Annotated[int, Option(min=1, help="Most images of a request.")] = 16,
+    max_pixels: Annotated[int, Option(min=1, help="Most pixels of an image.")] = 50_000_000,
+    max_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 4096,
+    max_waiting: Annotated[int, Option(min=1, help="Most requests under way; others get a 503.")] = 64,
+    timeout: Annotated[float, Option(min=0, help="Seconds until a request is given up (504).")] = 120,
 ) -> None:
     """Answer OpenAI's chat requests, and show routed images in the browser.
 
@@ -47,7 +47,7 @@ def serve(
         model_name=model_name or model,
         api_key=api_key,
         image_dir=image_dir,
-        max_body_mb=max_body_mb,
+        max_bytes=int(max_body_mb * 1e6),
         max_images=max_images,
         max_pixels=max_pixels,
         max_tokens=max_tokens,

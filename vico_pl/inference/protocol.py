@@ -4,13 +4,12 @@ import base64
 import binascii
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vico_pl.data.decode import IMAGE_TOKEN, ImageLimits
-from vico_pl.errors import check_settings
+from vico_pl.data.decode import IMAGE_TOKEN
 
 DEFAULT_TOKENS = 256  # new tokens, if the request names no limit
 
@@ -22,29 +21,12 @@ class ServeConfig:
     model_name: str
     api_key: str | None = None  # None: everybody may ask
     image_dir: Path | None = None  # None: images come as data URLs only
-    max_body_mb: float = 32  # of a request, in 10^6 bytes
+    max_bytes: int = 32_000_000  # of a request
     max_images: int = 16  # of a request
     max_pixels: int = 50_000_000  # of an image
     max_tokens: int = 4096  # new tokens of an answer
-    max_waiting: int = 64  # requests under way, those that are answered included
+    max_waiting: int = 64  # requests under way, the one that is answered included
     timeout_s: float = 120  # from the head of a request to the end of its answer
-
-    def __post_init__(self) -> None:
-        limits = ("max_body_mb", "max_images", "max_tokens", "max_waiting", "timeout_s")
-        rules = {name: (getattr(self, name) > 0, "a number above 0") for name in limits}
-        is_folder = self.image_dir is None or self.image_dir.is_dir()
-        check_settings("serve", self, **rules, image_dir=(is_folder, "an existing folder"))
-        _ = self.image_limits  # checks max_pixels
-
-    @property
-    def max_bytes(self) -> int:
-        """Most bytes of a request."""
-        return int(self.max_body_mb * 1e6)
-
-    @property
-    def image_limits(self) -> ImageLimits:
-        """Limits of each image."""
-        return ImageLimits(max_pixels=self.max_pixels, max_bytes=self.max_bytes)
 
 
 class ApiError(Exception):
@@ -94,7 +76,9 @@ class _Message(_Fields):
         return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
-class _StreamOptions(_Fields):
+class StreamOptions(_Fields):
+    """What a stream has besides the text."""
+
     include_usage: bool = False
 
 
@@ -102,7 +86,7 @@ class _Request(_Fields):
     model: str
     messages: list[_Message] = Field(min_length=1)
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -116,20 +100,25 @@ class _Request(_Fields):
     def _from_text(cls, given: Any) -> Any:
         return [given] if isinstance(given, str) else given
 
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of the answer at most."""
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
+    @property
+    def sampling(self) -> dict[str, float]:
+        """Options of generation; none: greedy."""
+        options = {"temperature": self.temperature or 0.0, "top_p": self.top_p or 1.0, "top_k": 0}
+        return options if self.temperature else {}
+
+
+class Question(NamedTuple):
     """A request with valid fields; its images are not decoded yet."""
 
+    request: _Request
     texts: list[str]  # questions and answers in turn up to the question to answer, with a mark per image
     images: list[bytes]
     system: str | None  # None: the model's own
-    max_tokens: int  # new ones
-    stop: list[str]
-    sampling: dict[str, float]  # options of generation; empty: greedy
-    seed: int | None
-    stream: bool
-    include_usage: bool  # at the end of the stream
 
 
 def read_question(body: bytes, config: ServeConfig) -> Question:
@@ -147,43 +136,20 @@ def read_question(body: bytes, config: ServeConfig) -> Question:
     if given.model != config.model_name:
         reason = f"no model '{given.model[:200]}'; this server has '{config.model_name}'"
         raise ApiError(404, reason, param="model", code="model_not_found")
+    if given.num_tokens > config.max_tokens:
+        reason = f"max_tokens is {given.num_tokens}; expected at most {config.max_tokens}"
+        raise ApiError(400, reason, param="max_tokens")
     images: list[bytes] = []
     texts = [_read_message(message, images, config) for message in given.messages]
     roles = ["system" if message.role == "developer" else message.role for message in given.messages]
     num_system = roles.count("system")
-    if roles != ["system"] * num_system + _turns(len(roles) - num_system):
+    turns = ["user", *["assistant", "user"] * ((len(roles) - num_system) // 2)]
+    if roles != ["system"] * num_system + turns:
         order = "system messages first, then user and assistant in turn, user first and last"
         raise ApiError(400, f"messages: expected {order}", param="messages")
-    return Question(
-        texts=texts[num_system:],
-        images=images,
-        system="\n".join(texts[:num_system]) if num_system else None,
-        max_tokens=_max_tokens(given, config),
-        stop=given.stop or [],
-        sampling=_sampling(given),
-        seed=given.seed,
-        stream=bool(given.stream),
-        include_usage=given.stream_options is not None and given.stream_options.include_usage,
-    )
-
-
-def _turns(count: int) -> list[str]:
-    """Return the roles of a conversation that ends with a question, of about as many messages."""
-    return ["user", *["assistant", "user"] * (count // 2)]
-
-
-def _max_tokens(given: _Request, config: ServeConfig) -> int:
-    asked = given.max_completion_tokens or given.max_tokens or min(DEFAULT_TOKENS, config.max_tokens)
-    if asked > config.max_tokens:
-        reason = f"max_tokens is {asked}; expected at most {config.max_tokens}"
-        raise ApiError(400, reason, param="max_tokens")
-    return asked
-
-
-def _sampling(given: _Request) -> dict[str, float]:
-    if not given.temperature:
-        return {}
-    return {"temperature": given.temperature, "top_p": given.top_p or 1.0, "top_k": 0}  # 0: all tokens
+    system = "\n".join(texts[:num_system]) if num_system else None
+    given.messages.clear()  # their images are large
+    return Question(given, texts[num_system:], images, system)
 
 
 def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -> str:

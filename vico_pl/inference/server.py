@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
 from importlib.resources import files
 from threading import Event
 from typing import Any, TypeVar
@@ -25,11 +24,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vico_pl.data.decode import decode_content
+from vico_pl.data.decode import ImageLimits, decode_content
 from vico_pl.errors import RecordError
 from vico_pl.inference.generate import Answer, ImageRouting, TextReader, generation_options
 from vico_pl.inference.predictor import Predictor
-from vico_pl.inference.protocol import ApiError, Question, ServeConfig, read_question
+from vico_pl.inference.protocol import ApiError, Question, ServeConfig, StreamOptions, read_question
 
 CHAT = "/v1/chat/completions"
 log = logging.getLogger(__name__)
@@ -40,8 +39,8 @@ class Engine:
     """Answers questions on a thread of its own, in the order they come."""
 
     def __init__(self, predictor: Predictor, config: ServeConfig) -> None:
-        self._with_system = lru_cache(4)(partial(_with_system, predictor))
-        self._limits = config.image_limits
+        self._predictor = predictor
+        self._limits = ImageLimits(max_pixels=config.max_pixels, max_bytes=config.max_bytes)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     async def answer(self, question: Question) -> AsyncGenerator[Any]:
@@ -68,7 +67,10 @@ class Engine:
 
     @torch.no_grad()
     def _generate(self, question: Question, write: Any, stop: Callable[[], bool]) -> Answer:
-        predictor = self._with_system(question.system)
+        predictor, asked = self._predictor, question.request
+        if question.system is not None:
+            chat = replace(predictor.chat, config=replace(predictor.chat.config, system=question.system))
+            predictor = replace(predictor, chat=chat)
         try:
             # Not decoded before: however many requests wait, the pixels of one are in memory.
             images = [decode_content(str(i), data, self._limits) for i, data in enumerate(question.images)]
@@ -78,25 +80,17 @@ class Engine:
             code = "context_length_exceeded" if error.kind == "length" else "invalid_image"
             raise ApiError(400, str(error), param="messages", code=code) from error
         write(routed.images)
-        if question.seed is not None:
-            torch.manual_seed(question.seed)
+        if asked.seed is not None:
+            torch.manual_seed(asked.seed)
         reader = TextReader(
             tokenizer=predictor.tokenizer,
-            stop_strings=question.stop,
+            stop_strings=asked.stop or [],
             stop=stop,
-            streamer=write if question.stream else None,
+            streamer=write if asked.stream else None,
         )
-        settings = {**generation_options(question.sampling), "max_new_tokens": question.max_tokens}
+        settings = {**generation_options(asked.sampling), "max_new_tokens": asked.num_tokens}
         (answer,) = predictor.answer_batch([routed], [prompt], reader=reader, **settings)
         return answer
-
-
-def _with_system(predictor: Predictor, system: str | None) -> Predictor:
-    """Return the predictor with another system message; None: with the model's own."""
-    if system is None:
-        return predictor
-    chat = replace(predictor.chat, config=replace(predictor.chat.config, system=system))
-    return replace(predictor, chat=chat)
 
 
 class Gate:
@@ -182,11 +176,11 @@ async def answer_request(request: Request, engine: Engine, config: ServeConfig) 
         question = await asyncio.to_thread(read_question, body, config)
         events = engine.answer(question)
         routing = await _unless_gone(request, anext(events))  # or the error, while a status can be sent
-        if not question.stream:
+        if not question.request.stream:
             answer = await _unless_gone(request, _last(events))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": config.model_name}
-    if question.stream:
-        lines = _stream(head, routing, events, deadline=deadline, include_usage=question.include_usage)
+    if question.request.stream:
+        lines = _stream(head, routing, events, deadline=deadline, options=question.request.stream_options)
         return StreamingResponse(lines, media_type="text/event-stream")
     message = {"role": "assistant", "content": answer.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
@@ -226,7 +220,7 @@ async def _stream(
     events: AsyncGenerator[Any],
     *,
     deadline: float,
-    include_usage: bool,
+    options: StreamOptions | None,
 ) -> AsyncIterator[str]:
     """Write an answer as server-sent events."""
 
@@ -244,7 +238,7 @@ async def _stream(
                     break
                 yield chunk({"content": event})
         yield chunk({}, event.finish_reason)
-        if include_usage:
+        if options is not None and options.include_usage:
             yield _line({**head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(event)})
     except Exception as error:
         yield _line(api_error(error).body)
