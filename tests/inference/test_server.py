@@ -218,7 +218,7 @@ def test_models_health_and_the_page_are_there_and_other_paths_are_not(client):
     assert (model["id"], model["object"]) == ("tiny", "model")
     status, headers, page = client.request("GET", "/")
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert "http" not in page.replace("http-equiv", ""), "the page loads nothing from elsewhere"
+    assert "//" not in page, "the page loads nothing from elsewhere"
     for method, path, code in (("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", CHAT, 405)):
         status, _, text = client.request(method, path)
         assert (status, json.loads(text)["error"]["type"]) == (code, "invalid_request_error")
