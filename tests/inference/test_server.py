@@ -323,7 +323,8 @@ def test_full_queues_send_clients_away_and_slow_answers_are_given_up(endless):
 
 def test_a_full_queue_says_when_to_come_back_and_half_a_request_is_given_up(routed):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode()
-    with serving(routed, max_waiting=1, timeout_s=2.0) as client:
+    with serving(routed, max_waiting=1, timeout_s=2.0, max_tokens=5) as client:
+        assert client.ask(asking())[1]["usage"]["completion_tokens"] <= 5, "no request need name a limit"
         with socket.create_connection(("127.0.0.1", client.port), timeout=60) as half:
             half.sendall(head)
             status, headers, _ = client.wait_for(503)

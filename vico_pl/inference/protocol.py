@@ -101,11 +101,6 @@ class _Request(_Fields):
         return [given] if isinstance(given, str) else given
 
     @property
-    def num_tokens(self) -> int:
-        """New tokens of the answer at most."""
-        return self.max_completion_tokens or self.max_tokens or DEFAULT_TOKENS
-
-    @property
     def sampling(self) -> dict[str, float]:
         """Options of generation; none: greedy."""
         options = {"temperature": self.temperature or 0.0, "top_p": self.top_p or 1.0, "top_k": 0}
@@ -119,6 +114,7 @@ class Question(NamedTuple):
     texts: list[str]  # questions and answers in turn up to the question to answer, with a mark per image
     images: list[bytes]
     system: str | None  # None: the model's own
+    num_tokens: int  # new ones at most
 
 
 def read_question(body: bytes, config: ServeConfig) -> Question:
@@ -136,8 +132,9 @@ def read_question(body: bytes, config: ServeConfig) -> Question:
     if given.model != config.model_name:
         reason = f"no model '{given.model[:200]}'; this server has '{config.model_name}'"
         raise ApiError(404, reason, param="model", code="model_not_found")
-    if given.num_tokens > config.max_tokens:
-        reason = f"max_tokens is {given.num_tokens}; expected at most {config.max_tokens}"
+    num_tokens = given.max_completion_tokens or given.max_tokens or min(DEFAULT_TOKENS, config.max_tokens)
+    if num_tokens > config.max_tokens:
+        reason = f"max_tokens is {num_tokens}; expected at most {config.max_tokens}"
         raise ApiError(400, reason, param="max_tokens")
     images: list[bytes] = []
     texts = [_read_message(message, images, config) for message in given.messages]
@@ -149,7 +146,7 @@ def read_question(body: bytes, config: ServeConfig) -> Question:
         raise ApiError(400, f"messages: expected {order}", param="messages")
     system = "\n".join(texts[:num_system]) if num_system else None
     given.messages.clear()  # their images are large
-    return Question(given, texts[num_system:], images, system)
+    return Question(given, texts[num_system:], images, system, num_tokens)
 
 
 def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -> str:

@@ -88,7 +88,7 @@ class Engine:
             stop=stop,
             streamer=write if asked.stream else None,
         )
-        settings = {**generation_options(asked.sampling), "max_new_tokens": asked.num_tokens}
+        settings = {**generation_options(asked.sampling), "max_new_tokens": question.num_tokens}
         (answer,) = predictor.answer_batch([routed], [prompt], reader=reader, **settings)
         return answer
 
