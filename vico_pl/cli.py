@@ -3,7 +3,9 @@
 Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +28,8 @@ Recipe = Annotated[Path, Argument(help="YAML recipe, such as recipes/demo/router
 Overrides = Annotated[list[str] | None, Argument(help="Settings that override the recipe: key=value ...")]
 Model = Annotated[str, Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
 Output = Annotated[Path, Option(help="File to write.")]
-Data = Annotated[Path, Option(help="Folder of shards with questions and answers.")]
+Data = Annotated[str, Option(help="Shards of held-out data, best with questions and answers.")]
+Metric = Annotated[str | None, Option(help="Score answers that name no metric with this one, such as anls.")]
 
 
 def _print_version(is_asked: bool) -> bool:
@@ -128,23 +131,25 @@ def calibrate(
     budget: Annotated[
         float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
     ] = None,
+    metric: Metric = None,
 ) -> None:
     """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
     from vico_pl.evaluation.calibrate import calibrate as choose
+    from vico_pl.evaluation.questions import open_questions
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
 
     session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
-    chosen, record = choose(session, data, retention=retention, budget=budget)
+    questions = open_questions(session, data, metric=metric)
+    chosen, record = choose(questions, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
-    kept, right = chosen.retention["mean"], chosen.accuracy["mean"]
-    unknown = "accuracy not measured" if right is None else "0 % right at full tokens"
-    accuracy = unknown if kept is None else f"{kept:.2%} of the accuracy"
+    low, high = chosen.retention_ci["mean"] or (0, 0)
     echo(
-        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {accuracy}; "
-        f"written to {written}"
+        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
+        f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%}); "
+        f"accuracy is {questions.measure}; written to {written}"
     )
 
 
@@ -153,17 +158,28 @@ def eval_(
     model: Model,
     data: Data,
     output: Annotated[Path | None, Option(help="Folder of the report. Default: MODEL/report.")] = None,
+    metric: Metric = None,
+    arm: Annotated[
+        list[str] | None,
+        Option(help="Arm to evaluate next to full tokens; repeatable. Default: all, with curves."),
+    ] = None,
+    reference: Annotated[
+        str | None, Option(help="Further model, asked at full tokens: retention is relative to it.")
+    ] = None,
     seed: Annotated[int, Option(help="Seed of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with baselines of the same token budget; write report.json and report.html."""
     from vico_pl.evaluation.evaluate import evaluate
+    from vico_pl.evaluation.questions import open_questions
     from vico_pl.evaluation.report import build_gallery, format_table, write_html
     from vico_pl.files import write_json
 
-    session = _open(model)
+    session, other = _open(model), None if reference is None else _open(reference)
     folder = output or session.folder / "report"
-    report, examples = evaluate(session, data, seed=seed)
-    write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples))
+    questions = open_questions(session, data, metric=metric)
+    command = shlex.join(["vico", *sys.argv[1:]])
+    report, examples = evaluate(questions, seed=seed, arms=arm, reference=other, command=command)
+    write_html(report, path=folder / "report.html", gallery=build_gallery(questions, examples))
     write_json(report, folder / "report.json")
     echo(format_table(report))
     echo(f"{folder}/report.html and {folder}/report.json are written")
@@ -177,12 +193,12 @@ def route(
 ) -> None:
     """Draw which tiles of an image keep full vision tokens."""
     from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.report import route_image, routing_picture
+    from vico_pl.evaluation.report import routing_picture
 
     pixels, session = read_image(image), _open(model)
     if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
-    ratios = route_image(session, pixels)
+    ratios = session.route(pixels).ratios
     output.parent.mkdir(parents=True, exist_ok=True)
     routing_picture(session, pixels, ratios, caption=image.name).save(output)
     num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
@@ -216,7 +232,7 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     sampling = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    if data is not None and output is not None and not images:
+    if data is not None and output is not None and not images and not together:
         from vico_pl.inference.responses import generate_responses
 
         settings |= {"prompt": prompt, "samples_per_shard": samples_per_shard}

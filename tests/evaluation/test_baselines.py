@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.support.tiny import TILE
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig, choose_grid
-from vico_pl.evaluation.evaluate import (
+from vico_pl.evaluation.baselines import (
     oracle_scores,
     pixel_detail_scores,
     random_scores,
@@ -19,14 +20,15 @@ from vico_pl.evaluation.evaluate import (
     router_scores,
     shrunken_tilings,
 )
-from vico_pl.evaluation.questions import read_groups
+from vico_pl.evaluation.questions import read_groups, scored_questions
 from vico_pl.model.language import run_packed
 
 
 @pytest.fixture
 def group(predictor):
     sizes = [[(64, 64)], [], [(64, 32)]]
-    return next(read_groups(predictor, [tiled(predictor, *size, seed=i) for i, size in enumerate(sizes, 1)]))
+    samples = [tiled(predictor, *size, seed=i) for i, size in enumerate(sizes, 1)]
+    return next(read_groups(predictor, samples, partial(scored_questions, metric=None)))
 
 
 def test_every_arm_scores_every_tile(predictor, group):
