@@ -26,7 +26,7 @@ from vico_pl.inference.server import build_app
 
 PHOTO = encoded_image("PNG", size=(64, 64))  # 2 x 2 tiles and a thumbnail
 CHAT = "/v1/chat/completions"
-ENDLESS = {"max_tokens": 400}  # the model of `endless` takes a second or two
+ENDLESS = {"max_tokens": 400}  # a `slowed` model takes four seconds
 
 
 class Client:
@@ -105,6 +105,15 @@ def client(routed):
         yield found
 
 
+@contextmanager
+def slowed(predictor):
+    """Let each step of the language model take 10 ms; yields a list with an entry for each."""
+    steps = []
+    hook = predictor.model.language.register_forward_pre_hook(lambda *_: steps.append(time.sleep(0.01)))
+    yield steps
+    hook.remove()
+
+
 def url(content):
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
@@ -116,6 +125,11 @@ def image_part(place):
 def asking(text="What is A?", *, images=(), **fields):
     parts = [*map(image_part, images), {"type": "text", "text": text}]
     return {"model": "tiny", "messages": [{"role": "user", "content": parts}], **fields}
+
+
+def saying(*messages):
+    """A request of (role, content) each."""
+    return {"model": "tiny", "messages": [{"role": role, "content": content} for role, content in messages]}
 
 
 def stream_of(client, body):
@@ -175,15 +189,14 @@ def test_conversations_several_images_and_text_alone_are_asked_as_written(client
     assert answer["choices"][0]["message"]["content"] == expected.text
     assert [image["grid"] for image in answer["routing"]] == [list(i.grid) for i in expected.images]
     (expected,) = routed.generate(None, ["Who?"], max_new_tokens=9)
-    text_only = {"model": "tiny", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 9}
-    status, answer = client.ask(text_only)
+    status, answer = client.ask({**saying(("user", "Who?")), "max_tokens": 9})
     assert (status, answer["choices"][0]["message"]["content"]) == (200, expected.text)
     assert answer["usage"]["vision_tokens"] == {"spent": 0, "saved": 0}
 
 
 def test_a_system_message_takes_the_place_of_the_models_own(client):
     plain = asking(max_tokens=1)
-    system = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Or not."}]
+    system = saying(("system", "Be brief."), ("developer", "Or not."))["messages"]
     with_system = {**plain, "messages": system + plain["messages"]}
     tokens = [client.ask(body)[1]["usage"]["prompt_tokens"] for body in (plain, with_system, plain)]
     assert tokens[0] == tokens[2] < tokens[1] - len("Be brief.") // 4
@@ -209,7 +222,7 @@ def test_a_seed_makes_sampling_repeatable_and_the_default_is_greedy(endless):
 
         sampled = [text(temperature=1.5, seed=seed) for seed in (1, 1, 2)]
         assert sampled[0] == sampled[1] != sampled[2]
-        assert text(temperature=0) == text() == text(temperature=1.5, top_p=1e-6)
+        assert text(temperature=0) == text() == text(temperature=1.5, top_p=1e-6) == text(temperature=1e-30)
 
 
 def test_models_health_and_the_page_are_there_and_other_paths_are_not(client):
@@ -241,10 +254,13 @@ BAD = [
     (asking(seed=-1), 400, "seed"),
     (asking(stop=""), 400, "stop"),
     (asking(stop=list("abcde")), 400, "stop"),
+    (asking(stop="a" * 1001), 400, "stop.0: String should have at most 1000 characters"),
     (asking(max_tokens=0), 400, "max_tokens"),
     (asking(max_completion_tokens=501), 400, "max_tokens is 501; expected at most 500"),
     (asking("<image>"), 400, "a text has <image>; expected images as parts"),
     (asking("a" * 150_000), 400, "150000 characters of text; the language model has 512 positions"),
+    (saying(("system", "a" * 100_001), ("user", "b")), 400, "more than 100000 characters"),
+    (saying(*[("user", "a")] * 1001), 400, "at most 1000 items"),
     (asking(images=[url(PHOTO)] * 3), 400, "at most 2"),
     (asking(images=["https://example.org/a.png"]), 400, "http and https URLs are not fetched"),
     (asking(images=["/etc/hostname"]), 400, "with --image-dir"),
@@ -271,18 +287,20 @@ def test_what_is_not_accepted_gets_a_sentence_in_openais_json(client, body, stat
 @pytest.mark.parametrize(
     "messages",
     [
-        [{"role": "assistant", "content": "a"}],
-        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
-        [{"role": "system", "content": "a"}],
-        [{"role": "user", "content": [{"type": "input_audio"}]}],
-        [{"role": "user", "content": [{"type": "text"}]}],
-        [{"role": "system", "content": [image_part(url(PHOTO))]}, {"role": "user", "content": "a"}],
+        [("assistant", "a")],
+        [("user", "a"), ("user", "b")],
+        [("user", "a"), ("assistant", "b")],
+        [("user", "a"), ("system", "b")],
+        [("system", "a")],
+        [("tool", "a")],
+        [("user", None)],
+        [("user", [{"type": "input_audio"}])],
+        [("user", [{"type": "text"}])],
+        [("system", [image_part(url(PHOTO))]), ("user", "a")],
     ],
 )
 def test_messages_out_of_order_or_of_other_kinds_are_refused(client, messages):
-    status, answer = client.ask({"model": "tiny", "messages": messages})
+    status, answer = client.ask(saying(*messages))
     assert (status, answer["error"]["param"].partition(".")[0]) == (400, "messages")
 
 
@@ -308,12 +326,15 @@ def test_with_a_key_only_its_owner_may_ask(routed):
             status, answer = client.ask(asking(), **headers)
             assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
             assert client.request("GET", "/v1/models", headers=headers)[0] == 401
-        assert client.ask(asking(max_tokens=1), Authorization="Bearer secret")[0] == 200
+        key = {"Authorization": "Bearer secret"}
+        assert client.ask(asking(max_tokens=1), **key)[0] == 200
+        assert client.ask(asking(), **key, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
         assert client.request("GET", "/health")[0] == client.request("GET", "/")[0] == 200
 
 
 def test_full_queues_send_clients_away_and_slow_answers_are_given_up(endless):
-    with serving(endless, max_waiting=2, timeout_s=0.6) as client, ThreadPoolExecutor(3) as pool:
+    settings = {"max_waiting": 2, "timeout_s": 0.6}
+    with slowed(endless), serving(endless, **settings) as client, ThreadPoolExecutor(3) as pool:
         statuses = sorted(answer[0] for answer in pool.map(client.ask, [asking(**ENDLESS)] * 3))
         assert statuses == [503, 504, 504]
         *_, last = stream_of(client, asking(**ENDLESS))
@@ -334,15 +355,11 @@ def test_a_full_queue_says_when_to_come_back_and_half_a_request_is_given_up(rout
 
 
 @pytest.mark.parametrize(("stream", "after_bytes"), [(False, 0), (True, 0), (True, 1500)])
-def test_a_client_that_hangs_up_frees_its_place(endless, monkeypatch, stream, after_bytes):
-    seen = []
-    language = endless.model.language
-    hook = language.register_forward_pre_hook(lambda *_: seen.append(1))
-    with serving(endless, max_waiting=1) as client:
+def test_a_client_that_hangs_up_frees_its_place(endless, stream, after_bytes):
+    with slowed(endless) as steps, serving(endless, max_waiting=1) as client:
         client.hang_up(asking(**ENDLESS, stream=stream), after_bytes=after_bytes)
         client.wait_for(400)  # its place is free
-    hook.remove()
-    assert len(seen) < ENDLESS["max_tokens"] / 2, "its answer was ended"
+    assert len(steps) < ENDLESS["max_tokens"] / 2, "its answer was ended"
 
 
 def test_our_own_fault_is_logged_under_the_id_that_the_client_gets(routed, caplog):

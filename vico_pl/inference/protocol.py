@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vico_pl.data.decode import IMAGE_TOKEN
 
 DEFAULT_TOKENS = 256  # new tokens, if the request names no limit
+LEAST_TEMPERATURE = 1e-5  # greedy below, where logits would overflow
+MAX_SYSTEM = 100_000  # characters of a system message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +86,14 @@ class StreamOptions(_Fields):
 
 class _Request(_Fields):
     model: str
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=1000)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=4)
+    stop: list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = Field(None, max_length=4)
     n: Literal[1] | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
 
@@ -103,8 +105,9 @@ class _Request(_Fields):
     @property
     def sampling(self) -> dict[str, float]:
         """Options of generation; none: greedy."""
-        options = {"temperature": self.temperature or 0.0, "top_p": self.top_p or 1.0, "top_k": 0}
-        return options if self.temperature else {}
+        temperature = self.temperature or 0.0
+        options = {"temperature": temperature, "top_p": self.top_p or 1.0, "top_k": 0}
+        return options if temperature > LEAST_TEMPERATURE else {}
 
 
 class Question(NamedTuple):
@@ -145,6 +148,8 @@ def read_question(body: bytes, config: ServeConfig) -> Question:
         order = "system messages first, then user and assistant in turn, user first and last"
         raise ApiError(400, f"messages: expected {order}", param="messages")
     system = "\n".join(texts[:num_system]) if num_system else None
+    if len(system or "") > MAX_SYSTEM:
+        raise ApiError(400, f"messages: the system message has more than {MAX_SYSTEM} characters")
     given.messages.clear()  # their images are large
     return Question(given, texts[num_system:], images, system, num_tokens)
 

@@ -138,10 +138,8 @@ def build_app(predictor: Predictor, config: ServeConfig) -> FastAPI:
     async def refuse(_: Request, error: HTTPException) -> Response:
         return api_error(error).response()
 
-    async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if config.api_key and not hmac.compare_digest(given.encode(), config.api_key.encode()):
-            raise ApiError(401, "no API key, or a wrong one", code="invalid_api_key")
+    async def check_sender(request: Request) -> None:
+        _check_sender(request, config.api_key)
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -151,16 +149,24 @@ def build_app(predictor: Predictor, config: ServeConfig) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/v1/models", dependencies=[Depends(check_key)])
+    @app.get("/v1/models", dependencies=[Depends(check_sender)])
     async def models() -> dict[str, Any]:
         model = {"id": config.model_name, "object": "model", "created": started, "owned_by": "vico_pl"}
         return {"object": "list", "data": [model]}
 
-    @app.post(CHAT, dependencies=[Depends(check_key)])
+    @app.post(CHAT, dependencies=[Depends(check_sender)])
     async def chat(request: Request) -> Response:
         return await answer_request(request, engine, config)
 
     return app
+
+
+def _check_sender(request: Request, api_key: str | None) -> None:
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise ApiError(403, "requests from the pages of other sites are not answered")
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if api_key and not hmac.compare_digest(given.encode(), api_key.encode()):
+        raise ApiError(401, "no API key, or a wrong one", code="invalid_api_key")
 
 
 async def answer_request(request: Request, engine: Engine, config: ServeConfig) -> Response:
