@@ -265,7 +265,7 @@ BAD = [
     (asking(images=["https://example.org/a.png"]), 400, "http and https URLs are not fetched"),
     (asking(images=["/etc/hostname"]), 400, "with --image-dir"),
     (asking(images=["data:image/png,abc"]), 400, "expected data:image"),
-    (asking(images=["data:image/png;base64,@@@@"]), 400, "no base64"),
+    *((asking(images=[f"data:image/png;base64,{text}"]), 400, "no base64") for text in ("@@@@", "abc", "é")),
     (asking(images=["data:image/png;base64,"]), 400, "image '0' (0 bytes)"),
     (asking(images=[url(b"no image")]), 400, "neither JPEG, PNG"),
     (asking(images=[url(PHOTO), url(PHOTO[:-60])]), 400, "image '1'"),
@@ -310,8 +310,10 @@ def test_files_are_read_from_the_image_folder_alone(routed, tmp_path):
     (tmp_path / "secret.png").write_bytes(PHOTO)
     (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     inside = tmp_path / "images" / "a.png"
-    outside = ["../secret.png", "link.png", str(tmp_path / "secret.png"), "absent.png", ".", "\0", "a" * 5000]
-    with serving(routed, image_dir=tmp_path / "images") as client:
+    outside = ["../secret.png", "link.png", str(tmp_path / "secret.png"), "absent.png", ".", "\0", "a" * 300]
+    with serving(routed, image_dir=tmp_path / "images", max_bytes=3 * len(PHOTO)) as client:
+        assert client.ask(asking(images=["a.png"] * 3, max_tokens=1))[0] == 200
+        assert "of at most 0 bytes" in client.ask(asking(images=["a.png"] * 4))[1]["error"]["message"]
         for place in ("a.png", str(inside), f"file://{inside}"):
             assert client.ask(asking(images=[place], max_tokens=1))[0] == 200
         for place in outside:

@@ -1,7 +1,6 @@
 """OpenAI's chat protocol: the JSON of a request -> a checked `Question`; answers and errors -> JSON."""
 
 import base64
-import binascii
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -167,7 +166,7 @@ def _read_message(message: _Message, images: list[bytes], config: ServeConfig) -
         if message.role != "user" or len(images) == config.max_images:
             expected = f"images in messages of the user, at most {config.max_images}"
             raise ApiError(400, f"messages: expected {expected}", param="messages")
-        images.append(_read_image(part.image_url.url, config))
+        images.append(_read_image(part.image_url.url, config, room=config.max_bytes - sum(map(len, images))))
         lines.append(IMAGE_TOKEN)
     return "\n".join(lines)
 
@@ -176,12 +175,13 @@ def _bad_image(reason: str) -> ApiError:
     return ApiError(400, f"image_url: {reason}", param="messages", code="invalid_image")
 
 
-def _read_image(url: str, config: ServeConfig) -> bytes:
+def _read_image(url: str, config: ServeConfig, *, room: int) -> bytes:
+    """Return the content of an image, at most `room` bytes if it is a file."""
     header, _, content = url.partition(",")
     if header.startswith("data:") and header.endswith(";base64"):
         try:
             return base64.b64decode(content, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise _bad_image(f"no base64 ({error})") from error
     if url.startswith(("http:", "https:")):
         raise _bad_image("http and https URLs are not fetched; send the image as a data: URL")
@@ -190,8 +190,8 @@ def _read_image(url: str, config: ServeConfig) -> bytes:
     folder = config.image_dir.resolve()
     try:
         path = (folder / url.removeprefix("file://").replace("\0", "")).resolve()  # follows links
-        if path.is_relative_to(folder) and path.is_file() and path.stat().st_size <= config.max_bytes:
+        if path.is_relative_to(folder) and path.is_file() and path.stat().st_size <= room:
             return path.read_bytes()
     except OSError as error:  # too long a name, no permission
         raise _bad_image(f"the file cannot be read ({error.strerror})") from error
-    raise _bad_image(f"no such file of at most {config.max_bytes} bytes in the folder of --image-dir")
+    raise _bad_image(f"no such file of at most {room} bytes in the folder of --image-dir")

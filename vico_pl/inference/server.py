@@ -178,8 +178,7 @@ async def answer_request(request: Request, engine: Engine, config: ServeConfig) 
     """
     deadline = asyncio.get_running_loop().time() + config.timeout_s
     async with asyncio.timeout_at(deadline):
-        body = await _read_body(request, config.max_bytes)
-        question = await asyncio.to_thread(read_question, body, config)
+        question = await asyncio.to_thread(read_question, await _read_body(request, config.max_bytes), config)
         events = engine.answer(question)
         routing = await _unless_gone(request, anext(events))  # or the error, while a status can be sent
         if not question.request.stream:
