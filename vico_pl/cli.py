@@ -28,7 +28,8 @@ Recipe = Annotated[Path, Argument(help="YAML recipe, such as recipes/demo/router
 Overrides = Annotated[list[str] | None, Argument(help="Settings that override the recipe: key=value ...")]
 Model = Annotated[str, Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
 Output = Annotated[Path, Option(help="File to write.")]
-Data = Annotated[str, Option(help="Shards of held-out data, best with questions and answers.")]
+Data = Annotated[str, Option(help="Shards of held-out data, or with --suite-dir a suite such as docvqa.")]
+SuiteDir = Annotated[Path | None, Option(help="Folder with the files of the suite, parquet or TSV.")]
 Metric = Annotated[str | None, Option(help="Score answers that name no metric with this one, such as anls.")]
 
 
@@ -114,11 +115,14 @@ def plan(
 def doctor(
     recipe: Annotated[Path | None, Argument(help="Recipe to check as well.")] = None,
     overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None, Option(help="Held-out shards: say how they will be scored; repeatable.")
+    ] = None,
 ) -> None:
     """Check this machine, and a recipe, for problems that would stop a run (exit code 1 if any)."""
     from vico_pl.doctor import examine
 
-    raise SystemExit(examine(recipe, overrides or [], write=echo))
+    raise SystemExit(examine(recipe, overrides or [], held_out=data or [], write=echo))
 
 
 @app.command()
@@ -131,6 +135,7 @@ def calibrate(
     budget: Annotated[
         float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
     ] = None,
+    suite_dir: SuiteDir = None,
     metric: Metric = None,
 ) -> None:
     """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
@@ -139,18 +144,19 @@ def calibrate(
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
+    from vico_pl.model.router import NEVER
 
     session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
-    questions = open_questions(session, data, metric=metric)
+    questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
     chosen, record = choose(questions, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
     low, high = chosen.retention_ci["mean"] or (0, 0)
-    echo(
-        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
-        f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%}); "
-        f"accuracy is {questions.measure}; written to {written}"
-    )
+    kept = f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%})"
+    if chosen.threshold == NEVER and budget is None:
+        kept = f"no threshold keeps {retention:.2%} of the accuracy, so nothing is compressed"
+    echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")
+    echo(f"accuracy: {questions.measure}; {written} is written")
 
 
 @app.command("eval")
@@ -158,6 +164,7 @@ def eval_(
     model: Model,
     data: Data,
     output: Annotated[Path | None, Option(help="Folder of the report. Default: MODEL/report.")] = None,
+    suite_dir: SuiteDir = None,
     metric: Metric = None,
     arm: Annotated[
         list[str] | None,
@@ -176,7 +183,7 @@ def eval_(
 
     session, other = _open(model), None if reference is None else _open(reference)
     folder = output or session.folder / "report"
-    questions = open_questions(session, data, metric=metric)
+    questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
     command = shlex.join(["vico", *sys.argv[1:]])
     report, examples = evaluate(questions, seed=seed, arms=arm, reference=other, command=command)
     write_html(report, path=folder / "report.html", gallery=build_gallery(questions, examples))

@@ -1,4 +1,6 @@
+import base64
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ from vico_pl.evaluation.questions import (
     NO_GROUP,
     Measure,
     decide_measure,
+    describe,
     open_questions,
     read_groups,
     scored_questions,
@@ -121,7 +124,8 @@ def test_samples_too_long_for_the_language_model_are_left_out(predictor, tmp_pat
     num_tokens = len(predictor.chat.encode(tile_sample(first, predictor.tiling)).input_ids) - 1 + 4
     chat = replace(predictor.chat, max_positions=num_tokens)  # the second sample has four tiles more
     questions = open_questions(replace(predictor, chat=chat), folder)
-    assert [len(tiled.tiles) for _, tiled in questions.samples()] == [1]
+    with pytest.warns(UserWarning, match="set: 1 samples are too long for the model"):
+        assert [len(tiled.tiles) for _, tiled in questions.samples()] == [1]
     assert questions.num_records == 2
 
 
@@ -138,3 +142,26 @@ def test_progress_knows_the_number_of_groups_and_fills_no_log_file(
         is_terminal,
         not is_terminal,
     )
+
+
+def test_a_set_is_described_without_a_model(answered, tmp_path):
+    assert re.fullmatch(
+        r".*: scores of the answers, \d+ questions: \d+ of \w+ by exact, .*", describe(answered)
+    )
+    plain = unlabelled(tmp_path / "set", "a")
+    assert describe(plain) == f"{plain}: {Measure.ANSWERS}, as no answer names a metric or a skill"
+    assert describe(plain, metric="anls") == f"{plain}: {Measure.SCORES}, 3 questions: 3 of web by anls"
+
+
+@pytest.mark.parametrize("name", ["docvqa", "chartqa"])
+def test_a_suite_is_read_from_its_files_and_scored_by_its_metric(predictor, tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: a suite is read from its published files; say where"):
+        open_questions(predictor, name)
+    image = base64.b64encode(encoded_image("PNG", size=(64, 32))).decode()
+    rows = ["index\timage\tquestion\tanswer", *(f"{i}\t{image}\tWhat is {i}?\t['{i}']" for i in range(3))]
+    (tmp_path / "any.tsv").write_text("\n".join(rows))
+    questions = open_questions(predictor, name, suite_dir=tmp_path)
+    assert (questions.name, questions.measure) == (name, Measure.SCORES)
+    (group,) = questions.groups(title="reading")
+    metric = {"docvqa": "anls", "chartqa": "relaxed"}[name]
+    assert [(q.metric, q.answers) for q in group.questions] == [(metric, (f"{i}",)) for i in range(3)]

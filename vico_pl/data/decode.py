@@ -19,7 +19,7 @@ import PIL.PngImagePlugin
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
-from vico_pl.errors import RecordError
+from vico_pl.errors import RecordError, check_settings
 from vico_pl.types import BadRecord, Content, Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -48,12 +48,14 @@ class ImageLimits:
     min_side: int = 1  # px
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_pixels <= _PILLOW_MAX_PIXELS:
-            given = f"max_pixels of images is {self.max_pixels}"
-            raise ValueError(f"{given}; expected 1 to {_PILLOW_MAX_PIXELS}, above which Pillow opens none")
-        if self.max_bytes < 1 or self.min_side < 1:
-            given = f"max_bytes of images is {self.max_bytes} and min_side {self.min_side}"
-            raise ValueError(f"{given}; expected at least 1 for both")
+        limit = f"1 to {_PILLOW_MAX_PIXELS}, above which Pillow opens none"
+        check_settings(
+            "data.images",
+            self,
+            max_pixels=(1 <= self.max_pixels <= _PILLOW_MAX_PIXELS, limit),
+            max_bytes=(self.max_bytes >= 1, "1 or more"),
+            min_side=(self.min_side >= 1, "1 or more"),
+        )
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -94,6 +96,25 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
         turns=turns,
         metadata={key: value for key, value in annotation.items() if key not in _FIELDS},
     )
+
+
+def with_caption(record: Record, prompt: str | None) -> Record:
+    """Make a caption (`KEY.txt` of img2dataset) the answer to `prompt`; a conversation stays as it is.
+
+    Raises:
+        RecordError: there is JSON, but unreadable.
+    """
+    if prompt is None or "txt" not in record.files:
+        return record
+    entry = parse_annotation(record) if "json" in record.files else {}
+    if not isinstance(entry, dict) or "conversations" in entry:
+        return record
+    endings = [name.rpartition(".")[2] for name in record.files]
+    question = f"{IMAGE_TOKEN}\n" * sum(ending in IMAGE_EXTENSIONS for ending in endings) + prompt
+    caption = bytes(record.files["txt"]).decode(errors="surrogateescape").strip()  # no UTF-8: a bad record
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
+    content = json.dumps({**entry, "conversations": turns}).encode()
+    return replace(record, files={**record.files, "json": content})
 
 
 def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:

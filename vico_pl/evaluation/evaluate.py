@@ -110,12 +110,13 @@ def evaluate(
         outcomes["downsample"] = _downsample(questions, budget=budget, reference=reference)
     if reference is not None:
         outcomes["reference"] = found.reference
+    num_records = questions.num_records
     report = {
         "model": str(questions.predictor.folder),
         "dataset": questions.name,
         "measure": questions.measure.value,
         "num_samples": len(scores["random"]),
-        "num_left_out": questions.num_records - len(scores["random"]),
+        "num_left_out": None if num_records is None else num_records - len(scores["random"]),
         "seed": seed,
         "reference": None if reference is None else str(reference.folder),
         "made_with": {"date": date.today().isoformat(), "command": command, **software()},

@@ -5,6 +5,8 @@ each sample's score is the agreement with full tokens on its responses: exp(-KL)
 The responses are those of the data or, if it has none, the model's own at full tokens.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -31,6 +33,7 @@ from vico_pl.evaluation.answering import (
     score_answers,
 )
 from vico_pl.evaluation.scorers import SCORERS
+from vico_pl.evaluation.suites import SUITES, read_suite
 from vico_pl.inference.generate import prompt_texts
 from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Sample, TiledSample, Turn
@@ -59,24 +62,27 @@ class QuestionSet:
 
     name: str  # folder of shards, or a suite
     read: Callable[[], Iterator[Sample]]
-    num_records: int  # of the data, bad ones included
+    num_records: int | None  # bad ones included; None: unknown before a suite is read
     predictor: Predictor
     measure: Measure
     metric: str | None = None  # of answers that name none; None: without skill they are not scored
     responses: Sequence[str] = ()  # to each sample, if they are the model's own
 
     def samples(self) -> Iterator[tuple[Sample, TiledSample]]:
-        """Yield the samples, also tiled; those too long for the language model are left out."""
-        responses = iter(self.responses)
+        """Yield the samples, also tiled; those too long for the model are left out, with a warning."""
+        responses, num_long = iter(self.responses), 0
         for sample in self.read():
             tiled = tile_sample(sample, self.predictor.tiling)
             if not _fits(self.predictor, tiled):
+                num_long += 1
                 continue
             if self.responses:
                 (text,) = prompt_texts(sample.turns[0].text, num_images=len(sample.images))
                 asked, answer = Turn(role="human", text=text), Turn(role="gpt", text=next(responses))
                 tiled = replace(tiled, turns=[asked, answer])
             yield sample, tiled
+        if num_long:
+            warnings.warn(f"{self.name}: {num_long} samples are too long for the model", stacklevel=2)
 
     def groups(self, *, title: str, tilings: Sequence[TilingConfig] = ()) -> Iterator[Group]:
         """Encode the samples, each with its own tiling if there are some, with a progress bar."""
@@ -84,7 +90,7 @@ class QuestionSet:
         if tilings:
             smaller = zip(self.samples(), tilings, strict=True)
             samples = (replace(tile_sample(s, tiling), turns=tiled.turns) for (s, tiled), tiling in smaller)
-        total = -(-self.num_records // SAMPLES_PER_GROUP)
+        total = None if self.num_records is None else -(-self.num_records // SAMPLES_PER_GROUP)
         groups = read_groups(self.predictor, samples, self._questions)
         yield from tqdm(groups, desc=title, total=total, unit="group", disable=None)  # no bar in log files
 
@@ -128,16 +134,41 @@ def open_questions(
     """
     if metric is not None:
         _check_metric("--metric", metric)
-    read = partial(read_samples, data)
+    read, name = reader(data, suite_dir=suite_dir), str(data)
     opened = QuestionSet(
-        name=str(data),
+        name=name,
         read=read,
         predictor=predictor,
-        measure=decide_measure(read(), metric=metric, name=str(data)),
+        measure=decide_measure(read(), metric=metric, name=name),
         metric=metric,
-        num_records=read_index(data).num_samples,
+        num_records=read_index(data).num_samples if suite_dir is None else None,
     )
     return replace(opened, responses=own_responses(opened)) if opened.measure == Measure.OWN else opened
+
+
+def reader(data: Path | str, *, suite_dir: Path | None) -> Callable[[], Iterator[Sample]]:
+    """Return what reads the samples of shards, or of a suite by its name."""
+    if suite_dir is not None:
+        return partial(read_suite, str(data), suite_dir)
+    if str(data) in SUITES and not Path(data).exists():
+        raise ValueError(f"{data}: a suite is read from its published files; say where with --suite-dir")
+    return partial(read_samples, data)
+
+
+def describe(data: Path | str, *, suite_dir: Path | None = None, metric: str | None = None) -> str:
+    """Say how a set will be scored, without a model.
+
+    Raises:
+        ValueError: no such data, or no usable sample.
+    """
+    read = reader(data, suite_dir=suite_dir)
+    measure = decide_measure(read(), metric=metric, name=str(data))
+    if measure != Measure.SCORES:
+        return f"{data}: {measure}, as no answer names a metric or a skill"
+    found = (q for sample in read() for q in scored_questions(sample, 0, metric=metric))
+    counts = Counter(f"{question.group} by {question.metric}" for question in found)
+    listed = ", ".join(f"{count} of {name}" for name, count in counts.most_common(10))
+    return f"{data}: {measure}, {counts.total()} questions: {listed}"
 
 
 def decide_measure(samples: Iterable[Sample], *, metric: str | None, name: str) -> Measure:

@@ -103,7 +103,7 @@ def format_table(report: dict[str, Any]) -> str:
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
-    left_out = report["num_left_out"]
+    left_out = report["num_left_out"] or 0  # None: not known
     notes = [f"{left_out} records are left out: unusable, or too long for the model"] * (left_out > 0)
     return "\n".join([*rows, f"Accuracy: {report['measure']}.", *notes])
 
