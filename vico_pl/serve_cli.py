@@ -23,7 +23,7 @@ def serve(
     ] = None,
     max_body_mb: Annotated[float, Option(min=0, help="Most megabytes of a request.")] = 32,
     max_images: Annotated[int, Option(min=1, help="Most images of a request.")] = 16,
-    max_pixels: Annotated[int, Option(min=1, help="Most pixels of an image.")] = 50_000_000,
+    max_pixels: Annotated[int, Option(min=1, max=178_956_970, help="Most pixels of an image.")] = 50_000_000,
     max_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 4096,
     max_waiting: Annotated[int, Option(min=1, help="Most requests under way; others get a 503.")] = 64,
     timeout: Annotated[float, Option(min=0, help="Seconds until a request is given up (504).")] = 120,
