@@ -20,6 +20,7 @@ PAGES = [
     ROOT / "data" / "README.md",
     ROOT / "docs" / "models.md",
     ROOT / "docs" / "reliability.md",
+    ROOT / "docs" / "serving.md",
     ROOT / "benchmarks" / "README.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)

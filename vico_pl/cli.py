@@ -13,11 +13,14 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer, echo
 
+from vico_pl.serve_cli import embed, serve
 from vico_pl.shards_cli import report_faults, shards
 
 # Each command imports what it needs: `vico --help` must not wait for torch.
 app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(shards, name="shards")
+app.command()(serve)
+app.command()(embed)
 
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
