@@ -1,11 +1,13 @@
-"""The score that lmms-eval must give: questions of a set are written as a task of its, and asked one at a time.
+"""The score that lmms-eval must give: write the questions of a set as its task, and ask them one at a time.
 
 python benchmarks/lmms.py runs/demo/router/model --data data/shards/glyphs/val --output runs/lmms
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import tile_sample
 from vico_pl.evaluation.metrics import is_correct
 from vico_pl.inference.predictor import Predictor
+from vico_pl.model.router import RoutingRule
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
@@ -24,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> float:
     parser.add_argument("--data", type=Path, required=True, help="folder of shards")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--threshold", type=float, help="of routing; otherwise the calibrated one")
     given = parser.parse_args(arguments)
     predictor = Predictor.load(given.model)
+    if given.threshold is not None:
+        predictor = replace(predictor, rule=RoutingRule(threshold=given.threshold))
     (given.output / "images").mkdir(parents=True, exist_ok=True)
     lines, correct = [], []
     for number, sample in enumerate(islice(read_samples(given.data), given.images)):
@@ -42,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
             correct.append(is_correct(answer, expected.text))
     (given.output / "questions.jsonl").write_text("\n".join(lines) + "\n")
     score = sum(correct) / len(correct)
-    print(f"{sum(correct)} of {len(correct)} questions right: {score:.6f}")
+    sys.stdout.write(f"{sum(correct)} of {len(correct)} questions right: {score:.6f}\n")
     return score
 
 

@@ -24,8 +24,8 @@ def manifest() -> Any:
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[str]]:
     r"""Return the images and texts of a chat; the text of a system message begins the next question.
 
-    >>> image, text = {"type": "image", "url": "a.png"}, {"type": "text", "text": "How many?"}
-    >>> read_messages([{"role": "system", "content": "Be brief."}, {"role": "user", "content": [image, text]}])
+    >>> parts = [{"type": "image", "url": "a.png"}, {"type": "text", "text": "How many?"}]
+    >>> read_messages([{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}])
     (['a.png'], ['Be brief.\n<image>\nHow many?'])
 
     Raises:

@@ -1,4 +1,4 @@
-"""The model as lmms-eval loads it: `lmms-eval --model vico_pl --model_args pretrained=MODEL` (docs/lmms-eval.md)."""
+"""The model as lmms-eval loads it: `lmms-eval --model vico_pl --model_args pretrained=MODEL`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +66,7 @@ class VicoChat(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> "VicoChat":
-        """Build the model from `--model_args`; they win over `--batch_size`, which lmms-eval always passes."""
+        """Build the model from `--model_args`, which win over `--batch_size`; lmms-eval always passes one."""
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**options, **simple_parse_args_string(arg_string)})
 
@@ -86,16 +86,18 @@ class VicoChat(lmms):
         return [results[number] for number in range(len(requests))]
 
     def _answer(self, requests: Sequence[Instance]) -> list[Answer]:
-        images, prompts = [], []
-        for _, to_messages, gen_kwargs, number, task, split in (request.args for request in requests):
-            try:
-                pictures, texts = read_messages(to_messages(self.task_dict[task][split][number]))
-            except ValueError as error:
-                raise ValueError(f"{task}, document {number}: {error}") from error
-            images.append(pictures)
-            prompts.append(texts)
-        settings = generation_settings(gen_kwargs, max_new_tokens=self.max_new_tokens)
+        asked = [self._read(*request.args) for request in requests]
+        images, prompts = [images for images, _ in asked], [texts for _, texts in asked]
+        settings = generation_settings(requests[0].args[2], max_new_tokens=self.max_new_tokens)
         return self.predictor.generate(images, prompts, batch_size=len(prompts), **settings)
+
+    def _read(
+        self, _: str, to_messages: Any, __: Any, document: int, task: str, split: str
+    ) -> tuple[list[Any], list[str]]:
+        try:
+            return read_messages(to_messages(self.task_dict[task][split][document]))
+        except ValueError as error:
+            raise ValueError(f"{task}, document {document}: {error}") from error
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
         """Refuse what needs probabilities of given texts, as chat models of lmms-eval do."""
