@@ -46,8 +46,9 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], lis
             text = IMAGE_TOKEN if part["type"] == "image" else part["text"].replace(IMAGE_TOKEN, "").strip()
             turns[-1][1].append(text)
     roles = [role for role, _ in turns]
-    if roles[::2] != ["user"] * (len(roles) // 2 + 1):
-        raise ValueError(f"the messages are of {roles}; expected user and assistant in turn, user last")
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        given = " ".join(roles) or "nobody"
+        raise ValueError(f"the messages are of {given}; expected user and assistant in turn, user last")
     return images, ["\n".join(filter(None, parts)) for _, parts in turns]
 
 
