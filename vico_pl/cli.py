@@ -193,10 +193,8 @@ def generate(
     max_new_tokens: Annotated[int, Option(min=1, help="Length limit of the answer, in tokens.")] = 128,
 ) -> None:
     """Answer a question about an image, with routing if the model is calibrated."""
-    from vico_pl.data.decode import read_image
-
-    pixels = read_image(image)
-    echo(_open(model).answer_image(pixels, prompt, max_new_tokens=max_new_tokens))
+    (answer,) = _open(model).generate(image, prompt, max_new_tokens=max_new_tokens)
+    echo(answer.text)
 
 
 @app.command()
@@ -243,9 +241,8 @@ def main() -> None:
 def _open(model: str) -> Any:
     """Load a model folder, downloaded if it is on the Hub."""
     from vico_pl.inference.predictor import Predictor
-    from vico_pl.model.families.hub import local_folder
 
-    return Predictor.load(local_folder(model))
+    return Predictor.load(model)
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:

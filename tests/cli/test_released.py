@@ -77,7 +77,7 @@ def answer_ids(folder, photo):
     session = Predictor.load(folder)
     sample = tile_sample(Sample(id="x", images=[read_image(photo)], turns=[], metadata={}), session.tiling)
     features = session.encode(sample.tiles)
-    ratios = session.route(features)
+    ratios = session.choose_ratios(features)
     ids = session.generate_ids(
         [sample], ["What is it?"], features=[features], ratios=[ratios], max_new_tokens=6
     )

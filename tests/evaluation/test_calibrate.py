@@ -124,7 +124,7 @@ def test_a_session_reads_the_choice_back_and_spends_what_was_promised(predictor,
     assert [p["threshold"] for p in stored["curve"]] == [p.threshold for p in curve]
     assert (stored["data"], stored["retention"], stored["budget"]) == (str(answered), 0.8, 0.8)
     tiles = [sample.tiles for sample in session.samples(answered)]
-    ratios = torch.cat([session.route(session.encode(of_sample)) for of_sample in tiles])
+    ratios = torch.cat([session.choose_ratios(session.encode(of_sample)) for of_sample in tiles])
     assert (4 / ratios).mean().item() == pytest.approx(chosen.token_fraction)
     assert chosen.token_fraction < 0.8
 

@@ -143,7 +143,9 @@ def test_examples_show_what_was_asked_answered_and_compressed(predictor, answere
         sample = samples[example.question.sample]
         assert len(sample.tiles) >= 4
         with torch.no_grad():
-            assert example.ratios == predictor.route(predictor.model.encode_tiles(sample.tiles)).tolist()
+            assert (
+                example.ratios == predictor.choose_ratios(predictor.model.encode_tiles(sample.tiles)).tolist()
+            )
         asked = dict(
             zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True)
         )

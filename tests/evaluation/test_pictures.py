@@ -71,7 +71,7 @@ def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(predictor, tmp_
     image = read_image(png(tmp_path, COLOURS[0], size))
     features = predictor.model.encode_tiles(tile_image(image, predictor.tiling))
     ratios = route_image(predictor, image)
-    assert ratios == predictor.route(features).tolist()
+    assert ratios == predictor.choose_ratios(features).tolist()
     assert len(ratios) == tiles
     assert routing_picture(predictor, image, ratios).width > 100
 

@@ -2,10 +2,8 @@ import pytest
 import torch
 
 from tests.support.folders import full_ratios, tiled
-from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
-from vico_pl.data.decode import read_image
-from vico_pl.inference.predictor import prompt_texts
+from vico_pl.inference.generate import prompt_texts
 from vico_pl.model.language import run_packed
 
 MAX_NEW = 9
@@ -123,20 +121,6 @@ def test_no_answer_is_longer_than_max_new_tokens(predictor, mixed, limit):
         len(samples),
         limit,
     )
-
-
-@torch.no_grad()
-def test_an_image_is_answered_at_the_ratios_the_router_chooses(predictor, tmp_path, monkeypatch):
-    never_ends(predictor)
-    (tmp_path / "photo.png").write_bytes(encoded_image("PNG", size=(64, 64), seed=100))
-    image, sample = read_image(tmp_path / "photo.png"), tiled(predictor, (64, 64), seed=1)
-    answers = []
-    for ratios in ([4, 4, 4, 4, 4], [16, 4, 16, 4, 4]):
-        monkeypatch.setattr(type(predictor), "route", lambda *_, ratios=ratios: torch.tensor(ratios))
-        answers.append(predictor.answer_image(image, "What is A?", max_new_tokens=MAX_NEW))
-        ids = naive_ids(predictor, sample, "What is A?", torch.tensor(ratios))
-        assert answers[-1] == predictor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert answers[0] != answers[1]
 
 
 def test_training_time_attention_does_not_leak_into_generation(predictor, mixed):

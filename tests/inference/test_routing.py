@@ -111,7 +111,7 @@ def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(predictor):
     gap = probabilities.diff().argmax()
     threshold = probabilities[gap : gap + 2].mean().item()  # in the widest gap: no rounding decides
     object.__setattr__(predictor, "rule", RoutingRule(threshold=threshold))
-    together = predictor.route(features).tolist()
-    alone = map(predictor.route, features.split([len(s.tiles) for s in samples]))
+    together = predictor.choose_ratios(features).tolist()
+    alone = map(predictor.choose_ratios, features.split([len(s.tiles) for s in samples]))
     assert together == torch.cat(list(alone)).tolist()
     assert set(together) == {4, 16}

@@ -90,7 +90,7 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
     turns = parse_conversation(annotation, num_images=len(images))
     return Sample(
         id=record.id,
-        images=[_decode_image(name, record.files[name], limits) for name in images],
+        images=[decode_content(name, record.files[name], limits) for name in images],
         turns=turns,
         metadata={key: value for key, value in annotation.items() if key not in _FIELDS},
     )
@@ -141,7 +141,7 @@ def read_image(path: Path) -> Image:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return _decode_image(path.name, path.read_bytes(), DEFAULT_LIMITS)
+        return decode_content(path.name, path.read_bytes(), DEFAULT_LIMITS)
     except RecordError as error:
         raise ValueError(f"{path}: {error}; expected a {', '.join(IMAGE_EXTENSIONS)} file") from error
 
@@ -240,7 +240,7 @@ def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
     return Turn(role=role, text=text)
 
 
-def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
+def decode_content(name: str, content: Content, limits: ImageLimits) -> Image:
     """Decode an image; any error of the decoder becomes a `RecordError`.
 
     On hostile bytes that may be any exception: OSError, SyntaxError, struct.error, RuntimeError, ...
@@ -277,7 +277,7 @@ def _pixels(content: Content, limits: ImageLimits) -> Image:
     elif image.format == "PNG":
         image.verify()  # checksums of all chunks up to the end, which decoding does not look at
         image = _open_image(content, limits)
-    return _pixels_by_pillow(image)
+    return pillow_pixels(image)
 
 
 def _open_image(content: Content, limits: ImageLimits) -> PIL.Image.Image:
@@ -302,7 +302,8 @@ def _num_scans(jpeg: Content) -> int:
     return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
 
 
-def _pixels_by_pillow(image: PIL.Image.Image) -> Image:
+def pillow_pixels(image: PIL.Image.Image) -> Image:
+    """Return the pixels as RGB: turned by EXIF, transparency on white, 16 bits as 8."""
     image.load()
     with suppress(Exception):  # damaged EXIF turns nothing, as in torchvision
         image = PIL.ImageOps.exif_transpose(image)

@@ -110,7 +110,7 @@ def format_table(report: dict[str, Any]) -> str:
 @torch.no_grad()
 def route_image(predictor: Predictor, image: Image) -> list[int]:
     """Return the ratio the router chooses for each tile of an image, the thumbnail last."""
-    return predictor.route(predictor.encode(tile_image(image, predictor.tiling))).tolist()
+    return predictor.choose_ratios(predictor.encode(tile_image(image, predictor.tiling))).tolist()
 
 
 def routing_picture(
