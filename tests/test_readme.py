@@ -15,6 +15,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "data" / "README.md",
+    ROOT / "docs" / "lmms-eval.md",
     ROOT / "docs" / "models.md",
     ROOT / "docs" / "reliability.md",
     ROOT / "benchmarks" / "README.md",

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import json
 import tomllib
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from vico_pl.inference.predictor import Predictor
 ROOT = BENCHMARKS.parent
 TASK = ROOT / "docs" / "lmms_eval" / "glyphs.yaml"
 CLASS = "vico_pl.inference.lmms_model.VicoChat"
-SETTINGS = {"max_new_tokens": 6, "until": []}
 
 
 def image(number):
@@ -119,15 +117,14 @@ def test_a_setting_without_effect_warns(name, value):
 # --- With lmms-eval -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def lmms_eval():
-    return pytest.importorskip("lmms_eval")
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model that compresses some tiles."""
-    return write_model_folder(tmp_path_factory.mktemp("lmms") / "model", threshold=0.5)
+def chat_class():
+    pytest.importorskip("lmms_eval")
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest())
+    return registry.get_model_class("vico_pl")
 
 
 def requests_for(model, conversations, settings):
@@ -142,28 +139,27 @@ def requests_for(model, conversations, settings):
     ]
 
 
-@pytest.mark.filterwarnings("ignore")  # of lmms-eval and what it imports
-def test_requests_get_the_answers_that_the_predictor_gives_alone(lmms_eval, folder, tmp_path):
-    from lmms_eval.models.registry_v2 import ModelRegistryV2
-
-    registry = ModelRegistryV2()
-    registry.register_manifest(manifest())
-    arguments = f"pretrained={folder},batch_size=3,max_new_tokens=4"
-    model = registry.get_model_class("vico_pl").create_from_arg_string(arguments, {"batch_size": 1})
+def conversations_of_all_kinds():
     pictures = [Image.effect_noise((64, 32 * n), 90) for n in (1, 2, 3)]
     parts = [{"type": "image", "url": picture} for picture in pictures]
-    conversations = [
-        [user(parts[number % 3], text(f"What is {letter}?"))] for number, letter in enumerate("ABCDE")
-    ]
-    conversations += [[user(text("What is F?"))], [user(*parts, text("What is G?"))]]
-    conversations += [[*conversations[0], {"role": "assistant", "content": "red"}, user(text("And H?"))]]
+    questions = [[user(parts[i % 3], text(f"What is {x}?"))] for i, x in enumerate("ABCDE")]
+    turns = [*questions[0], {"role": "assistant", "content": "red"}, user(text("And H?"))]
+    return [*questions, [user(text("What is F?"))], [user(*parts, text("What is G?"))], turns]
+
+
+@pytest.mark.filterwarnings("ignore")  # of lmms-eval and what it imports
+def test_requests_get_the_answers_that_the_predictor_gives_alone(chat_class, tmp_path):
+    folder = write_model_folder(tmp_path / "model", threshold=0.5)
+    model = chat_class.create_from_arg_string(
+        f"pretrained={folder},batch_size=3,max_new_tokens=4", {"batch_size": 1}
+    )
+    conversations = conversations_of_all_kinds()
     settings = [{"max_new_tokens": 6} if number % 2 else {"until": ["e"]} for number in range(8)]
     results = model.generate_until(requests_for(model, conversations, settings))
     predictor = Predictor.load(folder)
     for conversation, given, result in zip(conversations, settings, results, strict=True):
         images, texts = read_messages(conversation)
-        arguments = generation_settings(given, max_new_tokens=4)
-        (answer,) = predictor.generate([images], [texts], **arguments)
+        (answer,) = predictor.generate([images], [texts], **generation_settings(given, max_new_tokens=4))
         assert result.text == answer.text
         assert result.token_counts.to_dict() == {
             "input_tokens": answer.prompt_tokens,
@@ -172,46 +168,48 @@ def test_requests_get_the_answers_that_the_predictor_gives_alone(lmms_eval, fold
             "full_vision_tokens": answer.full_vision_tokens,
         }
     assert len({result.text for result in results}) > 2
-    with pytest.raises(NotImplementedError, match="only answers tasks of output_type generate_until"):
-        model.loglikelihood([])
-    with pytest.raises(ValueError, match="task, document 0: a message has a part of type 'audio'"):
-        model.generate_until(requests_for(model, [[user({"type": "audio", "url": ""})]], [{}]))
+    assert any(
+        0 < r.token_counts.to_dict()["vision_tokens"] < r.token_counts.to_dict()["full_vision_tokens"]
+        for r in results
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_task_on_the_page_scores_what_the_benchmark_says(
-    lmms_eval, folder, shards, tmp_path, monkeypatch
+    chat_class, model_folder, answered, tmp_path, monkeypatch
 ):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    score = load_benchmark("lmms").main([str(folder), f"--data={shards}", "--output=runs/lmms", "--images=4"])
-    lines = Path("runs/lmms/questions.jsonl").read_text().splitlines()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    own = [str(model_folder), f"--data={answered}", "--output=runs/lmms", "--threshold=0"]
+    score = load_benchmark("lmms").main(own)
     results = simple_evaluate(
         "vico_pl",
-        model_args=f"pretrained={folder},batch_size=4,threshold=1.1",
+        model_args=f"pretrained={model_folder},batch_size=4,threshold=0",
         tasks=[yaml.safe_load(TASK.read_text())["task"]],
         task_manager=TaskManager(include_path=str(TASK.parent)),
     )
+    assert 0 < score < 1
     assert results["results"]["glyphs"]["exact_match,none"] == pytest.approx(score)
-    counts = [sample["token_counts"][0] for sample in results["samples"]["glyphs"]]
-    assert len(counts) == len(lines)
-    assert all(count["vision_tokens"] == count["full_vision_tokens"] for count in counts)
-    assert json.loads(lines[0])["image"] == "runs/lmms/images/00000000.png"
+    samples = results["samples"]["glyphs"]
+    assert len(samples) == len(Path("runs/lmms/questions.jsonl").read_text().splitlines())
+    assert all(
+        s["token_counts"][0]["vision_tokens"] * 4 == s["token_counts"][0]["full_vision_tokens"]
+        for s in samples
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("changes", "given", "reason"),
-    [
-        ({}, {"batch_size": "auto"}, "batch_size is auto; expected a whole number from 1"),
-        ({"router_heads": None}, {"threshold": 0.5}, "threshold is 0.5, but .* has no router"),
-    ],
-)
-def test_arguments_of_the_model_are_checked(lmms_eval, tmp_path, changes, given, reason):
-    from vico_pl.inference.lmms_model import VicoChat
-
-    with pytest.raises(ValueError, match=reason):
-        VicoChat(pretrained=str(write_model_folder(tmp_path / "model", **changes)), **given)
+def test_what_the_class_cannot_do_is_said(chat_class, tmp_path):
+    folder = str(write_model_folder(tmp_path / "model", router_heads=None))
+    with pytest.raises(ValueError, match="batch_size is auto; expected a whole number from 1"):
+        chat_class(pretrained=folder, batch_size="auto")
+    with pytest.raises(ValueError, match=r"threshold is 0\.5, but .* has no router"):
+        chat_class(pretrained=folder, threshold=0.5)
+    model = chat_class(pretrained=folder)
+    with pytest.raises(NotImplementedError, match="only answers tasks of output_type generate_until"):
+        model.loglikelihood([])
+    with pytest.raises(ValueError, match="documents task 0: a message has a part of type 'audio'"):
+        model.generate_until(requests_for(model, [[user({"type": "audio", "url": ""})]], [{}]))

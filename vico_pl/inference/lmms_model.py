@@ -1,7 +1,7 @@
 """The model as lmms-eval loads it: `lmms-eval --model vico_pl --model_args pretrained=MODEL`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -17,17 +17,18 @@ from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import RoutingRule
 
 
-@dataclass(kw_only=True)
-class VisionTokenCounts(TokenCounts):
+class AnswerTokens(TokenCounts):
     """Tokens of a request, which lmms-eval writes into its log of samples."""
 
-    vision_tokens: int  # part of input_tokens
-    full_vision_tokens: int  # what they would be without compression
+    def __init__(self, answer: Answer) -> None:
+        """Count those of an answer."""
+        super().__init__(input_tokens=answer.prompt_tokens, output_tokens=answer.new_tokens)
+        full = answer.full_vision_tokens  # without compression
+        self._vision = {"vision_tokens": answer.vision_tokens, "full_vision_tokens": full}
 
     def to_dict(self) -> dict[str, int | None]:
         """Return what the log gets."""
-        vision = {"vision_tokens": self.vision_tokens, "full_vision_tokens": self.full_vision_tokens}
-        return {**super().to_dict(), **vision}
+        return {**super().to_dict(), **self._vision}
 
 
 class VicoChat(lmms):
@@ -42,7 +43,7 @@ class VicoChat(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_new_tokens: int = 1024,  # where a task sets none
-        threshold: float | None = None,  # P(compress) from which a tile is compressed; None: as calibrated
+        threshold: float | int | None = None,  # P(compress) to compress a tile at; None: as calibrated
     ) -> None:
         """Load the model, in runs of several ranks on the device of this one.
 
@@ -75,42 +76,29 @@ class VicoChat(lmms):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[2]), []).append(number)
-        results: dict[int, GenerationResult] = {}
+        size, answers = self.batch_size, dict[int, Answer]()
         with tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as progress:
-            for numbers in groups.values():
-                for first in range(0, len(numbers), self.batch_size):
-                    batch = numbers[first : first + self.batch_size]
-                    answers = self._answer([requests[number] for number in batch])
-                    results.update(zip(batch, map(_result, answers), strict=True))
-                    progress.update(len(batch))
-        return [results[number] for number in range(len(requests))]
+            for batch in (
+                group[i : i + size] for group in groups.values() for i in range(0, len(group), size)
+            ):
+                answers.update(zip(batch, self._answer([requests[i].args for i in batch]), strict=True))
+                progress.update(len(batch))
+        found = (answers[number] for number in range(len(requests)))
+        return [GenerationResult(answer.text, AnswerTokens(answer)) for answer in found]
 
-    def _answer(self, requests: Sequence[Instance]) -> list[Answer]:
-        asked = [self._read(*request.args) for request in requests]
-        images, prompts = [images for images, _ in asked], [texts for _, texts in asked]
-        settings = generation_settings(requests[0].args[2], max_new_tokens=self.max_new_tokens)
-        return self.predictor.generate(images, prompts, batch_size=len(prompts), **settings)
-
-    def _read(
-        self, _: str, to_messages: Any, __: Any, document: int, task: str, split: str
-    ) -> tuple[list[Any], list[str]]:
+    def _answer(self, batch: Sequence[tuple[Any, ...]]) -> list[Answer]:
+        """Answer requests with the same settings."""
+        settings = generation_settings(batch[0][2], max_new_tokens=self.max_new_tokens)
         try:
-            return read_messages(to_messages(self.task_dict[task][split][document]))
+            chats = [to_messages(self.task_dict[t][s][n]) for _, to_messages, _, n, t, s in batch]
+            images, prompts = zip(*map(read_messages, chats), strict=True)
+            return self.predictor.generate(images, prompts, batch_size=len(batch), **settings)
         except ValueError as error:
-            raise ValueError(f"{task}, document {document}: {error}") from error
+            documents = ", ".join(f"{task} {number}" for *_, number, task, _ in batch)
+            raise ValueError(f"documents {documents}: {error}") from error
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
         """Refuse what needs probabilities of given texts, as chat models of lmms-eval do."""
         raise NotImplementedError("vico_pl only answers tasks of output_type generate_until")
 
     generate_until_multi_round = loglikelihood
-
-
-def _result(answer: Answer) -> GenerationResult:
-    counts = VisionTokenCounts(
-        input_tokens=answer.prompt_tokens,
-        output_tokens=answer.new_tokens,
-        vision_tokens=answer.vision_tokens,
-        full_vision_tokens=answer.full_vision_tokens,
-    )
-    return GenerationResult(text=answer.text, token_counts=counts)
