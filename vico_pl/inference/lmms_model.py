@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vico_pl.inference.generate import Answer
 from vico_pl.inference.lmms import generation_settings, read_messages
 from vico_pl.inference.predictor import Predictor
-from vico_pl.model.router import RoutingRule
+from vico_pl.model.router import NEVER, RoutingRule
 
 
 class AnswerTokens(TokenCounts):
@@ -62,7 +62,7 @@ class VicoChat(lmms):
         if threshold is not None:
             if self.predictor.model.router is None:
                 raise ValueError(f"threshold is {threshold}, but {pretrained} has no router")
-            rule = self.predictor.rule or RoutingRule(threshold=threshold)
+            rule = self.predictor.rule or RoutingRule(threshold=NEVER)
             self.predictor = replace(self.predictor, rule=replace(rule, threshold=float(threshold)))
 
     @classmethod
