@@ -94,6 +94,7 @@ def test_messages_that_are_no_questions_are_refused(messages, reason):
         ({}, {"max_new_tokens": 32}),
         ({"max_new_tokens": 16, "until": "Q:"}, {"max_new_tokens": 16, "stop_strings": ("Q:",)}),
         ({"until": ["\n\n", "", "\n"]}, {"stop_strings": ("\n",)}),
+        ({"until": 7}, {"stop_strings": ("7",)}),  # as the command line reads `until=7`
         ({"until": None, "temperature": None, "num_beams": 1}, {}),
         ({"temperature": 0.0, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
         ({"temperature": 0.5, "top_p": 0.9}, {"temperature": 0.5, "top_p": 0.9, "do_sample": True}),

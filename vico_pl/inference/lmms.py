@@ -62,7 +62,7 @@ def generation_settings(gen_kwargs: Mapping[str, Any], *, max_new_tokens: int) -
     {'max_new_tokens': 9, 'stop_strings': ('Q:',), 'temperature': 0, 'do_sample': False}
     """
     given = {"until": (), **{name: value for name, value in gen_kwargs.items() if value is not None}}
-    until = [given["until"]] if isinstance(given["until"], str) else given["until"]
+    until = given["until"] if isinstance(given["until"], list | tuple) else [str(given["until"])]
     samples = given.get("do_sample", True) and float(given.get("temperature", "do_sample" in given)) > 0
     unused = given.keys() - {*OPTIONS, "until", "max_new_tokens", "num_beams"}
     if unused or given.get("num_beams", 1) != 1:
