@@ -1,7 +1,5 @@
 """Pooling, FastV and serving costs against other ways to compute them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,11 +17,13 @@ LAYERS = 4
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama", "qwen3_moe"])
-def predictor(request, tmp_path_factory):
+def endless(request, tmp_path_factory):
+    """A model of four layers whose answers never end."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     changes = {"model_type": request.param, "num_hidden_layers": LAYERS, "vocab_size": len(fixed_tokenizer())}
     language = {**SMALL, **changes, **(experts if request.param == "qwen3_moe" else {})}
-    return Predictor.load(write_model_folder(tmp_path_factory.mktemp("fastv") / "model", language=language))
+    folder = tmp_path_factory.mktemp("fastv") / "model"
+    return Predictor.load(write_model_folder(folder, ends=False, language=language))
 
 
 # --- Pooling ------------------------------------------------------------------------------------------------
@@ -65,66 +65,67 @@ def test_a_pooling_model_differs_where_tiles_are_compressed(wide):
 # --- FastV --------------------------------------------------------------------------------------------------
 
 
-def by_masking(predictor, sample, prompt, *, keep_fraction, num_tokens):
+def by_masking(predictor, sample, *, keep_fraction, num_tokens):
     """FastV without cache: all tokens in all layers, where later ones do not see those that were dropped."""
     model, base = predictor.model, predictor.model.language.base_model
-    batch = collate([predictor.encode_prompt(sample, prompt)])
-    features = model.encode_tiles(sample.tiles)
-    ids, num_dropped, dropped = [], None, []
+    batch = collate([predictor.encode_prompt(sample, "What is A?")])
+    spliced = model.splice_batch(batch, model.encode_tiles(sample.tiles), full_ratios(sample)[0])
+    vision = [int(start) + i for start in spliced.tile_starts for i in range(4)]
+    model.language.set_attn_implementation("eager")
+    given, ids, dropped = len(spliced.embeddings), [], None
     for _ in range(num_tokens):
-        hidden = model.splice_batch(batch, features, full_ratios(sample)[0]).embeddings[None]
-        text = hidden.shape[1]
-        hidden = torch.cat([hidden, base.embed_tokens(torch.tensor([ids], dtype=torch.int64))], dim=1)
-        model.language.set_attn_implementation("eager")
-        positions = torch.arange(hidden.shape[1])[None]
-        rotary = base.rotary_emb(hidden, position_ids=positions)
-        causal = torch.full((hidden.shape[1],) * 2, -torch.inf).triu(1)
-        weights = []
-        hook = base.layers[1].self_attn.register_forward_hook(lambda *given: weights.append(given[2][1]))
+        embeddings = [spliced.embeddings, base.embed_tokens(torch.tensor(ids, dtype=torch.int64))]
+        hidden = torch.cat(embeddings)[None]
+        rotary = base.rotary_emb(hidden, position_ids=torch.arange(hidden.shape[1])[None])
+        mask = torch.full((hidden.shape[1],) * 2, -torch.inf).triu(1)
         for number, layer in enumerate(base.layers):
-            mask = causal.clone()
-            if number >= 2:
-                if num_dropped is None:
-                    starts = model.splice_batch(batch, features, full_ratios(sample)[0]).tile_starts
-                    vision = [int(start) + i for start in starts for i in range(4)]
-                    received = weights[0][0, :, text - 1].mean(0)
-                    num_dropped = len(vision) - round(keep_fraction * len(vision))
-                    dropped = sorted(vision, key=lambda place: received[place])[:num_dropped]
+            if number == 1 and dropped is None:
+                states = layer.input_layernorm(hidden)
+                weights = layer.self_attn(
+                    states, position_embeddings=rotary, attention_mask=mask[None, None]
+                )[1]
+                received = weights[0, :, given - 1].mean(0)
+                num_dropped = len(vision) - round(keep_fraction * len(vision))
+                dropped = sorted(vision, key=lambda place, of=received: of[place])[:num_dropped]
+            if number == 2:
                 mask[:, dropped] = -torch.inf
                 mask.fill_diagonal_(0)  # what a dropped token computes, nobody sees
             hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=rotary)
-        hook.remove()
         ids.append(int((base.norm(hidden[0, -1]) @ model.head.T).argmax()))
-    end = predictor.tokenizer.eos_token_id
-    ids = ids[: ids.index(end)] if end in ids else ids
     return predictor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-SAMPLES = [[(64, 64)], [(64, 32), (32, 32)]]
+SIZES = [[(64, 64)], [(64, 32), (32, 32)]]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", SAMPLES, ids=["one image", "two images"])
+@pytest.mark.parametrize("sizes", SIZES, ids=["one image", "two images"])
 @pytest.mark.parametrize("keep_fraction", [0.0, 0.3, 0.5])
-def test_fastv_answers_as_if_later_layers_did_not_see_what_is_dropped(predictor, sizes, keep_fraction):
+def test_fastv_answers_as_if_later_layers_did_not_see_what_is_dropped(endless, sizes, keep_fraction):
     answers, full = [], []
     for seed in range(3):
-        sample = tiled(predictor, *sizes, seed=seed)
-        given = {"keep_fraction": keep_fraction}
-        answers.append(fastv_answers(predictor, sample, "What is A?", max_new_tokens=6, **given))
-        assert answers[-1] == by_masking(predictor, sample, "What is A?", num_tokens=6, **given)
-        full.append(fastv_answers(predictor, sample, "What is A?", max_new_tokens=6, keep_fraction=1))
-    assert answers != full, "dropping tokens makes a difference"
+        sample, question = tiled(endless, *sizes, seed=seed), "What is A?"
+        answers += [fastv_answers(endless, sample, question, keep_fraction=keep_fraction, max_new_tokens=6)]
+        full += [fastv_answers(endless, sample, question, keep_fraction=1, max_new_tokens=6)]
+        assert answers[-1] == by_masking(endless, sample, keep_fraction=keep_fraction, num_tokens=6)
+    assert answers != full or keep_fraction, "dropping all tokens makes a difference"
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("sizes", [[], *SAMPLES], ids=["text only", "one image", "two images"])
-def test_fastv_that_keeps_everything_answers_as_usual(predictor, sizes):
+def check_that_all_kept_is_as_usual(asked, sizes):
     for seed, prompt in enumerate(["What is A?", "What is F?", ["What is A?", "red", "And B?"]]):
-        sample = tiled(predictor, *sizes, seed=seed)
-        features, ratios = [predictor.encode(sample.tiles)], full_ratios(sample)
-        (usual,) = predictor.answer([sample], [prompt], features=features, ratios=ratios, max_new_tokens=8)
-        assert fastv_answers(predictor, sample, prompt, keep_fraction=1, max_new_tokens=8) == usual
+        sample = tiled(asked, *sizes, seed=seed)
+        features, ratios = [asked.encode(sample.tiles).detach()], full_ratios(sample)
+        (usual,) = asked.answer([sample], [prompt], features=features, ratios=ratios, max_new_tokens=8)
+        assert fastv_answers(asked, sample, prompt, keep_fraction=1, max_new_tokens=8) == usual
+
+
+@pytest.mark.parametrize("sizes", [[], *SIZES], ids=["text only", "one image", "two images"])
+def test_fastv_that_keeps_everything_answers_as_usual(endless, sizes):
+    check_that_all_kept_is_as_usual(endless, sizes)
+
+
+def test_fastv_ends_where_the_turn_ends(predictor):
+    check_that_all_kept_is_as_usual(predictor, SIZES[0])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_what_fastv_cannot_run_is_refused(tmp_path, model_type, changes, keep_fr
 
 # --- Serving cost -------------------------------------------------------------------------------------------
 
-# By hand: a layer of the tiny model has 1024 + 512 + 512 + 1024 weights in attention and 3 x 32 x 48 in its MLP.
+# By hand: a layer of the tiny model has 1024 + 512 + 512 + 1024 weights in attention, 3 x 32 x 48 in its MLP.
 PER_TOKEN, PER_PAIR, HEAD = 2 * 7680, 2 * 2 * 32, 2 * 32 * 61  # of a layer, of a layer, of the model
 KEYS_AND_VALUES = 2 * 16 * 4  # bytes of a token in a layer, float32
 
@@ -152,15 +153,15 @@ KEYS_AND_VALUES = 2 * 16 * 4  # bytes of a token in a layer, float32
 @torch.no_grad()
 def test_serving_cost_is_what_is_counted_and_cached():
     model, cache = tiny_model(), DynamicCache()
-    cost = serving_cost(model, text_tokens=3, vision_tokens=4)
-    assert cost == (2 * (PER_TOKEN * 7 + PER_PAIR * 28) + HEAD, 2 * KEYS_AND_VALUES * 7)
+    flops, num_bytes = serving_cost(model, text_tokens=3, vision_tokens=4)
+    assert (flops, num_bytes) == (2 * (PER_TOKEN * 7 + PER_PAIR * 28) + HEAD, 2 * KEYS_AND_VALUES * 7)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         model.language(inputs_embeds=torch.randn(1, 7, WIDTH), past_key_values=cache, logits_to_keep=1)
     upper_half = 2 * PER_PAIR * (49 - 28)  # this kernel computes all pairs
-    assert counter.get_total_flops() == cost.flops + upper_half
+    assert counter.get_total_flops() == flops + upper_half
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    assert sum(tensor.nbytes for tensor in tensors) == cost.kv_bytes
+    assert sum(tensor.nbytes for tensor in tensors) == num_bytes
 
 
 def test_serving_cost_of_fastv_has_two_layers_at_full_length():
@@ -168,7 +169,7 @@ def test_serving_cost_of_fastv_has_two_layers_at_full_length():
     cost = serving_cost(model, text_tokens=3, vision_tokens=4, keep_fraction=0.5)
     full, kept = PER_TOKEN * 7 + PER_PAIR * 28, PER_TOKEN * 5 + PER_PAIR * 15
     assert cost == (2 * full + 2 * kept + HEAD, KEYS_AND_VALUES * (2 * 7 + 2 * 5))
-    half = replace(model.spec, language=SMALL)
-    assert serving_cost(type(model)(half), text_tokens=3, vision_tokens=4, keep_fraction=0.5) == serving_cost(
-        type(model)(half), text_tokens=3, vision_tokens=4
+    short = tiny_model()
+    assert serving_cost(short, text_tokens=3, vision_tokens=4, keep_fraction=0.5) == serving_cost(
+        short, text_tokens=3, vision_tokens=4
     ), "a model of two layers drops nothing"

@@ -1,13 +1,13 @@
 """Fewer vision tokens on any model without training, and what a prompt costs to serve."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
-from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
+from transformers import AttentionInterface, DynamicCache
 
 from vico_pl.data.collate import collate
 from vico_pl.inference.generate import Prompt
@@ -24,21 +24,19 @@ FASTV_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")  # whose layers run on
 
 
 class PooledConnector(nn.Module):
-    """Full vision tokens, averaged over squares of their grid."""
+    """Averages the tokens of a full connector over squares of their grid, to one per `ratio` patches."""
 
     def __init__(self, full: nn.Module, ratio: int) -> None:
-        """Average the tokens of a full connector to one per `ratio` patches."""
         super().__init__()
         self.full, self.side = full, math.isqrt(ratio // FULL_RATIO)
 
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T N D"]:
         """Turn the patch features of each tile into its vision tokens."""
         tokens = self.full(features)
-        grid = tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))  # T D rows columns
-        return avg_pool2d(grid, self.side).flatten(2).transpose(1, 2)
+        grid = tokens.mT.unflatten(2, (math.isqrt(tokens.shape[1]), -1))  # T D rows columns
+        return avg_pool2d(grid, self.side).flatten(2).mT
 
 
-@torch.no_grad()
 def pooled_tokens(
     model: VisionLanguageModel, features: Float[Tensor, "T P C"], *, ratio: int
 ) -> Float[Tensor, "T N D"]:
@@ -47,13 +45,12 @@ def pooled_tokens(
 
 
 def with_pooling(model: VisionLanguageModel) -> VisionLanguageModel:
-    """Return a model with the same weights that averages full vision tokens where this one compresses."""
-    pooled = build_without_weights(model.spec)
+    """Return a model of the same weights that averages full vision tokens where this one compresses."""
+    pooled, full = build_without_weights(model.spec).eval(), model.connectors.by_ratio[str(FULL_RATIO)]
     pooled.vision, pooled.language, pooled.router = model.vision, model.language, model.router
-    full = model.connectors.by_ratio[str(FULL_RATIO)]
-    for ratio in model.ratios:
-        pooled.connectors.by_ratio[str(ratio)] = full if ratio == FULL_RATIO else PooledConnector(full, ratio)
-    return pooled.eval()
+    for ratio in model.ratios:  # at the full ratio, an average of one
+        pooled.connectors.by_ratio[str(ratio)] = PooledConnector(full, ratio)
+    return pooled
 
 
 @torch.no_grad()
@@ -62,7 +59,7 @@ def fastv_answers(
     sample: TiledSample,
     prompt: Prompt,
     *,
-    keep_fraction: float,
+    keep_fraction: float | int,
     max_new_tokens: int = 64,
 ) -> str:
     """Answer a prompt as FastV does (arXiv 2403.06764), from full vision tokens.
@@ -75,7 +72,7 @@ def fastv_answers(
     """
     model, device = predictor.model, predictor.device
     base: Any = model.language.base_model
-    check_fastv(base.config, keep_fraction)
+    _check_fastv(base, keep_fraction)
     ratios = torch.full((len(sample.tiles),), FULL_RATIO, device=device)
     batch = collate([predictor.encode_prompt(sample, prompt)]).to(device)
     spliced = model.splice_batch(batch, predictor.encode(sample.tiles), ratios)
@@ -98,15 +95,11 @@ def fastv_answers(
     return str(predictor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def check_fastv(config: PreTrainedConfig, keep_fraction: float) -> None:
-    """Check that `fastv_answers` can run.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if config.model_type not in FASTV_FAMILIES or "sliding_attention" in (config.layer_types or ()):
+def _check_fastv(base: Any, keep_fraction: float | int) -> None:
+    windows = any(getattr(layer.self_attn, "sliding_window", None) for layer in base.layers)
+    if base.config.model_type not in FASTV_FAMILIES or windows:
         expected = f"one of {', '.join(FASTV_FAMILIES)}, without sliding windows"
-        raise ValueError(f"the language model is {config.model_type}; FastV needs {expected}")
+        raise ValueError(f"the language model is {base.config.model_type}; FastV needs {expected}")
     if not 0 <= keep_fraction <= 1:
         raise ValueError(f"keep_fraction is {keep_fraction}; expected 0 to 1")
 
@@ -136,24 +129,23 @@ def _attention(
     if "received" in given:
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         given["received"].append((query[:, :, -1:] @ keys.mT * scaling).float().softmax(-1).mean((0, 1, 2)))
-    settings: dict[str, Any] = {"is_causal": query.shape[2] > 1, "scale": scaling, "enable_gqa": True}
-    return scaled_dot_product_attention(query, key, value, **settings).transpose(1, 2), None
+    several = query.shape[2] > 1
+    output = scaled_dot_product_attention(
+        query, key, value, is_causal=several, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register(_ATTENTION, _attention)
 
 
-class ServingCost(NamedTuple):
-    """What a prompt costs before its first answer token."""
-
-    flops: float  # of the language model and the first token's logits
-    kv_bytes: int  # keys and values that decoding reads
-
-
 def serving_cost(
-    model: VisionLanguageModel, *, text_tokens: int, vision_tokens: int, keep_fraction: float = 1.0
-) -> ServingCost:
-    """Return the cost of a prompt; with `keep_fraction`, of the vision tokens after FastV's two layers."""
+    model: VisionLanguageModel, *, text_tokens: int, vision_tokens: int, keep_fraction: float | int = 1
+) -> tuple[float, int]:
+    """Return the operations of a prompt up to the first answer token, and the bytes of its keys and values.
+
+    The vision encoder is not in it. With `keep_fraction`, it is the cost of FastV.
+    """
     per_token, per_pair, logits = language_costs(model)
     config, flops, cached = model.language.config, logits, 0.0
     early = min(1, FASTV_LAYERS / config.num_hidden_layers)
@@ -162,5 +154,5 @@ def serving_cost(
         flops += share * (per_token * length + per_pair * length * (length + 1) / 2)
         cached += share * length
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = 2 * config.num_hidden_layers * heads * head_width(config)  # keys and values
-    return ServingCost(flops, round(cached * width * model.head.element_size()))
+    numbers_per_token = 2 * config.num_hidden_layers * heads * head_width(config)  # keys and values
+    return flops, round(cached * numbers_per_token * model.head.element_size())
