@@ -117,6 +117,8 @@ def check_that_all_kept_is_as_usual(asked, sizes):
         features, ratios = [asked.encode(sample.tiles).detach()], full_ratios(sample)
         (usual,) = asked.answer([sample], [prompt], features=features, ratios=ratios, max_new_tokens=8)
         assert fastv_answers(asked, sample, prompt, keep_fraction=1, max_new_tokens=8) == usual
+        again = {"features": features[0], "keep_fraction": 1, "max_new_tokens": 8}
+        assert fastv_answers(asked, sample, prompt, **again) == usual
 
 
 @pytest.mark.parametrize("sizes", [[], *SIZES], ids=["text only", "one image", "two images"])
@@ -132,7 +134,7 @@ def test_fastv_ends_where_the_turn_ends(predictor):
     ("model_type", "changes", "keep_fraction", "reason"),
     [
         ("qwen3", {}, 1.5, "keep_fraction is 1.5; expected 0 to 1"),
-        ("granite", {}, 0.5, "the language model is granite; FastV needs one of llama"),
+        ("gpt2", {}, 0.5, "the language model is gpt2; FastV needs one of llama"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, 0.5, "without sliding windows"),
     ],
 )

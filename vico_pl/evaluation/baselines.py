@@ -61,21 +61,24 @@ def fastv_answers(
     *,
     keep_fraction: float | int,
     max_new_tokens: int = 64,
+    features: Float[Tensor, "T P C"] | None = None,
 ) -> str:
     """Answer a prompt as FastV does (arXiv 2403.06764), from full vision tokens.
 
     Two layers see them all. The next see, at their old positions, the fraction to which the prompt's last
-    token pays most attention in the second layer, averaged over heads.
+    token pays most attention in the second layer, averaged over heads. `features` are the patch features of
+    the sample, if they are known.
 
     Raises:
-        ValueError: the fraction is none, or the language model is of another family.
+        ValueError: the fraction is not from 0 to 1, or the language model is of another family.
     """
     model, device = predictor.model, predictor.device
     base: Any = model.language.base_model
     _check_fastv(base, keep_fraction)
     ratios = torch.full((len(sample.tiles),), FULL_RATIO, device=device)
+    features = predictor.encode(sample.tiles) if features is None else features
     batch = collate([predictor.encode_prompt(sample, prompt)]).to(device)
-    spliced = model.splice_batch(batch, predictor.encode(sample.tiles), ratios)
+    spliced = model.splice_batch(batch, features, ratios)
     within = torch.arange(model.tokens_per_full_tile, device=device)
     vision = (spliced.tile_starts[:, None] + within).flatten()  # positions of vision tokens
     model.language.set_attn_implementation(_ATTENTION)
@@ -87,19 +90,21 @@ def fastv_answers(
     num_kept = len(positions) - len(vision) + round(keep_fraction * len(vision))
     kept = rank.topk(num_kept).indices.sort().values
     states = _run(base, states[kept], positions[kept], cache, slice(FASTV_LAYERS, None))
-    ids, end = list[int](), token_id(predictor.tokenizer, TURN_END)
-    while len(ids) < max_new_tokens and end not in ids:
+    ids = list[int]()
+    for _ in range(max_new_tokens):
         ids.append(int((model.head @ base.norm(states[-1])).argmax()))
+        if ids[-1] == token_id(predictor.tokenizer, TURN_END):
+            break
         embedding = base.get_input_embeddings()(torch.tensor(ids[-1:], device=device))
         states = _run(base, embedding, positions[-1:] + len(ids), cache, slice(None))
     return str(predictor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _check_fastv(base: Any, keep_fraction: float | int) -> None:
-    windows = any(getattr(layer.self_attn, "sliding_window", None) for layer in base.layers)
-    if base.config.model_type not in FASTV_FAMILIES or windows:
+    family = base.config.model_type
+    if family not in FASTV_FAMILIES or any(getattr(x.self_attn, "sliding_window", None) for x in base.layers):
         expected = f"one of {', '.join(FASTV_FAMILIES)}, without sliding windows"
-        raise ValueError(f"the language model is {base.config.model_type}; FastV needs {expected}")
+        raise ValueError(f"the language model is {family}; FastV needs {expected}")
     if not 0 <= keep_fraction <= 1:
         raise ValueError(f"keep_fraction is {keep_fraction}; expected 0 to 1")
 
