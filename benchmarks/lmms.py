@@ -15,7 +15,6 @@ from torchvision.io import write_png
 
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.tiling import tile_sample
-from vico_pl.evaluation.metrics import is_correct
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import RoutingRule
 
@@ -45,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> float:
             (answer,) = predictor.answer(
                 [tiled], [question], features=[features], ratios=[predictor.choose_ratios(features)]
             )
-            correct.append(is_correct(answer, expected.text))
+            correct.append(
+                answer.strip().lower() == expected.text.strip().lower()
+            )  # exact_match, ignore_case
     (given.output / "questions.jsonl").write_text("\n".join(lines) + "\n")
     score = sum(correct) / len(correct)
     sys.stdout.write(f"{sum(correct)} of {len(correct)} questions right: {score:.6f}\n")

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from tests.support.folders import fixed_tokenizer, full_ratios, tiled, write_model_folder
 from tests.support.tiny import WIDTH, tiny_model, tiny_spec
 from vico_pl.data.collate import collate
-from vico_pl.evaluation.baselines import fastv_answers, pooled_tokens, serving_cost, with_pooling
+from vico_pl.evaluation.untrained import fastv_answers, pooled_tokens, serving_cost, with_pooling
 from vico_pl.inference.predictor import Predictor
 
 SMALL = tiny_spec().language
