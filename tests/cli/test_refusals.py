@@ -36,19 +36,6 @@ def places(recipe, model, answered, photo, tmp_path, monkeypatch):
         ("train {recipe} 'data.sources=[{{path: {here}/absent}}]'", "no such folder of shards"),
         ("train {recipe} 'data.sources=[{{path: {here}/empty}}]'", "no shard found; expected names such as"),
         ("train {recipe} data.sources.7.path=x", "{recipe}"),
-        (
-            "train {recipe} 'data.sources=[{{path: a, weight: 1}}, {{path: b}}]'",
-            "b needs a 'weight'",
-        ),
-        (
-            "train {recipe} 'data.sources=[{{path: a, weight: 1, steps: 5}}]'",
-            "a has 'steps' where",
-        ),
-        (
-            "train {recipe} 'data.sources=[{{path: a, weight: 0}}]'",
-            "a has weight 0.0; expected a number",
-        ),
-        ("train {recipe} 'data.sources=[{{path: a, weight: .inf}}]'", "a has weight inf; expected a number"),
         ("train {recipe} trainer.accelerator=tpu", "trainer: "),
         ("plan {recipe} model.path=someone/something", "someone/something: its shape is not known here"),
         *((f"shards {name} {{here}}/absent", "no such folder of shards") for name in INSPECT),
@@ -98,7 +85,6 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
         *((WEIGHTS_NAME, content, GENERATE, "no readable weights") for content in ("{", "")),
         *((CONFIG_NAME, content, GENERATE, f"{{model}}/{CONFIG_NAME}") for content in ("{", "")),
         (CALIBRATION_NAME, None, ROUTE, "run 'vico calibrate' on a model of stage router"),
-        (CALIBRATION_NAME, None, "eval {model} --data {answered}", "run 'vico calibrate' on it first"),
     ],
 )
 def test_a_model_folder_that_lacks_something_is_refused_by_its_name(

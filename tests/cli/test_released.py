@@ -49,7 +49,7 @@ def shards(vico, tmp_path):
         for skill, answer in ANSWERS.items():
             mark = "" if turns else "<image>\n"
             turns += [{"from": "human", "value": f"{mark}What {skill}?"}, {"from": "gpt", "value": answer}]
-        lines.append({"image": f"{number}.jpg", "conversations": turns, "skills": list(ANSWERS)})
+        lines.append({"image": f"{number}.jpg", "conversations": turns})
     annotations = tmp_path / "annotations.jsonl"
     annotations.write_text("\n".join(map(json.dumps, lines)))
     code, *_ = vico(

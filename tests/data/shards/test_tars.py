@@ -49,3 +49,20 @@ def test_names_are_split_as_webdataset_splits_them(name):
     is_metadata = re.match(r"__[^/]*__($|/)", name) is not None
     expected = None if is_metadata else wds.tariterators.base_plus_ext(name)[0]
     assert tars.member_key(name) == expected
+
+
+@pytest.mark.parametrize("lost", ["the end", "all after the first member", "a part of a block"])
+def test_a_tar_without_its_end_is_refused_even_if_it_is_cut_between_two_records(tmp_path, lost):
+    content = tar_of({"jpg": 600, "json": 100}, tar_format=tarfile.USTAR_FORMAT)
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    boundaries = tars.scan_boundaries(path).tolist()
+    assert boundaries == [0, 512 + 1024 + 512 + 512 + 512 + 512]  # three members, padded to whole blocks
+    kept = {
+        "the end": boundaries[1],
+        "all after the first member": 1536,
+        "a part of a block": len(content) - 100,
+    }
+    path.write_bytes(content[: kept[lost]])
+    with pytest.raises(ValueError, match=r"not a readable tar \(its end is missing after byte \d+"):
+        tars.scan_boundaries(path)

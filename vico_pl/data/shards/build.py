@@ -104,8 +104,7 @@ def build_set(
     """Write `records(part)` as a shard for each part; shards that are already whole are kept.
 
     `settings` say what else the records depend on; no file that they are read from may have changed, last at
-    `newest` (ns), after a shard was written. `workers` is the number of processes, by default that of
-    the CPU cores; the bytes do not depend on it.
+    `newest` (ns), after a shard was written. The bytes do not depend on the number of `workers`.
 
     Raises:
         ValueError: the folder already holds a set, or a part of one, that was asked for otherwise.
