@@ -18,6 +18,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "data" / "README.md",
+    ROOT / "docs" / "lmms-eval.md",
     ROOT / "docs" / "models.md",
     ROOT / "docs" / "reliability.md",
     ROOT / "docs" / "serving.md",
