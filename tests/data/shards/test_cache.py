@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.hostile import member, serving
 from vico_pl.data.shards import cache as cache_module
-from vico_pl.data.shards.cache import TRIES, ShardCache, fetch_bytes
+from vico_pl.data.shards.cache import TRIES, ShardCache, StreamingConfig, fetch_bytes
 from vico_pl.data.shards.index import ShardEntry
 from vico_pl.errors import RecordError
 
@@ -23,6 +23,10 @@ TAR = tar()
 WHOLE = ShardEntry(name="a.tar", num_samples=1, num_bytes=len(TAR))
 
 
+def cache_of(folder, **settings):
+    return ShardCache(StreamingConfig(cache_dir=str(folder), max_shard_gib=100_000 / 2**30, **settings))
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(cache_module, "BACKOFF_S", 0.0)
@@ -32,7 +36,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path):
-    return ShardCache(folder=tmp_path / "cache", max_gib=1.0, max_shard_bytes=100_000)
+    return cache_of(tmp_path / "cache")
 
 
 def fetched(cache, location, *, name="a", entry=None, check=lambda path: None):
@@ -120,7 +124,7 @@ def test_a_shard_that_fails_its_check_is_not_kept(server, cache):
 
 
 def test_the_least_recently_opened_goes_and_who_reads_it_reads_on(server, cache, tmp_path):
-    small = ShardCache(folder=cache.folder, max_gib=2.5 * len(TAR) / 2**30, max_shard_bytes=100_000)
+    small = cache_of(cache.folder, cache_gib=2.5 * len(TAR) / 2**30)
     for name in "abc":
         server.answers[name] = ok(tar(name.encode() * 3000))
     paths = {name: cache.folder / "set" / f"{name}.tar" for name in "abc"}
@@ -139,8 +143,7 @@ def len_of(path):
 
 
 def _fetch_in_child(folder, url, queue):
-    cache = ShardCache(folder=folder, max_gib=1.0, max_shard_bytes=100_000)
-    queue.put(fetched(cache, url) == TAR)
+    queue.put(fetched(cache_of(folder), url) == TAR)
 
 
 def test_several_processes_fetch_a_shard_once(server, cache):
