@@ -21,7 +21,8 @@ from torch import Tensor
 from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig
-from vico_pl.inference.predictor import Predictor, prefill
+from vico_pl.inference.generate import prefill
+from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import NEVER, RoutingRule
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.tokens import PLACEHOLDER, TURN_END, build_tokenizer, token_id
@@ -110,7 +111,7 @@ def fill(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
     """
     model = prompts.predictor.model
     if routes:
-        prompts.predictor.route(prompts.features)
+        prompts.predictor.choose_ratios(prompts.features)
     prefill(model.language, model.splice_batch(prompts.batch, prompts.features, prompts.at(ratios)))
 
 
@@ -119,7 +120,7 @@ def generate(prompts: Prompts, ratios: Sequence[int], *, routes: bool) -> None:
     count = len(prompts.samples)
     with torch.no_grad():
         if routes:
-            prompts.predictor.route(prompts.features)
+            prompts.predictor.choose_ratios(prompts.features)
         ids = prompts.predictor.generate_ids(
             prompts.samples,
             [f"<image>\n{QUESTION}"] * count,

@@ -28,7 +28,7 @@ STANDS_ON = {
     "shards_cli": MAKES,
     "cli": TOOLS | {"doctor", "shards_cli"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"inference"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

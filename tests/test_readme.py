@@ -1,5 +1,6 @@
 """Commands, options, settings, files and links on the pages for users exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from tests.support.folders import write_model_folder
+from tests.support.tiny import encoded_image
 from vico_pl.cli import app
 from vico_pl.config import load_config
 
@@ -130,3 +133,15 @@ def test_files_of_the_project_that_code_names_are_there(page):
     words = [word for line, _ in lines_of_code(page) for word in re.findall(r"[\w./-]+", line)]
     named = {word for word in words if re.match(r"(recipes|vico_pl|tests|benchmarks)/", word)}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_python_of_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
+    write_model_folder(tmp_path / "runs" / "demo" / "router" / "model", threshold=0.5)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encoded_image("PNG", size=(64, 64)))
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    first, ratios = capsys.readouterr().out.splitlines()[:2]
+    assert first.endswith(" of 20 vision tokens")
+    assert set(json.loads(ratios)) <= {4, 16}

@@ -3,7 +3,10 @@
 Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 """
 
+import shlex
 import shutil
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +25,9 @@ Recipe = Annotated[Path, Argument(help="YAML recipe, such as recipes/demo/router
 Overrides = Annotated[list[str] | None, Argument(help="Settings that override the recipe: key=value ...")]
 Model = Annotated[str, Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
 Output = Annotated[Path, Option(help="File to write.")]
-Data = Annotated[Path, Option(help="Folder of shards with questions and answers.")]
+Data = Annotated[str, Option(help="Shards of held-out data, or with --suite-dir a suite such as docvqa.")]
+SuiteDir = Annotated[Path | None, Option(help="Folder with the files of the suite, parquet or TSV.")]
+Metric = Annotated[str | None, Option(help="Score answers that name no metric with this one, such as anls.")]
 
 
 def _print_version(is_asked: bool) -> bool:
@@ -107,11 +112,14 @@ def plan(
 def doctor(
     recipe: Annotated[Path | None, Argument(help="Recipe to check as well.")] = None,
     overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None, Option(help="Held-out shards: say how they will be scored; repeatable.")
+    ] = None,
 ) -> None:
     """Check this machine, and a recipe, for problems that would stop a run (exit code 1 if any)."""
     from vico_pl.doctor import examine
 
-    raise SystemExit(examine(recipe, overrides or [], write=echo))
+    raise SystemExit(examine(recipe, overrides or [], held_out=data or [], write=echo))
 
 
 @app.command()
@@ -124,24 +132,28 @@ def calibrate(
     budget: Annotated[
         float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
     ] = None,
+    suite_dir: SuiteDir = None,
+    metric: Metric = None,
 ) -> None:
     """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
     from vico_pl.evaluation.calibrate import calibrate as choose
+    from vico_pl.evaluation.questions import open_questions
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
+    from vico_pl.model.router import NEVER
 
     session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
-    chosen, record = choose(session, data, retention=retention, budget=budget)
+    questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
+    chosen, record = choose(questions, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
-    kept, right = chosen.retention["mean"], chosen.accuracy["mean"]
-    unknown = "accuracy not measured" if right is None else "0 % right at full tokens"
-    accuracy = unknown if kept is None else f"{kept:.2%} of the accuracy"
-    echo(
-        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {accuracy}; "
-        f"written to {written}"
-    )
+    low, high = chosen.retention_ci["mean"] or (0, 0)
+    kept = f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%})"
+    if chosen.threshold == NEVER and budget is None:
+        kept = f"no threshold keeps {retention:.2%} of the accuracy, so nothing is compressed"
+    echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")
+    echo(f"accuracy: {questions.measure}; {written} is written")
 
 
 @app.command("eval")
@@ -149,17 +161,29 @@ def eval_(
     model: Model,
     data: Data,
     output: Annotated[Path | None, Option(help="Folder of the report. Default: MODEL/report.")] = None,
+    suite_dir: SuiteDir = None,
+    metric: Metric = None,
+    arm: Annotated[
+        list[str] | None,
+        Option(help="Arm to evaluate next to full tokens; repeatable. Default: all, with curves."),
+    ] = None,
+    reference: Annotated[
+        str | None, Option(help="Further model, asked at full tokens: retention is relative to it.")
+    ] = None,
     seed: Annotated[int, Option(help="Seed of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with baselines of the same token budget; write report.json and report.html."""
     from vico_pl.evaluation.evaluate import evaluate
+    from vico_pl.evaluation.questions import open_questions
     from vico_pl.evaluation.report import build_gallery, format_table, write_html
     from vico_pl.files import write_json
 
-    session = _open(model)
+    session, other = _open(model), None if reference is None else _open(reference)
     folder = output or session.folder / "report"
-    report, examples = evaluate(session, data, seed=seed)
-    write_html(report, path=folder / "report.html", gallery=build_gallery(session, data, examples))
+    questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
+    command = shlex.join(["vico", *sys.argv[1:]])
+    report, examples = evaluate(questions, seed=seed, arms=arm, reference=other, command=command)
+    write_html(report, path=folder / "report.html", gallery=build_gallery(questions, examples))
     write_json(report, folder / "report.json")
     echo(format_table(report))
     echo(f"{folder}/report.html and {folder}/report.json are written")
@@ -173,12 +197,12 @@ def route(
 ) -> None:
     """Draw which tiles of an image keep full vision tokens."""
     from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.report import route_image, routing_picture
+    from vico_pl.evaluation.report import routing_picture
 
     pixels, session = read_image(image), _open(model)
     if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
-    ratios = route_image(session, pixels)
+    ratios = session.route(pixels).ratios
     output.parent.mkdir(parents=True, exist_ok=True)
     routing_picture(session, pixels, ratios, caption=image.name).save(output)
     num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
@@ -188,15 +212,47 @@ def route(
 @app.command()
 def generate(
     model: Model,
-    image: Annotated[Path, Argument(help="JPEG, PNG or WebP file.")],
-    prompt: Annotated[str, Option(help="Question about the image.")],
-    max_new_tokens: Annotated[int, Option(min=1, help="Length limit of the answer, in tokens.")] = 128,
+    images: Annotated[
+        list[Path] | None, Argument(help="JPEG, PNG or WebP files, and folders of such; each gets an answer.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        Option(help="Question; with --data it replaces those of the records, which need no JSON then."),
+    ] = None,
+    together: Annotated[bool, Option("--together", help="Ask once about all images.")] = False,
+    data: Annotated[str | None, Option(help="Shards with questions to answer, instead of images.")] = None,
+    output: Annotated[Path | None, Option(help="With --data: folder of new shards with the answers.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Length limit of an answer, in tokens.")] = 128,
+    batch_size: Annotated[int, Option(min=1, help="Questions that run together.")] = 8,
+    samples_per_shard: Annotated[
+        int, Option(min=1, help="With --data: most records per tar, and most that are lost at a kill.")
+    ] = 1000,
+    temperature: Annotated[float | None, Option(min=0, help="Sample; default and 0: greedy.")] = None,
+    top_p: Annotated[
+        float | None, Option(min=0.01, max=1, help="Sample from the likeliest tokens up to this probability.")
+    ] = None,
 ) -> None:
-    """Answer a question about an image, with routing if the model is calibrated."""
-    from vico_pl.data.decode import read_image
+    """Answer a question about images, or those of a set of shards, routed if the model is calibrated."""
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    sampling = {"temperature": temperature, "top_p": top_p}
+    settings |= {name: value for name, value in sampling.items() if value is not None}
+    if data is not None and output is not None and not images and not together:
+        from vico_pl.inference.responses import generate_responses
 
-    pixels = read_image(image)
-    echo(_open(model).answer_image(pixels, prompt, max_new_tokens=max_new_tokens))
+        settings |= {"prompt": prompt, "samples_per_shard": samples_per_shard}
+        index, faults = generate_responses(_open(model), data, output, **settings)
+        echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
+        report_faults(faults)
+    elif images and prompt is not None and data is None and output is None:
+        paths, session = _image_files(images), _open(model)
+        asked: list[Any] = [paths] if together else paths
+        for start in range(0, len(asked), batch_size):  # to print answers as they come
+            batch = asked[start : start + batch_size]
+            answers = session.generate(batch, [prompt] * len(batch), **settings)
+            for image, answer in zip(batch, answers, strict=True):
+                echo(answer.text if len(asked) == 1 else f"{image}:\n{answer.text}\n")
+    else:
+        raise ValueError("expected images with --prompt, or --data with --output; see 'vico generate --help'")
 
 
 @app.command()
@@ -243,9 +299,22 @@ def main() -> None:
 def _open(model: str) -> Any:
     """Load a model folder, downloaded if it is on the Hub."""
     from vico_pl.inference.predictor import Predictor
-    from vico_pl.model.families.hub import local_folder
 
-    return Predictor.load(local_folder(model))
+    return Predictor.load(model)
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the image files in them."""
+    from vico_pl.data.decode import IMAGE_EXTENSIONS
+
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in inside if file == path or file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+        if not files:
+            raise ValueError(f"{path}: no image in this folder; expected {', '.join(IMAGE_EXTENSIONS)} files")
+        found += files
+    return found
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:

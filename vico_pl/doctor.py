@@ -17,9 +17,11 @@ from packaging.requirements import Requirement
 
 from vico_pl.callbacks.guards import StopSignals
 from vico_pl.config import RunConfig, load_config
+from vico_pl.data.module import SourceConfig
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
+from vico_pl.evaluation.questions import describe
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
 from vico_pl.model.families.hub import is_hub_id
 from vico_pl.model.flops import build_without_weights
@@ -35,10 +37,16 @@ PACKAGE = "vico-pl"
 MIN_SHARED_GIB = 1.0  # of /dev/shm, through which data workers pass batches
 
 
-def examine(recipe: Path | None, overrides: Sequence[str], *, write: Callable[[str], None]) -> bool:
+def examine(
+    recipe: Path | None,
+    overrides: Sequence[str],
+    *,
+    held_out: Sequence[str] = (),
+    write: Callable[[str], None],
+) -> bool:
     """Run all checks and write a line for each; returns whether there is a problem."""
     failed = False
-    for name, check in checks(recipe, overrides):
+    for name, check in checks(recipe, overrides, held_out=held_out):
         try:
             line = f"ok: {name}: {check()}"
         except Exception as error:  # a bug in one check must not hide the others
@@ -51,13 +59,17 @@ def examine(recipe: Path | None, overrides: Sequence[str], *, write: Callable[[s
     return failed
 
 
-def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str, Callable[[], str]]]:
+def checks(
+    recipe: Path | None, overrides: Sequence[str], *, held_out: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield the checks of the machine and, if the recipe can be loaded, of the recipe."""
     yield "python", platform.python_version
     yield "packages", _check_packages
     yield "devices", _check_devices
     yield "memory", lambda: f"{_num_cores()} cores, {_available_gib():.0f} GiB of memory available"
     yield "/dev/shm", _check_shared_memory
+    for data in held_out:
+        yield "held-out data", partial(describe, data)
     if recipe is None:
         yield "slurm", _check_slurm
         return
@@ -70,7 +82,7 @@ def checks(recipe: Path | None, overrides: Sequence[str]) -> Iterator[tuple[str,
     yield "slurm", partial(_check_slurm, config)
     yield "workers", partial(_check_workers, config)
     for source in config.data.sources:
-        yield "shards", partial(_check_shards, source.path, config.data.streaming)
+        yield "shards", partial(_check_shards, source, config.data.streaming)
     for path in filter(None, dict.fromkeys([config.model.path, config.model.reference])):
         yield "model", partial(_check_model, path)
     yield "kernels", partial(_check_trainer, config)
@@ -153,9 +165,10 @@ def _check_workers(config: RunConfig) -> str:
     return f"{workers * ranks} on {cores} cores"
 
 
-def _check_shards(path: str, streaming: StreamingConfig) -> str:
+def _check_shards(source: SourceConfig, streaming: StreamingConfig) -> str:
+    path, prompt = source.path, source.caption_prompt
     count = read_index(path, streaming=streaming).num_samples
-    if next(read_samples(path, streaming=streaming), None) is None:
+    if next(read_samples(path, streaming=streaming, caption_prompt=prompt), None) is None:
         raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' lists the faults")
     return f"{path}: {count} samples, the first decodes"
 

@@ -44,7 +44,10 @@ class Turn:
 
     role: Role
     text: str
-    skill: str | None = None  # set on answers of evaluation sets: perception, reasoning or ocr
+    # Of an answer in an evaluation set:
+    group: str | None = None  # what its score is reported under, such as "ocr"
+    metric: str | None = None  # name of its scorer, see vico_pl/evaluation/scorers.py
+    answers: tuple[str, ...] = ()  # all accepted answers; empty: only `text`
 
 
 @dataclass(frozen=True, kw_only=True)

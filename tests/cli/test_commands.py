@@ -145,14 +145,19 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
 
 
-def test_calibrate_tells_a_model_that_is_never_right_from_a_set_without_questions(vico, model, tmp_path):
-    for skill, message in (("ocr", "0 % right at full tokens"), (None, "accuracy not measured")):
+def test_calibrate_refuses_a_model_that_is_never_right_and_measures_agreement_without_skills(
+    vico, refused, model, tmp_path
+):
+    def set_of(skill):
         turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "no: zz"}]
         annotation = json.dumps({"conversations": turns, "skills": [skill]}).encode()
         files = {"png": encoded_image("PNG", size=(64, 64)), "json": annotation}
-        folder = write_set(tmp_path / str(skill), [("0", files)])
-        code, out, _ = vico("calibrate", model, "--data", folder, "--budget", "0.6")
-        assert (code, message in out) == (0, True)
+        return write_set(tmp_path / str(skill), [("0", files)])
+
+    message = "0 % right at full tokens, so there is no accuracy to keep"
+    assert message in refused("calibrate", model, "--data", set_of("ocr"), "--budget", "0.6")
+    code, out, _ = vico("calibrate", model, "--data", set_of(None), "--budget", "0.6")
+    assert (code, "agreement with full tokens on the answers of the data" in out) == (0, True)
 
 
 def test_a_disk_that_is_full_leaves_the_old_calibration(refused, model, answered, monkeypatch):
@@ -209,6 +214,46 @@ def test_generate_follows_the_router_and_the_limit_of_tokens(vico, photo, tmp_pa
     compressed = answer(6)
     write_json({"threshold": 1.1}, model / CALIBRATION_NAME)
     assert compressed != answer(6)
+
+
+def test_generate_answers_each_image_or_all_together(vico, model, photo, tmp_path):
+    folder, options = tmp_path / "photos", ["--prompt", "What is A?", "--max-new-tokens", "5"]
+    folder.mkdir()
+    for name, seed in (("b.PNG", 1), ("a.jpg", 2)):
+        (folder / name).write_bytes(encoded_image("PNG", seed=seed))
+    (folder / "notes.txt").write_text("no image")
+    paths = [photo, folder / "a.jpg", folder / "b.PNG"]
+    session = Predictor.load(model)
+    texts = [answer.text for answer in session.generate(paths, ["What is A?"] * 3, max_new_tokens=5)]
+    expected = "".join(f"{path}:\n{text}\n\n" for path, text in zip(paths, texts, strict=True))
+    assert vico("generate", model, photo, folder, *options, "--batch-size", "2") == (0, expected, "")
+    (one,) = session.generate([paths], ["What is A?"], max_new_tokens=5)
+    assert vico("generate", model, photo, folder, *options, "--together")[1] == f"{one.text}\n"
+
+
+def test_generate_writes_a_set_and_names_what_is_bad(vico, model, answered, tmp_path):
+    records = [("a", {"png": encoded_image("PNG")}), ("cut", {"png": b"x"})]
+    folder = write_set(tmp_path / "set", records)
+    arguments = ["generate", model, "--data", folder, "--output", tmp_path / "own", "--prompt", "What?"]
+    expected = f"{tmp_path / 'own'}: 1 samples in 1 shards\n"
+    for _ in range(2):
+        code, out, err = vico(*arguments)
+        assert (code, out) == (1, expected)
+        assert err.startswith("set-000000.tar/cut: image 'png' (1 bytes)")
+    assert vico("shards", "check", tmp_path / "own")[0] == 0
+    code, out, _ = vico("generate", model, "--data", answered, "--output", tmp_path / "two", "--top-p", "0.5")
+    assert (code, out) == (0, f"{tmp_path / 'two'}: 8 samples in 1 shards\n")
+
+
+def test_generate_asks_for_what_is_missing(refused, model, photo, answered, tmp_path):
+    expected = "expected images with --prompt, or --data with --output; see 'vico generate --help'"
+    assert refused("generate", model) == expected
+    assert refused("generate", model, photo) == expected
+    assert refused("generate", model, "--data", answered) == expected
+    assert refused("generate", model, photo, "--data", answered, "--output", tmp_path / "x") == expected
+    (tmp_path / "empty").mkdir()
+    sentence = refused("generate", model, tmp_path / "empty", "--prompt", "What?")
+    assert sentence == f"{tmp_path / 'empty'}: no image in this folder; expected jpg, jpeg, png, webp files"
 
 
 def test_plan_prints_and_writes_the_same(vico, recipe, tmp_path):

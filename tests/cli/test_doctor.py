@@ -46,6 +46,12 @@ def test_a_sound_machine_and_recipe_have_no_problem(findings, recipe):
     assert [list(names) for names in findings(recipe()).values()] == [[*MACHINE, *RECIPE], []]
 
 
+def test_held_out_data_are_looked_at_before_training(findings, answered, tmp_path):
+    found = findings("--data", answered, "--data", tmp_path)
+    assert "scores of the answers" in found["ok"]["held-out data"]
+    assert "no shard found" in found["problem"]["held-out data"]
+
+
 def test_a_check_that_fails_by_itself_stops_no_other(problems, monkeypatch):
     def broken():
         raise AttributeError("no such\nthing")

@@ -85,7 +85,6 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(
         *((WEIGHTS_NAME, content, GENERATE, "no readable weights") for content in ("{", "")),
         *((CONFIG_NAME, content, GENERATE, f"{{model}}/{CONFIG_NAME}") for content in ("{", "")),
         (CALIBRATION_NAME, None, ROUTE, "run 'vico calibrate' on a model of stage router"),
-        (CALIBRATION_NAME, None, "eval {model} --data {answered}", "run 'vico calibrate' on it first"),
     ],
 )
 def test_a_model_folder_that_lacks_something_is_refused_by_its_name(

@@ -49,7 +49,7 @@ def shards(vico, tmp_path):
         for skill, answer in ANSWERS.items():
             mark = "" if turns else "<image>\n"
             turns += [{"from": "human", "value": f"{mark}What {skill}?"}, {"from": "gpt", "value": answer}]
-        lines.append({"image": f"{number}.jpg", "conversations": turns, "skills": list(ANSWERS)})
+        lines.append({"image": f"{number}.jpg", "conversations": turns})
     annotations = tmp_path / "annotations.jsonl"
     annotations.write_text("\n".join(map(json.dumps, lines)))
     code, *_ = vico(
@@ -77,7 +77,7 @@ def answer_ids(folder, photo):
     session = Predictor.load(folder)
     sample = tile_sample(Sample(id="x", images=[read_image(photo)], turns=[], metadata={}), session.tiling)
     features = session.encode(sample.tiles)
-    ratios = session.route(features)
+    ratios = session.choose_ratios(features)
     ids = session.generate_ids(
         [sample], ["What is it?"], features=[features], ratios=[ratios], max_new_tokens=6
     )

@@ -41,8 +41,8 @@ def with_answer(text):
     return with_turns(PAIR[0], {"from": "gpt", "value": text})
 
 
-def with_skills(skills):
-    return with_json({"conversations": PAIR, "skills": skills})
+def with_fields(**fields):
+    return with_json({"conversations": PAIR, **fields})
 
 
 DAMAGED_PNG = PNG[: len(PNG) // 2] + bytes(40) + PNG[len(PNG) // 2 + 40 :]
@@ -68,9 +68,14 @@ RECORDS = {  # kind: name: files, and what the reason says
         "no text": (with_turns(PAIR[0], {"from": "gpt", "value": None}), "turn 1: expected"),
         "a turn of text": (with_turns("q", "a"), "turn 0: expected"),
         "half a surrogate pair": (with_answer("\ud83d"), "turn 1: half a surrogate pair"),
-        "skills of another kind": (with_skills("ocr"), "'skills' is no list of names"),
-        "skills that are numbers": (with_skills([1]), "'skills' is no list of names"),
-        "more skills than answers": (with_skills(["a", "b"]), "'skills' has 2 entries for 1 answers"),
+        "skills of another kind": (with_fields(skills="ocr"), "'skills' is no list of names"),
+        "skills that are numbers": (with_fields(skills=[1]), "'skills' is no list of names"),
+        "more skills than answers": (with_fields(skills=["a", "b"]), "'skills' has 2 entries for 1 answers"),
+        "metrics that are numbers": (with_fields(metrics=[1]), "'metrics' is no list of names"),
+        "accepted answers of two questions": (
+            with_fields(metrics="f1", answers=[["a"], ["b"]]),
+            "'answers' is no list with the accepted answers to each question",
+        ),
         "a video elsewhere": (
             {"json": json.dumps({"conversations": PAIR, "video": "a.mp4"}).encode()},
             "JSON has a 'video'; expected images",
@@ -204,14 +209,16 @@ def test_shards_that_cannot_be_indexed_are_refused_in_a_sentence(tmp_path, name)
     assert not (tmp_path / "index.json").exists()
 
 
-@pytest.mark.parametrize("tar", [bytes(1024), bytes(10240), member("photos", type=tarfile.DIRTYPE)])
+@pytest.mark.parametrize(
+    "tar", [bytes(1024), bytes(10240), member("photos", type=tarfile.DIRTYPE) + bytes(1024)]
+)
 def test_a_tar_without_records_has_none(tmp_path, tar):
     (tmp_path / "a.tar").write_bytes(tar)
     assert read_index(tmp_path).num_samples == 0
 
 
 def test_a_tar_of_one_empty_file_is_one_bad_record(tmp_path):
-    (tmp_path / "a.tar").write_bytes(member("0.json"))
+    (tmp_path / "a.tar").write_bytes(member("0.json") + bytes(1024))
     assert outcome(tmp_path) == ([], ["json"])
 
 

@@ -1,12 +1,14 @@
 import re
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
 import torch
 
 from tests.support.tiny import encoded_image, record
-from vico_pl.data.decode import decode_record
+from vico_pl.data.decode import decode_record, with_caption
 from vico_pl.data.module import apply
+from vico_pl.errors import RecordError
 from vico_pl.types import Turn
 
 
@@ -18,7 +20,7 @@ def test_a_record_becomes_pixels_and_turns(extension, image_format):
     assert [(image.shape, image.dtype) for image in sample.images] == [((3, 30, 40), torch.uint8)]
     assert sample.turns == [
         Turn(role="human", text="<image>\nWhat is it?"),
-        Turn(role="gpt", text="a cat", skill="ocr"),
+        Turn(role="gpt", text="a cat", group="ocr"),
     ]
     assert sample.metadata == {"source": "web"}
 
@@ -39,18 +41,40 @@ def test_members_with_other_endings_are_ignored():
     assert len(sample.images) == 1
 
 
+TEXTS = ("<image>a", "b", "c", "d")
+CONVERSATION = [{"from": role, "value": text} for role, text in zip(cycle(("human", "gpt")), TEXTS)]
+
+
 def test_skills_belong_to_answers_in_their_order():
-    texts = ("<image>a", "b", "c", "d")
-    conversation = [{"from": role, "value": text} for role, text in zip(cycle(("human", "gpt")), texts)]
-    sample = decode_record(record(conversations=conversation, skills=["ocr", None]))
-    assert [(turn.text, turn.skill) for turn in sample.turns] == [
+    sample = decode_record(record(conversations=CONVERSATION, skills=["ocr", None]))
+    assert [(turn.text, turn.group) for turn in sample.turns] == [
         ("<image>a", None),
         ("b", "ocr"),
         ("c", None),
         ("d", None),
     ]
-    without = decode_record(record(conversations=conversation, skills=None))
-    assert [turn.skill for turn in without.turns] == [None] * 4
+    without = decode_record(record(conversations=CONVERSATION, skills=None))
+    assert [turn.group for turn in without.turns] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "metrics", "answers"),
+    [
+        ({}, [None, None], [(), ()]),
+        ({"metrics": "anls"}, ["anls", "anls"], [(), ()]),
+        ({"metrics": ["f1", None], "answers": [["b", "B"], ["d"]]}, ["f1", None], [("b", "B"), ("d",)]),
+        ({"metrics": {"clip": 0.3}, "answers": {"a": 1}}, [None, None], [(), ()]),  # of another tool
+        ({"answers": ["b", "d"]}, [None, None], [(), ()]),
+    ],
+)
+def test_metrics_and_accepted_answers_belong_to_answers_in_their_order(fields, metrics, answers):
+    found = decode_record(record(conversations=CONVERSATION, **fields)).turns[1::2]
+    assert ([turn.metric for turn in found], [turn.answers for turn in found]) == (metrics, answers)
+
+
+def test_the_accepted_answers_to_a_single_question_need_no_outer_list():
+    (_, answer) = decode_record(record(metrics="vqa", answers=["net", "net", "nets"])).turns
+    assert answer.answers == ("net", "net", "nets")
 
 
 def test_a_reason_that_quotes_a_whole_record_is_cut():
@@ -67,3 +91,38 @@ def test_a_dotted_name_inside_a_key_is_no_climb():
 
 def test_frames_of_a_video_are_images():
     assert len(decode_record(record(video="a.mp4")).images) == 1
+
+
+PROMPT = "Describe the image."
+
+
+def test_a_caption_is_the_answer_to_the_prompt():
+    files = {"txt": " une étoile\n".encode(), "json": b'{"url": "https://host/a.jpg", "width": 40}'}
+    sample = decode_record(with_caption(record(files=files), PROMPT))
+    assert [turn.text for turn in sample.turns] == [f"<image>\n{PROMPT}", "une étoile"]
+    assert sample.metadata == {"url": "https://host/a.jpg", "width": 40}
+    assert len(sample.images) == 1
+    alone = replace(record(), files={"0.jpg": encoded_image(), "1.png": encoded_image("PNG"), "txt": b"two"})
+    assert decode_record(with_caption(alone, PROMPT)).turns[0].text == f"<image>\n<image>\n{PROMPT}"
+
+
+def test_a_conversation_is_not_replaced_by_a_caption():
+    both = record(files={"txt": b"a caption"})
+    assert with_caption(both, PROMPT) is both
+    assert with_caption(record(), PROMPT).files == record().files
+
+
+@pytest.mark.parametrize(
+    ("files", "prompt", "reason"),
+    [
+        ({"txt": b"a star", "json": b'{"url": ""}'}, None, "JSON has no list 'conversations'"),
+        ({"txt": b"\xff", "json": b"{}"}, PROMPT, "half a surrogate pair"),
+        ({"txt": b"an <image>", "json": b"{}"}, PROMPT, "<image> in an answer"),
+        ({"txt": b"a star", "json": b"{"}, PROMPT, "JSON: "),
+        ({"txt": b"a star", "json": b"[1]"}, PROMPT, "JSON has no list 'conversations'"),
+        ({"json": b'{"caption": "a star"}'}, PROMPT, "JSON has no list 'conversations'"),
+    ],
+)
+def test_a_caption_that_cannot_be_read_is_a_bad_record(files, prompt, reason):
+    with pytest.raises(RecordError, match=reason):
+        decode_record(with_caption(record(files=files), prompt))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.folders import answered_records, router_probabilities, write_model_folder, write_set
 from vico_pl.files import write_json
@@ -33,3 +34,14 @@ def answered(answered_by_folder):
 @pytest.fixture
 def predictor(model_folder):
     return Predictor.load(model_folder)
+
+
+@pytest.fixture
+def other(model_folder):
+    """A model like that of the folder, but not quite."""
+    found = Predictor.load(model_folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in found.model.connectors.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return found

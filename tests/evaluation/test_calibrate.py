@@ -7,13 +7,14 @@ from tests.support.folders import router_probabilities, write_model_folder, writ
 from tests.support.tiny import encoded_image
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.evaluation.calibrate import (
-    SKILL_SLACK,
+    GROUP_SLACK,
     CalibrationPoint,
     calibrate,
     choose_point,
     measure_curve,
 )
 from vico_pl.evaluation.evaluate import evaluate
+from vico_pl.evaluation.questions import Measure, open_questions
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME
@@ -22,8 +23,10 @@ from vico_pl.model.router import NEVER, RoutingRule
 
 def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None):
     kept = {"perception": mean, "reasoning": None, "ocr": mean if ocr is None else ocr, "mean": mean}
+    kept["overall"] = 0.0  # does not count
     right = {skill: accuracy if accuracy is not None else value for skill, value in kept.items()}
-    return CalibrationPoint(threshold=threshold, token_fraction=fraction, accuracy=right, retention=kept)
+    tables = {"accuracy": right, "retention": kept, "retention_ci": dict.fromkeys(kept)}
+    return CalibrationPoint(threshold=threshold, token_fraction=fraction, **tables)
 
 
 FULL = point(NEVER, 1.0)
@@ -46,8 +49,8 @@ def test_full_tokens_are_kept_where_no_compressed_point_keeps_the_accuracy():
 
 
 def test_one_skill_may_fall_a_little_below_the_mean_but_not_far():
-    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 0.9 * SKILL_SLACK)) == 0.5
-    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * SKILL_SLACK)) == NEVER
+    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 0.9 * GROUP_SLACK)) == 0.5
+    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * GROUP_SLACK)) == NEVER
 
 
 def test_within_a_budget_the_most_accurate_point_is_chosen_and_of_equals_the_cheapest():
@@ -64,14 +67,14 @@ def test_within_a_budget_the_most_accurate_point_is_chosen_and_of_equals_the_che
 
 
 def test_a_budget_that_cannot_be_met_is_refused(predictor, answered):
-    assert calibrate(predictor, answered, retention=1.0, budget=0.25)[0].threshold == 0.0
+    assert calibrate(open_questions(predictor, answered), retention=1.0, budget=0.25)[0].threshold == 0.0
     with pytest.raises(ValueError, match=r"budget 0\.2 cannot be met: all tiles compressed cost 0\.25"):
-        calibrate(predictor, answered, retention=1.0, budget=0.2)
+        calibrate(open_questions(predictor, answered), retention=1.0, budget=0.2)
 
 
 @pytest.fixture(scope="module")
 def curve(model_folder, answered):
-    return measure_curve(Predictor.load(model_folder), answered)
+    return measure_curve(open_questions(Predictor.load(model_folder), answered))
 
 
 def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve, model_folder, answered):
@@ -88,7 +91,8 @@ def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve, model_fo
 
 
 def test_a_model_that_answers_itself_is_right_at_full_tokens_and_less_so_below(curve):
-    assert curve[0].accuracy == {"perception": 1.0, "reasoning": 1.0, "ocr": 1.0, "mean": 1.0}
+    names = ("ocr", "perception", "reasoning", "mean", "overall")
+    assert curve[0].accuracy == dict.fromkeys(names, 1.0)
     assert curve[-1].accuracy["mean"] < 0.8
     for p in curve:
         assert p.retention == p.accuracy  # as the full accuracy is 1
@@ -106,17 +110,17 @@ def test_retention_is_relative_to_full_tokens(predictor, answered, tmp_path):
             turns = {"conversations": annotation["conversations"][:2] + wrong, "skills": ["ocr", "ocr"]}
             files = {"png": bytes(original.files["png"]), "json": json.dumps(turns).encode()}
             records.append((original.key, files))
-    curve = measure_curve(predictor, write_set(tmp_path / "half", records))
+    curve = measure_curve(open_questions(predictor, write_set(tmp_path / "half", records)))
     assert curve[0].accuracy["mean"] == 0.5
-    assert curve[0].retention == {"perception": None, "reasoning": None, "ocr": 1.0, "mean": 1.0}
+    assert curve[0].retention == {"ocr": 1.0, "mean": 1.0, "overall": 1.0}
     for p in curve:
-        assert p.retention["ocr"] == pytest.approx(2 * p.accuracy["ocr"])
+        assert p.retention["ocr"] == pytest.approx(2 * p.accuracy["ocr"], abs=2e-6)
 
 
 @torch.no_grad()
 def test_a_session_reads_the_choice_back_and_spends_what_was_promised(predictor, answered, curve, tmp_path):
     folder = write_model_folder(tmp_path / "model")
-    chosen, record = calibrate(predictor, answered, retention=0.8, budget=0.8)
+    chosen, record = calibrate(open_questions(predictor, answered), retention=0.8, budget=0.8)
     write_json(record, folder / CALIBRATION_NAME)
     session = Predictor.load(folder)
     assert session.rule == RoutingRule(threshold=chosen.threshold)
@@ -124,7 +128,7 @@ def test_a_session_reads_the_choice_back_and_spends_what_was_promised(predictor,
     assert [p["threshold"] for p in stored["curve"]] == [p.threshold for p in curve]
     assert (stored["data"], stored["retention"], stored["budget"]) == (str(answered), 0.8, 0.8)
     tiles = [sample.tiles for sample in session.samples(answered)]
-    ratios = torch.cat([session.route(session.encode(of_sample)) for of_sample in tiles])
+    ratios = torch.cat([session.choose_ratios(session.encode(of_sample)) for of_sample in tiles])
     assert (4 / ratios).mean().item() == pytest.approx(chosen.token_fraction)
     assert chosen.token_fraction < 0.8
 
@@ -134,42 +138,36 @@ def annotated(question, answer, *, skill=None):
     return {"json": json.dumps({"conversations": turns, "skills": [skill]}).encode()}
 
 
-@pytest.mark.parametrize("content", [annotated("Who?", "me", skill="ocr"), {"json": b"{"}])
-def test_a_set_without_images_cannot_calibrate(predictor, tmp_path, content):
-    with pytest.raises(ValueError, match="no image to calibrate on"):
-        measure_curve(predictor, write_set(tmp_path / "set", [("0", content)]))
+def test_a_set_without_images_cannot_calibrate(predictor, tmp_path):
+    folder = write_set(tmp_path / "set", [("0", annotated("Who?", "me", skill="ocr"))])
+    with pytest.raises(ValueError, match="no image to calibrate or evaluate on"):
+        measure_curve(open_questions(predictor, folder))
 
 
-@pytest.fixture
-def unasked(tmp_path):
-    """A set of images whose questions have no skill, as training data has them."""
-    files = annotated("<image>", "me")
+@pytest.mark.parametrize(("answer", "measure"), [("me", Measure.ANSWERS), ("", Measure.OWN)])
+def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, answer, measure):
     pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
-    return write_set(tmp_path / "set", [(f"{i}", {"png": p, **files}) for i, p in enumerate(pictures)])
+    records = [(f"{i}", {"png": p, **annotated("<image>", answer)}) for i, p in enumerate(pictures)]
+    questions = open_questions(predictor, write_set(tmp_path / "set", records))
+    wanted = sorted(point.retention["mean"] for point in measure_curve(questions))[-3]
+    chosen, record = calibrate(questions, retention=wanted)
+    assert record["measure"] == measure
+    kept = [point["retention"]["mean"] for point in record["curve"]]
+    assert kept[0] == 1 > wanted > kept[-1] > 0
+    fractions = {p["token_fraction"] for p in record["curve"] if p["retention"]["mean"] >= wanted}
+    assert chosen.token_fraction == min(fractions) < 1
+    low, high = chosen.retention_ci["mean"]
+    assert low < chosen.retention["mean"] < high
+    cheaper, _ = calibrate(questions, retention=1.0, budget=0.6)
+    assert cheaper.token_fraction <= 0.6
 
 
-def test_a_set_without_skills_has_no_accuracy_to_keep(predictor, unasked):
-    with pytest.raises(
-        ValueError, match=r"no question with a skill, so no accuracy to keep; .* set a budget"
-    ):
-        calibrate(predictor, unasked, retention=0.9)
-
-
-def test_a_set_without_skills_does_for_a_budget(predictor, unasked):
-    chosen, record = calibrate(predictor, unasked, retention=0.995, budget=0.6)
-    assert {point["accuracy"]["mean"] for point in record["curve"]} == {None}
-    fractions = [point["token_fraction"] for point in record["curve"]]
-    assert chosen.token_fraction == max(f for f in fractions if f <= 0.6) > 0.5
-
-
-def test_a_model_that_is_never_right_has_no_accuracy_to_keep(predictor, tmp_path):
+@pytest.mark.parametrize("budget", [None, 0.6])
+def test_a_model_that_is_never_right_cannot_be_calibrated(predictor, tmp_path, budget):
     files = {"png": encoded_image("PNG", size=(64, 64)), **annotated("<image>\nWho?", "no: zz", skill="ocr")}
-    folder = write_set(tmp_path / "set", [(f"{i}", files) for i in range(4)])
-    with pytest.raises(ValueError, match=r"set: 0 % right at full tokens.*set a budget"):
-        calibrate(predictor, folder, retention=0.9)
-    chosen, record = calibrate(predictor, folder, retention=0.9, budget=0.6)
-    fractions = [point["token_fraction"] for point in record["curve"]]
-    assert chosen.token_fraction == max(f for f in fractions if f <= 0.6) > 0.25
+    questions = open_questions(predictor, write_set(tmp_path / "set", [(f"{i}", files) for i in range(4)]))
+    with pytest.raises(ValueError, match=r"set: 0 % right at full tokens"):
+        calibrate(questions, retention=0.9, budget=budget)
 
 
 @pytest.mark.parametrize("run", [calibrate, evaluate])
@@ -177,13 +175,13 @@ def test_a_router_of_nan_is_refused(predictor, answered, run):
     with torch.no_grad():
         predictor.model.router.gating.gate[1].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="the router gives NaN or infinity"):
-        run(predictor, answered, **({"retention": 0.9} if run is calibrate else {"seed": 0}))
+        run(open_questions(predictor, answered), **({"retention": 0.9} if run is calibrate else {"seed": 0}))
 
 
 def test_a_model_without_router_cannot_be_calibrated(tmp_path, answered):
     folder = write_model_folder(tmp_path / "model", router_heads=None)
     with pytest.raises(ValueError, match="has no router"):
-        measure_curve(Predictor.load(folder), answered)
+        measure_curve(open_questions(Predictor.load(folder), answered))
 
 
 def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(predictor, answered):
@@ -191,5 +189,5 @@ def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(pred
     with torch.no_grad():
         gate.weight.zero_()
         gate.bias.zero_()
-    curve = measure_curve(predictor, answered)
+    curve = measure_curve(open_questions(predictor, answered))
     assert [(p.threshold, p.token_fraction) for p in curve] == [(NEVER, 1.0), (0.5, 0.25), (0.0, 0.25)]

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,18 @@ from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.evaluation import questions
 from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
+from vico_pl.evaluation.questions import Measure, open_questions
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import NEVER, RoutingRule
 
 ARMS = {"full", "all_compressed", "router", "random", "pixel_detail", "downsample", "oracle"}
-COLUMNS = {"perception", "reasoning", "ocr", "mean"}
+COLUMNS = {"perception", "reasoning", "ocr", "mean", "overall"}
 
 
 @pytest.fixture(scope="module")
 def evaluated(answered_by_folder):
     folder, answered = answered_by_folder
-    return evaluate(Predictor.load(folder), answered, seed=0)
+    return evaluate(open_questions(Predictor.load(folder), answered), seed=0, command="vico eval it")
 
 
 @pytest.fixture
@@ -30,9 +32,13 @@ def report(evaluated):
 
 
 def test_the_report_is_plain_json_with_the_keys_of_the_contract(report, model_folder, answered):
-    assert report.keys() == {"model", "dataset", "num_samples", "seed", "arms", "pareto"}
-    assert (report["model"], report["dataset"]) == (str(model_folder), str(answered))
-    assert (report["num_samples"], report["seed"]) == (14, 0)
+    figures = {"num_samples": 14, "num_left_out": 0, "seed": 0, "measure": Measure.SCORES, "reference": None}
+    names = {"model": str(model_folder), "dataset": str(answered)}
+    assert {name: report[name] for name in (*names, *figures)} == {**names, **figures}
+    assert report.keys() == {*names, *figures, "made_with", "arms", "pareto"}
+    made_with = report["made_with"]
+    assert (made_with["command"], made_with["date"]) == ("vico eval it", date.today().isoformat())
+    assert torch.__version__.startswith(made_with["torch"])
     assert report["arms"].keys() == ARMS
     for arm in report["arms"].values():
         assert arm.keys() == {
@@ -85,13 +91,13 @@ def test_pareto_sweeps_every_arm_from_full_tokens_to_all_compressed(report):
 
 def without_times(report):
     arms = {arm: {k: v for k, v in e.items() if k != "first_token_ms"} for arm, e in report["arms"].items()}
-    return {**report, "arms": arms, "dataset": ""}
+    return {**report, "arms": arms, "dataset": "", "num_left_out": 0, "made_with": {}}
 
 
 def test_the_same_seed_gives_the_same_report_and_another_seed_another_lot(predictor, answered, report):
-    again, _ = evaluate(predictor, answered, seed=0)
+    again, _ = evaluate(open_questions(predictor, answered), seed=0)
     assert without_times(again) == without_times(report)
-    other, _ = evaluate(predictor, answered, seed=1)
+    other, _ = evaluate(open_questions(predictor, answered), seed=1)
     assert other["arms"]["full"]["accuracy"] == report["arms"]["full"]["accuracy"]
     assert other["arms"]["router"]["accuracy"] == report["arms"]["router"]["accuracy"]
     lots = [[p["accuracy_mean"] for p in r["pareto"] if p["arm"] == "random"] for r in (report, other)]
@@ -114,7 +120,7 @@ def test_bad_records_shift_nothing(predictor, answered, evaluated, tmp_path):
     mixed = [("bad0", truncated), *records[:5], *bad, *records[5:]]
     folder = write_set(tmp_path / "val", mixed)
     overwrite_header(folder, sample=7)  # bad2: no longer a tar member at all
-    found, shown = evaluate(predictor, folder, seed=0)
+    found, shown = evaluate(open_questions(predictor, folder), seed=0)
     assert without_times(found) == without_times(report)
     assert shown == examples
 
@@ -129,7 +135,7 @@ def overwrite_header(folder, *, sample):
 
 def test_groups_do_not_change_the_figures(predictor, answered, report, monkeypatch):
     monkeypatch.setattr(questions, "SAMPLES_PER_GROUP", 4)
-    found, _ = evaluate(predictor, answered, seed=0)
+    found, _ = evaluate(open_questions(predictor, answered), seed=0)
     for arm in ARMS - {"random"}:  # whose lots are drawn per group
         assert found["arms"][arm]["accuracy"] == report["arms"][arm]["accuracy"], arm
         assert found["arms"][arm]["token_fraction"] == report["arms"][arm]["token_fraction"], arm
@@ -141,15 +147,22 @@ def test_examples_show_what_was_asked_answered_and_compressed(predictor, answere
     samples = list(predictor.samples(answered))
     for example in examples:
         sample = samples[example.question.sample]
-        assert len(sample.tiles) >= 4
+        assert len(sample.tiles) >= 4 or example.loss > 0
         with torch.no_grad():
-            assert example.ratios == predictor.route(predictor.model.encode_tiles(sample.tiles)).tolist()
+            assert (
+                example.ratios == predictor.choose_ratios(predictor.model.encode_tiles(sample.tiles)).tolist()
+            )
         asked = dict(
             zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True)
         )
         spent = [4 / ratio for ratio in example.ratios]
         assert example.token_fraction == pytest.approx(sum(spent) / len(spent))
-        assert asked[example.question.text] == example.question.expected == example.full_answer
+        (text,), (expected,) = example.question.prompt, example.question.answers
+        assert asked[text] == expected == example.full.answer
+        assert (example.full.score, example.router.score) == (1, example.router.answer == expected)
+    losses = [example.loss for example in examples]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] == 1, "what routing spoils comes first"
     assert len({example.question.sample for example in examples}) == len(examples)
 
 
@@ -161,7 +174,7 @@ def first_records(answered, count):
 def test_a_set_of_very_few_samples_is_evaluated_too(predictor, answered, tmp_path, count):
     """Several fractions of so few tiles are the same number of tiles, and there is one sample to time."""
     folder = write_set(tmp_path / "few", first_records(answered, count))
-    report, examples = evaluate(predictor, folder, seed=0, num_examples=count - 1)
+    report, examples = evaluate(open_questions(predictor, folder), seed=0, num_examples=count - 1)
     assert len(examples) == count - 1
     assert report["num_samples"] == count
     for arm in report["arms"].values():
@@ -175,7 +188,9 @@ def test_a_set_of_very_few_samples_is_evaluated_too(predictor, answered, tmp_pat
 def test_a_router_that_keeps_or_compresses_everything_is_evaluated_too(
     predictor, answered, threshold, fraction
 ):
-    report, _ = evaluate(replace(predictor, rule=RoutingRule(threshold=threshold)), answered, seed=0)
+    report, _ = evaluate(
+        open_questions(replace(predictor, rule=RoutingRule(threshold=threshold)), answered), seed=0
+    )
     for arm in ("router", "random", "pixel_detail", "oracle"):
         assert report["arms"][arm]["token_fraction"] == fraction
 
@@ -193,7 +208,7 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(pre
         ("none", {"json": annotation(["Who?", "me"], ["perception"])}),
         *first_records(answered, 1),
     ]
-    report, examples = evaluate(predictor, write_set(tmp_path / "mixed", records), seed=0)
+    report, examples = evaluate(open_questions(predictor, write_set(tmp_path / "mixed", records)), seed=0)
     assert report["num_samples"] == 4
     fraction = {arm: report["arms"][arm]["token_fraction"] for arm in ("downsample", "router")}
     one_tile_each = round(5 / 13, 5)
@@ -203,17 +218,60 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(pre
 
 def refusal(predictor, folder):
     with pytest.raises(ValueError, match=r".+") as caught:
-        evaluate(predictor, Path(folder), seed=0)
+        evaluate(open_questions(predictor, Path(folder)), seed=0)
     return str(caught.value)
 
 
 def test_what_cannot_be_evaluated_is_refused(predictor, answered, tmp_path):
-    uncalibrated = write_model_folder(tmp_path / "model")
-    sentence = refusal(Predictor.load(uncalibrated), answered)
-    assert sentence == f"{uncalibrated}: the model is not calibrated; run 'vico calibrate' on it first"
     assert "no such folder of shards" in refusal(predictor, tmp_path / "absent")
     text = write_set(tmp_path / "text", [("0", {"json": annotation(["Who?", "me"], ["ocr"])})])
-    assert "no image to evaluate on" in refusal(predictor, text)
+    assert f"{text}: no image to calibrate or evaluate on" in refusal(predictor, text)
     image = encoded_image("PNG", size=(32, 32))
-    plain = write_set(tmp_path / "plain", [("0", {"png": image, "json": annotation(["<image>", "a"], [])})])
-    assert "no question with a skill" in refusal(predictor, plain)
+    files = {"png": image, "json": annotation(["<image>A?", "no: such answer"], ["ocr"])}
+    wrong = write_set(tmp_path / "wrong", [("0", files)])
+    assert f"{wrong}: 0 % right at full tokens" in refusal(predictor, wrong)
+    questions = open_questions(predictor, answered)
+    with pytest.raises(ValueError, match=r"no arm 'magic'; this model has full, all_compressed, router, .*"):
+        evaluate(questions, seed=0, arms=["magic"])
+
+
+def test_arms_can_be_chosen_and_keep_their_figures(predictor, answered, report):
+    found, _ = evaluate(open_questions(predictor, answered), seed=0, arms=["router", "downsample"])
+    assert found["arms"].keys() == {"full", "router", "downsample"}
+    assert found["pareto"] == []
+    for arm, figures in without_times(found)["arms"].items():
+        assert figures == without_times(report)["arms"][arm]
+
+
+def test_a_model_without_router_or_calibration_is_evaluated_too(predictor, answered, tmp_path):
+    report, examples = evaluate(open_questions(replace(predictor, rule=None), answered), seed=0)
+    assert report["arms"].keys() == {"full", "all_compressed"}
+    assert {point["arm"] for point in report["pareto"]} == {"random", "pixel_detail", "oracle"}
+    assert examples == []
+    base = Predictor.load(write_model_folder(tmp_path / "base", ratios=[4], router_heads=None))
+    report, _ = evaluate(open_questions(base, answered), seed=0)
+    assert (report["arms"].keys(), report["pareto"]) == ({"full"}, [])
+
+
+def test_with_a_reference_retention_is_relative_to_it(predictor, other, answered):
+    """The set's answers are those of `predictor`, so as the reference it is right everywhere."""
+    found, _ = evaluate(open_questions(other, answered), seed=0, arms=["all_compressed"], reference=predictor)
+    assert found["reference"] == str(predictor.folder)
+    arms = {arm: (f["accuracy"]["overall"], f["retention"]["overall"]) for arm, f in found["arms"].items()}
+    assert arms["reference"] == (1, 1)
+    assert arms["full"][0] == arms["full"][1] < 1
+
+
+def test_agreement_is_reported_where_answers_have_no_metric(predictor, answered, tmp_path):
+    records = [(key, {**files, "json": without_skills(files["json"])}) for key, files in records_of(answered)]
+    questions = open_questions(predictor, write_set(tmp_path / "plain", records))
+    report, examples = evaluate(questions, seed=0)
+    assert report["measure"] == Measure.ANSWERS
+    accuracy = {arm: figures["accuracy"]["overall"] for arm, figures in report["arms"].items()}
+    assert accuracy["full"] == 1 > accuracy["router"] > accuracy["all_compressed"] > 0
+    assert accuracy["oracle"] > accuracy["random"]
+    assert {example.full.answer for example in examples} == {""}
+
+
+def without_skills(content):
+    return json.dumps({"conversations": json.loads(content)["conversations"]}).encode()

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from vico_pl.evaluation.metrics import NUM_RESAMPLES, accuracy_by_skill, accuracy_tables
+from vico_pl.evaluation.metrics import NUM_RESAMPLES, mean_scores, score_tables
 
 SKILLS = ("perception", "reasoning", "ocr")
 
@@ -14,8 +14,8 @@ class Scores(NamedTuple):
     correct: dict[str, np.ndarray]
 
     def tables(self, *, seed):
-        correct = {arm: of_arm.tolist() for arm, of_arm in self.correct.items()}
-        return accuracy_tables(self.images.tolist(), self.skills, correct, seed=seed)
+        scores = {arm: of_arm.astype(float).tolist() for arm, of_arm in self.correct.items()}
+        return score_tables(self.images.tolist(), self.skills, scores, baseline="full", seed=seed)
 
 
 def random_scores(*, num_images=40, seed=0, skills=SKILLS):
@@ -31,7 +31,7 @@ def accuracy(scores, arm, chosen):
     """Accuracy per skill and their mean over the questions at `chosen`, with repetition."""
     skill, correct = np.array(scores.skills)[chosen], scores.correct[arm][chosen]
     table = {name: correct[skill == name].mean() for name in SKILLS if (skill == name).any()}
-    return {**table, "mean": np.mean(list(table.values()))}
+    return {**table, "mean": np.mean(list(table.values())), "overall": correct.mean()}
 
 
 def resampled(scores, seed):
@@ -61,7 +61,7 @@ def test_intervals_equal_those_of_a_bootstrap_written_out(scores):
     for arm in scores.correct:
         own = [accuracy(scores, arm, chosen) for chosen in draws]
         full = [accuracy(scores, "full", chosen) for chosen in draws]
-        for name in (*SKILLS, "mean"):
+        for name in (*SKILLS, "mean", "overall"):
             kept = [a[name] for a in own if name in a]
             with np.errstate(invalid="ignore", divide="ignore"):
                 ratios = np.array([a[name] / b[name] for a, b in zip(own, full, strict=True) if name in a])
@@ -85,19 +85,30 @@ def test_arms_that_answer_alike_have_a_retention_of_exactly_one():
     scores = random_scores()
     correct = {"full": scores.correct["full"], "router": scores.correct["full"].copy()}
     table = scores._replace(correct=correct).tables(seed=0)["router"]
-    for name in (*SKILLS, "mean"):
+    for name in (*SKILLS, "mean", "overall"):
         assert table["retention"][name] == 1
         assert table["retention_ci"][name] == [1, 1]
         assert table["accuracy_ci"][name][0] < table["accuracy_ci"][name][1]
 
 
-def test_a_skill_without_questions_is_none_and_the_others_make_the_mean():
-    scores = random_scores(skills=("ocr", "perception"))
-    for table in scores.tables(seed=0).values():
-        assert [figures["reasoning"] for figures in table.values()] == [None] * 4
-        mean = (table["accuracy"]["ocr"] + table["accuracy"]["perception"]) / 2
-        assert table["accuracy"]["mean"] == pytest.approx(mean, abs=1e-6)
-    assert set(accuracy_by_skill([], []).values()) == {None}
+def test_scores_between_0_and_1_are_averaged_within_groups_before_groups():
+    scores = Scores(
+        np.array([0, 0, 1, 1]),
+        ["b", "a", "b", "b"],
+        {"full": np.array([1, 0.5, 1, 0]), "router": np.array([0.5, 0.25, 0.7, 0])},
+    )
+    tables = scores.tables(seed=0)
+    accuracy = {"a": 0.25, "b": 0.4, "mean": 0.325, "overall": 0.3625}
+    assert tables["router"]["accuracy"] == pytest.approx(accuracy)
+    retention = {"a": 0.5, "b": 0.6, "mean": 0.325 / 0.5833333, "overall": 0.3625 / 0.625}
+    assert tables["router"]["retention"] == pytest.approx(retention, abs=1e-6)
+    assert mean_scores(scores.skills, scores.correct["router"].tolist()) == pytest.approx(accuracy)
+
+
+def test_retention_is_relative_to_the_baseline():
+    scores = {"full": [1.0, 0.0], "reference": [1.0, 1.0]}
+    tables = score_tables([0, 1], ["a", "a"], scores, baseline="reference", seed=0)
+    assert (tables["full"]["retention"]["a"], tables["reference"]["retention"]["a"]) == (0.5, 1)
 
 
 def test_nothing_right_at_full_tokens_gives_no_retention_and_no_warning():

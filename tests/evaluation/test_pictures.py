@@ -9,9 +9,10 @@ import torch
 from tests.support.folders import write_set
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image
+from vico_pl.evaluation.answering import EvalQuestion, Result
 from vico_pl.evaluation.evaluate import RoutedExample
-from vico_pl.evaluation.questions import EvalQuestion
-from vico_pl.evaluation.report import COMPRESSED, KEPT, build_gallery, route_image, routing_picture
+from vico_pl.evaluation.questions import open_questions
+from vico_pl.evaluation.report import COMPRESSED, KEPT, build_gallery, routing_picture
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
 
@@ -34,9 +35,11 @@ def coloured(tmp_path):
 
 
 def example(sample, ratios):
-    question = EvalQuestion(sample=sample, skill="ocr", text="<image>\nWhich?", expected="green")
-    answers = {"full_answer": "green", "router_answer": "grey"}
-    return RoutedExample(question=question, ratios=ratios, token_fraction=0.5, **answers)
+    question = EvalQuestion(
+        sample=sample, group="ocr", metric="exact", prompt=("<image>\nWhich?",), answers=("green",)
+    )
+    results = {"full": Result("green", 1), "router": Result("grey", 0)}
+    return RoutedExample(question=question, ratios=ratios, token_fraction=0.5, **results)
 
 
 def area_of(picture, colour):
@@ -44,9 +47,10 @@ def area_of(picture, colour):
 
 
 def test_items_show_the_images_of_their_samples_though_a_record_before_is_bad(predictor, coloured):
-    items = build_gallery(predictor, coloured, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
-    assert [example.question.sample for example, _ in items] == [1, 2], "in the order of the set"
-    (_, green), (_, blue) = items
+    questions = open_questions(predictor, coloured)
+    items = build_gallery(questions, [example(2, [4] * 5), example(1, [4, 16, 4, 16, 16])])
+    assert [example.question.sample for example, _ in items] == [2, 1], "in the order of the examples"
+    (_, blue), (_, green) = items
     assert area_of(green, COLOURS[1]) > 0.1
     assert area_of(blue, COLOURS[2]) > 0.1
     for picture, others in ((green, (COLOURS[0], COLOURS[2])), (blue, COLOURS[:2])):
@@ -70,8 +74,8 @@ def test_compressed_tiles_are_dimmed_in_their_place_and_framed_in_their_colour(p
 def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(predictor, tmp_path, size, tiles):
     image = read_image(png(tmp_path, COLOURS[0], size))
     features = predictor.model.encode_tiles(tile_image(image, predictor.tiling))
-    ratios = route_image(predictor, image)
-    assert ratios == predictor.route(features).tolist()
+    ratios = predictor.route(image).ratios
+    assert ratios == predictor.choose_ratios(features).tolist()
     assert len(ratios) == tiles
     assert routing_picture(predictor, image, ratios).width > 100
 

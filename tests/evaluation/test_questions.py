@@ -1,127 +1,38 @@
+import base64
+import json
+import re
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import vico_pl.evaluation.questions as questions_module
-from tests.support.folders import full_ratios, tiled
+from tests.support.folders import own_answers, tiled, write_set
+from tests.support.tiny import encoded_image
+from vico_pl.data.tiling import tile_sample
+from vico_pl.evaluation.answering import MAX_NEW_TOKENS, full_tokens
 from vico_pl.evaluation.questions import (
-    EXTRA_TOKENS,
-    EvalQuestion,
-    Group,
-    answer_group,
-    folder_groups,
+    GROUP_FIELDS,
+    NO_GROUP,
+    Measure,
+    decide_measure,
+    describe,
+    open_questions,
     read_groups,
+    scored_questions,
 )
-from vico_pl.model.router import at_threshold, threshold_for
-from vico_pl.types import Turn
-
-
-@pytest.fixture
-def samples(predictor):
-    return [tiled(predictor, (32, 32), seed=1), tiled(predictor, (64, 64), seed=2), tiled(predictor, seed=3)]
-
-
-@pytest.fixture
-def group(predictor, samples):
-    """A group that begins at 64, with questions about its second, first, third and again second sample."""
-    asked = [
-        (65, "long question about it?", "red"),
-        (64, "Who?", "a b c d e f"),
-        (66, "Why?", "x"),
-        (65, "B?", "y"),
-    ]
-    return Group(
-        samples=samples,
-        features=[predictor.model.encode_tiles(s.tiles).detach() for s in samples],
-        questions=[EvalQuestion(sample=s, skill="ocr", text=text, expected=e) for s, text, e in asked],
-        first=64,
-    )
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """Replace the model by one that repeats its questions; collects its batches."""
-    seen = []
-
-    def fake(predictor, samples, questions, *, features, ratios, max_new_tokens):
-        seen.append((list(questions), [r.tolist() for r in ratios], max_new_tokens))
-        assert [len(f) for f in features] == [len(s.tiles) for s in samples] == [len(r) for r in ratios]
-        return [f"{q} {r.tolist()}" for q, r in zip(questions, ratios, strict=True)]
-
-    monkeypatch.setattr("vico_pl.inference.predictor.Predictor.answer", fake)
-    return seen
-
-
-def choice(*of_samples):
-    return [torch.tensor(ratios, dtype=torch.int64) for ratios in of_samples]
-
-
-FULL = choice([4], [4] * 5, [])
-
-
-def test_answers_come_in_the_order_of_the_questions_whatever_the_order_of_the_batch(
-    predictor, group, batches
-):
-    (given,) = answer_group(predictor, group, [choice([4], [4, 16, 4, 4, 4], [])])
-    assert given == ["long question about it? [4, 16, 4, 4, 4]", "Who? [4]", "Why? []", "B? [4, 16, 4, 4, 4]"]
-    assert batches[0][0] != [q.text for q in group.questions], "the batch was sorted by length"
-
-
-def test_several_choices_are_answered_in_one_batch_and_equal_ones_once(predictor, group, batches):
-    several = [choice([a], [b, 4, 4, 4, 4], []) for a in (4, 16) for b in (4, 16)]
-    answers = answer_group(predictor, group, [*several, FULL])
-    assert answers[0] == answers[-1] != answers[1]
-    assert [of_choice[1] for of_choice in answers] == ["Who? [4]"] * 2 + ["Who? [16]"] * 2 + ["Who? [4]"]
-    assert len(batches) == 1
-    # First sample: 2 ways, second: 2 ways x 2 questions, text alone: 1.
-    assert len(batches[0][0]) == 2 + 4 + 1
-
-
-def test_batches_keep_within_the_token_budget_but_a_long_prompt_is_asked_alone(
-    predictor, group, batches, monkeypatch
-):
-    monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 60)
-    expected = answer_group(predictor, group, [FULL])
-    assert len(batches) > 1
-    for asked, ratios, limit in batches:
-        lengths = [sum(16 // r for r in rs) + len(q) for q, rs in zip(asked, ratios, strict=True)]
-        assert len(asked) == 1 or len(asked) * (max(lengths) + limit) <= 60 + len(asked) * limit
-    assert sorted(q for asked, _, _ in batches for q in asked) == sorted(q.text for q in group.questions)
-    monkeypatch.setattr(questions_module, "TOKENS_PER_BATCH", 1)
-    batches.clear()
-    assert answer_group(predictor, group, [FULL]) == expected
-    assert [len(asked) for asked, _, _ in batches] == [1, 1, 1, 1]
-
-
-@torch.no_grad()
-def test_a_long_expected_answer_can_be_right(predictor, samples):
-    """With a fixed limit of tokens it never was."""
-    predictor.model.head[predictor.tokenizer.eos_token_id] = 0  # never ends
-    sample = samples[1]
-    features = [predictor.model.encode_tiles(sample.tiles)]
-    settings = {"features": features, "ratios": full_ratios(sample)}
-    expected = "x" * 40
-    length = len(predictor.tokenizer.encode(expected, add_special_tokens=False)) + EXTRA_TOKENS
-    ids = predictor.generate_ids([sample], ["A?"], **settings, max_new_tokens=length)
-    question = EvalQuestion(sample=0, skill="ocr", text="A?", expected=expected)
-    group = Group(samples=[sample], features=features, questions=[question], first=0)
-    ((given,),) = answer_group(predictor, group, [full_ratios(sample)])
-    assert given == predictor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
-    assert length > 40
-
-
-def test_right_and_wrong_follow_the_questions(group):
-    assert group.grade([" RED", "a b", "x", "x"]) == [True, False, True, False]
+from vico_pl.types import Sample, Turn
 
 
 def test_groups_number_samples_through_and_hold_their_own_features(predictor, monkeypatch):
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 2)
     sizes = [((32, 32),), ((64, 64),), (), ((64, 32), (32, 32)), ((32, 64),)]
     samples = [tiled(predictor, *size, seed=i) for i, size in enumerate(sizes)]
-    samples = [replace(s, turns=[s.turns[0], replace(s.turns[1], skill="ocr")]) for s in samples]
-    groups = list(read_groups(predictor, samples))
+    samples = [replace(s, turns=[s.turns[0], replace(s.turns[1], group="ocr")]) for s in samples]
+    scored = partial(scored_questions, metric=None)
+    groups = list(read_groups(predictor, samples, scored))
     assert [(g.first, len(g.samples)) for g in groups] == [(0, 2), (2, 2), (4, 1)]
     assert [q.sample for g in groups for q in g.questions] == [0, 1, 2, 3, 4]
     with torch.no_grad():
@@ -129,15 +40,93 @@ def test_groups_number_samples_through_and_hold_their_own_features(predictor, mo
             torch.testing.assert_close(features, predictor.model.encode_tiles(sample.tiles))
 
 
-def test_only_turns_with_a_known_skill_are_questions(predictor):
-    asked = [("<image>\nA?", "a", "perception"), ("B?", "b", None), ("C?", "c", "smell"), ("D?", "d", "ocr")]
-    turns = [
-        turn
-        for text, reply, skill in asked
-        for turn in (Turn(role="human", text=text), Turn(role="gpt", text=reply, skill=skill))
+def conversation(*turns, **metadata):
+    """A text sample; an answer is a text, or a Turn's fields."""
+    made = [
+        Turn(role=("human", "gpt")[i % 2], **(turn if isinstance(turn, dict) else {"text": turn}))
+        for i, turn in enumerate(turns)
     ]
-    (group,) = read_groups(predictor, [replace(tiled(predictor, (32, 32)), turns=turns)])
-    assert [(q.text, q.expected, q.skill) for q in group.questions] == [asked[0], asked[3]]
+    return Sample(id="a.tar/0", images=[], turns=made, metadata=metadata)
+
+
+def asked(sample, **settings):
+    """Prompt, accepted answers, metric and group of each question of a sample."""
+    found = decide_measure([sample], name="set", metric=settings.get("metric"))
+    assert found == Measure.SCORES
+    questions = scored_questions(sample, 0, **{"metric": None, **settings})
+    return [(*q.prompt, q.answers, q.metric, q.group) for q in questions]
+
+
+def test_answers_with_a_skill_or_a_metric_are_scored(predictor):
+    skill = {"text": "a", "group": "ocr"}
+    assert asked(conversation("A?", skill, "B?", "b")) == [("A?", ("a",), "exact", "ocr")]
+    metric = {"text": "b", "metric": "exact", "answers": ("b", "B!")}
+    both = conversation("A?", skill, "B?", metric, source="web")
+    alone, with_history = asked(both)
+    assert alone == ("A?", ("a",), "exact", "ocr")
+    assert with_history == ("A?", "a", "B?", ("b", "B!"), "exact", "web")
+
+
+@pytest.mark.parametrize("field", GROUP_FIELDS)
+def test_a_metric_for_all_scores_answers_that_name_none(field):
+    sample = conversation("A?", "a", **{field: "charts"})
+    assert asked(sample, metric="exact") == [("A?", ("a",), "exact", "charts")]
+    assert asked(conversation("A?", "a", source=3), metric="exact")[0][-1] == NO_GROUP
+
+
+@pytest.mark.parametrize(
+    ("samples", "measure"),
+    [
+        ([conversation("A?", "a")], Measure.ANSWERS),
+        ([conversation("A?", " ")], Measure.OWN),
+        ([conversation("A?", ""), conversation("A?", "a")], Measure.ANSWERS),
+        ([conversation("A?", "a"), conversation("A?", "")], Measure.ANSWERS),
+        ([conversation("A?", ""), conversation("A?", {"text": "a", "metric": "exact"})], Measure.SCORES),
+    ],
+)
+def test_without_metrics_a_set_is_measured_by_agreement(samples, measure):
+    assert decide_measure(samples, name="set", metric=None) == measure
+
+
+def test_unknown_metrics_and_empty_sets_are_refused(predictor, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.tar/0: metric is 'bleu'; expected one of exact"):
+        decide_measure([conversation("A?", {"text": "a", "metric": "bleu"})], name="set", metric=None)
+    with pytest.raises(ValueError, match=r"--metric: metric is 'bleu'; expected one of exact"):
+        open_questions(predictor, tmp_path, metric="bleu")
+    with pytest.raises(ValueError, match="set: no usable sample"):
+        decide_measure([], name="set", metric=None)
+
+
+def unlabelled(folder, answer, sizes=((64, 64), (32, 32), (64, 32))):
+    turns = [{"from": "human", "value": "<image>\nA?"}, {"from": "gpt", "value": answer}]
+    annotation = json.dumps({"conversations": turns, "source": "web"}).encode()
+    images = [encoded_image("PNG", size=size, seed=i) for i, size in enumerate(sizes)]
+    return write_set(folder, [(f"{i}", {"png": image, "json": annotation}) for i, image in enumerate(images)])
+
+
+def test_without_answers_agreement_is_measured_on_the_models_own(predictor, tmp_path):
+    questions = open_questions(predictor, unlabelled(tmp_path / "set", ""))
+    assert questions.measure == Measure.OWN
+    samples = [tiled for _, tiled in questions.samples()]
+    for sample in samples:
+        given = own_answers(predictor, sample, ["A?"], max_tokens=MAX_NEW_TOKENS)
+        assert sample.turns[1].text == given.get("A?", "")
+    assert any(sample.turns[1].text for sample in samples)
+    (group,) = questions.groups(title="reading")
+    assert [(q.group, q.metric) for q in group.questions] == [("web", "")] * 3
+    (results,) = questions.grade(group, [full_tokens(group)])
+    assert [result.score for result in results] == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_samples_too_long_for_the_language_model_are_left_out(predictor, tmp_path):
+    folder = unlabelled(tmp_path / "set", "a", sizes=((32, 32), (64, 64)))
+    (first, _), _ = open_questions(predictor, folder).samples()
+    num_tokens = len(predictor.chat.encode(tile_sample(first, predictor.tiling)).input_ids) - 1 + 4
+    chat = replace(predictor.chat, max_positions=num_tokens)  # the second sample has four tiles more
+    questions = open_questions(replace(predictor, chat=chat), folder)
+    with pytest.warns(UserWarning, match="set: 1 samples are too long for the model"):
+        assert [len(tiled.tiles) for _, tiled in questions.samples()] == [1]
+    assert questions.num_records == 2
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -146,7 +135,7 @@ def test_progress_knows_the_number_of_groups_and_fills_no_log_file(
 ):
     monkeypatch.setattr(questions_module, "SAMPLES_PER_GROUP", 5)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    assert len(list(folder_groups(predictor, answered, title="reading"))) == 3
+    assert len(list(open_questions(predictor, answered).groups(title="reading"))) == 3
     shown = capsys.readouterr().err
     assert ("reading: 100%" in shown, "3/3" in shown, shown == "") == (
         is_terminal,
@@ -155,21 +144,24 @@ def test_progress_knows_the_number_of_groups_and_fills_no_log_file(
     )
 
 
-def scores(*of_samples):
-    return [torch.tensor(values) for values in of_samples]
+def test_a_set_is_described_without_a_model(answered, tmp_path):
+    assert re.fullmatch(
+        r".*: scores of the answers, \d+ questions: \d+ of \w+ by exact, .*", describe(answered)
+    )
+    plain = unlabelled(tmp_path / "set", "a")
+    assert describe(plain) == f"{plain}: {Measure.ANSWERS}, as no answer names a metric or a skill"
+    assert describe(plain, metric="anls") == f"{plain}: {Measure.SCORES}, 3 questions: 3 of web by anls"
 
 
-@pytest.mark.parametrize(("fraction", "compressed"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
-def test_a_threshold_compresses_the_given_fraction_of_all_tiles(fraction, compressed):
-    given = scores([0.1, 0.9], [0.4], [0.6])
-    threshold = threshold_for(given, compressed_fraction=fraction)
-    chosen = torch.cat(at_threshold(given, threshold, ratios=[4, 16]))
-    assert int((chosen == 16).sum()) == compressed
-    ranked = sorted(torch.cat(given).tolist(), reverse=True)
-    assert {float(s) for s in torch.cat(given)[chosen == 16]} == set(ranked[:compressed])
-
-
-def test_tiles_of_equal_score_are_treated_alike():
-    given = scores([0.5, 0.5], [0.5, 0.1])
-    threshold = threshold_for(given, compressed_fraction=0.25)
-    assert [r.tolist() for r in at_threshold(given, threshold, ratios=[4, 16])] == [[16, 16], [16, 4]]
+@pytest.mark.parametrize("name", ["docvqa", "chartqa"])
+def test_a_suite_is_read_from_its_files_and_scored_by_its_metric(predictor, tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: a suite is read from its published files; say where"):
+        open_questions(predictor, name)
+    image = base64.b64encode(encoded_image("PNG", size=(64, 32))).decode()
+    rows = ["index\timage\tquestion\tanswer", *(f"{i}\t{image}\tWhat is {i}?\t['{i}']" for i in range(3))]
+    (tmp_path / "any.tsv").write_text("\n".join(rows))
+    questions = open_questions(predictor, name, suite_dir=tmp_path)
+    assert (questions.name, questions.measure) == (name, Measure.SCORES)
+    (group,) = questions.groups(title="reading")
+    metric = {"docvqa": "anls", "chartqa": "relaxed"}[name]
+    assert [(q.metric, q.answers) for q in group.questions] == [(metric, (f"{i}",)) for i in range(3)]

@@ -4,11 +4,11 @@ from xml.etree import ElementTree
 import PIL.Image
 import pytest
 
+from vico_pl.evaluation.answering import EvalQuestion, Result
 from vico_pl.evaluation.evaluate import RoutedExample
-from vico_pl.evaluation.questions import NOTHING_RIGHT, EvalQuestion
+from vico_pl.evaluation.questions import Measure
 from vico_pl.evaluation.report import (
     ARMS,
-    NOTHING,
     format_table,
     write_html,
 )
@@ -17,7 +17,8 @@ NASTY = "<script>alert('x')</script> & \"co\""
 
 
 def arm(fraction, accuracy, *, retention, half_width=0.01):
-    skills = {"perception": accuracy, "reasoning": accuracy, "ocr": accuracy, "mean": accuracy}
+    skills = {"perception": accuracy, "reasoning": accuracy, "ocr": accuracy}
+    skills |= {"mean": accuracy, "overall": accuracy}
     kept = dict.fromkeys(skills, retention)
     return {
         "vision_tokens_per_image": 72.4 * fraction,
@@ -35,8 +36,17 @@ def report():
     return {
         "model": "runs/demo/model",
         "dataset": "data/shards/val",
+        "measure": Measure.SCORES.value,
         "num_samples": 500,
+        "num_left_out": 0,
         "seed": 3,
+        "reference": None,
+        "made_with": {
+            "date": "2026-11-25",
+            "command": "vico eval it --seed 3",
+            "torch": "2.15",
+            "commit": None,
+        },
         "arms": {
             "full": arm(1.0, 0.98, retention=1.0),
             "all_compressed": arm(0.25, 0.5, retention=0.512),
@@ -52,11 +62,12 @@ def report():
     }
 
 
-def item(*, question="What colour?", expected="red", full="red", router="red"):
-    asked = EvalQuestion(sample=0, skill="ocr", text=question, expected=expected)
-    example = RoutedExample(
-        question=asked, ratios=[4, 16], token_fraction=0.4375, full_answer=full, router_answer=router
+def item(*, question="What colour?", expected="red", full="red", router="red", metric="exact", score=1.0):
+    asked = EvalQuestion(
+        sample=0, group="ocr", metric=metric, prompt=("Hm?", "x", question), answers=(expected,)
     )
+    results = {"full": Result(full, 1.0), "router": Result(router, score)}
+    example = RoutedExample(question=asked, ratios=[4, 16], token_fraction=0.4375, **results)
     return example, PIL.Image.new("RGB", (40, 30), "red")
 
 
@@ -77,9 +88,9 @@ def test_page_opens_with_the_headline_and_names_everything(report, tmp_path):
         "<h1>The router keeps 99.4\u00a0% of the accuracy with 44\u00a0% of the vision tokens.</h1>" in page
     )
     assert "Random tiles keep 71.2\u00a0% with 44\u00a0%." in page
-    arms, run = ["full tokens", "all compressed", "random"], ["runs/demo/model", "500 images", "seed 3"]
-    assert all(text in page for text in [*arms, *run, "2000 resamples"])
-    assert "vico eval runs/demo/model --data data/shards/val" in page
+    arms, run = ["full tokens", "all compressed", "random"], ["runs/demo/model", "500 samples", "seed 3"]
+    made_with = ["2000 resamples", "2026-11-25", "vico eval it --seed 3", "torch 2.15", Measure.SCORES]
+    assert all(text in page for text in [*arms, *run, *made_with])
     assert "96.4 to 98.4" in page  # interval of the router's accuracy
     assert "6.2 ms" in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -99,13 +110,16 @@ def test_text_from_data_is_escaped(report, tmp_path):
 
 
 def test_gallery_shows_answers_and_marks_wrong_ones(report, tmp_path):
-    items = [item(full=" Red", router="green"), item(router="")]
+    items = [item(full=" Red", router="green", score=0.0), item(router="", score=0.0)]
+    items += [item(router="reddish", score=0.4), item(full="", router="", metric="", score=0.97)]
     page = write(report, tmp_path, gallery=items)
     facts = re.sub(r"<[^>]*>|\s+", " ", page[page.index("What the router does") :])
     first = r"expected +red +full tokens +Red +✓ +router +green +✗ wrong +vision tokens +44 %"
     assert re.search(first, facts)
     assert re.search(r"router +\(no answer\) +✗ wrong", facts)
-    assert page.count("data:image/jpeg;base64,") == 2
+    assert re.search(r"router +reddish +0\.40 ", facts)
+    assert re.search(r"full tokens +agreement 100\.0 % +router +agreement 97\.0 %", facts)
+    assert page.count("data:image/jpeg;base64,") == 4
 
 
 def test_plots_have_labels_the_ink_of_the_page_and_one_colour_per_arm(report, tmp_path):
@@ -116,38 +130,59 @@ def test_plots_have_labels_the_ink_of_the_page_and_one_colour_per_arm(report, tm
     assert "currentColor" in pareto
     assert "#010203" not in pareto + retention
     assert len({style.colour for style in ARMS.values()}) == len(ARMS)
-    for style in ARMS.values():
+    for arm in report["arms"]:
+        style = ARMS[arm]
         assert all(style.colour in part for part in (pareto, retention, page[: page.index("<svg")]))
 
 
-def test_a_skill_without_questions_is_a_dash_and_has_no_bar(report, tmp_path):
+def test_a_group_that_is_never_right_at_full_tokens_has_no_bar(report, tmp_path):
     for entry in report["arms"].values():
-        for table in ("accuracy", "accuracy_ci", "retention", "retention_ci"):
+        for table in ("retention", "retention_ci"):
             entry[table]["reasoning"] = None
     page = write(report, tmp_path)
-    assert page.count(f"<td>{NOTHING}</td>") == len(report["arms"])
     assert "ocr" in plots(page)[1]
     assert "reasoning" not in plots(page)[1]
 
 
-def test_without_a_right_answer_at_full_tokens_nothing_is_kept(report, tmp_path):
+@pytest.mark.parametrize("groups", [1, 12])
+def test_one_group_is_its_own_mean_and_many_are_left_to_the_page(report, tmp_path, groups):
     for entry in report["arms"].values():
-        for table in ("retention", "retention_ci"):
-            entry[table] = dict.fromkeys(entry[table])
+        for table in ("accuracy", "accuracy_ci", "retention", "retention_ci"):
+            value = entry[table]["ocr"]
+            entry[table] = {**{f"group {i}": value for i in range(groups)}, "mean": value, "overall": value}
+    columns = re.split(r" {2,}", format_table(report).splitlines()[0])[3:-3]
+    assert columns == (["mean"] if groups == 1 else ["mean", "overall"])
+    page = write(report, tmp_path)
+    assert ("<th>group 0</th>" in page) == (groups > 1)
+
+
+def test_without_router_the_report_says_what_compressing_everything_costs(report, tmp_path):
+    report["arms"] = {arm: report["arms"][arm] for arm in ("full", "all_compressed")}
+    report["pareto"] = []
     page = write(report, tmp_path).replace("\u00a0", " ")
-    assert f"<h1>{NOTHING_RIGHT}.</h1>" in page
-    lines = format_table(report).splitlines()
-    assert lines[1].endswith(f" {NOTHING}")
-    assert lines[-1] == f"{NOTHING_RIGHT}."
+    full, compressed = (
+        "At full tokens the accuracy is 98.0 %.",
+        "All tiles compressed keep 51.2 % of it with 25 %.",
+    )
+    assert f"<h1>{full} {compressed}</h1>" in page
+
+
+def test_left_out_records_and_the_measure_are_named_below_the_table(report, tmp_path):
+    report.update(num_left_out=3, measure=Measure.OWN.value)
+    *_, measure, left_out = format_table(report).splitlines()
+    assert measure == f"Accuracy: {Measure.OWN}."
+    assert left_out == "3 records are left out: unusable, or too long for the model"
+    assert "(3 more are unusable or too long for the model)" in write(report, tmp_path)
 
 
 def test_table_has_aligned_columns_in_the_order_of_arms(report):
-    lines = format_table(report).splitlines()
-    header = "arm,tokens,per image,perception,reasoning,ocr,mean,95 % interval,retention"
+    *lines, measure = format_table(report).splitlines()
+    assert measure == "Accuracy: scores of the answers."
+    header = "arm,tokens,per image,perception,reasoning,ocr,mean,overall,95 % interval,retention,first token"
     assert re.split(r" {2,}", lines[0]) == header.split(",")
     arms = [re.split(r" {2,}", line)[0] for line in lines[1:]]
-    assert arms == [style.label for style in ARMS.values()]
+    assert arms == [style.label for arm, style in ARMS.items() if arm in report["arms"]]
     assert re.split(r" {2,}", lines[2])[1:] == [
-        *("44.1 %", "31.9", "97.4 %", "97.4 %", "97.4 %", "97.4 %", "96.4 to 98.4", "99.4 %"),
+        *("44.1 %", "31.9", *["97.4 %"] * 5, "96.4 to 98.4", "99.4 %", "6.2 ms"),
     ]
     assert len({len(line) for line in lines}) == 1

@@ -2,10 +2,8 @@ import pytest
 import torch
 
 from tests.support.folders import full_ratios, tiled
-from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
-from vico_pl.data.decode import read_image
-from vico_pl.inference.predictor import question_text
+from vico_pl.inference.generate import prompt_texts
 from vico_pl.model.language import run_packed
 
 MAX_NEW = 9
@@ -13,7 +11,7 @@ MAX_NEW = 9
 
 def naive_ids(predictor, sample, question, ratios, max_new_tokens=MAX_NEW):
     """Greedy tokens of one sample alone, recomputing the whole sequence for each token."""
-    text = question_text(question, num_images=len(sample.tiles_per_image))
+    (text,) = prompt_texts(question, num_images=len(sample.tiles_per_image))
     batch = collate([predictor.chat.encode_prompt(sample, text)])
     features = predictor.model.encode_tiles(sample.tiles)
     embeddings = predictor.model.splice_batch(batch, features, ratios).embeddings
@@ -125,20 +123,6 @@ def test_no_answer_is_longer_than_max_new_tokens(predictor, mixed, limit):
     )
 
 
-@torch.no_grad()
-def test_an_image_is_answered_at_the_ratios_the_router_chooses(predictor, tmp_path, monkeypatch):
-    never_ends(predictor)
-    (tmp_path / "photo.png").write_bytes(encoded_image("PNG", size=(64, 64), seed=100))
-    image, sample = read_image(tmp_path / "photo.png"), tiled(predictor, (64, 64), seed=1)
-    answers = []
-    for ratios in ([4, 4, 4, 4, 4], [16, 4, 16, 4, 4]):
-        monkeypatch.setattr(type(predictor), "route", lambda *_, ratios=ratios: torch.tensor(ratios))
-        answers.append(predictor.answer_image(image, "What is A?", max_new_tokens=MAX_NEW))
-        ids = naive_ids(predictor, sample, "What is A?", torch.tensor(ratios))
-        assert answers[-1] == predictor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert answers[0] != answers[1]
-
-
 def test_training_time_attention_does_not_leak_into_generation(predictor, mixed):
     samples, questions, ratios = mixed
     first = batched_ids(predictor, samples, questions, ratios)
@@ -157,7 +141,7 @@ def test_prompts_run_in_one_pass_without_padding_and_only_once(predictor, mixed)
     predictor.model.language.base_model.register_forward_pre_hook(note, with_kwargs=True)
     batched_ids(never_ends(predictor), samples, questions, ratios, max_new_tokens=3)
     prompts = [
-        predictor.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
+        predictor.chat.encode_prompt(sample, *prompt_texts(question, num_images=len(sample.tiles_per_image)))
         for sample, question in zip(samples, questions, strict=True)
     ]
     vision = sum(int((16 // r).sum()) - len(r) for r in ratios)

@@ -7,7 +7,8 @@ import torch
 from tests.support.folders import tiled, write_model_folder, write_set
 from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
-from vico_pl.inference.predictor import Predictor, question_text
+from vico_pl.inference.generate import prompt_texts
+from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, WEIGHTS_NAME
 from vico_pl.model.router import compress_probability
 
@@ -74,7 +75,7 @@ def test_an_unreadable_calibration_is_refused_and_not_taken_for_none(folder, con
 def test_without_calibration_every_tile_keeps_full_tokens(predictor):
     features = predictor.model.encode_tiles(tiled(predictor, (64, 64)).tiles)
     assert predictor.rule is None
-    assert predictor.route(features).tolist() == [4] * 5
+    assert predictor.choose_ratios(features).tolist() == [4] * 5
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def test_with_calibration_tiles_compress_from_its_threshold_on(folder):
     probabilities = compress_probability(Predictor.load(folder).router_logits(features))
     threshold = probabilities.median().item()  # the third of five
     (folder / CALIBRATION_NAME).write_text(json.dumps({"threshold": threshold}))
-    ratios = Predictor.load(folder).route(features)
+    ratios = Predictor.load(folder).choose_ratios(features)
     assert ratios.tolist() == [16 if p >= threshold else 4 for p in probabilities.tolist()]
     assert sorted(ratios.tolist()) == [4, 4, 16, 16, 16]
 
@@ -93,7 +94,7 @@ def test_a_model_without_router_keeps_full_tokens_and_says_what_it_lacks(tmp_pat
     folder = write_model_folder(tmp_path / "model", router_heads=None, threshold=0.0)
     predictor = Predictor.load(folder)
     features = predictor.model.encode_tiles(tiled(predictor, (64, 32)).tiles)
-    assert predictor.route(features).tolist() == [4, 4, 4]
+    assert predictor.choose_ratios(features).tolist() == [4, 4, 4]
     with pytest.raises(ValueError, match=f"{folder}: the model has no router; train one"):
         predictor.router_logits(features)
 
@@ -126,7 +127,7 @@ def test_samples_are_cut_as_the_folder_says_and_bad_records_are_left_out(folder,
     ],
 )
 def test_a_question_has_as_many_marks_as_images_and_keeps_its_own_places(prompt, num_images, expected):
-    assert question_text(prompt, num_images=num_images) == expected
+    assert prompt_texts(prompt, num_images=num_images) == [expected]
 
 
 def first_token_by_hand(predictor, sample, question, ratios):

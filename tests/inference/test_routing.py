@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.folders import tiled
-from vico_pl.model.router import NEVER, RoutingRule, choose_ratios, compress_probability, routing_scores
+from vico_pl.model.router import (
+    NEVER,
+    RoutingRule,
+    at_threshold,
+    choose_ratios,
+    compress_probability,
+    routing_scores,
+    threshold_for,
+)
 
 LOGIT = st.floats(-30, 30, width=32)
 
@@ -111,7 +119,27 @@ def test_a_session_routes_tiles_of_a_batch_as_it_routes_them_alone(predictor):
     gap = probabilities.diff().argmax()
     threshold = probabilities[gap : gap + 2].mean().item()  # in the widest gap: no rounding decides
     object.__setattr__(predictor, "rule", RoutingRule(threshold=threshold))
-    together = predictor.route(features).tolist()
-    alone = map(predictor.route, features.split([len(s.tiles) for s in samples]))
+    together = predictor.choose_ratios(features).tolist()
+    alone = map(predictor.choose_ratios, features.split([len(s.tiles) for s in samples]))
     assert together == torch.cat(list(alone)).tolist()
     assert set(together) == {4, 16}
+
+
+def scores(*of_samples):
+    return [torch.tensor(values) for values in of_samples]
+
+
+@pytest.mark.parametrize(("fraction", "compressed"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_a_threshold_compresses_the_given_fraction_of_all_tiles(fraction, compressed):
+    given = scores([0.1, 0.9], [0.4], [0.6])
+    threshold = threshold_for(given, compressed_fraction=fraction)
+    chosen = torch.cat(at_threshold(given, threshold, ratios=[4, 16]))
+    assert int((chosen == 16).sum()) == compressed
+    ranked = sorted(torch.cat(given).tolist(), reverse=True)
+    assert {float(s) for s in torch.cat(given)[chosen == 16]} == set(ranked[:compressed])
+
+
+def test_tiles_of_equal_score_are_treated_alike():
+    given = scores([0.5, 0.5], [0.5, 0.1])
+    threshold = threshold_for(given, compressed_fraction=0.25)
+    assert [r.tolist() for r in at_threshold(given, threshold, ratios=[4, 16])] == [[16, 16], [16, 4]]

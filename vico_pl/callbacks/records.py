@@ -148,15 +148,20 @@ class EnvironmentLog(L.Callback):
         is_cuda = device.type == "cuda"
         line = {
             "from_step": trainer.global_step,
-            **{name: _version(name) for name in ("vico_pl", "torch", "transformers", "lightning")},
-            "commit": _commit(),
-            "python": platform.python_version(),
+            **software(),
             "host": platform.node(),
             "device": torch.cuda.get_device_name(device) if is_cuda else f"cpu ({platform.machine()})",
             "num_ranks": trainer.world_size,
             "num_nodes": trainer.num_nodes,
         }
         append_json(self._path, line)
+
+
+def software() -> dict[str, str | None]:
+    """Return the versions that a result depends on, and the commit if this is a checkout."""
+    packages = ("vico_pl", "torch", "transformers", "lightning")
+    versions = {name: _version(name) for name in packages}
+    return {**versions, "commit": _commit(), "python": platform.python_version()}
 
 
 def _version(package: str) -> str | None:

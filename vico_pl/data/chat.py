@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import cycle
+from typing import get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ from vico_pl.tokens import (
     TextEncoder,
     token_id,
 )
-from vico_pl.types import EncodedSample, TiledSample, Turn
+from vico_pl.types import EncodedSample, Role, TiledSample, Turn
 
 _FEW_CHARACTERS = 100_000  # are tokenized to be counted, as it takes no time; 60 million take minutes
 Piece = tuple[list[int], bool]  # token ids, and whether they carry loss
@@ -51,13 +53,16 @@ class ChatEncoder:
         """
         return self._join(sample, self.config.max_tokens)
 
-    def encode_prompt(self, sample: TiledSample, question: str) -> EncodedSample:
-        """Encode one question up to where the answer begins.
+    def encode_prompt(self, sample: TiledSample, *texts: str) -> EncodedSample:
+        """Encode a question, or questions and answers in turn up to a question, to where its answer begins.
 
         Raises:
             RecordError: it has more tokens than the language model has positions.
         """
-        asked = replace(sample, turns=[Turn(role="human", text=question)])
+        roles = cycle(get_args(Role))  # human, gpt
+        asked = replace(
+            sample, turns=[Turn(role=r, text=text) for r, text in zip(roles, texts, strict=False)]
+        )
         try:
             return self._join(asked, sys.maxsize, [(self._opening("assistant"), False)])
         except RecordError as error:

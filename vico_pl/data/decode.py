@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -60,6 +59,7 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+_FIELDS = ("conversations", "skills", "metrics", "answers")  # of a record's JSON; all others are metadata
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _bad_conversation = partial(RecordError, kind="conversation")
@@ -87,15 +87,34 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
     for name, ending in endings.items():
         if ending in VIDEO_EXTENSIONS:
             raise RecordError(f"member '{name}' is a video; expected images: give its frames", kind="member")
-    annotation = _parse_annotation(record)
+    annotation = parse_annotation(record)
     images = sort_images(name for name, ending in endings.items() if ending in IMAGE_EXTENSIONS)
     turns = parse_conversation(annotation, num_images=len(images))
     return Sample(
         id=record.id,
-        images=[_decode_image(name, record.files[name], limits) for name in images],
+        images=[decode_content(name, record.files[name], limits) for name in images],
         turns=turns,
-        metadata={key: value for key, value in annotation.items() if key not in ("conversations", "skills")},
+        metadata={key: value for key, value in annotation.items() if key not in _FIELDS},
     )
+
+
+def with_caption(record: Record, prompt: str | None) -> Record:
+    """Make a caption (`KEY.txt` of img2dataset) the answer to `prompt`; a conversation stays as it is.
+
+    Raises:
+        RecordError: there is JSON, but unreadable.
+    """
+    if prompt is None or "txt" not in record.files:
+        return record
+    entry = parse_annotation(record) if "json" in record.files else {}
+    if not isinstance(entry, dict) or "conversations" in entry:
+        return record
+    endings = [name.rpartition(".")[2] for name in record.files]
+    question = f"{IMAGE_TOKEN}\n" * sum(ending in IMAGE_EXTENSIONS for ending in endings) + prompt
+    caption = bytes(record.files["txt"]).decode(errors="surrogateescape").strip()  # no UTF-8: a bad record
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
+    content = json.dumps({**entry, "conversations": turns}).encode()
+    return replace(record, files={**record.files, "json": content})
 
 
 def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
@@ -108,7 +127,7 @@ def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
         raise _bad_conversation("JSON has no list 'conversations'")
     if not num_images and (annotation.get("video") or annotation.get("videos")):  # else its frames are there
         raise _bad_conversation("JSON has a 'video'; expected images: give its frames as images")
-    turns = _parse_turns(annotation["conversations"], annotation.get("skills") or [])
+    turns = _parse_turns(annotation)
     marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if marks != num_images:
         reason = f"{marks} {IMAGE_TOKEN} marks in the conversation but {num_images} images"
@@ -143,7 +162,7 @@ def read_image(path: Path) -> Image:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return _decode_image(path.name, path.read_bytes(), DEFAULT_LIMITS)
+        return decode_content(path.name, path.read_bytes(), DEFAULT_LIMITS)
     except RecordError as error:
         raise ValueError(f"{path}: {error}; expected a {', '.join(IMAGE_EXTENSIONS)} file") from error
 
@@ -176,7 +195,8 @@ def _check_key(key: str) -> None:
         raise RecordError(f"key '{key}' has control characters or is no UTF-8", kind="key")
 
 
-def _parse_annotation(record: Record) -> Any:
+def parse_annotation(record: Record) -> Any:
+    """Return the content of a record's JSON."""
     if "json" not in record.files:
         raise RecordError(f"no .json member; found {sorted(record.files)}", kind="json")
     try:
@@ -186,19 +206,48 @@ def _parse_annotation(record: Record) -> Any:
         raise RecordError(f"JSON: {error}", kind="json") from error
 
 
-def _parse_turns(conversations: list[Any], skills: Any) -> list[Turn]:
-    if not isinstance(skills, list) or not all(isinstance(skill, str | None) for skill in skills):
-        raise _bad_conversation("'skills' is no list of names")
+def _parse_turns(annotation: dict[str, Any]) -> list[Turn]:
     roles: tuple[Role, ...] = get_args(Role)  # human, gpt
-    turns = [_parse_turn(entry, index, roles[index % 2]) for index, entry in enumerate(conversations)]
+    conversation = enumerate(annotation["conversations"])
+    turns = [_parse_turn(entry, index, roles[index % 2]) for index, entry in conversation]
     if not turns or turns[-1].role != "gpt":
         raise _bad_conversation("the conversation must end with an answer of 'gpt'")
-    answers = turns[1::2]
-    if len(skills) not in (0, len(answers)):
-        given = f"'skills' has {len(skills)} entries for {len(answers)} answers"
-        raise _bad_conversation(f"{given}; expected one each")
-    turns[1::2] = [replace(turn, skill=skill) for turn, skill in zip_longest(answers, skills)]
+    count, metrics = len(turns) // 2, annotation.get("metrics")
+    if isinstance(metrics, dict):  # another tool's
+        metrics = None
+    columns = zip(
+        _names("skills", annotation.get("skills"), count),
+        _names("metrics", [metrics] * count if isinstance(metrics, str) else metrics, count),
+        _accepted(annotation.get("answers") if metrics else None, count),
+        strict=True,
+    )
+    for index, (group, metric, accepted) in zip(range(1, 2 * count, 2), columns, strict=True):
+        turns[index] = replace(turns[index], group=group, metric=metric, answers=accepted)
     return turns
+
+
+def _names(field: str, given: Any, count: int) -> list[str | None]:
+    if not given:
+        return [None] * count
+    if not isinstance(given, list) or not all(isinstance(entry, str | None) for entry in given):
+        raise _bad_conversation(f"'{field}' is no list of names")
+    if len(given) != count:
+        raise _bad_conversation(f"'{field}' has {len(given)} entries for {count} answers; expected one each")
+    return given
+
+
+def _accepted(given: Any, count: int) -> list[tuple[str, ...]]:
+    """Read the accepted answers to each question; those to a single one need no outer list."""
+    if given is None:
+        return [()] * count
+    lists = [given] if count == 1 and _are_texts(given) else given
+    if not isinstance(lists, list) or len(lists) != count or not all(map(_are_texts, lists)):
+        raise _bad_conversation("'answers' is no list with the accepted answers to each question")
+    return [tuple(texts) for texts in lists]
+
+
+def _are_texts(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(isinstance(text, str) for text in given)
 
 
 def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
@@ -213,7 +262,7 @@ def _parse_turn(entry: Any, index: int, role: Role) -> Turn:
     return Turn(role=role, text=text)
 
 
-def _decode_image(name: str, content: Content, limits: ImageLimits) -> Image:
+def decode_content(name: str, content: Content, limits: ImageLimits) -> Image:
     """Decode an image; any error of the decoder becomes a `RecordError`.
 
     On hostile bytes that may be any exception: OSError, SyntaxError, struct.error, RuntimeError, ...
@@ -250,7 +299,7 @@ def _pixels(content: Content, limits: ImageLimits) -> Image:
     elif image.format == "PNG":
         image.verify()  # checksums of all chunks up to the end, which decoding does not look at
         image = _open_image(content, limits)
-    return _pixels_by_pillow(image)
+    return pillow_pixels(image)
 
 
 def _open_image(content: Content, limits: ImageLimits) -> PIL.Image.Image:
@@ -275,7 +324,8 @@ def _num_scans(jpeg: Content) -> int:
     return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
 
 
-def _pixels_by_pillow(image: PIL.Image.Image) -> Image:
+def pillow_pixels(image: PIL.Image.Image) -> Image:
+    """Return the pixels as RGB: turned by EXIF, transparency on white, 16 bits as 8."""
     image.load()
     with suppress(Exception):  # damaged EXIF turns nothing, as in torchvision
         image = PIL.ImageOps.exif_transpose(image)

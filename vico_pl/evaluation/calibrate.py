@@ -2,121 +2,108 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vico_pl.data.shards.inspect import read_samples
-from vico_pl.evaluation.metrics import accuracy_by_skill
-from vico_pl.evaluation.questions import NOTHING_RIGHT, answer_folder, folder_groups, has_questions
-from vico_pl.inference.predictor import Predictor
+from vico_pl.evaluation.answering import Ratios, full_tokens
+from vico_pl.evaluation.metrics import MEAN, OVERALL, score_tables
+from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
 
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
-SKILL_SLACK = 0.01  # a single skill may be this far below the required retention: few questions, noisy
+GROUP_SLACK = 0.01  # a single group may be this far below the required retention: few questions, noisy
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPoint:
-    """The cost and accuracy of one threshold."""
+    """The cost and accuracy of one threshold; tables have a value per group, `mean` and `overall`."""
 
     threshold: float  # compress iff P(compress) is at least this
     token_fraction: float  # vision tokens over those of full tokens
-    accuracy: dict[str, float | None]  # per skill and mean
+    accuracy: dict[str, float | None]
     retention: dict[str, float | None]  # accuracy over that of full tokens
+    retention_ci: dict[str, list[float] | None]  # 95 % interval over images
 
 
 def calibrate(
-    predictor: Predictor, folder: Path, *, retention: float, budget: float | None = None
+    questions: QuestionSet, *, retention: float, budget: float | None = None
 ) -> tuple[CalibrationPoint, dict[str, Any]]:
-    """Measure thresholds on a folder; return the chosen point and the content of calibration.json.
+    """Measure thresholds on a set; return the chosen point and the content of calibration.json.
 
     Raises:
-        ValueError: the budget cannot be met, or without one there is no accuracy to keep; no image.
+        ValueError: the budget cannot be met, or there is no image, or nothing right at full tokens.
     """
-    cheapest = predictor.model.ratios[0] / predictor.model.ratios[-1]
+    ratios = questions.predictor.model.ratios
+    cheapest = ratios[0] / ratios[-1]
     if budget is not None and budget < cheapest:
         raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest}")
-    if budget is None and not has_questions(read_samples(folder)):
-        raise ValueError(
-            f"{folder}: no question with a skill, so no accuracy to keep; see data/README.md for "
-            "evaluation sets, or set a budget of vision tokens"
-        )
-    curve = measure_curve(predictor, folder)
-    if budget is None and not curve[0].accuracy["mean"]:
-        raise ValueError(f"{folder}: {NOTHING_RIGHT}; no threshold is written, set a budget to choose one")
+    curve = measure_curve(questions)
     chosen = choose_point(curve, retention=retention, budget=budget)
-    made_with = {"data": str(folder), "retention": retention, "budget": budget}
+    made_with = {
+        "data": questions.name,
+        "measure": questions.measure.value,
+        "retention": retention,
+        "budget": budget,
+    }
     points = {"chosen": asdict(chosen), "curve": [asdict(point) for point in curve]}
     return chosen, {"threshold": chosen.threshold, **made_with, **points}
 
 
 @torch.no_grad()
-def measure_curve(predictor: Predictor, folder: Path) -> list[CalibrationPoint]:
-    """Answer the questions of a folder at thresholds that compress from no tile to all.
-
-    Without questions that have a skill the curve has only token fractions, which suffice for a budget.
+def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
+    """Score the questions of a set at thresholds that compress from no tile to all.
 
     Raises:
-        ValueError: the folder has no image.
+        ValueError: the set has no image, or nothing is right at full tokens.
     """
-    scores = [
-        compress_probability(predictor.router_logits(features))
-        for group in folder_groups(predictor, folder, title="scoring tiles")
-        for features in group.features
-    ]
-    if not sum(map(len, scores)):
-        raise ValueError(f"{folder}: no image to calibrate on")
+    predictor = questions.predictor
+    scores, right = [], 0.0
+    for group in questions.groups(title="scoring tiles"):
+        scores += [compress_probability(predictor.router_logits(features)) for features in group.features]
+        right += sum(result.score for result in questions.grade(group, [full_tokens(group)])[0])
+    questions.check(num_tiles=sum(map(len, scores)), right=right)
     candidates = (threshold_for(scores, compressed_fraction=f, halfway=True) for f in COMPRESSED_FRACTIONS)
     thresholds = list(dict.fromkeys(min(NEVER, threshold) for threshold in candidates))
-    model = predictor.model
-    choices = [at_threshold(scores, threshold, ratios=model.ratios) for threshold in thresholds]
-    skills: list[str] = []
-    correct: list[list[bool]] = [[] for _ in choices]
-    if has_questions(read_samples(folder)):
-        for group, answers in answer_folder(predictor, folder, choices):
-            skills += [q.skill for q in group.questions]
-            for column, given in zip(correct, answers, strict=True):
-                column += group.grade(given)
-    full_tokens = sum(map(len, scores)) * model.tokens_per_full_tile
-    full = accuracy_by_skill(skills, correct[0])
+    choices = [at_threshold(scores, threshold, ratios=predictor.model.ratios) for threshold in thresholds]
+    tables = _tables(questions, choices)
+    tokens = [sum(vision_tokens(c, num_patches=predictor.model.vision.num_patches)) for c in choices]
     return [
         CalibrationPoint(
             threshold=threshold,
-            token_fraction=sum(vision_tokens(choice, num_patches=model.vision.num_patches)) / full_tokens,
-            accuracy=accuracy,
-            retention={skill: _retention(value, full[skill]) for skill, value in accuracy.items()},
+            token_fraction=spent / tokens[0],
+            **{name: table[name] for name in ("accuracy", "retention", "retention_ci")},
         )
-        for threshold, choice, accuracy in zip(
-            thresholds, choices, (accuracy_by_skill(skills, column) for column in correct), strict=True
-        )
+        for threshold, spent, table in zip(thresholds, tokens, tables, strict=True)
     ]
+
+
+def _tables(questions: QuestionSet, choices: Sequence[Ratios]) -> list[dict[str, Any]]:
+    images: list[int] = []
+    groups: list[str] = []
+    scores: list[list[float]] = [[] for _ in choices]
+    for group in questions.groups(title="answering"):
+        images += [question.sample for question in group.questions]
+        groups += [question.group for question in group.questions]
+        graded = questions.grade(group, [ratios[group.positions] for ratios in choices])
+        for column, results in zip(scores, graded, strict=True):
+            column += [result.score for result in results]
+    columns = {str(number): column for number, column in enumerate(scores)}
+    return list(score_tables(images, groups, columns, baseline="0", seed=0).values())
 
 
 def choose_point(
     curve: Sequence[CalibrationPoint], *, retention: float, budget: float | None = None
 ) -> CalibrationPoint:
-    """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
-
-    For a curve without accuracies, or of a model that is never right, return the most expensive point within
-    the budget.
-    """
+    """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`."""
     if budget is None:
         return min((p for p in curve if _keeps(p, retention)), key=lambda point: point.token_fraction)
     within = [point for point in curve if point.token_fraction <= budget]
-    if not curve[0].accuracy["mean"]:
-        return max(within, key=lambda point: point.token_fraction)
-    return max(within, key=lambda point: (point.accuracy["mean"] or 0.0, -point.token_fraction))
-
-
-def _retention(value: float | None, full: float | None) -> float | None:
-    return value / full if value is not None and full else None
+    return max(within, key=lambda point: (point.accuracy[MEAN] or 0.0, -point.token_fraction))
 
 
 def _keeps(point: CalibrationPoint, retention: float) -> bool:
-    skills = [value for name, value in point.retention.items() if name != "mean" and value is not None]
-    mean = point.retention["mean"]
-    return point.threshold == NEVER or (
-        mean is not None and mean >= retention and min(skills) >= retention - SKILL_SLACK
-    )
+    kept = {name: value for name, value in point.retention.items() if value is not None}
+    groups = [value for name, value in kept.items() if name not in (MEAN, OVERALL)]
+    is_kept = MEAN in kept and kept[MEAN] >= retention and min(groups) >= retention - GROUP_SLACK
+    return point.threshold == NEVER or is_kept

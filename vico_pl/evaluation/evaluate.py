@@ -1,52 +1,41 @@
-"""Compare the router with other ways to spend its vision tokens: the arms of `report.json`.
-
-Most arms are scores: tiles with the highest scores are compressed first, as many as the router compresses.
-"""
+"""Compare the router with other ways to spend its vision tokens: the arms of `report.json`."""
 
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from datetime import date
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from vico_pl.data.collate import collate
-from vico_pl.data.shards.inspect import read_samples
-from vico_pl.data.tiling import Size, TilingConfig, count_tiles, tile_sample
-from vico_pl.evaluation.metrics import accuracy_by_skill, accuracy_tables
-from vico_pl.evaluation.questions import (
+from vico_pl.callbacks.records import software
+from vico_pl.evaluation.answering import (
     EvalQuestion,
     Group,
     Ratios,
-    answer_folder,
+    Result,
     answer_group,
-    folder_groups,
-    has_questions,
+    full_tokens,
+    score_answers,
 )
+from vico_pl.evaluation.baselines import (
+    TileScores,
+    ranked,
+    score_tiles,
+    shrunken_tilings,
+)
+from vico_pl.evaluation.metrics import MEAN, mean_scores, score_tables
+from vico_pl.evaluation.questions import Measure, QuestionSet
 from vico_pl.inference.predictor import Predictor
-from vico_pl.model.reference import FrozenReference
-from vico_pl.model.router import (
-    NEVER,
-    RoutingRule,
-    at_threshold,
-    routing_scores,
-    threshold_for,
-    vision_tokens,
-)
-from vico_pl.stages.router import tile_loss_ratios
+from vico_pl.model.connector import FULL_RATIO
+from vico_pl.model.router import at_threshold, threshold_for, vision_tokens
 
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed
 TIMED_SAMPLES = 12
-EXAMPLES_PER_GROUP = 2
-EXAMPLE_TILES = 4  # at least, thumbnail included: fewer show little of a choice
-
-TileScores = list[Float[Tensor, " _"]]  # one entry per sample
+SPOILT_PER_GROUP, EXAMPLES_PER_GROUP = 4, 2
+EXAMPLE_TILES = 4  # at least, where routing spoils nothing: fewer show little of a choice
 
 
 class Setting(NamedTuple):
@@ -58,139 +47,120 @@ class Setting(NamedTuple):
 
 @dataclass
 class Outcome:
-    """Cost and correctness of one setting."""
+    """Cost and scores of one setting."""
 
     tokens: list[int] = field(default_factory=list)  # vision tokens of each sample
-    correct: list[bool] = field(default_factory=list)  # of each question
+    scores: list[float] = field(default_factory=list)  # of each question
     first_token_ms: list[float] = field(default_factory=list)  # of some samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedExample:
-    """A question of the gallery: how its image was routed, and the answers."""
+    """A question of the gallery: how its image was routed, and the results."""
 
     question: EvalQuestion
     ratios: list[int]
     token_fraction: float
-    full_answer: str
-    router_answer: str
+    full: Result
+    router: Result
+
+    @property
+    def loss(self) -> float:
+        """What routing costs."""
+        return self.full.score - self.router.score
+
+
+class Answered(NamedTuple):
+    """What a pass over a set found."""
+
+    asked: list[EvalQuestion]
+    outcomes: dict[Setting, Outcome]
+    reference: Outcome
+    examples: list[RoutedExample]
 
 
 def evaluate(
-    predictor: Predictor, folder: Path, *, seed: int, num_examples: int = 8
+    questions: QuestionSet,
+    *,
+    seed: int,
+    arms: Sequence[str] | None = None,
+    reference: Predictor | None = None,
+    num_examples: int = 8,
+    command: str = "",
 ) -> tuple[dict[str, Any], list[RoutedExample]]:
-    """Evaluate all arms at the router's budget; return the content of report.json and examples to show.
+    """Evaluate arms at the router's budget; return the content of report.json and examples to show.
+
+    Without a calibrated router the arms are full tokens and all tiles compressed. `arms` names those to
+    evaluate next to full tokens, without curves. `reference` is a further model, at full tokens, which
+    retention is then relative to. `command` is kept in the report.
 
     Raises:
-        ValueError: no calibrated router, or nothing to evaluate on.
+        ValueError: there is no such arm, nothing to evaluate on, or nothing right at full tokens.
     """
-    if predictor.rule is None:
-        raise ValueError(f"{predictor.folder}: the model is not calibrated; run 'vico calibrate' on it first")
-    if not has_questions(read_samples(folder)):
-        raise ValueError(f"{folder}: no question with a skill; see data/README.md for evaluation sets")
-    scores = _score_tiles(predictor, folder, seed=seed)
-    if not sum(map(len, scores["router"])):
-        raise ValueError(f"{folder}: no image to evaluate on")
-    settings, pareto = _arm_settings(scores, predictor.rule.threshold), _pareto_settings(scores)
-    full, routed, model = settings["full"], settings["router"], predictor.model
-    choices = {
-        setting: at_threshold(scores[setting.scores], setting.threshold, ratios=model.ratios)
-        for setting in [*settings.values(), *pareto]
+    if reference is not None and reference.tiling.tile_size != questions.predictor.tiling.tile_size:
+        sizes = f"{reference.tiling.tile_size} px, of the model {questions.predictor.tiling.tile_size}"
+        raise ValueError(f"{reference.folder}: its tiles are of {sizes}; expected the same")
+    scores = _score_tiles(questions, seed=seed)
+    settings = _arm_settings(scores, questions.predictor, arms=arms)
+    pareto = _pareto_settings(scores) if arms is None else []
+    found = _answer(questions, scores, settings, pareto, reference=reference)
+    outcomes = {arm: found.outcomes[setting] for arm, setting in settings.items()}
+    if "router" in settings and (arms is None or "downsample" in arms):
+        budget = sum(outcomes["router"].tokens) / sum(outcomes["full"].tokens)
+        outcomes["downsample"] = _downsample(questions, budget=budget, reference=reference)
+    if reference is not None:
+        outcomes["reference"] = found.reference
+    num_records = questions.num_records
+    report = {
+        "model": str(questions.predictor.folder),
+        "dataset": questions.name,
+        "measure": questions.measure.value,
+        "num_samples": len(scores["random"]),
+        "num_left_out": None if num_records is None else num_records - len(scores["random"]),
+        "seed": seed,
+        "reference": None if reference is None else str(reference.folder),
+        "made_with": {"date": date.today().isoformat(), "command": command, **software()},
     }
-    outcomes = {
-        setting: Outcome(vision_tokens(ratios, num_patches=model.vision.num_patches))
-        for setting, ratios in choices.items()
-    }
-    questions: list[EvalQuestion] = []
-    examples: list[RoutedExample] = []
-    for group, answered in answer_folder(predictor, folder, list(choices.values())):
-        answers = dict(zip(choices, answered, strict=True))
-        for setting, given in answers.items():
-            outcomes[setting].correct += group.grade(given)
-        if group.first == 0:
-            for arm, setting in settings.items():
-                ratios = choices[setting][group.positions]
-                times = _time_first_tokens(predictor, group, ratios, routes=arm == "router")
-                outcomes[setting].first_token_ms = times
-        questions += group.questions
-        examples += _examples(group, choices[full], choices[routed], answers[full], answers[routed])
-    arms = {arm: outcomes[setting] for arm, setting in settings.items()}
-    budget = sum(arms["router"].tokens) / sum(arms["full"].tokens)
-    arms["downsample"] = _downsample(predictor, folder, budget=budget)
-    report = {"model": str(predictor.folder), "dataset": str(folder), "num_samples": len(arms["full"].tokens)}
-    figures = _figures(questions, arms, {setting: outcomes[setting] for setting in pareto}, seed=seed)
-    return {**report, "seed": seed, **figures}, examples[:num_examples]
+    curves = {setting: found.outcomes[setting] for setting in pareto}
+    examples = sorted(found.examples, key=lambda example: -example.loss)[:num_examples]
+    return {**report, **_figures(found.asked, outcomes, curves, seed=seed)}, examples
 
 
-def _score_tiles(predictor: Predictor, folder: Path, *, seed: int) -> dict[str, TileScores]:
+@torch.no_grad()
+def _score_tiles(questions: QuestionSet, *, seed: int) -> dict[str, TileScores]:
     """Score the tiles of the whole set; all but the router's scores become ranks."""
-    scores: dict[str, TileScores] = {"router": [], "random": [], "pixel_detail": [], "oracle": []}
-    for group in folder_groups(predictor, folder, title="scoring tiles"):
-        scores["router"] += router_scores(predictor, group)
-        scores["random"] += random_scores(group, seed=seed)
-        scores["pixel_detail"] += pixel_detail_scores(group)
-        scores["oracle"] += oracle_scores(predictor, group)
-    if not scores["router"]:
-        return scores
+    predictor, right = questions.predictor, 0.0
+    scores: dict[str, TileScores] = {"random": []}
+    if len(predictor.model.ratios) > 1:
+        scores |= {"pixel_detail": [], "oracle": []}
+        if predictor.rule is not None and predictor.model.router is not None:
+            scores = {"router": [], **scores}
+    for group in questions.groups(title="scoring tiles"):
+        for arm, of_set in scores.items():
+            of_set += score_tiles(arm, predictor, group, seed=seed)
+        right += sum(result.score for result in questions.grade(group, [full_tokens(group)])[0])
+    questions.check(num_tiles=sum(map(len, scores["random"])), right=right)
     return {arm: of_set if arm == "router" else ranked(of_set) for arm, of_set in scores.items()}
 
 
-@torch.no_grad()
-def router_scores(predictor: Predictor, group: Group) -> TileScores:
-    """Return the scores that the calibrated rule compares with its threshold."""
-    rule = predictor.rule or RoutingRule(threshold=NEVER)
-    return [routing_scores(predictor.router_logits(features), rule) for features in group.features]
-
-
-def random_scores(group: Group, *, seed: int) -> TileScores:
-    """Draw uniform noise: a router without knowledge."""
-    generator = torch.Generator().manual_seed(seed + group.first)
-    return [torch.rand(len(sample.tiles), generator=generator) for sample in group.samples]
-
-
-def pixel_detail_scores(group: Group) -> TileScores:
-    """Return minus the mean absolute difference of neighbouring pixels: tiles with few edges come first."""
-    return [
-        -(tiles.diff(dim=3).abs().mean((1, 2, 3)) + tiles.diff(dim=2).abs().mean((1, 2, 3)))
-        for tiles in (sample.tiles.float() for sample in group.samples)
-    ]
-
-
-@torch.no_grad()
-def oracle_scores(predictor: Predictor, group: Group) -> TileScores:
-    """Return minus the loss ratio of each tile, which uses the expected answers.
-
-    The model at full tokens is its own reference.
-    """
-    chat = replace(predictor.chat, config=replace(predictor.chat.config, max_tokens=sys.maxsize))
-    batch = collate([chat.encode(sample) for sample in group.samples]).to(predictor.device)
-    reference = FrozenReference(predictor.model)
-    harm = tile_loss_ratios(
-        predictor.model, reference, batch, torch.cat(group.features), mode="tile", epsilon=1e-6
-    )
-    return list((-harm).cpu().split([len(sample.tiles) for sample in group.samples]))
-
-
-def ranked(scores: TileScores) -> TileScores:
-    """Replace scores by their ranks over all tiles, 1 / n to 1: without ties any number can be chosen.
-
-    Of equal scores the one of the earlier tile ranks higher.
-    """
-    flat = torch.cat(scores)
-    ranks = torch.empty(len(flat), dtype=torch.float64)
-    ranks[flat.argsort(descending=True, stable=True)] = torch.arange(len(flat), 0, -1).double() / len(flat)
-    return list(ranks.split([len(of_sample) for of_sample in scores]))
-
-
-def _arm_settings(scores: Mapping[str, TileScores], threshold: float) -> dict[str, Setting]:
+def _arm_settings(
+    scores: Mapping[str, TileScores], predictor: Predictor, *, arms: Sequence[str] | None
+) -> dict[str, Setting]:
     """Give every arm the threshold at which it compresses as many tiles as the router does."""
-    fraction = float((torch.cat(scores["router"]) >= threshold).double().mean())
-    return {
-        "full": Setting("router", math.inf),
-        "all_compressed": Setting("router", 0.0),
-        **{arm: Setting(arm, threshold_for(scores[arm], compressed_fraction=fraction)) for arm in scores},
-        "router": Setting("router", threshold),
-    }
+    any_scores = next(iter(scores))
+    settings = {"full": Setting(any_scores, math.inf)}
+    if len(predictor.model.ratios) > 1:
+        settings["all_compressed"] = Setting(any_scores, 0.0)
+    if "router" in scores and predictor.rule is not None:
+        threshold = predictor.rule.threshold
+        fraction = float((torch.cat(scores["router"]) >= threshold).double().mean())
+        for arm, of_set in scores.items():
+            settings[arm] = Setting(arm, threshold_for(of_set, compressed_fraction=fraction))
+        settings["router"] = Setting("router", threshold)
+    known = [*settings, *(["downsample"] if "router" in settings else [])]
+    if unknown := [arm for arm in arms or () if arm not in known]:
+        raise ValueError(f"{predictor.folder}: no arm '{unknown[0]}'; this model has {', '.join(known)}")
+    return {arm: s for arm, s in settings.items() if arms is None or arm in ("full", *arms)}
 
 
 def _pareto_settings(scores: Mapping[str, TileScores]) -> list[Setting]:
@@ -198,8 +168,60 @@ def _pareto_settings(scores: Mapping[str, TileScores]) -> list[Setting]:
         Setting(arm, threshold_for(of_set, compressed_fraction=fraction))
         for arm, of_set in scores.items()
         for fraction in PARETO_FRACTIONS
+        if len(scores) > 1  # else the model has one ratio
     ]
     return list(dict.fromkeys(swept))  # in a small set two fractions may be the same number of tiles
+
+
+def _answer(
+    questions: QuestionSet,
+    scores: Mapping[str, TileScores],
+    settings: Mapping[str, Setting],
+    pareto: Iterable[Setting],
+    *,
+    reference: Predictor | None,
+) -> Answered:
+    """Ask every question in every setting, group by group."""
+    model = questions.predictor.model
+    choices = {
+        setting: at_threshold(scores[setting.scores], setting.threshold, ratios=model.ratios)
+        for setting in [*settings.values(), *pareto]
+    }
+    tokens = {s: vision_tokens(chosen, num_patches=model.vision.num_patches) for s, chosen in choices.items()}
+    outcomes = {setting: Outcome(of_setting) for setting, of_setting in tokens.items()}
+    found = Answered([], outcomes, Outcome(tokens[settings["full"]]), [])
+    for group in questions.groups(title="answering"):
+        chosen = {setting: ratios[group.positions] for setting, ratios in choices.items()}
+        graded = questions.grade(group, [*chosen.values()], reference=reference)
+        results = dict(zip(chosen, graded, strict=True))
+        for setting, of_setting in results.items():
+            outcomes[setting].scores += [result.score for result in of_setting]
+        if group.first == 0:
+            for arm, setting in settings.items():
+                times = _time_first_tokens(
+                    questions.predictor, group, chosen[setting], routes=arm == "router"
+                )
+                outcomes[setting].first_token_ms = times
+        if reference is not None:
+            _ask_reference(reference, questions.measure, group, found.reference)
+        if "router" in settings:
+            pair = results[settings["full"]], results[settings["router"]]
+            found.examples.extend(_examples(group, chosen[settings["router"]], *pair))
+        found.asked.extend(group.questions)
+    return found
+
+
+def _ask_reference(reference: Predictor, measure: Measure, group: Group, outcome: Outcome) -> None:
+    """Score another model at full tokens; it agrees with itself."""
+    if measure == Measure.SCORES:
+        features = [reference.encode(sample.tiles) for sample in group.samples]
+        own = replace(group, features=features)
+        (results,) = score_answers(own, answer_group(reference, own, [full_tokens(own)]))
+        outcome.scores += [result.score for result in results]
+    else:
+        outcome.scores += [1.0] * len(group.questions)
+    if group.first == 0:
+        outcome.first_token_ms = _time_first_tokens(reference, group, full_tokens(group), routes=False)
 
 
 def _time_first_tokens(predictor: Predictor, group: Group, ratios: Ratios, *, routes: bool) -> list[float]:
@@ -214,74 +236,42 @@ def _time_first_tokens(predictor: Predictor, group: Group, ratios: Ratios, *, ro
 
 
 def _examples(
-    group: Group, full: Ratios, routed: Ratios, full_answers: Sequence[str], router_answers: Sequence[str]
+    group: Group, routed: Ratios, full: Sequence[Result], router: Sequence[Result]
 ) -> list[RoutedExample]:
-    """Pick questions about single images of several tiles, one per image."""
+    """Pick questions about single images, one per image: what routing spoils, and some of several tiles."""
     found: dict[int, RoutedExample] = {}
-    for question, *answers in zip(group.questions, full_answers, router_answers, strict=True):
-        place = question.sample
-        sample = group.samples[place - group.first]
-        is_shown = len(sample.tiles) >= EXAMPLE_TILES and len(sample.tiles_per_image) == 1
-        if is_shown and place not in found:
-            found[place] = RoutedExample(
-                question=question,
-                ratios=routed[place].tolist(),
-                token_fraction=float((full[place].double() / routed[place]).mean()),
-                full_answer=answers[0],
-                router_answer=answers[1],
-            )
-    return list(found.values())[:EXAMPLES_PER_GROUP]
+    for question, *results in zip(group.questions, full, router, strict=True):
+        sample = group.samples[question.sample - group.first]
+        ratios = routed[question.sample - group.first]
+        if len(sample.tiles_per_image) != 1:
+            continue
+        example = RoutedExample(
+            question=question,
+            ratios=ratios.tolist(),
+            token_fraction=float((FULL_RATIO / ratios.double()).mean()),
+            full=results[0],
+            router=results[1],
+        )
+        if question.sample not in found or example.loss > found[question.sample].loss:
+            found[question.sample] = example
+    spoilt = [example for example in found.values() if example.loss > 0]
+    good = [e for e in found.values() if e.loss <= 0 and len(e.ratios) >= EXAMPLE_TILES]
+    return sorted(spoilt, key=lambda example: -example.loss)[:SPOILT_PER_GROUP] + good[:EXAMPLES_PER_GROUP]
 
 
-def _downsample(predictor: Predictor, folder: Path, *, budget: float) -> Outcome:
+def _downsample(questions: QuestionSet, *, budget: float, reference: Predictor | None) -> Outcome:
     """Answer at full tokens with images of fewer tiles."""
-    sizes = [[(image.shape[2], image.shape[1]) for image in s.images] for s in read_samples(folder)]
+    predictor, outcome = questions.predictor, Outcome()
+    sizes = [[(i.shape[2], i.shape[1]) for i in sample.images] for sample, _ in questions.samples()]
     tilings = shrunken_tilings(sizes, predictor.tiling, budget=budget)
-    shrunk = map(tile_sample, read_samples(folder), tilings)
-    outcome = Outcome()
-    for group in folder_groups(predictor, folder, title="downsampled", samples=shrunk):
-        ratios = [torch.full((len(f),), predictor.model.ratios[0]) for f in group.features]
-        (answers,) = answer_group(predictor, group, [ratios])
+    for group in questions.groups(title="downsampled", tilings=tilings):
+        ratios = full_tokens(group)
+        (results,) = questions.grade(group, [ratios], reference=reference)
         outcome.tokens += vision_tokens(ratios, num_patches=predictor.model.vision.num_patches)
-        outcome.correct += group.grade(answers)
+        outcome.scores += [result.score for result in results]
         if group.first == 0:
             outcome.first_token_ms = _time_first_tokens(predictor, group, ratios, routes=False)
     return outcome
-
-
-def shrunken_tilings(
-    samples: Sequence[Sequence[Size]], tiling: TilingConfig, *, budget: float
-) -> list[TilingConfig]:
-    """Give samples fewer tiles, so that full tokens for all cost at most `budget` of the original.
-
-    Every sample gets the same fraction of its tiles, rounded down to possible grids, but at least one tile
-    per image. The first samples that can use the rest of the budget get it.
-    """
-    full = [count_tiles(sizes, tiling) for sizes in samples]
-    chosen = looser = [(count, tiling) for count in full]
-    for percent in range(100, -1, -2):
-        looser, fraction = chosen, percent / 100
-        chosen = [
-            _shrink(sizes, tiling, fraction * count) for sizes, count in zip(samples, full, strict=True)
-        ]
-        spare = budget * sum(full) - sum(count for count, _ in chosen)
-        if spare >= 0:
-            break
-    for place, (fewer, more) in enumerate(zip(chosen, looser, strict=True)):
-        if 0 < more[0] - fewer[0] <= spare:
-            chosen[place] = more
-            spare -= more[0] - fewer[0]
-    return [smaller for _, smaller in chosen]
-
-
-def _shrink(sizes: Sequence[Size], tiling: TilingConfig, limit: float) -> tuple[int, TilingConfig]:
-    """Return the largest number of tiles within the limit, but at least one per image, and its tiling."""
-    for max_tiles in range(tiling.max_tiles, 0, -1):
-        smaller = replace(tiling, min_tiles=min(tiling.min_tiles, max_tiles), max_tiles=max_tiles)
-        count = count_tiles(sizes, smaller)
-        if count <= limit or max_tiles == 1:
-            break
-    return count, smaller
 
 
 def _figures(
@@ -292,9 +282,10 @@ def _figures(
     seed: int,
 ) -> dict[str, Any]:
     """Return what report.json says of the arms and of the swept thresholds."""
-    images, skills = [q.sample for q in questions], [q.skill for q in questions]
-    correct = {arm: outcome.correct for arm, outcome in arms.items()}
-    tables = accuracy_tables(images, skills, correct, seed=seed)
+    images, groups = [q.sample for q in questions], [q.group for q in questions]
+    scores = {arm: outcome.scores for arm, outcome in arms.items()}
+    baseline = "reference" if "reference" in arms else "full"
+    tables = score_tables(images, groups, scores, baseline=baseline, seed=seed)
     full_tokens = sum(arms["full"].tokens)
     return {
         "arms": {
@@ -311,7 +302,7 @@ def _figures(
                 "arm": setting.scores,
                 "threshold": setting.threshold if math.isfinite(setting.threshold) else None,
                 "token_fraction": round(sum(outcome.tokens) / full_tokens, 5),
-                "accuracy_mean": accuracy_by_skill(skills, outcome.correct)["mean"],
+                "accuracy_mean": mean_scores(groups, outcome.scores)[MEAN],
             }
             for setting, outcome in pareto.items()
         ],

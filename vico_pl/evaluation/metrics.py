@@ -1,75 +1,73 @@
-"""Correctness of an answer; accuracy and retention with paired bootstrap intervals over images."""
+"""Mean scores and retention per group of questions, with paired bootstrap intervals over images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-SKILLS = ("perception", "reasoning", "ocr")
 NUM_RESAMPLES = 2000
+MEAN, OVERALL = "mean", "overall"  # over groups, over questions
 
 
-def is_correct(given: str, expected: str) -> bool:
-    """Compare by exact match, ignoring case and surrounding spaces.
+def mean_scores(groups: Sequence[str], scores: Sequence[float]) -> dict[str, float | None]:
+    """Return the mean score per group, over groups and over questions.
 
-    >>> is_correct("Red ", "red"), is_correct("F3 K7 K", "F3 K7 F")
-    (True, False)
+    >>> mean_scores(["ocr", "ocr", "colour"], [1.0, 0.0, 1.0])["mean"]
+    0.75
+    >>> mean_scores(["ocr", "ocr", "colour"], [1.0, 0.0, 0.25])
+    {'colour': 0.25, 'ocr': 0.5, 'mean': 0.375, 'overall': 0.416667}
     """
-    return given.strip().lower() == expected.strip().lower()
+    once = np.ones((1, len(groups)), dtype=int)
+    table = _resampled_means(np.arange(len(groups)), groups, scores, once)
+    return {name: _number(values[0]) for name, values in table.items()}
 
 
-def accuracy_by_skill(skills: Sequence[str], correct: Sequence[bool]) -> dict[str, float | None]:
-    """Return the accuracy per skill (None without questions) and the mean over skills.
-
-    >>> accuracy_by_skill(["ocr", "ocr", "perception"], [True, False, True])
-    {'perception': 1.0, 'reasoning': None, 'ocr': 0.5, 'mean': 0.75}
-    """
-    once = np.ones((1, len(skills)), dtype=int)
-    table = _resampled_accuracy(np.arange(len(skills)), skills, correct, once)
-    return {name: None if np.isnan(values[0]) else float(values[0]) for name, values in table.items()}
-
-
-def accuracy_tables(
-    images: Sequence[int], skills: Sequence[str], correct: Mapping[str, Sequence[bool]], *, seed: int
+def score_tables(
+    images: Sequence[int],
+    groups: Sequence[str],
+    scores: Mapping[str, Sequence[float]],
+    *,
+    baseline: str,
+    seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Return for every arm accuracy and retention per skill and on average, each with its 95 % interval.
+    """Return for every arm accuracy and retention per group and on average, each with its 95 % interval.
 
-    `images` and `skills` have an entry per question, and so has `correct` for each arm; one is `full`. The
-    bootstrap draws images with replacement, the same ones for all arms. The mean is over skills, so a skill
-    with more questions has no more weight. A skill without questions is None.
+    `images` and `groups` have an entry per question, and so has `scores` for each arm. Accuracy is the mean
+    score, retention that over the baseline's. The bootstrap draws images with replacement, the same ones for
+    all arms. The mean is over groups, so that one with more questions has no more weight.
     """
     names, image = np.unique(images, return_inverse=True)
     uniform = np.full(len(names), 1 / len(names))
     draws = np.random.default_rng(seed).multinomial(len(names), uniform, NUM_RESAMPLES)
     once = np.ones((1, len(names)), dtype=int)
     point, drawn = (
-        {arm: _resampled_accuracy(image, skills, right, times) for arm, right in correct.items()}
+        {arm: _resampled_means(image, groups, of_arm, times) for arm, of_arm in scores.items()}
         for times in (once, draws)
     )
     return {
         arm: {
             "accuracy": {k: _number(v[0]) for k, v in point[arm].items()},
             "accuracy_ci": {k: _interval(v) for k, v in drawn[arm].items()},
-            "retention": {k: _number(_ratio(v, point["full"][k])[0]) for k, v in point[arm].items()},
-            "retention_ci": {k: _interval(_ratio(v, drawn["full"][k])) for k, v in drawn[arm].items()},
+            "retention": {k: _number(_ratio(v, point[baseline][k])[0]) for k, v in point[arm].items()},
+            "retention_ci": {k: _interval(_ratio(v, drawn[baseline][k])) for k, v in drawn[arm].items()},
         }
-        for arm in correct
+        for arm in scores
     }
 
 
-def _resampled_accuracy(
-    image: np.ndarray, skills: Sequence[str], correct: Sequence[bool], draws: np.ndarray
+def _resampled_means(
+    image: np.ndarray, groups: Sequence[str], scores: Sequence[float], draws: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return accuracy per skill and their mean for every resample; `draws` counts images, (resamples, I)."""
-    table = {}
-    is_right = np.array(correct, dtype=bool)
-    for name in SKILLS:
-        mine = np.array(skills, dtype=str) == name
-        asked = draws @ np.bincount(image[mine], minlength=draws.shape[1])
-        right = draws @ np.bincount(image[mine & is_right], minlength=draws.shape[1])
-        table[name] = _ratio(right, asked)
-    present = [table[name] for name in SKILLS if name in skills]
-    return {**table, "mean": np.nanmean(present, axis=0) if present else np.full(len(draws), np.nan)}
+    """Return mean scores for every resample; `draws` counts images, (resamples, I)."""
+    of_group, score, size = np.array(groups, dtype=str), np.array(scores, dtype=float), draws.shape[1]
+    sums = {}
+    for name in sorted(set(groups)):
+        mine = of_group == name
+        total = draws @ np.bincount(image[mine], weights=score[mine], minlength=size)
+        sums[name] = total, draws @ np.bincount(image[mine], minlength=size)
+    table = {name: _ratio(total, count) for name, (total, count) in sums.items()}
+    overall = _ratio(*(sum(column) for column in zip(*sums.values(), strict=True)))
+    return {**table, MEAN: np.nanmean([*table.values()], axis=0), OVERALL: overall}
 
 
 def _ratio(values: np.ndarray, full: np.ndarray) -> np.ndarray:

@@ -1,71 +1,211 @@
-"""Questions with known answers: read them from shards and answer them in batches."""
+"""Evaluation sets: which questions they ask, and what their scores are.
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+Any samples will do. Questions that name a metric or a skill are asked and their answers scored. Otherwise
+each sample's score is the agreement with full tokens on its responses: exp(-KL), the KL averaged over tokens.
+The responses are those of the data or, if it has none, the model's own at full tokens.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
 from tqdm import tqdm
 
+from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
-from vico_pl.evaluation.metrics import SKILLS, is_correct
+from vico_pl.data.tiling import TilingConfig, tile_sample
+from vico_pl.errors import RecordError
+from vico_pl.evaluation.answering import (
+    EvalQuestion,
+    Group,
+    Ratios,
+    Result,
+    agreement,
+    answer_group,
+    encode_conversation,
+    full_tokens,
+    score_answers,
+)
+from vico_pl.evaluation.scorers import SCORERS
+from vico_pl.evaluation.suites import SUITES, read_suite
+from vico_pl.inference.generate import prompt_texts
 from vico_pl.inference.predictor import Predictor
-from vico_pl.types import Sample, TiledSample
+from vico_pl.types import Sample, TiledSample, Turn
 
 SAMPLES_PER_GROUP = 32
-TOKENS_PER_BATCH = 16384  # of generation, padding included
-EXTRA_TOKENS = 8  # an answer that is longer than the expected one by this many is wrong anyway
+DECIDING_SAMPLES = 1000  # the first of a set, which say how it is scored
+GROUP_FIELDS = ("source", "category", "question_type")  # of a record's JSON: group of questions without skill
+NO_GROUP = "all"
 NOTHING_RIGHT = (
-    "0 % right at full tokens, so there is no accuracy to keep; answers must equal the expected ones, use "
-    "questions with short answers that the model knows"
+    "0 % right at full tokens, so there is no accuracy to keep; use questions that the model can answer, "
+    "or a metric that accepts its answers (--metric)"
 )
 
-Ratios = Sequence[Int64[Tensor, " _"]]  # one entry per sample
-_Prompt = tuple[int, tuple[int, ...]]  # number of a question in its group, and its sample's ratios
+
+class Measure(StrEnum):
+    """What the scores of an evaluation set are."""
+
+    SCORES = "scores of the answers"
+    ANSWERS = "agreement with full tokens on the answers of the data"
+    OWN = "agreement with full tokens on the model's own answers"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalQuestion:
-    """One question of an evaluation set."""
+class QuestionSet:
+    """An evaluation set and the model that is asked."""
 
-    sample: int  # position of its sample in the set
-    skill: str
-    text: str
-    expected: str
+    name: str  # folder of shards, or a suite
+    read: Callable[[], Iterator[Sample]]
+    num_records: int | None  # bad ones included; None: unknown before a suite is read
+    predictor: Predictor
+    measure: Measure
+    metric: str | None = None  # of answers that name none; None: without skill they are not scored
+    responses: Sequence[str] = ()  # to each sample, if they are the model's own
+
+    def samples(self) -> Iterator[tuple[Sample, TiledSample]]:
+        """Yield the samples, also tiled; those too long for the model are left out, with a warning."""
+        responses, num_long = iter(self.responses), 0
+        for sample in self.read():
+            tiled = tile_sample(sample, self.predictor.tiling)
+            if not _fits(self.predictor, tiled):
+                num_long += 1
+                continue
+            if self.responses:
+                (text,) = prompt_texts(sample.turns[0].text, num_images=len(sample.images))
+                asked, answer = Turn(role="human", text=text), Turn(role="gpt", text=next(responses))
+                tiled = replace(tiled, turns=[asked, answer])
+            yield sample, tiled
+        if num_long:
+            warnings.warn(f"{self.name}: {num_long} samples are too long for the model", stacklevel=2)
+
+    def groups(self, *, title: str, tilings: Sequence[TilingConfig] = ()) -> Iterator[Group]:
+        """Encode the samples, each with its own tiling if there are some, with a progress bar."""
+        samples: Iterator[TiledSample] = (tiled for _, tiled in self.samples())
+        if tilings:
+            smaller = zip(self.samples(), tilings, strict=True)
+            samples = (replace(tile_sample(s, tiling), turns=tiled.turns) for (s, tiled), tiling in smaller)
+        total = None if self.num_records is None else -(-self.num_records // SAMPLES_PER_GROUP)
+        groups = read_groups(self.predictor, samples, self._questions)
+        yield from tqdm(groups, desc=title, total=total, unit="group", disable=None)  # no bar in log files
+
+    def grade(
+        self, group: Group, choices: Sequence[Ratios], *, reference: Predictor | None = None
+    ) -> list[list[Result]]:
+        """Score all questions of a group at each choice of ratios; agreement is that with the reference."""
+        if self.measure != Measure.SCORES:
+            return agreement(self.predictor, group, choices, reference=reference or self.predictor)
+        return score_answers(group, answer_group(self.predictor, group, choices))
+
+    def check(self, *, num_tiles: int, right: float) -> None:
+        """Refuse a set from which nothing can be learnt about the router.
+
+        Raises:
+            ValueError: it has no tile, or the sum of all scores at full tokens is 0.
+        """
+        if not num_tiles:
+            raise ValueError(f"{self.name}: no image to calibrate or evaluate on")
+        if not right:
+            raise ValueError(f"{self.name}: {NOTHING_RIGHT}")
+
+    def _questions(self, sample: TiledSample, position: int) -> Iterator[EvalQuestion]:
+        if self.measure == Measure.SCORES:
+            yield from scored_questions(sample, position, metric=self.metric)
+        else:
+            texts = tuple(turn.text for turn in sample.turns)
+            answers, group = texts[1::2], _group_of(sample)
+            yield EvalQuestion(sample=position, group=group, metric="", prompt=texts[:1], answers=answers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Consecutive samples of an evaluation set with their patch features."""
+def open_questions(
+    predictor: Predictor, data: Path | str, *, suite_dir: Path | None = None, metric: str | None = None
+) -> QuestionSet:
+    """Open shards, or with `suite_dir` a suite by its name, and decide how the set is scored.
 
-    samples: list[TiledSample]
-    features: list[Float[Tensor, "_ P C"]]
-    questions: list[EvalQuestion]
-    first: int  # position of the first sample in the set
+    `metric` scores the answers that name no metric.
 
-    @property
-    def positions(self) -> slice:
-        """Where the samples are in the set."""
-        return slice(self.first, self.first + len(self.samples))
+    Raises:
+        ValueError: no such data or scorer, or no usable sample.
+    """
+    if metric is not None:
+        _check_metric("--metric", metric)
+    read, name = reader(data, suite_dir=suite_dir), str(data)
+    opened = QuestionSet(
+        name=name,
+        read=read,
+        predictor=predictor,
+        measure=decide_measure(read(), metric=metric, name=name),
+        metric=metric,
+        num_records=read_index(data).num_samples if suite_dir is None else None,
+    )
+    return replace(opened, responses=own_responses(opened)) if opened.measure == Measure.OWN else opened
 
-    def grade(self, answers: Sequence[str]) -> list[bool]:
-        """Return for each question whether it is answered correctly."""
-        return [is_correct(text, q.expected) for text, q in zip(answers, self.questions, strict=True)]
+
+def reader(data: Path | str, *, suite_dir: Path | None) -> Callable[[], Iterator[Sample]]:
+    """Return what reads the samples of shards, or of a suite by its name."""
+    if suite_dir is not None:
+        return partial(read_suite, str(data), suite_dir)
+    if str(data) in SUITES and not Path(data).exists():
+        raise ValueError(f"{data}: a suite is read from its published files; say where with --suite-dir")
+    return partial(read_samples, data)
 
 
-def folder_groups(
-    predictor: Predictor, folder: Path, *, title: str, samples: Iterable[TiledSample] | None = None
+def describe(data: Path | str, *, suite_dir: Path | None = None, metric: str | None = None) -> str:
+    """Say how a set will be scored, without a model.
+
+    Raises:
+        ValueError: no such data, or no usable sample.
+    """
+    read = reader(data, suite_dir=suite_dir)
+    measure = decide_measure(read(), metric=metric, name=str(data))
+    if measure != Measure.SCORES:
+        return f"{data}: {measure}, as no answer names a metric or a skill"
+    found = (q for sample in read() for q in scored_questions(sample, 0, metric=metric))
+    counts = Counter(f"{question.group} by {question.metric}" for question in found)
+    listed = ", ".join(f"{count} of {name}" for name, count in counts.most_common(10))
+    return f"{data}: {measure}, {counts.total()} questions: {listed}"
+
+
+def decide_measure(samples: Iterable[Sample], *, metric: str | None, name: str) -> Measure:
+    """Look at the first samples of a set for answers to score, or else for answers.
+
+    Raises:
+        ValueError: an answer names an unknown metric, or there is no sample.
+    """
+    measure = None
+    for sample in islice(samples, DECIDING_SAMPLES):
+        if any(scored_questions(sample, 0, metric=metric)):
+            return Measure.SCORES
+        has_answer = any(turn.text.strip() for turn in sample.turns[1::2])
+        measure = Measure.ANSWERS if has_answer else measure or Measure.OWN
+    if measure is None:
+        raise ValueError(f"{name}: no usable sample; see 'vico shards check {name}'")
+    return measure
+
+
+@torch.no_grad()
+def own_responses(questions: QuestionSet) -> list[str]:
+    """Answer the first question of each sample at full tokens."""
+    predictor, responses = questions.predictor, list[str]()
+    for group in questions.groups(title="answering"):
+        asked = [
+            EvalQuestion(sample=group.first + i, group="", metric="", prompt=(s.turns[0].text,), answers=())
+            for i, s in enumerate(group.samples)
+        ]
+        responses += answer_group(predictor, replace(group, questions=asked), [full_tokens(group)])[0]
+    return responses
+
+
+def read_groups(
+    predictor: Predictor,
+    samples: Iterable[TiledSample],
+    questions: Callable[[TiledSample, int], Iterable[EvalQuestion]],
 ) -> Iterator[Group]:
-    """Encode the samples of a folder, or `samples` made of them, with a progress bar."""
-    groups = read_groups(predictor, predictor.samples(folder) if samples is None else samples)
-    total = -(-read_index(folder).num_samples // SAMPLES_PER_GROUP)
-    yield from tqdm(groups, desc=title, total=total, unit="group", disable=None)  # in log files
-
-
-def read_groups(predictor: Predictor, samples: Iterable[TiledSample]) -> Iterator[Group]:
     """Encode samples group by group; only one group is in memory."""
     remaining, first = iter(samples), 0
     while members := list(islice(remaining, SAMPLES_PER_GROUP)):
@@ -74,72 +214,46 @@ def read_groups(predictor: Predictor, samples: Iterable[TiledSample]) -> Iterato
         yield Group(
             samples=members,
             features=list(features.split([len(s.tiles) for s in members])),
-            questions=[q for i, sample in enumerate(members) for q in _questions(sample, first + i)],
+            questions=[q for i, sample in enumerate(members) for q in questions(sample, first + i)],
             first=first,
         )
         first += len(members)
 
 
-def has_questions(samples: Iterable[Sample]) -> bool:
-    """Return whether any sample has a question with a skill; stops at the first."""
-    return any(any(_questions(sample, 0)) for sample in samples)
+def scored_questions(
+    sample: Sample | TiledSample, position: int, *, metric: str | None
+) -> Iterator[EvalQuestion]:
+    """Yield the questions of a sample whose answers can be scored, with `metric` if they name none."""
+    texts = tuple(turn.text for turn in sample.turns)
+    for place, turn in list(enumerate(sample.turns))[1::2]:
+        scorer = turn.metric or metric or (turn.group and "exact")
+        if scorer:
+            _check_metric(sample.id, scorer)
+            yield EvalQuestion(
+                sample=position,
+                group=turn.group or _group_of(sample),
+                metric=scorer,
+                # Questions with a skill are asked alone, whatever else is asked about the images.
+                prompt=texts[place - 1 : place] if turn.group else texts[:place],
+                answers=turn.answers or (turn.text,),
+            )
 
 
-def _questions(sample: Sample | TiledSample, position: int) -> Iterator[EvalQuestion]:
-    for human, gpt in zip(sample.turns[::2], sample.turns[1::2], strict=True):
-        if gpt.skill in SKILLS:
-            yield EvalQuestion(sample=position, skill=gpt.skill, text=human.text, expected=gpt.text)
+def _check_metric(where: str, metric: str) -> None:
+    if metric not in SCORERS:
+        raise ValueError(f"{where}: metric is '{metric}'; expected one of {', '.join(SCORERS)}")
 
 
-def answer_folder(
-    predictor: Predictor, folder: Path, choices: Sequence[Ratios]
-) -> Iterator[tuple[Group, list[list[str]]]]:
-    """Answer the questions of a folder at several choices of ratios, group by group."""
-    for group in folder_groups(predictor, folder, title="answering"):
-        yield group, answer_group(predictor, group, [ratios[group.positions] for ratios in choices])
+def _group_of(sample: Sample | TiledSample) -> str:
+    named = (sample.metadata.get(field) for field in GROUP_FIELDS)
+    return next((name for name in named if name and isinstance(name, str)), NO_GROUP)
 
 
-def answer_group(predictor: Predictor, group: Group, choices: Sequence[Ratios]) -> list[list[str]]:
-    """Answer all questions of a group at each choice of ratios; the same question at the same ratios once."""
-    asked = [_prompts(group, ratios) for ratios in choices]
-    unique = dict.fromkeys(prompt for prompts in asked for prompt in prompts)  # in order
-    encode = predictor.tokenizer.encode
-    limits = [len(encode(q.expected, add_special_tokens=False)) + EXTRA_TOKENS for q in group.questions]
-    known: dict[_Prompt, str] = {}
-    for batch in _batches(unique, group, limits, num_patches=predictor.model.vision.num_patches):
-        questions = [group.questions[number] for number, _ in batch]
-        places = [question.sample - group.first for question in questions]
-        answers = predictor.answer(
-            [group.samples[place] for place in places],
-            [question.text for question in questions],
-            features=[group.features[place] for place in places],
-            ratios=[torch.tensor(ratios, dtype=torch.int64) for _, ratios in batch],
-            max_new_tokens=max(limits[number] for number, _ in batch),
-        )
-        known.update(zip(batch, answers, strict=True))
-    return [[known[prompt] for prompt in prompts] for prompts in asked]
-
-
-def _prompts(group: Group, ratios: Ratios) -> list[_Prompt]:
-    of_sample = [tuple(r.tolist()) for r in ratios]
-    return [(i, of_sample[q.sample - group.first]) for i, q in enumerate(group.questions)]
-
-
-def _batches(
-    prompts: Iterable[_Prompt], group: Group, limits: Sequence[int], *, num_patches: int
-) -> Iterator[list[_Prompt]]:
-    """Batch prompts of similar length, at most TOKENS_PER_BATCH tokens with padding."""
-
-    def length(prompt: _Prompt) -> int:  # an estimate: a text has at most as many tokens as bytes
-        number, ratios = prompt
-        vision = sum(num_patches // ratio for ratio in ratios)
-        return vision + len(group.questions[number].text.encode()) + limits[number]
-
-    batch: list[_Prompt] = []
-    for prompt in sorted(prompts, key=length):
-        if batch and (len(batch) + 1) * length(prompt) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(prompt)
-    if batch:
-        yield batch
+def _fits(predictor: Predictor, sample: TiledSample) -> bool:
+    if predictor.chat.max_positions is None:
+        return True
+    try:
+        encode_conversation(predictor, sample)
+    except RecordError:
+        return False
+    return True

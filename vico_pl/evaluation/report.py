@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shlex
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import PIL.Image
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
@@ -19,18 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from vico_pl.data.decode import IMAGE_TOKEN
-from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.preview import render
 from vico_pl.data.tiling import choose_grid, tile_image
+from vico_pl.evaluation.answering import Result
 from vico_pl.evaluation.evaluate import RoutedExample
-from vico_pl.evaluation.metrics import NUM_RESAMPLES, SKILLS, is_correct
-from vico_pl.evaluation.questions import NOTHING_RIGHT
+from vico_pl.evaluation.metrics import MEAN, NUM_RESAMPLES
+from vico_pl.evaluation.questions import Measure, QuestionSet
 from vico_pl.files import atomic_path
 from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Image
 
 NOTHING = "\N{EN DASH}"
-COLUMNS = (*SKILLS, "mean")
+MAX_COLUMNS = 8  # groups in the terminal's table; the page has all
 INK = "#010203"  # in plots: replaced by the page's text colour, which is dark or light
 PLOT_STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -49,7 +47,7 @@ CHARACTERS_PER_INCH = 11  # of a caption
 
 
 class ArmStyle(NamedTuple):
-    """Name and style of an arm in table, page and plots."""
+    """Name and style of an arm in table, page and plots; markers are hollow, as arms may coincide."""
 
     label: str
     colour: str  # from the palette of Okabe and Ito, safe for colour-blind readers
@@ -57,8 +55,9 @@ class ArmStyle(NamedTuple):
     meaning: str
 
 
-ARMS = {
+ARMS = {  # in the order of the table
     "full": ArmStyle("full tokens", "#808080", "*", "every tile at full tokens"),
+    "reference": ArmStyle("reference", "#6b4c9a", "P", "another model, every tile at full tokens"),
     "router": ArmStyle("router", "#0072b2", "o", "the trained router chooses"),
     "oracle": ArmStyle("oracle", "#009e73", "D", "chooses by the measured harm to the known answers"),
     "pixel_detail": ArmStyle("pixel detail", "#d55e00", "s", "tiles with the most edges keep full tokens"),
@@ -74,19 +73,18 @@ def write_html(
     """Write the content of report.json and a gallery of routed images as one page without external files."""
     loader = PackageLoader("vico_pl", "evaluation")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    router, random = report["arms"]["router"], report["arms"]["random"]
     page = environment.get_template("report.html.j2").render(
         report=report,
-        headline=_warning(report)
-        or _fill("The router keeps {kept} of the accuracy with {spent} of the vision tokens.", router),
-        comparison=_fill("Random tiles keep {kept} with {spent}.", random),
-        columns=COLUMNS,
-        arms=[_arm_row(report, arm) for arm in ARMS],
+        headline=_headline(report),
+        comparison=_fill("Random tiles keep {kept} with {spent}.", report["arms"].get("random")),
+        columns=_columns(report),
+        arms=[_arm_row(report, arm) for arm in _arms(report)],
         pareto=_plot(_draw_pareto, report, title="Accuracy against vision tokens"),
-        retention=_plot(_draw_retention, report, title="Retention per skill"),
+        retention=_plot(_draw_retention, report, title="Retention per group"),
         gallery=[_gallery_card(example, picture) for example, picture in gallery],
         num_resamples=NUM_RESAMPLES,
-        command=shlex.join(["vico", "eval", str(report["model"]), "--data", str(report["dataset"])]),
+        is_scored=report["measure"] == Measure.SCORES,
+        versions=", ".join(f"{name} {of_it}" for name, of_it in [*report["made_with"].items()][2:] if of_it),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -94,23 +92,20 @@ def write_html(
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Return the arms as aligned lines of plain text, and a warning if nothing is right at full tokens."""
-    lines = [["arm", "tokens", "per image", *COLUMNS, "95 % interval", "retention"]]
-    for row in (_arm_row(report, arm) for arm in ARMS):
-        values = [row["accuracy"][column]["value"] for column in COLUMNS]
-        interval = row["accuracy"]["mean"]["interval"]
-        lines.append(
-            [row["label"], row["fraction"], row["tokens"], *values, interval, row["retention"]["value"]]
-        )
+    """Return the arms as aligned lines of plain text."""
+    columns = _columns(report)
+    shown = columns if len(columns) <= MAX_COLUMNS else columns[-2:]
+    lines = [["arm", "tokens", "per image", *shown, "95 % interval", "retention", "first token"]]
+    for row in (_arm_row(report, arm) for arm in _arms(report)):
+        values = [row["accuracy"][column]["value"] for column in shown]
+        interval, kept = row["accuracy"][MEAN]["interval"], row["retention"]["value"]
+        cells = [row["label"], row["fraction"], row["tokens"], *values, interval, kept, row["first_token"]]
+        lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
-    return "\n".join([*rows, *filter(None, [_warning(report)])])
-
-
-@torch.no_grad()
-def route_image(predictor: Predictor, image: Image) -> list[int]:
-    """Return the ratio the router chooses for each tile of an image, the thumbnail last."""
-    return predictor.route(predictor.encode(tile_image(image, predictor.tiling))).tolist()
+    left_out = report["num_left_out"] or 0  # None: not known
+    notes = [f"{left_out} records are left out: unusable, or too long for the model"] * (left_out > 0)
+    return "\n".join([*rows, f"Accuracy: {report['measure']}.", *notes])
 
 
 def routing_picture(
@@ -147,24 +142,38 @@ def routing_picture(
 
 
 def build_gallery(
-    predictor: Predictor, folder: Path, examples: Sequence[RoutedExample]
+    questions: QuestionSet, examples: Sequence[RoutedExample]
 ) -> list[tuple[RoutedExample, PIL.Image.Image]]:
-    """Draw the examples of an evaluation in the order of the set."""
-    wanted = {example.question.sample: example for example in examples}
-    return [
-        (wanted[position], routing_picture(predictor, sample.images[0], wanted[position].ratios))
-        for position, sample in enumerate(read_samples(folder))
-        if position in wanted
-    ]
+    """Draw the examples of an evaluation, in their order."""
+    wanted = {example.question.sample for example in examples}
+    images = {n: sample.images[0] for n, (sample, _) in enumerate(questions.samples()) if n in wanted}
+    return [(e, routing_picture(questions.predictor, images[e.question.sample], e.ratios)) for e in examples]
 
 
-def _warning(report: dict[str, Any]) -> str:
-    kept = report["arms"]["full"]["retention"]["mean"]
-    return f"{NOTHING_RIGHT}." if kept is None else ""
+def _arms(report: dict[str, Any]) -> list[str]:
+    return [arm for arm in ARMS if arm in report["arms"]]
 
 
-def _fill(sentence: str, arm: dict[str, Any]) -> str:
-    kept, spent = _percent(arm["retention"]["mean"]), f"{100 * arm['token_fraction']:.0f} %"
+def _columns(report: dict[str, Any]) -> list[str]:
+    """Return the groups and the means over groups and questions; one group is its own mean."""
+    columns = [*report["arms"]["full"]["accuracy"]]
+    return columns if len(columns) > 3 else [MEAN]
+
+
+def _headline(report: dict[str, Any]) -> str:
+    arms = report["arms"]
+    if "router" in arms:
+        return _fill(
+            "The router keeps {kept} of the accuracy with {spent} of the vision tokens.", arms["router"]
+        )
+    right = f"At full tokens the accuracy is {_percent(arms['full']['accuracy'][MEAN])}."
+    return right + _fill(" All tiles compressed keep {kept} of it with {spent}.", arms.get("all_compressed"))
+
+
+def _fill(sentence: str, arm: dict[str, Any] | None) -> str:
+    if arm is None:
+        return ""
+    kept, spent = _percent(arm["retention"][MEAN]), f"{100 * arm['token_fraction']:.0f} %"
     return sentence.format(kept=kept, spent=spent)
 
 
@@ -179,8 +188,8 @@ def _arm_row(report: dict[str, Any], arm: str) -> dict[str, Any]:
         **ARMS[arm]._asdict(),
         "tokens": f"{entry['vision_tokens_per_image']:.1f}",
         "fraction": _percent(entry["token_fraction"]),
-        "accuracy": {column: _cell(entry, "accuracy", column) for column in COLUMNS},
-        "retention": _cell(entry, "retention", "mean"),
+        "accuracy": {column: _cell(entry, "accuracy", column) for column in entry["accuracy"]},
+        "retention": _cell(entry, "retention", MEAN),
         "first_token": f"{entry['first_token_ms']:.1f} ms",
     }
 
@@ -194,14 +203,20 @@ def _cell(entry: dict[str, Any], key: str, column: str) -> dict[str, str]:
 def _gallery_card(example: RoutedExample, picture: PIL.Image.Image) -> dict[str, Any]:
     buffer, question = io.BytesIO(), example.question
     picture.save(buffer, "JPEG", quality=90)
-    answers = {"full tokens": example.full_answer, "router": example.router_answer}
+    results, is_scored = {"full tokens": example.full, "router": example.router}, bool(question.metric)
     return {
         "source": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-        "question": question.text.replace(IMAGE_TOKEN, "").strip(),
-        "expected": question.expected,
-        "answers": [(who, text, is_correct(text, question.expected)) for who, text in answers.items()],
+        "question": question.prompt[-1].replace(IMAGE_TOKEN, "").strip(),
+        "expected": " / ".join(dict.fromkeys(question.answers)),
+        "results": [_result_row(who, result, is_scored=is_scored) for who, result in results.items()],
         "fraction": f"{100 * example.token_fraction:.0f} %",
     }
+
+
+def _result_row(who: str, result: Result, *, is_scored: bool) -> dict[str, Any]:
+    verdict = {1.0: "\N{CHECK MARK}", 0.0: "\N{BALLOT X} wrong"}.get(result.score, f"{result.score:.2f}")
+    text = result.answer or "(no answer)" if is_scored else f"agreement {_percent(result.score)}"
+    return {"who": who, "text": text, "verdict": verdict if is_scored else "", "is_right": result.score > 0.5}
 
 
 def _plot(draw: Callable[[Axes, dict[str, Any]], None], report: dict[str, Any], *, title: str) -> Markup:
@@ -219,45 +234,48 @@ def _plot(draw: Callable[[Axes, dict[str, Any]], None], report: dict[str, Any], 
 
 def _draw_pareto(axes: Axes, report: dict[str, Any]) -> None:
     """Draw a line per swept arm, and a point with its interval per arm."""
-    axes.set(xlabel="vision tokens (% of full tokens)", ylabel="accuracy, mean over skills (%)")
-    for arm, style in ARMS.items():
+    axes.set(xlabel="vision tokens (% of full tokens)", ylabel="accuracy, mean over groups (%)")
+    for arm in _arms(report):
+        style, entry = ARMS[arm], report["arms"][arm]
         swept = [point for point in report["pareto"] if point["arm"] == arm]
         line = sorted((point["token_fraction"], point["accuracy_mean"]) for point in swept)
         axes.plot([x for x, _ in line], [y for _, y in line], color=style.colour, linewidth=1.3)
-        entry = report["arms"][arm]
-        settings: dict[str, Any] = {"fmt": style.marker, "markersize": 8, "markeredgecolor": INK}
         axes.errorbar(
             entry["token_fraction"],
-            entry["accuracy"]["mean"],
-            yerr=_whiskers(entry, "accuracy", ["mean"]),
+            entry["accuracy"][MEAN],
+            yerr=_whiskers(entry, "accuracy", [MEAN]),
             color=style.colour,
             label=style.label,
-            **settings,
+            fmt=style.marker,
+            markersize=7 if arm == "router" else 11,
+            markeredgewidth=1.8,
+            markerfacecolor=style.colour if arm == "router" else "none",
         )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, symbol=""))
 
 
 def _draw_retention(axes: Axes, report: dict[str, Any]) -> None:
-    """Draw for each skill a bar per arm; full tokens are the line at 100 %."""
-    axes.set(ylabel="accuracy kept (% of full tokens)")
+    """Draw for each group a bar per arm; the baseline is the line at 100 %."""
+    baseline = "full" if report["reference"] is None else "reference"
+    axes.set(ylabel=f"accuracy kept (% of {ARMS[baseline].label})")
     axes.grid(visible=False, axis="x")
-    full, *others = ARMS
-    skills = [skill for skill in COLUMNS if report["arms"][full]["retention"][skill] is not None]
-    width = 0.84 / len(others)
+    others = [arm for arm in _arms(report) if arm != baseline]
+    groups = [g for g in _columns(report) if report["arms"][baseline]["retention"][g] is not None]
+    width = 0.84 / max(1, len(others))
     for index, arm in enumerate(others):
         style, entry = ARMS[arm], report["arms"][arm]
         axes.bar(
-            np.arange(len(skills)) + (index - (len(others) - 1) / 2) * width,
-            [entry["retention"][skill] for skill in skills],
+            np.arange(len(groups)) + (index - (len(others) - 1) / 2) * width,
+            [entry["retention"][group] for group in groups],
             0.9 * width,
-            yerr=_whiskers(entry, "retention", skills),
+            yerr=_whiskers(entry, "retention", groups),
             color=style.colour,
             ecolor=INK,
             label=style.label,
         )
-    axes.axhline(1, color=ARMS[full].colour, linestyle="--", label=ARMS[full].label)
-    axes.set_xticks(range(len(skills)), skills)
+    axes.axhline(1, color=ARMS[baseline].colour, linestyle="--", label=ARMS[baseline].label)
+    axes.set_xticks(range(len(groups)), groups, rotation=30 if len(groups) > MAX_COLUMNS else 0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
 
 

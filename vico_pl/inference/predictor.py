@@ -1,9 +1,10 @@
-"""The Python API: a model folder opened for inference, routed and batched greedy generation.
+"""The Python API: a model folder opened for inference, routed and batched generation.
 
 Prompts run packed, as samples do in training; only the key-value cache is padded.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,32 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.collate import collate
-from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.inspect import read_samples
-from vico_pl.data.tiling import TilingConfig, tile_sample
+from vico_pl.data.tiling import TilingConfig, choose_grid, tile_sample
+from vico_pl.inference.generate import (
+    Answer,
+    ImageRouting,
+    Prompt,
+    RoutedSample,
+    TextReader,
+    decode,
+    generation_options,
+    pair,
+    pixels,
+    prompt_texts,
+)
 from vico_pl.model.families.base import PROCESSING_NAME, FolderContents
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.language import KeyValues, run_packed
-from vico_pl.model.router import RoutingRule, choose_ratios
-from vico_pl.model.vlm import Spliced, VisionLanguageModel
-from vico_pl.tokens import PLACEHOLDER, TURN_END, load_tokenizer, token_id
-from vico_pl.types import Batch, Image, Sample, TiledSample
+from vico_pl.model.families.hub import local_folder
+from vico_pl.model.language import run_packed
+from vico_pl.model.router import RoutingRule, choose_ratios, compress_probability
+from vico_pl.model.vlm import VisionLanguageModel
+from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
+from vico_pl.types import Batch, EncodedSample, Sample, TiledSample
 
 MAX_TILES = 1024  # per sample; all grids of so many are tried
 
@@ -45,28 +57,30 @@ class Predictor:
     rule: RoutingRule | None  # None: not calibrated
 
     @classmethod
-    def load(cls, folder: Path, *, device: str = "auto") -> "Predictor":
+    def load(cls, model: Path | str, *, device: str = "auto") -> "Predictor":
         """Open a model folder in any layout, on a GPU if there is one.
 
+        A text may also be a name on the Hugging Face Hub, NAME or NAME@REVISION; it is fetched once.
         On a GPU weights keep their stored type; on a CPU they are float32, which is faster there.
 
         Raises:
-            ValueError: a part of the folder is missing or invalid.
+            ValueError: a part of the folder is missing or invalid, or the Hub cannot be reached.
         """
+        folder = local_folder(model) if isinstance(model, str) else model
         contents = open_folder(folder).contents
         tiling, chat = _processing(folder, contents)
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         dtype = torch.float32 if place.type == "cpu" else None
-        model, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
+        network, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
         for name, found, expected in (
-            ("the tile_size of its tiling", tiling.tile_size, model.vision.tile_size),
-            ("its placeholder_id", model.spec.placeholder_id, token_id(tokenizer, PLACEHOLDER)),
+            ("the tile_size of its tiling", tiling.tile_size, network.vision.tile_size),
+            ("its placeholder_id", network.spec.placeholder_id, token_id(tokenizer, PLACEHOLDER)),
         ):
             if found != expected:
                 raise ValueError(f"{folder}: {name} is {found!r}; its tower and tokenizer have {expected}")
-        encoder = ChatEncoder(tokenizer, chat, model.tokens_per_full_tile, model.max_positions)
+        encoder = ChatEncoder(tokenizer, chat, network.tokens_per_full_tile, network.max_positions)
         rule = contents.rule
-        return cls(folder=folder, model=model, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
+        return cls(folder=folder, model=network, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +93,8 @@ class Predictor:
 
     def encode(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
         """Return the patch features of tiles."""
+        if not len(tiles):  # not all encoders take none
+            return self.model.head.new_empty(0, self.model.vision.num_patches, self.model.vision.width)
         return self.model.encode_tiles(tiles.to(self.device))
 
     def router_logits(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T K"]:
@@ -95,31 +111,152 @@ class Predictor:
             raise ValueError(f"{self.folder}: the router gives NaN or infinity; train or export it again")
         return logits
 
-    def route(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
+    def choose_ratios(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
         """Choose a ratio for each tile of a sample; full tokens if there is no router or no calibration."""
-        if self.model.router is None or self.rule is None:
+        if self.model.router is None or self.rule is None or not len(features):
             return torch.full((len(features),), self.model.ratios[0])
         return choose_ratios(self.router_logits(features), ratios=self.model.ratios, rule=self.rule)
 
     @torch.no_grad()
-    def answer_image(self, image: Image, question: str, *, max_new_tokens: int = 128) -> str:
-        """Answer a question about one image, routed."""
-        sample = tile_sample(Sample(id="image", images=[image], turns=[], metadata={}), self.tiling)
-        features = self.encode(sample.tiles)
-        given = {"features": [features], "ratios": [self.route(features)]}
-        (text,) = self.answer([sample], [question], **given, max_new_tokens=max_new_tokens)
-        return text
+    def route(self, image: Any) -> ImageRouting:
+        """Say how the tiles of an image are routed, of any kind that `generate` takes."""
+        return self.prepare([image]).images[0]
 
-    def answer(self, samples: Sequence[TiledSample], questions: Sequence[str], **settings: Any) -> list[str]:
-        """Answer question i about sample i; takes the arguments of `generate_ids`."""
-        ids = self.generate_ids(samples, questions, **settings)
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Any,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+        ratios: int | Sequence[int | Sequence[int]] | None = None,
+        stop_strings: Sequence[str] = (),
+        streamer: Callable[[str], object] | None = None,
+        stop: Callable[[], bool] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer prompts about images, routed if the model is calibrated; greedily without `options`.
+
+        A greedy answer does not depend on its batch, nor the routing of an image on other prompts.
+
+        Args:
+            images: of each prompt: an image, a list of images, or None for text only. An image is a path,
+                the bytes of a file, a Pillow image, or uint8: an array (H, W, 3) or (H, W), a tensor
+                (3, H, W). Unless a prompt has one `<image>` for each, its images come first.
+            prompts: a text each, or questions and answers in turn up to the question to answer. A text
+                instead of a list of prompts is one prompt, and `images` are its images.
+            max_new_tokens: length limit of each answer.
+            batch_size: number of prompts that run together.
+            ratios: instead of the router's: one for all tiles, or for each prompt one, or one for each tile.
+            stop_strings: an answer ends before any of these texts.
+            streamer: gets the text of a single prompt in pieces as they come; together they are its text.
+            stop: is asked after each token; True ends the answers of its batch, and no other is begun.
+            options: of transformers' GenerationConfig, such as temperature, top_p or do_sample.
+
+        Returns:
+            An answer for each prompt; fewer only after `stop`.
+
+        Raises:
+            ValueError: an image, a prompt, a ratio or an option is invalid, or a prompt is too long.
+        """
+        reader = TextReader(tokenizer=self.tokenizer, stop_strings=stop_strings, stop=stop, streamer=streamer)
+        asked = pair(images, prompts)  # images and texts of each prompt
+        given = ratios if isinstance(ratios, Sequence) else [ratios] * len(asked)
+        for problem, is_found in (
+            (f"max_new_tokens is {max_new_tokens}; expected at least 1", max_new_tokens < 1),
+            (f"batch_size is {batch_size}; expected at least 1", batch_size < 1),
+            (f"ratios of {len(given)} prompts for {len(asked)}", len(given) != len(asked)),
+            (f"{len(asked)} prompts with a streamer; expected one", streamer and len(asked) != 1),
+        ):
+            if is_found:
+                raise ValueError(problem)
+        settings = {**generation_options(options), "max_new_tokens": max_new_tokens}
+        answers: list[Answer] = []
+        for start in range(0, len(asked), batch_size):
+            numbers = range(start, min(start + batch_size, len(asked)))
+            routed = [self.prepare(asked[i][0], name=f"prompt {i}", ratios=given[i]) for i in numbers]
+            encoded = [
+                self.encode_prompt(one.sample, asked[i][1]) for i, one in zip(numbers, routed, strict=True)
+            ]
+            answers += self.answer_batch(routed, encoded, reader=reader, **settings)
+            if stop is not None and stop():
+                break
+        return answers
+
+    @torch.no_grad()
+    def prepare(
+        self, images: Any, *, name: str = "image", ratios: int | Sequence[int] | None = None
+    ) -> RoutedSample:
+        """Encode and route the images of a prompt, alone: rounding must not let other prompts decide."""
+        start, found = self._now(), [pixels(image) for image in images]
+        sample = tile_sample(Sample(id=name, images=found, turns=[], metadata={}), self.tiling)
+        features, lengths = self.encode(sample.tiles), sample.tiles_per_image
+        chosen = self.choose_ratios(features) if ratios is None else self._fixed_ratios(sample, ratios)
+        scores: Sequence[list[float] | None] = [None] * len(found)
+        if self.model.router is not None and found:
+            scores = [p.tolist() for p in compress_probability(self.router_logits(features)).split(lengths)]
+        grids = (choose_grid(x.shape[2], x.shape[1], self.tiling.per_image(len(found))) for x in found)
+        routings = [
+            ImageRouting(
+                ratios=of_image.tolist(),
+                scores=score,
+                vision_tokens=(self.model.vision.num_patches // of_image).tolist(),
+                grid=grid,
+                has_thumbnail=len(of_image) > grid[0] * grid[1],
+            )
+            for of_image, score, grid in zip(chosen.split(lengths), scores, grids, strict=True)
+        ]
+        return RoutedSample(sample, features, chosen, routings, self._now() - start)
+
+    def encode_prompt(self, sample: TiledSample, prompt: Prompt) -> EncodedSample:
+        """Encode a prompt about the images of a sample; a RecordError says that it is too long."""
+        return self.chat.encode_prompt(sample, *prompt_texts(prompt, num_images=len(sample.tiles_per_image)))
+
+    def answer_batch(
+        self,
+        routed: Sequence[RoutedSample],
+        prompts: Sequence[EncodedSample],
+        *,
+        reader: TextReader,
+        **settings: Any,
+    ) -> Iterator[Answer]:
+        """Answer a batch of prompts about prepared images; takes settings of generate() of transformers."""
+        start, batch = self._now(), collate(prompts).to(self.device)
+        settings["ends"] = reader.ends
+        rows = decode(
+            self.model,
+            self.tokenizer,
+            batch,
+            features=[one.features for one in routed],
+            ratios=[one.ratios for one in routed],
+            **settings,
+        ).tolist()
+        seconds = self._now() - start
+        for one, length, row in zip(routed, batch.sample_lengths.tolist(), rows, strict=True):
+            ids, has_ended = reader.trim(row)
+            num_tiles, spent = len(one.ratios), sum(sum(image.vision_tokens) for image in one.images)
+            yield Answer(
+                text=reader.read(ids),
+                images=one.images,
+                prompt_tokens=length - num_tiles + spent,
+                new_tokens=len(ids),
+                vision_tokens=spent,
+                full_vision_tokens=num_tiles * self.model.tokens_per_full_tile,
+                finish_reason="stop" if has_ended or len(ids) < settings["max_new_tokens"] else "length",
+                seconds={"encode": one.seconds, "generate": seconds},
+            )
+
+    def answer(self, samples: Sequence[TiledSample], prompts: Sequence[Prompt], **settings: Any) -> list[str]:
+        """Answer prompt i about sample i; takes the arguments of `generate_ids`."""
+        ids = self.generate_ids(samples, prompts, **settings)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @torch.no_grad()
     def generate_ids(
         self,
         samples: Sequence[TiledSample],
-        questions: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         features: Sequence[Float[Tensor, "_ P C"]],
         ratios: Sequence[Int64[Tensor, " _"]],
@@ -127,30 +264,12 @@ class Predictor:
     ) -> Int64[Tensor, "B n"]:
         """Return the token ids of the answers, padded on the right after the end of the turn.
 
-        Question i is about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`, any
+        Prompt i is about sample i, whose tiles have `features[i]` and are compressed by `ratios[i]`, any
         number of them. An answer does not depend on the rest of the batch.
         """
-        batch, language = self._encode_prompts(samples, questions), self.model.language
-        chosen = torch.cat(list(ratios)).to(self.device)
-        spliced = self.model.splice_batch(batch, torch.cat(list(features)), chosen)
-        cache = prefill(language, spliced)
-        language.set_attn_implementation("sdpa")
-        generate: Any = language.generate  # typed by its mixin alone
-        last = batch.input_ids[batch.sample_lengths.cumsum(0) - 1]
-        # generate() needs only the number of cached tokens, not their ids.
-        seen = last[:, None].expand(-1, cache.get_seq_length() + 1)
-        mask = [torch.ones(length, dtype=torch.int64) for length in spliced.segment_lengths]
-        ids = generate(
-            inputs=seen,
-            past_key_values=cache,
-            attention_mask=pad_sequence(mask, batch_first=True, padding_side="left").to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            # In some families the tokenizer's end of text is another token.
-            eos_token_id=token_id(self.tokenizer, TURN_END),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return ids[:, seen.shape[1] :]
+        batch = self._encode_prompts(samples, prompts)
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+        return decode(self.model, self.tokenizer, batch, features=features, ratios=ratios, **settings)
 
     @torch.no_grad()
     def first_token(self, sample: TiledSample, ratios: Int64[Tensor, " t"], *, routes: bool) -> int:
@@ -163,39 +282,23 @@ class Predictor:
         states = run_packed(self.model.language, spliced.embeddings, spliced.segment_lengths)
         return int((states[-1] @ self.model.head.T).argmax())
 
-    def _encode_prompts(self, samples: Sequence[TiledSample], questions: Sequence[str]) -> Batch:
-        prompts = [
-            self.chat.encode_prompt(sample, question_text(question, num_images=len(sample.tiles_per_image)))
-            for sample, question in zip(samples, questions, strict=True)
-        ]
-        return collate(prompts).to(self.device)
+    def _encode_prompts(self, samples: Sequence[TiledSample], prompts: Sequence[Prompt]) -> Batch:
+        return collate([self.encode_prompt(*one) for one in zip(samples, prompts, strict=True)]).to(
+            self.device
+        )
 
+    def _fixed_ratios(self, sample: TiledSample, given: int | Sequence[int]) -> Int64[Tensor, " t"]:
+        count = len(sample.tiles)
+        ratios = [given] * count if isinstance(given, int) else list(given)
+        if len(ratios) != count or not set(ratios) <= set(self.model.ratios):
+            expected = f"one for each of {count} tiles, all in {self.model.ratios}"
+            raise ValueError(f"{sample.id}: ratios are {given}; expected {expected}")
+        return torch.tensor(ratios, dtype=torch.int64)
 
-def prefill(language: PreTrainedModel, spliced: Spliced) -> DynamicCache:
-    """Run prompts; return the keys and values of all but their last tokens, where decoding starts."""
-    kept: KeyValues = {}
-    run_packed(language, spliced.embeddings, spliced.segment_lengths, keep=kept)
-    cache = DynamicCache()
-    for layer in sorted(kept):
-        # From (1, heads, S, width) to left-padded rows (B, heads, longest, width).
-        samples = [x[0].transpose(0, 1).split(spliced.segment_lengths) for x in kept.pop(layer)]
-        rows = [pad_sequence(list(x), batch_first=True, padding_side="left") for x in samples]
-        key, value = (x.transpose(1, 2)[:, :, :-1] for x in rows)
-        cache.update(key, value, layer)
-    return cache
-
-
-def question_text(prompt: str, *, num_images: int) -> str:
-    r"""Put all image marks first unless the prompt has exactly one per image.
-
-    >>> question_text("How many?", num_images=1)
-    '<image>\nHow many?'
-    >>> question_text("From <image> to <image>, what changed?", num_images=2)
-    'From <image> to <image>, what changed?'
-    """
-    if prompt.count(IMAGE_TOKEN) == num_images:
-        return prompt
-    return f"{IMAGE_TOKEN}\n" * num_images + prompt.replace(IMAGE_TOKEN, "").strip()
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, ChatConfig]:

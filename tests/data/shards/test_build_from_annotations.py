@@ -51,7 +51,7 @@ def test_images_and_conversations_come_back_as_they_were(tmp_path, images):
     assert RecordReader(index)(1).files["1.jpg"] == (images / "deep" / "b.JPG").read_bytes(), "copied"
     one, two, none = read_samples(tmp_path / "out")
     assert torch.equal(one.images[0], read_image(images / "a.png"))
-    assert (one.turns[1].text, one.turns[1].skill, one.metadata) == ("eine Kätzchen 猫", "ocr", {"id": 17})
+    assert (one.turns[1].text, one.turns[1].group, one.metadata) == ("eine Kätzchen 猫", "ocr", {"id": 17})
     assert [i.shape[1:] for i in two.images] == [(30, 40), (50, 20)]
     assert two.metadata == {}, "paths on the disk of whoever built the shards stay there"
     assert (none.images, none.turns[0].text) == ([], "Who?")

@@ -39,3 +39,20 @@ def test_a_damaged_header_or_a_cut_makes_a_bad_record(sizes, tar_format, place, 
         tars.read_members(b"\xff" * (place + 1) + content[place + 1 :])
     with pytest.raises(RecordError):
         tars.read_members(content[: 512 - cut])
+
+
+@pytest.mark.parametrize("lost", ["the end", "all after the first member", "a part of a block"])
+def test_a_tar_without_its_end_is_refused_even_if_it_is_cut_between_two_records(tmp_path, lost):
+    content = tar_of({"jpg": 600, "json": 100}, tar_format=tarfile.USTAR_FORMAT)
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    boundaries = tars.scan_boundaries(path).tolist()
+    assert boundaries == [0, 512 + 1024 + 512 + 512 + 512 + 512]  # three members, padded to whole blocks
+    kept = {
+        "the end": boundaries[1],
+        "all after the first member": 1536,
+        "a part of a block": len(content) - 100,
+    }
+    path.write_bytes(content[: kept[lost]])
+    with pytest.raises(ValueError, match=r"not a readable tar \(its end is missing after byte \d+"):
+        tars.scan_boundaries(path)

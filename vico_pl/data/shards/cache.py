@@ -241,7 +241,8 @@ def _reason(error: Exception) -> str:
         return "no such file"
     status = getattr(error, "status", None)
     if isinstance(status, int):
-        return f"the server answered {status} {getattr(error, 'message', '')}".rstrip()
+        message, *_ = [*str(getattr(error, "message", "")).splitlines(), ""]
+        return f"the server answered {status} {message}".rstrip(" :")
     text = (str(error).splitlines() or [""])[0] or type(error).__name__
     command = re.search(r": exit (-?\d+) \(read\)", text)  # webdataset's message contains the whole command
     return text if command is None else f"the command ended with exit code {command[1]}"

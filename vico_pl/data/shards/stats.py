@@ -28,7 +28,7 @@ class Survey:
     num_shards: int
     text_unit: str  # tokens or bytes
     bad: Counter[str] = field(default_factory=Counter)  # by kind
-    skills: Counter[str] = field(default_factory=Counter)  # answers by skill
+    groups: Counter[str] = field(default_factory=Counter)  # answers by group
     tiles: list[int] = field(default_factory=list)  # thumbnails included
     images: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Survey:
     image_sizes: list[Size] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """Return the totals, and if there are any the bad records by kind and the answers by skill."""
+        """Return the totals, and if there are any the bad records by kind and the answers by group."""
         counts = {
             "shards": self.num_shards,
             "samples": len(self.images),
@@ -45,7 +45,7 @@ class Survey:
             "answers": sum(self.answers),
             f"text {self.text_unit}": sum(self.text),
         }
-        counts.update({f"answers: {skill}": count for skill, count in sorted(self.skills.items())})
+        counts.update({f"answers: {group}": count for group, count in sorted(self.groups.items())})
         if self.bad:
             counts["bad records"] = self.bad.total()
         return counts | {f"bad records: {kind}": count for kind, count in sorted(self.bad.items())}
@@ -65,7 +65,7 @@ def survey(source: Path | str, *, tokenize: Callable[[str], Sized] | None = None
         found.tiles.append(count_tiles(sizes, TilingConfig()))
         found.images.append(len(sizes))
         found.answers.append(len(answers))
-        found.skills.update(turn.skill for turn in answers if turn.skill is not None)
+        found.groups.update(turn.group for turn in answers if turn.group is not None)
         found.text.append(sum(len(split(turn.text)) for turn in item.turns))
         found.image_sizes.extend(sizes)
     return found

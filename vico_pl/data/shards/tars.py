@@ -1,6 +1,7 @@
 """Inside a tar: where its samples begin, and the members of a sample. Nothing is extracted to a file."""
 
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -109,7 +110,13 @@ def _check_progress(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
 
 
 def _check_rest(file: BinaryIO, end: int) -> None:
-    """Refuse anything but padding after the last readable member: tarfile stops there silently."""
+    """Refuse a tar without its end, which may have lost records, and anything but zeros in it.
+
+    tarfile accepts both silently.
+    """
+    size = file.seek(0, os.SEEK_END)
+    if size < end + tarfile.BLOCKSIZE or size % tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"its end is missing after byte {end}: it is cut short")
     file.seek(end)
     for chunk in iter(partial(file.read, 2**20), b""):
         if chunk.strip(b"\0"):
