@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from vico_pl.callbacks.guards import StopSignals
 from vico_pl.config import RunConfig, load_config
+from vico_pl.data.module import SourceConfig
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.inspect import read_samples
 from vico_pl.data.shards.reader import read_index
@@ -81,7 +82,7 @@ def checks(
     yield "slurm", partial(_check_slurm, config)
     yield "workers", partial(_check_workers, config)
     for source in config.data.sources:
-        yield "shards", partial(_check_shards, source.path, config.data.streaming)
+        yield "shards", partial(_check_shards, source, config.data.streaming)
     for path in filter(None, dict.fromkeys([config.model.path, config.model.reference])):
         yield "model", partial(_check_model, path)
     yield "kernels", partial(_check_trainer, config)
@@ -164,9 +165,10 @@ def _check_workers(config: RunConfig) -> str:
     return f"{workers * ranks} on {cores} cores"
 
 
-def _check_shards(path: str, streaming: StreamingConfig) -> str:
+def _check_shards(source: SourceConfig, streaming: StreamingConfig) -> str:
+    path, prompt = source.path, source.caption_prompt
     count = read_index(path, streaming=streaming).num_samples
-    if next(read_samples(path, streaming=streaming), None) is None:
+    if next(read_samples(path, streaming=streaming, caption_prompt=prompt), None) is None:
         raise ValueError(f"{path}: no usable sample; 'vico shards check {path}' lists the faults")
     return f"{path}: {count} samples, the first decodes"
 

@@ -1,6 +1,7 @@
 """The `vico shards` commands: build, index, check and inspect sets of shards."""
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,10 +47,11 @@ def glyphs(
 @shards.command()
 def build(
     annotations: Annotated[
-        list[Path], Option(help="JSONL or JSON list in the format of LLaVA or InternVL; repeatable.")
+        list[Path],
+        Option(help="JSONL or JSON list of LLaVA or InternVL, or parquet files or folders; repeatable."),
     ],
-    images: Annotated[Path, Option(help="Folder to which image paths are relative.")],
     output: Output,
+    images: Annotated[Path, Option(help="Folder to which image paths of JSON are relative.")] = Path(),
     samples_per_shard: Annotated[
         int | None, Option(min=1, help="Most records per tar. Default: 1000, without --shard-size.")
     ] = None,
@@ -58,11 +60,16 @@ def build(
 ) -> None:
     """Write annotations and their images as shards; bad records are reported and left out (exit code 1)."""
     from vico_pl.data.shards.build import build_from_annotations
+    from vico_pl.data.shards.build_parquet import build_from_parquet, find_parquet
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
-    index, faults = build_from_annotations(
-        annotations, images, output, max_samples=samples_per_shard, max_bytes=max_bytes, workers=workers
-    )
+    write, tables = partial(build_from_annotations, annotations, images), find_parquet(annotations)
+    if tables:
+        others = [path for path in annotations if path.is_file() and path not in tables]
+        if others:
+            raise ValueError(f"{others[0]}: JSON beside parquet; give --annotations of one form at a time")
+        write = partial(build_from_parquet, tables)
+    index, faults = write(output, max_samples=samples_per_shard, max_bytes=max_bytes, workers=workers)
     _print_totals(output, index)
     report_faults(faults)
 
@@ -77,7 +84,10 @@ def index_(source: Source, workers: Workers = None) -> None:
 
 
 @shards.command()
-def check(source: Source) -> None:
+def check(
+    source: Source,
+    caption_prompt: Annotated[str | None, Option(help="As caption_prompt of data.sources.")] = None,
+) -> None:
     """Decode every record and report the bad ones (exit code 1 if any)."""
     from vico_pl.data.shards.inspect import find_faults
     from vico_pl.data.shards.reader import read_index
@@ -85,7 +95,7 @@ def check(source: Source) -> None:
     index = read_index(source)
     if index.num_samples == 0:
         raise ValueError(f"{_shown(source)}: no records; expected members KEY.json, KEY.jpg (data/README.md)")
-    report_faults(find_faults(index))
+    report_faults(find_faults(index, caption_prompt=caption_prompt))
     echo(f"{_shown(source)}: all {index.num_samples} records are usable")
 
 

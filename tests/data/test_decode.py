@@ -1,12 +1,14 @@
 import re
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
 import torch
 
 from tests.support.tiny import encoded_image, record
-from vico_pl.data.decode import decode_record
+from vico_pl.data.decode import decode_record, with_caption
 from vico_pl.data.module import apply
+from vico_pl.errors import RecordError
 from vico_pl.types import Turn
 
 
@@ -89,3 +91,38 @@ def test_a_dotted_name_inside_a_key_is_no_climb():
 
 def test_frames_of_a_video_are_images():
     assert len(decode_record(record(video="a.mp4")).images) == 1
+
+
+PROMPT = "Describe the image."
+
+
+def test_a_caption_is_the_answer_to_the_prompt():
+    files = {"txt": " une étoile\n".encode(), "json": b'{"url": "https://host/a.jpg", "width": 40}'}
+    sample = decode_record(with_caption(record(files=files), PROMPT))
+    assert [turn.text for turn in sample.turns] == [f"<image>\n{PROMPT}", "une étoile"]
+    assert sample.metadata == {"url": "https://host/a.jpg", "width": 40}
+    assert len(sample.images) == 1
+    alone = replace(record(), files={"0.jpg": encoded_image(), "1.png": encoded_image("PNG"), "txt": b"two"})
+    assert decode_record(with_caption(alone, PROMPT)).turns[0].text == f"<image>\n<image>\n{PROMPT}"
+
+
+def test_a_conversation_is_not_replaced_by_a_caption():
+    both = record(files={"txt": b"a caption"})
+    assert with_caption(both, PROMPT) is both
+    assert with_caption(record(), PROMPT).files == record().files
+
+
+@pytest.mark.parametrize(
+    ("files", "prompt", "reason"),
+    [
+        ({"txt": b"a star", "json": b'{"url": ""}'}, None, "JSON has no list 'conversations'"),
+        ({"txt": b"\xff", "json": b"{}"}, PROMPT, "half a surrogate pair"),
+        ({"txt": b"an <image>", "json": b"{}"}, PROMPT, "<image> in an answer"),
+        ({"txt": b"a star", "json": b"{"}, PROMPT, "JSON: "),
+        ({"txt": b"a star", "json": b"[1]"}, PROMPT, "JSON has no list 'conversations'"),
+        ({"json": b'{"caption": "a star"}'}, PROMPT, "JSON has no list 'conversations'"),
+    ],
+)
+def test_a_caption_that_cannot_be_read_is_a_bad_record(files, prompt, reason):
+    with pytest.raises(RecordError, match=reason):
+        decode_record(with_caption(record(files=files), prompt))

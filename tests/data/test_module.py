@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tests.support.tiny import record, tiny_model, tiny_spec
+from tests.support.tiny import encoded_image, record, tiny_model, tiny_spec
 from vico_pl.data.collate import MicroBatchLimits
 from vico_pl.data.decode import ImageLimits
 from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig, apply
@@ -199,6 +200,17 @@ def test_sources_take_over_at_their_steps(shards, tmp_path, tokenizer):
     shares = islice(one_rank(data_module(sources, tokenizer, batch_size=2)), 4)
     shards_read = [{name.split("-")[0] for name in share.ids} for share in shares]
     assert shards_read == [{"text.tar/0"}, {"text.tar/0"}, {"train"}, {"train"}]
+
+
+def test_tars_of_img2dataset_are_read_by_the_prompt_of_their_source(shards, tmp_path, tokenizer):
+    files = {"jpg": encoded_image(), "json": b'{"url": "https://host/a.jpg"}', "txt": b"a star"}
+    write_shard(tmp_path / "00000.tar", [(f"{i:09d}", files) for i in range(6)])
+    for prompt, num_bad in (("Describe the image.", 0), (None, 32)):
+        sources = [SourceConfig(path=str(path), weight=1.0) for path in (shards, tmp_path)]
+        sources[1] = replace(sources[1], caption_prompt=prompt)
+        batch = one_rank(data_module(sources, tokenizer)).rank_batch(range(64))
+        assert [record.source for record in batch.bad_records] == [str(tmp_path)] * num_bad
+        assert sum(name.startswith("00000.tar") for name in batch.ids) == 32 - num_bad
 
 
 def test_missing_and_empty_shards_are_found_before_anything_is_built(tmp_path, tokenizer):

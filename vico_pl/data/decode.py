@@ -98,6 +98,25 @@ def decode_record(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> Sampl
     )
 
 
+def with_caption(record: Record, prompt: str | None) -> Record:
+    """Make a caption (`KEY.txt` of img2dataset) the answer to `prompt`; a conversation stays as it is.
+
+    Raises:
+        RecordError: there is JSON, but unreadable.
+    """
+    if prompt is None or "txt" not in record.files:
+        return record
+    entry = parse_annotation(record) if "json" in record.files else {}
+    if not isinstance(entry, dict) or "conversations" in entry:
+        return record
+    endings = [name.rpartition(".")[2] for name in record.files]
+    question = f"{IMAGE_TOKEN}\n" * sum(ending in IMAGE_EXTENSIONS for ending in endings) + prompt
+    caption = bytes(record.files["txt"]).decode(errors="surrogateescape").strip()  # no UTF-8: a bad record
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
+    content = json.dumps({**entry, "conversations": turns}).encode()
+    return replace(record, files={**record.files, "json": content})
+
+
 def parse_conversation(annotation: Any, *, num_images: int) -> list[Turn]:
     """Read the turns of a record's JSON.
 

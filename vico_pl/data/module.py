@@ -23,7 +23,7 @@ from vico_pl.data.collate import (
     collate,
     split_into_micro_batches,
 )
-from vico_pl.data.decode import ImageLimits, bad_record, decode_record
+from vico_pl.data.decode import ImageLimits, bad_record, decode_record, with_caption
 from vico_pl.data.order import SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index
@@ -42,6 +42,7 @@ class SourceConfig:
     path: str  # a folder, glob, brace range or URL of shards, see data/README.md
     steps: int | None = None  # optimizer steps before the next source takes over; the last source has none
     weight: float | None = None  # relative share of the samples; all sources have one or none has
+    caption_prompt: str | None = None  # question of records that have a caption (KEY.txt), no conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +117,9 @@ class RankBatches(IterableDataset[RankBatch]):
         tile = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         black = TiledSample(id="", tiles=tile, tiles_per_image=[1], turns=[], metadata={})
         self.dummy = data.chat.encode_prompt(black, "<image>")  # no response
+        prompts = [source.caption_prompt for source in data.config.sources]
         self.stages: list[Callable[[Iterable[Any]], Iterator[Item]]] = [
-            partial(read, order=data.order, readers=[RecordReader(index) for index in data.indexes]),
+            partial(read, order=data.order, readers=list(map(RecordReader, data.indexes)), prompts=prompts),
             partial(apply, function=partial(decode_record, limits=data.config.images)),
             partial(apply, function=partial(tile_sample, config=data.config.tiling)),
             partial(apply, function=data.chat.encode),
@@ -181,14 +183,20 @@ class RankBatches(IterableDataset[RankBatch]):
         return SampleLoad(cost, tiles, tokens)
 
 
-def read(positions: Iterable[int], *, order: SampleOrder, readers: Sequence[RecordReader]) -> Iterator[Item]:
+def read(
+    positions: Iterable[int],
+    *,
+    order: SampleOrder,
+    readers: Sequence[RecordReader],
+    prompts: Sequence[str | None],
+) -> Iterator[Item]:
     """Turn positions into raw records, and let each reader prefetch the shards that come next."""
     for position in positions:
         place = order(position)
         reader = readers[place.source]
         reader.expect(order.shards_after(position))
         try:
-            yield position, reader(place.sample)
+            yield position, with_caption(reader(place.sample), prompts[place.source])
         except RecordError as error:
             yield position, bad_record(f"source {place.source}, sample {place.sample}", error)
 

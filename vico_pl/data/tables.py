@@ -1,17 +1,23 @@
 """Rows of published data sets: parquet files as on the Hugging Face Hub, and VLMEvalKit's TSV."""
 
+import base64
 import csv
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
-ROWS_AT_ONCE = 16  # of parquet: rows with images may have megabytes
+from vico_pl.data.decode import IMAGE_TOKEN
+from vico_pl.errors import RecordError
+
+Row = dict[str, Any]  # column -> value
+_ROWS_AT_ONCE = 16  # of parquet: rows with images may have megabytes
 _MAX_FIELD = 2**28  # bytes of a TSV field: an image of 128 MiB as base64, and room for a few
+_CAULDRON = (("human", "user"), ("gpt", "assistant"))  # role: field
 _MAX_REFERENCE = 64  # letters: where an image would be, VLMEvalKit writes the index of a row that has it
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a `.parquet` or `.tsv` file; of the latter, all values are texts.
 
     Raises:
@@ -23,25 +29,79 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
 
 
-def open_parquet(path: Path) -> Any:
-    """Open a parquet file.
+def read_row_group(path: Path, number: int) -> list[Row] | None:
+    """Return the rows of one group of a parquet file; None: it has no more.
 
     Raises:
-        ValueError: it is none, or pyarrow is not installed.
+        ValueError: the file is damaged, or pyarrow is not installed.
     """
+    try:
+        with _open_parquet(path) as file:
+            if number < file.num_row_groups:
+                return file.read_row_group(number, use_threads=False).to_pylist()
+            return None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as parquet ({error})") from error
+
+
+def image_content(value: Any) -> bytes | None:
+    """Return the bytes of an image: bytes, the Hub's structure of bytes and path, or base64.
+
+    Raises:
+        RecordError: it is a text but not base64, or anything else.
+    """
+    content = value.get("bytes") if isinstance(value, dict) else value
+    try:
+        content = base64.b64decode(content, validate=True) if isinstance(content, str) else content
+    except ValueError as error:
+        raise RecordError(f"image is not base64 ({error})", kind="image") from error
+    if not isinstance(content, bytes | None):
+        raise RecordError("image is neither bytes nor base64", kind="image")
+    return content
+
+
+def conversation_of(row: Row) -> tuple[dict[str, Any], list[bytes]]:
+    """Return the JSON of a record, and its images, from a row of LLaVA-OneVision-Data or The Cauldron.
+
+    These have the columns `conversations` and `image`, and `texts` (user, assistant) and `images`. Images
+    that no text marks come before the first question; further columns are kept if they are no lists.
+
+    Raises:
+        RecordError: the columns are other ones.
+    """
+    given = row.get("images") or row.get("image")
+    contents = [image_content(value) for value in (given if isinstance(given, list) else [given])]
+    images = [content for content in contents if content is not None]
+    texts = row.get("texts") or []
+    try:
+        turns = [(role, text[name]) for text in texts for role, name in _CAULDRON]
+        turns = turns or [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        is_marked = any(IMAGE_TOKEN in text for _, text in turns)
+    except (KeyError, TypeError) as error:
+        expected = "expected 'conversations' (from, value) or 'texts' (user, assistant)"
+        raise RecordError(f"columns {', '.join(row)}: {expected}", kind="conversation") from error
+    marks = "" if is_marked else f"{IMAGE_TOKEN}\n" * len(images)
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    conversations[:1] = [{**turn, "value": marks + turn["value"]} for turn in conversations[:1]]
+    entry = {name: value for name, value in row.items() if isinstance(value, str | int | float)}
+    source = row.get("data_source") or (texts and texts[0].get("source"))
+    return entry | ({"source": source} if source else {}) | {"conversations": conversations}, images
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    with _open_parquet(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _open_parquet(path: Path) -> Any:
     try:
         return import_module("pyarrow.parquet").ParquetFile(path)
     except ImportError as error:
         raise ValueError("it needs pyarrow: pip install 'vico_pl[parquet]'") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open_parquet(path) as file:
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
-            yield from batch.to_pylist()
-
-
-def _tsv_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _tsv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_MAX_FIELD)
     with path.open("rb") as file, path.open("rb") as again:
         names = next(_tsv_reader(file), [])

@@ -5,10 +5,10 @@ the Hugging Face Hub, and the TSV of VLMEvalKit.
 """
 
 import ast
-import base64
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from vico_pl.data.decode import IMAGE_TOKEN, bad_record, decode_record
-from vico_pl.data.tables import read_rows
+from vico_pl.data.tables import image_content, read_rows
 from vico_pl.errors import RecordError
 from vico_pl.types import BadRecord, Record, Sample
 
@@ -115,7 +115,7 @@ def _find_files(name: str, folder: Path) -> list[Path]:
 
 
 def _read_files(name: str, files: list[Path], skipped: list[BadRecord]) -> Iterator[Sample]:
-    count, faults = 0, []
+    count, before = 0, len(skipped)
     for path in files:
         for position, row in enumerate(read_rows(path)):
             key = _first(row, _KEYS) or f"{position:06d}"
@@ -127,10 +127,11 @@ def _read_files(name: str, files: list[Path], skipped: list[BadRecord]) -> Itera
                     yield decode_record(record)
                     count += 1
             except RecordError as error:
-                faults.append(bad_record(f"{path.name}/{key}", error))
-    skipped += faults
+                skipped.append(bad_record(f"{path.name}/{key}", error))
+    faults = skipped[before:]
     if faults:
-        left_out = f"{len(faults)} of {count + len(faults)} rows are left out"
+        kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(f.kind for f in faults).items())
+        left_out = f"{len(faults)} of {count + len(faults)} rows are left out ({kinds})"
         text = f"{name}: {left_out}; the first, {faults[0].id}: {faults[0].reason}"
         if not count:
             raise ValueError(text)
@@ -200,23 +201,14 @@ def _images(row: dict[str, Any], folder: Path) -> list[bytes | None]:
     """Return the contents of the images of a row; None: it has no image of that number."""
     given = row.get("decoded_image") or row.get("image")
     if "image_1" in row:
-        return [_content(row.get(f"image_{number}")) for number in range(1, 8)]
+        return [image_content(row.get(f"image_{number}")) for number in range(1, 8)]
     if given or "image_path" not in row:
-        return [_content(value) for value in (_texts(given) if isinstance(given, str) else [given])]
+        return [image_content(value) for value in (_texts(given) if isinstance(given, str) else [given])]
     paths = [(folder / name).resolve() for name in _texts(row["image_path"])]
     for path in paths:
         if not path.is_relative_to(folder.resolve()) or not path.is_file():
             raise RecordError(f"image '{path}' is no file below {folder}", kind="image")
     return [path.read_bytes() for path in paths]
-
-
-def _content(value: Any) -> bytes | None:
-    """Return the bytes of an image: base64, bytes, or the Hub's structure of bytes and path."""
-    content = value.get("bytes") if isinstance(value, dict) else value
-    try:
-        return base64.b64decode(content, validate=True) if isinstance(content, str) else content
-    except ValueError as error:
-        raise RecordError(f"image is not base64 ({error})", kind="image") from error
 
 
 def _place_images(text: str, images: list[bytes | None]) -> tuple[str, list[bytes]]:

@@ -43,8 +43,8 @@ class Line(NamedTuple):
 
     number: int
     path: Path
-    start: int  # byte
-    length: int
+    start: int  # byte; of parquet: row group
+    length: int  # of parquet: row of the group
     num_bytes: int
 
 
@@ -86,7 +86,7 @@ def build_from_annotations(
         first = faults[0].reason if faults else "empty"
         raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
     max_samples = max_samples or (len(lines) if max_bytes else SAMPLES_PER_SHARD)
-    parts = _cut(lines, max_samples=max_samples, max_bytes=max_bytes)
+    parts = cut_into_shards(lines, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"annotations": [path.name for path in annotations], "content": checksum}
     records = partial(_records, images=images)
     return build_set(output, records, parts, settings=settings, newest=newest, workers=workers), faults
@@ -130,6 +130,31 @@ def build_set(
     return write_index(folder, workers=workers)
 
 
+def cut_into_shards(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> list[list[Line]]:
+    """Cut records into shards, in their order, of at most `max_samples` and `max_bytes`."""
+    parts: list[list[Line]] = []
+    num_bytes = 0
+    for line in lines:
+        # A tar ends with two empty blocks and is padded to whole tar records.
+        size = -(-(num_bytes + line.num_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        if not parts or len(parts[-1]) == max_samples or (max_bytes is not None and size > max_bytes):
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(line)
+        num_bytes += line.num_bytes
+    return parts
+
+
+def bytes_in_tar(sizes: Iterable[int]) -> int:
+    """Return what members of these sizes take in a tar, headers and padding included."""
+    return sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
+
+
+def annotation_bytes(entry: dict[str, Any]) -> bytes:
+    """Write the JSON of a record."""
+    return json.dumps(entry, ensure_ascii=False).encode(errors="surrogatepass")
+
+
 def _write(job: tuple[Path, Part], *, records: Callable[[Part], Records]) -> None:
     path, part = job
     write_shard(path, records(part))
@@ -163,21 +188,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
 
 
-def _cut(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> list[list[Line]]:
-    """Cut records into shards, in their order."""
-    parts: list[list[Line]] = []
-    num_bytes = 0
-    for line in lines:
-        # A tar ends with two empty blocks and is padded to whole tar records.
-        size = -(-(num_bytes + line.num_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-        if not parts or len(parts[-1]) == max_samples or (max_bytes is not None and size > max_bytes):
-            parts.append([])
-            num_bytes = 0
-        parts[-1].append(line)
-        num_bytes += line.num_bytes
-    return parts
-
-
 def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, int]:
     """Return usable and bad records, a checksum of texts, image names and sizes, the last change in ns."""
     lines: list[Line] = []
@@ -194,8 +204,7 @@ def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list
         newest = max([newest, *(status.st_mtime_ns for status in stats)])
         sizes = [status.st_size for status in stats]
         digest.update(content + json.dumps([str(file.name) for file in files] + sizes).encode())
-        members = [*sizes, len(_annotation(entry))]
-        num_bytes = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in members)
+        num_bytes = bytes_in_tar([*sizes, len(annotation_bytes(entry))])
         lines.append(Line(len(lines), path, start, len(content), num_bytes))
     return lines, faults, digest.hexdigest(), newest
 
@@ -288,12 +297,8 @@ def _records(part: Sequence[Line], *, images: Path) -> Records:
         entry, paths = _parse_line(content, images)
         numbered = len(paths) > 1
         files = {f"{i}." * numbered + _ending(path): path.read_bytes() for i, path in enumerate(paths)}
-        yield f"{line.number:08d}", {**files, "json": _annotation(entry)}
+        yield f"{line.number:08d}", {**files, "json": annotation_bytes(entry)}
 
 
 def _ending(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
-
-
-def _annotation(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry, ensure_ascii=False).encode(errors="surrogatepass")
