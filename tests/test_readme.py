@@ -21,6 +21,7 @@ PAGES = [
     ROOT / "docs" / "lmms-eval.md",
     ROOT / "docs" / "models.md",
     ROOT / "docs" / "reliability.md",
+    ROOT / "docs" / "serving.md",
     ROOT / "benchmarks" / "README.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -81,7 +81,7 @@ def build_from_annotations(
         _refuse_meta_file(path)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
-    lines, faults, checksum, newest = _usable_lines(annotations, images)
+    lines, faults, checksum, times = _usable_lines(annotations, images)
     if not lines:
         first = faults[0].reason if faults else "empty"
         raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
@@ -89,7 +89,7 @@ def build_from_annotations(
     parts = cut_into_shards(lines, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"annotations": [path.name for path in annotations], "content": checksum}
     records = partial(_records, images=images)
-    return build_set(output, records, parts, settings=settings, newest=newest, workers=workers), faults
+    return build_set(output, records, parts, settings=settings, times=times, workers=workers), faults
 
 
 def build_set(
@@ -98,25 +98,21 @@ def build_set(
     parts: Sequence[Part],
     *,
     settings: Mapping[str, Any],
-    newest: int = 0,
+    times: str | None = None,
     workers: int | None = None,
 ) -> ShardIndex:
     """Write `records(part)` as a shard for each part; shards that are already whole are kept.
 
-    `settings` say what else the records depend on; no file that they are read from may have changed, last at
-    `newest` (ns), after a shard was written. The bytes do not depend on the number of `workers`.
+    `settings` say what else the records depend on, and `times` is a checksum of when the files changed that
+    they are read from. The bytes do not depend on the number of `workers`.
 
     Raises:
         ValueError: the folder already holds a set, or a part of one, that was asked for otherwise.
     """
     plan = {"version": 1, "settings": dict(settings), "num_samples": [len(part) for part in parts]}
     plan["sha256"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    is_whole = _is_whole(folder, plan)
-    for tar in folder.glob("*.tar"):
-        if tar.stat().st_mtime_ns < newest:
-            changed = f"an image is newer than {tar.name}, which may hold what it was before"
-            raise ValueError(f"{folder}: {changed}; remove the folder or choose another")
-    if is_whole:
+    plan |= {} if times is None else {"times": times}
+    if _is_whole(folder, plan):
         return read_index(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.partial"):  # of a process that was killed
@@ -168,9 +164,10 @@ def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     """Return whether a folder holds the set of a plan; another one, or a part of another, is refused."""
     is_whole, path, fault = (folder / INDEX_NAME).exists(), folder / PLAN_NAME, ""
     if path.exists():
-        if _read_json(path) != plan:
+        # Earlier versions stored no times.
+        if _read_json(path) not in (plan, {key: plan[key] for key in plan if key != "times"}):
             state = "already holds" if is_whole else "already holds a part of"
-            fault = f"{state} a set of other annotations or settings, or {PLAN_NAME} is damaged"
+            fault = f"{state} a set of other annotations, images or settings, or {PLAN_NAME} is damaged"
     elif is_whole:
         found, expected = read_index(folder).num_samples, sum(plan["num_samples"])
         if found != expected:
@@ -188,11 +185,14 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
 
 
-def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, int]:
-    """Return usable and bad records, a checksum of texts, image names and sizes, the last change in ns."""
+def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, str]:
+    """Return usable and bad records, a checksum of texts, image names and sizes, one of the images' times.
+
+    A time, of the last change, counts in whole seconds: an archive keeps no more of it.
+    """
     lines: list[Line] = []
     faults: list[BadRecord] = []
-    digest, newest = hashlib.sha256(), 0
+    digest, times = hashlib.sha256(), hashlib.sha256()
     found = ((path, *item) for path in paths for item in _pieces(path))
     for path, name, start, content in tqdm(found, desc="read annotations", unit="record", disable=None):
         try:
@@ -201,12 +201,12 @@ def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list
             faults.append(bad_record(f"{path.name}{name}", error))
             continue
         stats = [file.stat() for file in files]
-        newest = max([newest, *(status.st_mtime_ns for status in stats)])
+        times.update(json.dumps([int(status.st_mtime) for status in stats]).encode())
         sizes = [status.st_size for status in stats]
         digest.update(content + json.dumps([str(file.name) for file in files] + sizes).encode())
         num_bytes = bytes_in_tar([*sizes, len(annotation_bytes(entry))])
         lines.append(Line(len(lines), path, start, len(content), num_bytes))
-    return lines, faults, digest.hexdigest(), newest
+    return lines, faults, digest.hexdigest(), times.hexdigest()
 
 
 def _refuse_meta_file(path: Path) -> None:

@@ -67,8 +67,8 @@ def build_from_parquet(
     max_samples = max_samples or (len(lines) if max_bytes else SAMPLES_PER_SHARD)
     parts = cut_into_shards(lines, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"parquet": [path.name for path in files], "content": digest.hexdigest()}
-    newest = max(path.stat().st_mtime_ns for path in files)
-    return build_set(output, _records, parts, settings=settings, newest=newest, workers=workers), faults
+    times = json.dumps([int(path.stat().st_mtime) for path in files])
+    return build_set(output, _records, parts, settings=settings, times=times, workers=workers), faults
 
 
 def _rows(files: Sequence[Path]) -> Iterator[tuple[Path, int, int, Row]]:
