@@ -136,7 +136,7 @@ def test_steps_of_a_killed_attempt_are_superseded_by_those_of_the_next(config, t
     assert totals(found) == (36, 0, 0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     attempts=st.lists(
         st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([1, 2, 4])), min_size=1, max_size=4

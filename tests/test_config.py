@@ -71,14 +71,6 @@ def test_an_override_reaches_into_a_list_and_a_described_tower_replaces_another(
             ["seed=abc", "optim.lr=fast", "consistency.temperature=0", "router.epsilon=0"],
             ["seed: ", "optim.lr: ", "consistency.temperature is 0", "router.epsilon is 0"],
         ),
-        (["trainer.devices=-1"], ["trainer.devices is '-1'; expected auto or a number, 1 or more"]),
-        (["trainer.devices=0"], ["trainer.devices is '0'"]),
-        (["trainer.strategy=deepspeed"], ["trainer.strategy is 'deepspeed'; expected auto, ddp or fsdp"]),
-        (["trainer.log_every=0"], ["trainer.log_every is 0; expected 1 or more"]),
-        (["trainer.checkpoint_every=0"], ["trainer.checkpoint_every is 0; expected 1 or more"]),
-        (["trainer.watchdog_s=0"], ["trainer.watchdog_s is 0.0; expected more than 0 seconds"]),
-        (["trainer.precision=bf16-true"], ["precision is 'bf16-true'; expected 32-true or bf16-mixed"]),
-        (["model.attention=ring"], ["model.attention is 'ring'; expected one of sdpa, flash"]),
         # Contradictions.
         (["stage=stage1"], ["stage is 'stage1'; expected one of pretrain, consistency, router"]),
         (["stage=null", "run_dir=null"], ["stage is not set", "run_dir is not set"]),
@@ -109,6 +101,74 @@ def test_all_problems_of_a_recipe_are_reported_at_once(recipe, overrides, messag
     found = problems(recipe(), overrides)
     for part in message:
         assert part in found
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("trainer.devices='-1'", "auto or a number, 1 or more"),
+        ("trainer.devices='0'", "auto or a number, 1 or more"),
+        ("trainer.strategy='deepspeed'", "auto, ddp or fsdp"),
+        ("trainer.log_every=0", "1 or more"),
+        ("trainer.checkpoint_every=0", "1 or more"),
+        ("trainer.watchdog_s=0.0", "more than 0 seconds"),
+        ("trainer.precision='bf16-true'", "32-true or bf16-mixed"),
+        ("model.attention='ring'", "one of sdpa, flash"),
+        ("model.lora.rank=0", "1 or more"),
+        ("model.lora.alpha=0", "more than 0"),
+        ("model.lora.dropout=1.0", "0 to less than 1"),
+        ("model.lora.targets='q_proj'", "all-linear or a list"),
+        ("model.lora.targets=[]", "all-linear or a list"),
+        ("optim.max_grad_norm=0.0", "more than 0"),
+        ("optim.max_grad_norm=-1.0", "more than 0"),
+        ("optim.max_grad_norm=nan", "more than 0"),
+        ("optim.lr=-1e-05", "0 or more"),
+        ("optim.lr=inf", "0 or more"),
+        ("optim.beta2=1.0", "0 to below 1"),
+        ("optim.warmup_steps=-1", "0 or more"),
+        ("optim.schedule='cosin'", "one of cosine, linear"),
+        ("optim.schedule='warmup_stable_decay'", "one of cosine, linear"),  # it needs further settings
+        ("consistency.ratio_draw='patch'", "one of image, tile, mixed, full"),
+        ("consistency.temperature=0.0", "more than 0"),
+        ("consistency.kernel='triton'", "native or liger"),
+        ("consistency.chunk_size=0", "1 or more"),
+        ("router.label_mode='patch'", "image or tile"),
+        ("router.percentile=0.0", "between 0 and 100"),
+        ("router.percentile=100.0", "between 0 and 100"),
+        ("router.epsilon=0.0", "more than 0"),
+        ("router.min_history=0", "1 to router.window (4096)"),
+        ("router.min_history=4097", "1 to router.window (4096)"),
+        ("data.batch_size=0", "1 or more"),
+        ("data.max_bad_fraction=1.5", "0 to 1"),
+        ("data.micro_batch.max_tiles=0", "1 or more"),
+        ("data.micro_batch.max_tokens=0", "1 or more"),
+        ("data.tiling.min_tiles=0", "1 to data.tiling.max_tiles (12)"),
+        ("data.tiling.min_tiles=13", "1 to data.tiling.max_tiles (12)"),
+        ("data.images.max_pixels=0", "1 to 178956970"),
+        ("data.images.max_pixels=1073741824", "1 to 178956970"),
+        ("data.images.max_bytes=0", "1 or more"),
+        ("data.images.min_side=0", "1 or more"),
+        ("data.streaming.window=0", "at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(recipe, setting, expected):
+    name, _, value = setting.partition("=")
+    given = f"{name}={f'.{value}' if value in ('inf', 'nan') else value}"
+    assert f"{name} is {value}; expected {expected}" in problems(recipe(), [given])
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ("{path: a}, {path: b}", "a needs 'steps', as another source follows it"),
+        ("{path: a, weight: 1}, {path: b}", "b needs a 'weight'"),
+        ("{path: a, weight: 1, steps: 5}", "a has 'steps' where"),
+        ("{path: a, weight: 0}", "a has weight 0.0; expected a number"),
+        ("{path: a, weight: .inf}", "a has weight inf; expected a number"),
+    ],
+)
+def test_sources_that_neither_follow_each_other_nor_mix_are_refused(recipe, sources, expected):
+    assert expected in problems(recipe(), [f"data.sources=[{sources}]"])
 
 
 @pytest.mark.parametrize("content", ["- a list", "word", "stage", "3", "stage: [unclosed"])

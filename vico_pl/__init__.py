@@ -1,6 +1,6 @@
 """vico_pl: train multimodal language models to spend vision tokens where the meaning is.
 
-From Python, a trained or published model answers questions about images:
+A model answers questions about images:
 
     from vico_pl import Predictor
 

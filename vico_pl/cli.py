@@ -141,6 +141,7 @@ def calibrate(
     from vico_pl.files import write_json
     from vico_pl.inference.predictor import Predictor
     from vico_pl.model.families.base import CALIBRATION_NAME
+    from vico_pl.model.router import NEVER
 
     session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
     questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
@@ -148,11 +149,11 @@ def calibrate(
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
     low, high = chosen.retention_ci["mean"] or (0, 0)
-    echo(
-        f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, "
-        f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%}); "
-        f"accuracy is {questions.measure}; written to {written}"
-    )
+    kept = f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%})"
+    if chosen.threshold == NEVER and budget is None:
+        kept = f"no threshold keeps {retention:.2%} of the accuracy, so nothing is compressed"
+    echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")
+    echo(f"accuracy: {questions.measure}; {written} is written")
 
 
 @app.command("eval")
@@ -196,12 +197,12 @@ def route(
 ) -> None:
     """Draw which tiles of an image keep full vision tokens."""
     from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.report import route_image, routing_picture
+    from vico_pl.evaluation.report import routing_picture
 
     pixels, session = read_image(image), _open(model)
     if session.model.router is None or session.rule is None:
         raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
-    ratios = route_image(session, pixels)
+    ratios = session.route(pixels).ratios
     output.parent.mkdir(parents=True, exist_ok=True)
     routing_picture(session, pixels, ratios, caption=image.name).save(output)
     num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
@@ -235,7 +236,7 @@ def generate(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     sampling = {"temperature": temperature, "top_p": top_p}
     settings |= {name: value for name, value in sampling.items() if value is not None}
-    if data is not None and output is not None and not images:
+    if data is not None and output is not None and not images and not together:
         from vico_pl.inference.responses import generate_responses
 
         settings |= {"prompt": prompt, "samples_per_shard": samples_per_shard}

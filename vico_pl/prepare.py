@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from vico_pl.data.glyphs import question_words
 from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.families.hub import local_folder, pinned
 from vico_pl.model.flops import build_without_weights
-from vico_pl.model.vlm import VisionLanguageModel, assemble_model
+from vico_pl.model.vlm import VisionLanguageModel, assemble_model, open_clip_config
 from vico_pl.stages import STAGES
 from vico_pl.stages.settings import DTYPES, ModelConfig
 from vico_pl.tokens import PLACEHOLDER, build_tokenizer, extend_tokenizer, load_tokenizer, token_id
@@ -174,8 +173,6 @@ def _tile_size_of(config: ModelConfig) -> int | None:
     if config.path is not None:
         spec = open_folder(local_folder(config.path)).contents.spec
         return build_without_weights(spec).vision.tile_size
-    described = config.vision
-    if "open_clip" in described:
-        known = open_clip.get_model_config(described["open_clip"]) or {}
-        described = {**known.get("vision_cfg", {}), **described}
-    return described.get("image_size")
+    named = config.vision.get("open_clip")
+    known = {} if named is None else open_clip_config(named)["vision_cfg"]
+    return {**known, **config.vision}.get("image_size")

@@ -2,14 +2,13 @@
 
 import json
 
-import open_clip
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.support.folders import write_set
 from tests.support.released import qwen_tokenizer
-from tests.support.tiny import encoded_image
+from tests.support.tiny import encoded_image, write_tower
 from vico_pl.model.families.folder import load_model
 from vico_pl.tokens import load_tokenizer
 
@@ -19,12 +18,7 @@ NAME = "vico-test-llava"
 @pytest.fixture
 def parts(tmp_path):
     """Overrides that put small parts in the place of the recipe's: a tower's file and a folder."""
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
-    text = {"context_length": 4, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
-    config = tmp_path / f"{NAME}.json"
-    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
-    open_clip.add_model_config(config)
-    torch.save(open_clip.create_model(NAME).state_dict(), tmp_path / "tower.pt")
+    write_tower(tmp_path, NAME)
     tokenizer = qwen_tokenizer()
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     language = AutoModelForCausalLM.from_config(LlamaConfig(**settings, vocab_size=len(tokenizer)))

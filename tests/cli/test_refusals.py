@@ -36,19 +36,6 @@ def places(recipe, model, answered, photo, tmp_path, monkeypatch):
         ("train {recipe} 'data.sources=[{{path: {here}/absent}}]'", "no such folder of shards"),
         ("train {recipe} 'data.sources=[{{path: {here}/empty}}]'", "no shard found; expected names such as"),
         ("train {recipe} data.sources.7.path=x", "{recipe}"),
-        (
-            "train {recipe} 'data.sources=[{{path: a, weight: 1}}, {{path: b}}]'",
-            "b needs a 'weight'",
-        ),
-        (
-            "train {recipe} 'data.sources=[{{path: a, weight: 1, steps: 5}}]'",
-            "a has 'steps' where",
-        ),
-        (
-            "train {recipe} 'data.sources=[{{path: a, weight: 0}}]'",
-            "a has weight 0.0; expected a number",
-        ),
-        ("train {recipe} 'data.sources=[{{path: a, weight: .inf}}]'", "a has weight inf; expected a number"),
         ("train {recipe} trainer.accelerator=tpu", "trainer: "),
         ("plan {recipe} model.path=someone/something", "someone/something: its shape is not known here"),
         *((f"shards {name} {{here}}/absent", "no such folder of shards") for name in INSPECT),

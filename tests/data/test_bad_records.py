@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.hostile import GOOD, member, png, whole, with_checksum
+from tests.support.hostile import GOOD, keys_or_kinds, member, png, whole, with_checksum
 from tests.support.tiny import encoded_image
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
 from vico_pl.data.shards.index import Contents, write_sidecar
 from vico_pl.data.shards.inspect import find_faults, read_samples
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.shards.stats import survey
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.errors import RecordError
@@ -38,57 +37,85 @@ def with_turns(*turns):
     return with_json({"conversations": list(turns)})
 
 
+def with_answer(text):
+    return with_turns(PAIR[0], {"from": "gpt", "value": text})
+
+
+def with_fields(**fields):
+    return with_json({"conversations": PAIR, **fields})
+
+
 DAMAGED_PNG = PNG[: len(PNG) // 2] + bytes(40) + PNG[len(PNG) // 2 + 40 :]
-RECORDS = {  # kind: name: files
+RECORDS = {  # kind: name: files, and what the reason says
     "json": {
-        "no JSON": {"jpg": JPEG},
-        "empty JSON": with_json(b""),
-        "cut JSON": with_json(GOOD["json"][:-5]),
-        "JSON of another encoding": with_json(b'{"a": "\xff"}'),
-        "bottomless JSON": with_json(b"[" * 100_000),
-        "a number without end": with_json(b'{"a": ' + b"9" * 5000 + b"}"),
-        "a pickle for JSON": with_json(pickle.dumps({"conversations": PAIR})),
+        "no JSON": ({"jpg": JPEG}, "no .json member; found ['jpg']"),
+        "empty JSON": (with_json(b""), "JSON: Expecting value"),
+        "cut JSON": (with_json(GOOD["json"][:-5]), "JSON: "),
+        "JSON of another encoding": (with_json(b'{"a": "\xff"}'), "JSON: 'utf-8' codec can't decode"),
+        "bottomless JSON": (with_json(b"[" * 100_000), "JSON: "),
+        "a number without end": (with_json(b'{"a": ' + b"9" * 5000 + b"}"), "JSON: "),
+        "a pickle for JSON": (with_json(pickle.dumps({"conversations": PAIR})), "JSON: "),
     },
     "conversation": {
-        "a list": with_json([1]),
-        "no conversations": with_json({"messages": PAIR}),
-        "no turn": with_turns(),
-        "no answer": with_turns(PAIR[0]),
-        "answer first": with_turns(*PAIR[::-1]),
-        "another role": with_turns({"from": "system", "value": ""}, *PAIR),
-        "no text": with_turns(PAIR[0], {"from": "gpt", "value": None}),
-        "half a surrogate pair": with_turns(PAIR[0], {"from": "gpt", "value": "\ud83d"}),
-        "skills that are numbers": with_json({"conversations": PAIR, "skills": [1]}),
+        "a list": (with_json([1]), "JSON has no list 'conversations'"),
+        "no conversations": (with_json({"messages": PAIR}), "JSON has no list 'conversations'"),
+        "no turn": (with_turns(), "must end with an answer of 'gpt'"),
+        "no answer": (with_turns(PAIR[0]), "must end with an answer of 'gpt'"),
+        "no answer at the end": (with_turns(*PAIR, PAIR[0]), "must end with an answer of 'gpt'"),
+        "answer first": (with_turns(*PAIR[::-1]), "turn 0: expected {'from': 'human', 'value': text}"),
+        "two questions": (with_turns(PAIR[0], *PAIR), "turn 1: expected {'from': 'gpt', 'value': text}"),
+        "another role": (with_turns({"from": "system", "value": ""}, *PAIR), "turn 0: expected"),
+        "no text": (with_turns(PAIR[0], {"from": "gpt", "value": None}), "turn 1: expected"),
+        "a turn of text": (with_turns("q", "a"), "turn 0: expected"),
+        "half a surrogate pair": (with_answer("\ud83d"), "turn 1: half a surrogate pair"),
+        "skills of another kind": (with_fields(skills="ocr"), "'skills' is no list of names"),
+        "skills that are numbers": (with_fields(skills=[1]), "'skills' is no list of names"),
+        "more skills than answers": (with_fields(skills=["a", "b"]), "'skills' has 2 entries for 1 answers"),
+        "metrics that are numbers": (with_fields(metrics=[1]), "'metrics' is no list of names"),
+        "accepted answers of two questions": (
+            with_fields(metrics="f1", answers=[["a"], ["b"]]),
+            "'answers' is no list with the accepted answers to each question",
+        ),
+        "a video elsewhere": (
+            {"json": json.dumps({"conversations": PAIR, "video": "a.mp4"}).encode()},
+            "JSON has a 'video'; expected images",
+        ),
     },
     "marks": {
-        "a mark too many": {"json": GOOD["json"]},
-        "a mark too few": {**GOOD, "0.jpg": JPEG},
-        "a mark in an answer": with_turns(PAIR[0], {"from": "gpt", "value": "<image>"}),
-        "an image in a pickle": {"json": GOOD["json"], "pyd": pickle.dumps(JPEG)},
+        "a mark too many": ({"json": GOOD["json"]}, "1 <image> marks in the conversation but 0 images"),
+        "a mark too few": ({**GOOD, "0.jpg": JPEG}, "1 <image> marks in the conversation but 2 images"),
+        "a mark in an answer": (with_answer("<image>"), "turn 1: <image> in an answer"),
+        "an image in a pickle": ({"json": GOOD["json"], "pyd": pickle.dumps(JPEG)}, "but 0 images"),
     },
+    "member": {"a video": ({**GOOD, "mp4": b"x"}, "member 'mp4' is a video; expected images")},
     "image": {
-        "no bytes": with_image(b""),
-        "one byte": with_image(b"\xff"),
-        "text": with_image(b"hello"),
-        "a web page": with_image(b"<!DOCTYPE html><html>404</html>"),
-        "cut JPEG": with_image(JPEG[: len(JPEG) * 2 // 3]),
-        "cut PNG": with_image(PNG[: len(PNG) * 2 // 3]),
-        "cut WebP": with_image(WEBP[: len(WEBP) * 2 // 3]),
-        "damaged PNG": with_image(DAMAGED_PNG),
-        "PNG without pixels": with_image(png(30, 30)),
-        "moving PNG": with_image(encoded_image("PNG", **MOVING)),
-        "moving WebP": with_image(encoded_image("WEBP", **MOVING)),
-        "moving GIF": with_image(encoded_image("GIF", **MOVING)),
-        "TIFF": with_image(encoded_image("TIFF")),
-        "an array": with_image(b"\x93NUMPY" + bytes(200)),
+        "no bytes": (with_image(b""), "image 'jpg' (0 bytes): "),
+        "one byte": (with_image(b"\xff"), "image 'jpg' (1 bytes): "),
+        "text": (with_image(b"hello"), "image 'jpg' (5 bytes): neither JPEG, PNG"),
+        "a web page": (with_image(b"<!DOCTYPE html><html>404</html>"), "neither JPEG, PNG"),
+        "cut JPEG": (with_image(JPEG[: len(JPEG) // 2]), "incomplete or truncated"),
+        "zeros for half a JPEG": (with_image(JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2)), "image 'jpg'"),
+        "damaged PNG": (with_image(DAMAGED_PNG), "image 'jpg'"),  # torchvision 0.29: segmentation fault
+        "PNG without pixels": (with_image(png(30, 30)), "image 'jpg'"),
+        "moving PNG": (with_image(encoded_image("PNG", **MOVING)), "several frames, expected one"),
+        "moving WebP": (with_image(encoded_image("WEBP", **MOVING)), "several frames, expected one"),
+        "moving GIF": (with_image(encoded_image("GIF", **MOVING)), "several frames, expected one"),
+        "TIFF": (with_image(encoded_image("TIFF")), "neither JPEG, PNG"),
+        "an array": (with_image(b"\x93NUMPY" + bytes(200)), "neither JPEG, PNG"),
     },
     "image_limit": {
-        "bomb": with_image(png(60_000, 60_000)),
-        "small bomb": with_image(png(10_001, 10_000)),
-        "scans without end": with_image(JPEG + b"\xff\xda" * 1000),
+        "bomb": (with_image(png(60_000, 60_000)), "exceeds limit"),
+        "small bomb": (with_image(png(10_001, 10_000)), "10001 x 10000 pixels are more than max_pixels"),
+        "scans without end": (with_image(JPEG + b"\xff\xda" * 1000), "more than 100 scans"),
     },
-    "length": {"a long answer": with_turns(PAIR[0], {"from": "gpt", "value": "word " * 2000})},
-    "key": {"../climbing": GOOD, "/absolute": GOOD, "line\nbreak": GOOD, "bytes \udcff": GOOD},
+    "length": {"a long answer": (with_answer("word " * 2000), "chat.max_tokens is 1000")},
+    "key": {
+        "../climbing": (GOOD, "key '../climbing' is an absolute path or has '..'"),
+        "a/../../inside": (GOOD, "is an absolute path or has '..'"),
+        "/absolute": (GOOD, "key '/absolute' is an absolute path or has '..'"),
+        "line\nbreak": (GOOD, "has control characters or is no UTF-8"),
+        "bytes \udcff": (GOOD, "has control characters or is no UTF-8"),
+    },
 }
 KINDS = {name: kind for kind, names in RECORDS.items() for name in names}
 
@@ -100,16 +127,10 @@ def outcome(folder):
     ]
 
 
-def test_the_corpus_is_as_large_as_promised():
-    assert len(KINDS) >= 30
-
-
 def test_every_bad_record_is_counted_under_its_kind_and_the_good_ones_train(tmp_path, tokenizer):
-    names = [
-        name for pair in zip(KINDS, (f"good {i}" for i in range(len(KINDS))), strict=True) for name in pair
-    ]
-    files = [RECORDS[KINDS[name]][name] if name in KINDS else GOOD for name in names]
-    write_shard(tmp_path / "a.tar", zip(names, files, strict=True))
+    bad = {name: files for names in RECORDS.values() for name, (files, _) in names.items()}
+    pairs = enumerate(bad.items())
+    write_shard(tmp_path / "a.tar", [record for i, pair in pairs for record in (pair, (f"good {i}", GOOD))])
     config = DataConfig(
         sources=[SourceConfig(path=str(tmp_path))],
         tiling=TilingConfig(tile_size=32, max_tiles=2),
@@ -118,17 +139,13 @@ def test_every_bad_record_is_counted_under_its_kind_and_the_good_ones_train(tmp_
     data = DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=4, seed=0)
     assert data.indexes[0].num_samples == 2 * len(KINDS)
     share = RankBatches(data, first_step=0, rank=0, world=1).rank_batch(range(2 * len(KINDS)))
-    found = {bad.id.partition("/")[2]: bad.kind for bad in share.bad_records}
-    assert found == KINDS
+    found = {bad.id.partition("/")[2]: bad for bad in share.bad_records}
+    assert {name: bad.kind for name, bad in found.items()} == KINDS
+    for kind, names in RECORDS.items():
+        for name, (_, expected) in names.items():
+            assert expected in found[name].reason, (kind, name)
     assert len(share.ids) == len(set(share.ids)) == len(KINDS)
-    assert all("\n" not in bad.reason for bad in share.bad_records)
-
-
-def test_a_check_of_a_folder_counts_by_kind(tmp_path):
-    records = [(f"{i}", files) for i, files in enumerate(RECORDS["image"].values())]
-    write_shard(tmp_path / "a.tar", [*records, ("x", with_json(b"{"))])
-    counts = survey(tmp_path).counts()
-    assert (counts["bad records: image"], counts["bad records: json"]) == (len(records), 1)
+    assert not any("\n" in bad.reason or ".cpp" in bad.reason for bad in share.bad_records)
 
 
 ODD_MEMBERS = {
@@ -153,16 +170,6 @@ def test_members_that_are_no_plain_files_make_their_record_a_bad_one(tmp_path, n
     (tmp_path / "a.tar").write_bytes(tar)
     assert outcome(tmp_path) == (["0", "2"], ["member"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar", "index.json"]
-
-
-def test_folders_and_members_of_other_kinds_are_passed_over(tmp_path):
-    pickled = b"".join(
-        member(f"0.{name}", b"cos\nsystem\n") for name in ("pyd", "pkl", "pickle", "pth", "npy")
-    )
-    folder = member("photos.v2", type=tarfile.DIRTYPE)
-    link = member("README", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-    (tmp_path / "a.tar").write_bytes(folder + whole("0") + pickled + link + folder + whole("1") + bytes(1024))
-    assert outcome(tmp_path) == (["0", "1"], [])
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -202,14 +209,16 @@ def test_shards_that_cannot_be_indexed_are_refused_in_a_sentence(tmp_path, name)
     assert not (tmp_path / "index.json").exists()
 
 
-@pytest.mark.parametrize("tar", [bytes(1024), bytes(10240), member("photos", type=tarfile.DIRTYPE)])
+@pytest.mark.parametrize(
+    "tar", [bytes(1024), bytes(10240), member("photos", type=tarfile.DIRTYPE) + bytes(1024)]
+)
 def test_a_tar_without_records_has_none(tmp_path, tar):
     (tmp_path / "a.tar").write_bytes(tar)
     assert read_index(tmp_path).num_samples == 0
 
 
 def test_a_tar_of_one_empty_file_is_one_bad_record(tmp_path):
-    (tmp_path / "a.tar").write_bytes(member("0.json"))
+    (tmp_path / "a.tar").write_bytes(member("0.json") + bytes(1024))
     assert outcome(tmp_path) == ([], ["json"])
 
 
@@ -234,13 +243,8 @@ def test_a_shard_that_vanishes_or_shrinks_during_a_run_gives_bad_records(tmp_pat
         (tmp_path / f"{name}.tar").unlink()
     for name in "bd":
         (tmp_path / f"{name}.tar").write_bytes(b"")
-    kinds = []
-    for sample in range(4):
-        try:
-            kinds.append(reader(sample).key)
-        except RecordError as error:
-            kinds.append(error.kind)
-    assert kinds == ["shard", "shard", "0", "tar"], "c is still open, though it has no name any more"
+    found = keys_or_kinds(reader, range(4))
+    assert found == ["shard", "shard", "0", "tar"], "c is still open, though it has no name any more"
 
 
 def test_a_record_larger_than_memory_is_not_read(tmp_path):
@@ -251,20 +255,6 @@ def test_a_record_larger_than_memory_is_not_read(tmp_path):
     index = read_index(tmp_path / "a.tar")
     with pytest.raises(RecordError, match="more than a record may have"):
         RecordReader(index)(0)
-
-
-def test_shell_commands_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"runs a shell command, .* data\.streaming\.allow_pipe=true"):
-        read_index("pipe:cat x.tar")
-
-
-def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
-    write_shard(tmp_path / "set" / "a.tar", [("0", GOOD)])
-    write_index(tmp_path / "set")
-    path = tmp_path / "set" / "index.json"
-    path.write_text(path.read_text().replace("a.tar", "../a.tar"))
-    with pytest.raises(ValueError, match=r"index.json: names '../a.tar', which is no file name"):
-        read_index(tmp_path / "set")
 
 
 @pytest.mark.parametrize(

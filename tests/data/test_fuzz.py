@@ -56,21 +56,13 @@ def read_all(index):
             decode_record(reader(sample))
 
 
-def fuzz(folder, num_mutations):
+@pytest.mark.parametrize("num_mutations", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_damage_does_more_than_make_a_bad_record(tmp_path, num_mutations):
     rng = random.Random(0)
     tar = whole("0") + whole("deep/" * 30 + "1") + whole("2") + bytes(1024)
-    (folder / "a.tar").write_bytes(tar)
-    index = read_index(folder)
+    (tmp_path / "a.tar").write_bytes(tar)
+    index = read_index(tmp_path)
     read_all(index)  # so that the shard is open: to what follows, the damage comes during a run
     for _ in range(num_mutations // 5):
         fuzz_records(rng)
-        fuzz_tar(folder, tar, index, rng)
-
-
-def test_no_damage_of_300_does_more_than_make_a_bad_record(tmp_path):
-    fuzz(tmp_path, 300)
-
-
-@pytest.mark.slow
-def test_no_damage_of_10000_does_more_than_make_a_bad_record(tmp_path):
-    fuzz(tmp_path, 10_000)
+        fuzz_tar(tmp_path, tar, index, rng)

@@ -117,35 +117,10 @@ def test_rank_batches_travel_to_worker_processes_without_the_trainer(shards, tok
     assert torch.equal(ours_first.micro_batches[0].tiles, theirs_first.micro_batches[0].tiles)
 
 
-def test_an_epoch_over_ranks_holds_every_sample_once(module):
-    steps = global_batches(module, world=2, num_steps=3)
-    ids = [name for batch in steps for name, _, _ in batch.values()]
-    assert len(ids) == 36  # two epochs of 18
-    assert sorted(ids) == sorted(2 * list(set(ids)))
-
-
-def test_positions_become_the_same_samples_however_they_are_asked_for(module):
-    rank = one_rank(module)
-    share = rank.rank_batch(range(18))
-    assert len(set(share.ids)) == 18
-    assert share.bad_records == []
-    assert [rank.rank_batch([position]).ids for position in range(18)] == [[name] for name in share.ids]
-
-
 def test_a_rank_without_a_sample_has_the_dummy(module):
     shares = of_all_ranks(module, world=15)
     assert sorted(len(share.ids) for share in shares) == [0] * 3 + [1] * 12
     assert all(share.micro_batches[0].num_tiles for share in shares)
-
-
-def test_micro_batches_keep_their_limits_and_hold_every_sample_once(shards, tokenizer):
-    limits = MicroBatchLimits(max_tiles=6)
-    micro_batches = (
-        one_rank(data_module(shards, tokenizer, micro_batch=limits)).rank_batch(range(18)).micro_batches
-    )
-    assert len(micro_batches) > 2
-    assert all(micro_batch.num_tiles <= 6 for micro_batch in micro_batches)
-    assert sorted(p for micro_batch in micro_batches for p in micro_batch.positions) == list(range(18))
 
 
 def test_every_micro_batch_has_a_tile_if_need_be_that_of_the_dummy(tmp_path, tokenizer):
@@ -245,13 +220,3 @@ def test_missing_and_empty_shards_are_found_before_anything_is_built(tmp_path, t
     write_index(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path}: its shards hold no samples"):
         data_module(tmp_path, tokenizer)
-    with pytest.raises(ValueError, match=r"data\.sources is empty"):
-        data_module([], tokenizer)
-
-
-def test_sources_that_are_never_left_and_empty_batches_are_refused():
-    endless, last = SourceConfig(path="a"), SourceConfig(path="b")
-    with pytest.raises(ValueError, match="a needs 'steps', as another source follows it"):
-        DataConfig(sources=[endless, last])
-    with pytest.raises(ValueError, match=r"data\.batch_size is 0; expected at least 1"):
-        DataConfig(batch_size=0)

@@ -39,12 +39,6 @@ def test_every_number_stands_at_one_place(size, seed):
     assert sorted(permutation(size, seed)) == list(range(size))
 
 
-@pytest.mark.parametrize("index", [-1, 5])
-def test_places_outside_are_refused(index):
-    with pytest.raises(IndexError, match=f"index {index} of a shuffle of 5"):
-        shuffled(index, 5, shuffle_keys(0))
-
-
 def test_a_place_in_a_huge_set_is_found_at_once_and_stays_as_it_is():
     assert shuffled(0, 10**15, shuffle_keys(0)) == 787564976560239
 
@@ -106,11 +100,6 @@ def test_the_shards_that_come_next_are_those_that_are_read_next_also_over_the_en
         read = {sequence(position).sample // 4 for position in range(8 * window + 8, 8 * window + 16)}
         for position in range(8 * window, 8 * window + 8):
             assert set(sequence.shards_after(position)) == read
-
-
-def test_a_position_gives_the_same_sample_whatever_was_asked_before():
-    forward = samples(order([40]), 0, 120)
-    assert [order([40])(position).sample for position in range(119, -1, -1)] == forward[::-1]
 
 
 def test_epochs_seeds_and_sources_have_orders_of_their_own():

@@ -2,11 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div
 
 import vico_pl.evaluation.answering as answering
-from tests.support.folders import full_ratios, tiled
-from vico_pl.data.collate import collate
+from tests.support.folders import full_ratios, log_probabilities, tiled
 from vico_pl.evaluation.answering import (
     EXTRA_TOKENS,
     EvalQuestion,
@@ -15,7 +14,6 @@ from vico_pl.evaluation.answering import (
     answer_group,
     score_answers,
 )
-from vico_pl.model.language import run_packed
 from vico_pl.types import Turn
 
 
@@ -123,18 +121,9 @@ def test_answers_are_scored_by_the_metric_of_their_question(group):
     assert scored[0][0].answer == " RED"
 
 
-@torch.no_grad()
 def agreement_by_hand(predictor, sample, ratios):
     """exp(-KL) of a sample's response tokens, from two forward passes of its own."""
-    batch = collate([predictor.chat.encode(sample)])
-    features = predictor.model.encode_tiles(sample.tiles)
-
-    def log_probabilities(choice):
-        spliced = predictor.model.splice_batch(batch, features, choice)
-        states = run_packed(predictor.model.language, spliced.embeddings, spliced.segment_lengths)
-        return log_softmax((states[spliced.response_positions] @ predictor.model.head.T).double(), -1)
-
-    full, got = log_probabilities(torch.full_like(ratios, 4)), log_probabilities(ratios)
+    full, got = (log_probabilities(predictor, sample, r) for r in (torch.full_like(ratios, 4), ratios))
     return kl_div(got, full, reduction="none", log_target=True).sum(-1).mean().neg().exp().item()
 
 

@@ -5,12 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div
 
-from tests.support.folders import tiled
+from tests.support.folders import log_probabilities, tiled
 from tests.support.tiny import TILE
 from vico_pl.data.chat import ChatConfig
-from vico_pl.data.collate import collate
 from vico_pl.data.tiling import TilingConfig, choose_grid
 from vico_pl.evaluation.baselines import (
     oracle_scores,
@@ -21,7 +20,6 @@ from vico_pl.evaluation.baselines import (
     shrunken_tilings,
 )
 from vico_pl.evaluation.questions import read_groups, scored_questions
-from vico_pl.model.language import run_packed
 
 
 @pytest.fixture
@@ -70,21 +68,13 @@ def test_pixel_detail_compresses_the_blank_before_the_faint_before_the_busy(pred
 
 def harm_by_hand(predictor, sample):
     """Mean divergence of the answers when one tile is compressed, from one forward pass for each."""
-    batch = collate([predictor.chat.encode(sample)])
-    features = predictor.model.encode_tiles(sample.tiles)
-
-    def log_probabilities(ratios):
-        spliced = predictor.model.splice_batch(batch, features, ratios)
-        states = run_packed(predictor.model.language, spliced.embeddings, spliced.segment_lengths)
-        return log_softmax((states[spliced.response_positions] @ predictor.model.head.T).double(), -1)
-
     full = torch.full((len(sample.tiles),), 4)
-    wanted = log_probabilities(full)
+    wanted = log_probabilities(predictor, sample, full)
     harm = []
     for tile in range(len(full)):
         ratios = full.clone()
         ratios[tile] = 16
-        got = log_probabilities(ratios)
+        got = log_probabilities(predictor, sample, ratios)
         harm.append(kl_div(got, wanted, reduction="none", log_target=True).sum(-1).mean().item())
     return harm
 

@@ -12,7 +12,7 @@ from vico_pl.data.tiling import tile_image
 from vico_pl.evaluation.answering import EvalQuestion, Result
 from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.questions import open_questions
-from vico_pl.evaluation.report import COMPRESSED, KEPT, build_gallery, route_image, routing_picture
+from vico_pl.evaluation.report import COMPRESSED, KEPT, build_gallery, routing_picture
 
 COLOURS = ["#ff0000", "#00ff00", "#0000ff"]
 
@@ -74,7 +74,7 @@ def test_compressed_tiles_are_dimmed_in_their_place_and_framed_in_their_colour(p
 def test_an_image_is_routed_tile_by_tile_with_the_thumbnail_last(predictor, tmp_path, size, tiles):
     image = read_image(png(tmp_path, COLOURS[0], size))
     features = predictor.model.encode_tiles(tile_image(image, predictor.tiling))
-    ratios = route_image(predictor, image)
+    ratios = predictor.route(image).ratios
     assert ratios == predictor.choose_ratios(features).tolist()
     assert len(ratios) == tiles
     assert routing_picture(predictor, image, ratios).width > 100

@@ -1,6 +1,5 @@
-"""`vico_pl.Predictor` as users call it: `generate`, `stream` and `route`."""
+"""`vico_pl.Predictor` as users call it: `generate` and `route`."""
 
-import io
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,7 +13,7 @@ import torch
 import vico_pl
 from tests.support.folders import full_ratios, tiled, write_model_folder
 from tests.support.tiny import encoded_image
-from vico_pl import Answer, ImageRouting, Predictor
+from vico_pl import ImageRouting, Predictor
 from vico_pl.data.decode import read_image
 from vico_pl.data.tiling import tile_image
 from vico_pl.inference.generate import generation_options, pixels
@@ -157,29 +156,16 @@ def test_a_model_without_router_has_no_scores_and_keeps_full_tokens(tmp_path):
     assert predictor.route(photo((32, 32))) == ImageRouting(**expected)
 
 
-def as_kinds(folder):
-    """One image as everything that counts as an image."""
-    content = photo((64, 32), 5)
-    (folder / "photo.png").write_bytes(content)
-    picture = PIL.Image.open(io.BytesIO(content))
-    array = np.asarray(picture.convert("RGB"))  # read-only
-    return {
-        "path": folder / "photo.png",
-        "text": str(folder / "photo.png"),
-        "bytes": content,
-        "pillow": picture,
-        "array": array,
-        "strided": np.ascontiguousarray(array[:, ::-1])[:, ::-1],
-        "tensor": torch.tensor(array).permute(2, 0, 1),
-    }
-
-
 def test_every_kind_of_image_gives_the_same_answer(endless, tmp_path):
-    kinds = as_kinds(tmp_path)
-    answers = [endless.generate(image, "What is A?", max_new_tokens=MAX_NEW)[0] for image in kinds.values()]
+    path, content = tmp_path / "photo.png", photo((64, 32), 5)
+    path.write_bytes(content)
+    picture = PIL.Image.open(path)
+    array = np.asarray(picture)  # read-only
+    strided = np.ascontiguousarray(array[:, ::-1])[:, ::-1]
+    kinds = [path, str(path), content, picture, array, strided, torch.tensor(array).permute(2, 0, 1)]
+    answers = [endless.generate(image, "What is A?", max_new_tokens=MAX_NEW)[0] for image in kinds]
     assert all(same(answers[0], answer) for answer in answers)
-    expected = read_image(tmp_path / "photo.png")
-    assert all(torch.equal(pixels(image), expected) for image in kinds.values())
+    assert all(torch.equal(pixels(image), read_image(path)) for image in kinds)
 
 
 def test_a_grey_array_is_an_image():
@@ -274,31 +260,6 @@ def test_pieces_of_a_stream_are_the_whole_text(endless):
     (answer,) = endless.generate(image, "What is A?", max_new_tokens=40, streamer=pieces.append)
     assert "".join(pieces) == answer.text == whole.text
     assert len(pieces) > 5
-    assert list(endless.stream(image, "What is A?", max_new_tokens=40)) == pieces
-    with pytest.raises(ValueError, match=r"absent\.png: no such file"):
-        list(endless.stream("absent.png", "What is A?"))
-
-
-def test_a_stream_that_is_closed_ends_the_answer(endless):
-    steps = []
-    endless.model.language.register_forward_hook(lambda *_: steps.append(1))
-    stream = endless.stream(photo((64, 64), 1), "What is A?", max_new_tokens=400)
-    first = next(stream)
-    stream.close()
-    assert first
-    assert len(steps) < 200
-    (whole,) = endless.generate(photo((64, 64), 1), "What is A?", max_new_tokens=40)
-    assert whole.text.startswith(first)
-
-
-def test_a_stream_returns_its_answer(endless):
-    def collect():
-        answer = yield from endless.stream(None, ["A?"], max_new_tokens=5)
-        assert isinstance(answer, Answer)
-        yield answer
-
-    *pieces, answer = collect()
-    assert "".join(pieces) == answer.text
 
 
 def test_stop_ends_answers_after_the_token_and_begins_no_other_batch(endless):
@@ -319,29 +280,20 @@ def test_stop_strings_end_each_answer_where_they_are_and_are_never_streamed(endl
     answers = endless.generate(images, prompts, max_new_tokens=30, stop_strings=["never said", string])
     assert [answer.text for answer in answers] == [text.split(string)[0].strip() for text in whole]
     assert (answers[0].finish_reason, answers[0].new_tokens < 30) == ("stop", True)
-    pieces = list(endless.stream(images[0], prompts[0], max_new_tokens=30, stop_strings=[string]))
+    pieces, settings = [], {"max_new_tokens": 30, "stop_strings": [string]}
+    endless.generate([images[0]], [prompts[0]], streamer=pieces.append, **settings)
     assert "".join(pieces) == answers[0].text
 
 
 def test_an_answer_that_ends_says_so(predictor):
-    image = photo((64, 64), 1)
-    sample = tiled(predictor, (64, 64), seed=1)
-    asked = ["What is A?", "What is B?", "What is C?", "What is D?"]
-    answers = predictor.generate([image] * 4, asked, max_new_tokens=20)
-    ids = predictor.generate_ids(
-        [tiled(predictor, (64, 64), seed=1)] * 4,
-        asked,
-        features=[predictor.encode(tile_image(pixels(image), predictor.tiling))] * 4,
-        ratios=full_ratios(*[sample] * 4),
-        max_new_tokens=20,
-    )
-    end = predictor.tokenizer.eos_token_id
-    lengths = [row.index(end) + 1 if end in row else 20 for row in ids.tolist()]
-    assert [answer.new_tokens for answer in answers] == lengths
-    reasons = ["stop" if end in row else "length" for row in ids.tolist()]
-    assert [answer.finish_reason for answer in answers] == reasons
-    assert "stop" in reasons
-    assert min(lengths) < 20
+    sample, asked = tiled(predictor, (64, 64), seed=1), [f"What is {letter}?" for letter in "ABCD"]
+    given = {"features": [predictor.encode(sample.tiles)] * 4, "ratios": full_ratios(*[sample] * 4)}
+    rows = predictor.generate_ids([sample] * 4, asked, **given, max_new_tokens=20).tolist()
+    end, photos = predictor.tokenizer.eos_token_id, [encoded_image("PNG", size=(64, 64), seed=100)] * 4
+    expected = [(row.index(end) + 1, "stop") if end in row else (20, "length") for row in rows]
+    answers = predictor.generate(photos, asked, max_new_tokens=20)
+    assert [(answer.new_tokens, answer.finish_reason) for answer in answers] == expected
+    assert min(expected)[0] < 20
 
 
 def test_a_rule_of_released_models_compares_the_tiles_of_one_prompt_alone(endless):

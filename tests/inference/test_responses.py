@@ -164,7 +164,7 @@ def test_a_set_of_other_settings_is_refused_and_the_same_is_returned(
     assert (again[0].entries, again[1]) == (first[0].entries, first[1])
     with pytest.raises(ValueError, match=complaint):
         generate_responses(predictor, source, tmp_path / "own", **{**settings, **change})
-    with pytest.raises(ValueError, match=r"holds tars of which no build\.json tells the origin"):
+    with pytest.raises(ValueError, match=r"source: holds tars but no build\.json, so another set"):
         generate_responses(predictor, tmp_path / "own", source, **settings)
     assert tree(tmp_path / "own") == before
 

@@ -1,30 +1,21 @@
 """Models put together from pretrained parts, which the tests make themselves."""
 
-import json
-
 import open_clip
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from tests.support.tiny import write_tower
 from vico_pl.model.families.folder import load_model, save_model
 from vico_pl.model.vlm import assemble_model
 
 NAME = "vico-test-tower"
-TEXT = {"context_length": 4, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
-VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
 
 
 @pytest.fixture
-def clip(tmp_path, monkeypatch):
-    """A small open_clip model under a name of its own; returns it and the file of its weights."""
-    config = tmp_path / f"{NAME}.json"
-    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
-    open_clip.add_model_config(config)
-    torch.manual_seed(0)
-    model = open_clip.create_model(NAME)
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    return model.eval(), tmp_path / "weights.pt"
+def clip(tmp_path):
+    """A small open_clip model under a name of its own, and the file of its weights."""
+    return write_tower(tmp_path, NAME)
 
 
 def language_config(kind=Qwen2Config, **changes):

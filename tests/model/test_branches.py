@@ -82,10 +82,3 @@ def test_branches_run_in_groups_of_bounded_size():
     assert len(groups) > 2
     assert max(groups) <= 40
     assert [whole, sum(groups)] == run_lengths(tiny_model(), batch)
-
-
-def test_a_batch_of_text_alone_has_no_branches():
-    model, batch = tiny_model(), batch_of(encoded_sample(1, images=()))
-    found = branch_states(model, batch, model.encode_tiles(batch.tiles), ratio=16)
-    assert len(found.full) == 3
-    assert len(found.branches) == len(found.response_branch) == len(found.response_origin) == 0

@@ -10,8 +10,9 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
+from tests.support import runs  # noqa: F401 - sets what the fork server imports
 from tests.support.tiny import encoded_sample, tiny_model, tiny_spec
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
@@ -24,6 +25,7 @@ from vico_pl.stages.base import Ranks
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
 from vico_pl.stages.router import RouterConfig, RouterStage
 
+TIED = (False, True)
 FILLER = encoded_sample(99, images=(1,), answers=())
 # What each of two ranks runs, per micro-batch: different ratios, text alone beside images, a dummy alone.
 PACKS = {
@@ -56,11 +58,11 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def run_sharded(rank, folder, tied):
+def run_sharded(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     steps = {"float32": step_in_float32, "mixed": gradients_in_bfloat16, "labels": label_tiles}
-    found = {name: step(rank, mesh, tied) for name, step in steps.items()}
+    found = {tied: {name: step(rank, mesh, tied) for name, step in steps.items()} for tied in TIED}
     if rank == 0:
         torch.save(found, folder / "found.pt")
     distributed.barrier()
@@ -130,12 +132,18 @@ def learned(stage):
     return {"gradients": gradients, "loss_ratios": stage.window.values}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def sharded(request, tmp_path_factory):
-    """What two processes found with sharded weights, and whether embeddings and head are one."""
+@pytest.fixture(scope="module")
+def of_both(tmp_path_factory):
+    """What two processes found with sharded weights."""
     folder = tmp_path_factory.mktemp("sharded")
-    spawn(run_sharded, (folder, request.param), nprocs=2)
-    return torch.load(folder / "found.pt", weights_only=True), request.param
+    start_processes(run_sharded, (folder,), nprocs=2, start_method="forkserver")
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+@pytest.fixture(params=TIED, ids=["untied", "tied"])
+def sharded(request, of_both):
+    """The same, and whether embeddings and head are one."""
+    return of_both[request.param], request.param
 
 
 def alone(names, *, tied):

@@ -45,15 +45,6 @@ def test_changing_one_sample_leaves_the_states_of_the_others(model, place):
 
 
 @torch.no_grad()
-def test_a_longer_neighbour_changes_nothing_either(model):
-    first, second = encoded_sample(1, images=(2,)), encoded_sample(2, images=(1,))
-    longer = encoded_sample(3, images=(4,), answers=(9, 9))
-    ours = states(model, batch_of(first, second), torch.tensor([4, 16, 4]))
-    theirs = states(model, batch_of(first, longer, second), torch.tensor([4, 16, 4, 16, 4, 16, 4]))
-    torch.testing.assert_close(torch.cat([theirs[:3], theirs[-3:]]), ours, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 def test_the_ratio_of_a_tile_changes_how_many_tokens_stand_for_it(model, batch):
     features = model.encode_tiles(batch.tiles)
     full = model.splice_batch(batch, features, model.full_ratios(batch))

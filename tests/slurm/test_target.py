@@ -62,9 +62,3 @@ def test_without_a_recipe_nothing_is_submitted():
     done = subprocess.run(["make", "slurm", "RECIPE="], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "expected make slurm RECIPE=FILE.yaml" in done.stderr
-
-
-@pytest.mark.parametrize("setting", ["NODES", "GPUS", "OPTIONS", "ARGS"])
-def test_help_names_what_can_be_set(setting):
-    (line,) = [line for line in make("help").splitlines() if line.split()[:1] == ["slurm"]]
-    assert f"{setting}=" in line

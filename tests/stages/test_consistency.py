@@ -108,11 +108,6 @@ def test_kernel_liger_is_given_the_same_sides_and_settings(monkeypatch):
     assert losses[0].loss_sum.item() == losses[1].loss_sum.item()
 
 
-def test_kernel_liger_ignores_the_chunk_size():
-    run = stage_of(tiny_model(1), kernel="liger", chunk_size=8).run
-    assert "consistency.chunk_size has no effect" in "".join(ConsistencyStage.doubtful_settings(run))
-
-
 def test_a_policy_at_full_tokens_that_is_the_reference_loses_nothing():
     result = stage_of(tiny_model(ratios=[4]), ratios=[4]).step(batch_of(*mixed_samples()))
     assert result.loss_sum.item() == pytest.approx(0, abs=1e-4)
@@ -130,20 +125,6 @@ def test_a_step_gives_every_trained_parameter_a_gradient_and_the_reference_none(
     assert all(torch.isfinite(p.grad).all() for p in trained.values())
     assert all(p.grad is None for p in stage.reference.model.parameters())
     assert not any("router" in name for name in trained)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"ratio_draw": "patch"}, "ratio_draw is 'patch'; expected one of image, tile, mixed, full"),
-        ({"temperature": 0.0}, "temperature is 0.0; expected more than 0"),
-        ({"kernel": "triton"}, "kernel is 'triton'; expected native or liger"),
-        ({"chunk_size": 0}, "chunk_size is 0; expected 1 or more"),
-    ],
-)
-def test_settings_that_the_stage_cannot_follow_are_refused(settings, message):
-    with pytest.raises(ValueError, match=f"consistency.{message}"):
-        ConsistencyConfig(**settings)
 
 
 def test_checkpoints_leave_out_frozen_weights_of_the_model_folder_and_get_them_back():

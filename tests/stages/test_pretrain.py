@@ -88,9 +88,3 @@ def test_logits_are_float32_under_autocast():
     expected = cross_entropy(states.bfloat16().float() @ head.T, targets, reduction="none")
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
-
-
-def test_a_chunk_without_tokens_is_refused():
-    states, head, targets = inputs()
-    with pytest.raises(ValueError, match="chunk_size is 0; expected 1 or more"):
-        response_cross_entropy(states, head, targets, chunk_size=0)

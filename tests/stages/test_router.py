@@ -133,22 +133,6 @@ def test_models_it_cannot_train_are_refused(changes, message):
         stage_of(tiny_model(**changes))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"label_mode": "patch"}, "label_mode is 'patch'; expected image or tile"),
-        ({"percentile": 0.0}, "percentile is 0.0; expected between 0 and 100"),
-        ({"percentile": 100.0}, "percentile is 100.0; expected between 0 and 100"),
-        ({"epsilon": 0.0}, "epsilon is 0.0; expected more than 0"),
-        ({"min_history": 0}, r"min_history is 0; expected 1 to router.window \(100\)"),
-        ({"min_history": 101}, r"min_history is 101; expected 1 to router.window \(100\)"),
-    ],
-)
-def test_settings_that_the_stage_cannot_follow_are_refused(settings, message):
-    with pytest.raises(ValueError, match=f"router.{message}"):
-        config(**settings)
-
-
 # --- Loss ratios --------------------------------------------------------------------------------------------
 
 

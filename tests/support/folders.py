@@ -5,15 +5,18 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
+from torch.nn.functional import log_softmax
 
 from tests.support.tiny import TILE, encoded_image, tiny_model, tiny_spec
 from vico_pl.data.chat import ChatConfig
+from vico_pl.data.collate import collate
 from vico_pl.data.decode import decode_record
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.files import write_json
 from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.folder import save_model
+from vico_pl.model.language import run_packed
 from vico_pl.tokens import PLACEHOLDER, build_tokenizer, token_id
 from vico_pl.types import Record
 
@@ -115,6 +118,15 @@ def router_probabilities(session, folder):
             logits = session.model.router(session.model.encode_tiles(sample.tiles))
         found += (1 - logits.softmax(-1)[:, -1]).tolist()
     return np.array(found)
+
+
+@torch.no_grad()
+def log_probabilities(session, sample, ratios):
+    """Log-probabilities of a sample's response tokens from one forward pass, float64 (R, V)."""
+    batch = collate([session.chat.encode(sample)])
+    spliced = session.model.splice_batch(batch, session.model.encode_tiles(sample.tiles), ratios)
+    states = run_packed(session.model.language, spliced.embeddings, spliced.segment_lengths)
+    return log_softmax((states[spliced.response_positions] @ session.model.head.T).double(), -1)
 
 
 def tree(folder):

@@ -8,6 +8,7 @@ import zlib
 from contextlib import contextmanager, suppress
 
 from tests.support.tiny import record
+from vico_pl.errors import RecordError
 
 GOOD = record().files
 
@@ -41,6 +42,17 @@ def whole(key):
 def with_checksum(header):
     blank = header[:148] + b" " * 8 + header[156:512]
     return header[:148] + b"%06o\0 " % sum(blank) + header[156:]
+
+
+def keys_or_kinds(reader, samples):
+    """Read samples: the key of each, or the kind of its fault."""
+    found = []
+    for sample in samples:
+        try:
+            found.append(reader(sample).key)
+        except RecordError as error:
+            found.append(error.kind)
+    return found
 
 
 def mutated(content, rng):

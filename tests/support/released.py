@@ -10,16 +10,8 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2
 
 WIDTH, LANGUAGE_WIDTH, LAYERS, HEADS, VOCAB = 32, 48, 2, 4, 320
 TILE, PATCH = 56, 14  # 16 patches per tile: 4 vision tokens at ratio 4, 1 at ratio 16
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<box>",
-    "</box>",
-]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>"]
+SPECIAL += ["<IMG_CONTEXT>", "<box>", "</box>"]
 
 VISION_CONFIG = {
     "architectures": ["InternVisionModel"],
@@ -110,42 +102,42 @@ def official_shapes(config, *, flash):
         yield from router_shapes(c)
 
 
+def linear(name, rows, columns, *, bias=True):
+    yield f"{name}.weight", (rows, columns)
+    if bias:
+        yield f"{name}.bias", (rows,)
+
+
+def norm(name, width, *, bias=True):
+    yield f"{name}.weight", (width,)
+    if bias:
+        yield f"{name}.bias", (width,)
+
+
 def perceptron(prefix, folded, widths, places):
-    yield f"{prefix}.0.weight", (folded,)
-    yield f"{prefix}.0.bias", (folded,)
+    yield from norm(f"{prefix}.0", folded)
     for place, before, after in zip(places, [folded, *widths], widths, strict=False):
-        yield f"{prefix}.{place}.weight", (after, before)
-        yield f"{prefix}.{place}.bias", (after,)
+        yield from linear(f"{prefix}.{place}", after, before)
 
 
 def vision_shapes(vision):
-    c, inner = vision["hidden_size"], vision["intermediate_size"]
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    with_bias = vision["norm_type"] == "layer_norm"
+    c, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     yield "vision_model.embeddings.class_embedding", (1, 1, c)
-    yield "vision_model.embeddings.position_embedding", (1, patches + 1, c)
-    yield "vision_model.embeddings.patch_embedding.weight", (c, 3, vision["patch_size"], vision["patch_size"])
+    yield "vision_model.embeddings.position_embedding", (1, (vision["image_size"] // patch) ** 2 + 1, c)
+    yield "vision_model.embeddings.patch_embedding.weight", (c, 3, patch, patch)
     yield "vision_model.embeddings.patch_embedding.bias", (c,)
     for layer in range(vision["num_hidden_layers"]):
         prefix = f"vision_model.encoder.layers.{layer}"
         yield f"{prefix}.ls1", (c,)
         yield f"{prefix}.ls2", (c,)
-        for norm in ("norm1", "norm2"):
-            yield f"{prefix}.{norm}.weight", (c,)
-            if with_bias:
-                yield f"{prefix}.{norm}.bias", (c,)
-        yield f"{prefix}.attn.qkv.weight", (3 * c, c)
-        if vision["qkv_bias"]:
-            yield f"{prefix}.attn.qkv.bias", (3 * c,)
-        if vision["qk_normalization"]:
-            yield f"{prefix}.attn.q_norm.weight", (c,)
-            yield f"{prefix}.attn.k_norm.weight", (c,)
-        yield f"{prefix}.attn.proj.weight", (c, c)
-        yield f"{prefix}.attn.proj.bias", (c,)
-        yield f"{prefix}.mlp.fc1.weight", (inner, c)
-        yield f"{prefix}.mlp.fc1.bias", (inner,)
-        yield f"{prefix}.mlp.fc2.weight", (c, inner)
-        yield f"{prefix}.mlp.fc2.bias", (c,)
+        for name in ("norm1", "norm2"):
+            yield from norm(f"{prefix}.{name}", c, bias=vision["norm_type"] == "layer_norm")
+        yield from linear(f"{prefix}.attn.qkv", 3 * c, c, bias=vision["qkv_bias"])
+        for name in ("q_norm", "k_norm") if vision["qk_normalization"] else ():
+            yield from norm(f"{prefix}.attn.{name}", c, bias=False)
+        yield from linear(f"{prefix}.attn.proj", c, c)
+        yield from linear(f"{prefix}.mlp.fc1", inner, c)
+        yield from linear(f"{prefix}.mlp.fc2", c, inner)
 
 
 def language_shapes(language):
@@ -155,16 +147,13 @@ def language_shapes(language):
     yield "language_model.model.embed_tokens.weight", (language["vocab_size"], d)
     for layer in range(language["num_hidden_layers"]):
         prefix = f"language_model.model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (d,)
-        yield f"{prefix}.post_attention_layernorm.weight", (d,)
+        yield from norm(f"{prefix}.input_layernorm", d, bias=False)
+        yield from norm(f"{prefix}.post_attention_layernorm", d, bias=False)
         for name, rows in (("q_proj", heads * head), ("k_proj", kv * head), ("v_proj", kv * head)):
-            yield f"{prefix}.self_attn.{name}.weight", (rows, d)
-            if kind == "Qwen2ForCausalLM":
-                yield f"{prefix}.self_attn.{name}.bias", (rows,)
+            yield from linear(f"{prefix}.self_attn.{name}", rows, d, bias=kind == "Qwen2ForCausalLM")
         yield f"{prefix}.self_attn.o_proj.weight", (d, heads * head)
-        if kind.startswith("Qwen3"):
-            yield f"{prefix}.self_attn.q_norm.weight", (head,)
-            yield f"{prefix}.self_attn.k_norm.weight", (head,)
+        for name in ("q_norm", "k_norm") if kind.startswith("Qwen3") else ():
+            yield from norm(f"{prefix}.self_attn.{name}", head, bias=False)
         yield from feed_forward(prefix, language)
     yield "language_model.model.norm.weight", (d,)
     if not language["tie_word_embeddings"]:
@@ -191,21 +180,13 @@ def router_shapes(c):
         attention = f"pooling_before_gating.attn{i}"
         yield f"{attention}.in_proj_weight", (3 * c, c)
         yield f"{attention}.in_proj_bias", (3 * c,)
-        yield f"{attention}.out_proj.weight", (c, c)
-        yield f"{attention}.out_proj.bias", (c,)
-        yield f"pooling_before_gating.norm{i}.weight", (c,)
-        yield f"pooling_before_gating.norm{i}.bias", (c,)
-        block = f"gating.block{i}"
-        yield f"{block}.0.weight", (4 * c, c)
-        yield f"{block}.0.bias", (4 * c,)
-        yield f"{block}.3.weight", (c, 4 * c)
-        yield f"{block}.3.bias", (c,)
-        yield f"{block}.5.weight", (c,)
-        yield f"{block}.5.bias", (c,)
-    yield "gating.gate.0.weight", (c,)
-    yield "gating.gate.0.bias", (c,)
-    yield "gating.gate.1.weight", (2, c)
-    yield "gating.gate.1.bias", (2,)
+        yield from linear(f"{attention}.out_proj", c, c)
+        yield from norm(f"pooling_before_gating.norm{i}", c)
+        yield from linear(f"gating.block{i}.0", 4 * c, c)
+        yield from linear(f"gating.block{i}.3", c, 4 * c)
+        yield from norm(f"gating.block{i}.5", c)
+    yield from norm("gating.gate.0", c)
+    yield from linear("gating.gate.1", 2, c)
 
 
 def qwen_tokenizer():

@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 
@@ -48,6 +49,19 @@ def tiny_model(seed=0, **changes):
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.2)
     return model
+
+
+def write_tower(folder, name):
+    """Make open_clip know a small tower by a name; returns it and the file of its weights."""
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 4, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1}
+    config = folder / f"{name}.json"
+    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    torch.save(model.state_dict(), folder / "tower.pt")
+    return model.eval(), folder / "tower.pt"
 
 
 def encoded_sample(seed, *, images=(1,), answers=(3,)):

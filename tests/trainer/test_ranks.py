@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -41,6 +42,19 @@ def assert_alike(run_dir, other, *, tolerance):
         torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+@pytest.fixture(scope="module")
+def alone(runs, tmp_path_factory):
+    """Give the folder of a stage's run in one process."""
+
+    @cache
+    def run_of(stage):
+        folder = tmp_path_factory.mktemp("alone") / stage
+        run(runs / f"{stage}.yaml", f"run_dir={folder}", *EXACT)
+        return folder
+
+    return run_of
+
+
 @pytest.mark.parametrize(
     ("stage", "ranks", "strategy"),
     [
@@ -51,11 +65,10 @@ def assert_alike(run_dir, other, *, tolerance):
         ("router", 2, "fsdp"),
     ],
 )
-def test_any_number_of_ranks_gives_the_run_of_one(runs, tmp_path, stage, ranks, strategy):
-    recipe, alone, several = runs / f"{stage}.yaml", tmp_path / "alone", tmp_path / "several"
-    run(recipe, f"run_dir={alone}", *EXACT)
-    finish(recipe, several, ranks=ranks, strategy=strategy)
-    assert_alike(several, alone, tolerance=2e-3)
+def test_any_number_of_ranks_gives_the_run_of_one(runs, alone, tmp_path, stage, ranks, strategy):
+    several = tmp_path / "several"
+    finish(runs / f"{stage}.yaml", several, ranks=ranks, strategy=strategy)
+    assert_alike(several, alone(stage), tolerance=2e-3)
     assert audit(several).faults == []
 
 

@@ -93,11 +93,6 @@ def test_a_run_that_broke_ends_with_the_weights_of_an_unbroken_one(runs, tmp_pat
     assert resumed == unbroken
 
 
-def test_worker_processes_change_no_weight(runs, tmp_path):
-    run(runs / "pretrain.yaml", f"run_dir={tmp_path}", "data.num_workers=2")
-    assert differing(tmp_path, runs / "pretrain") == set()
-
-
 def test_another_seed_gives_other_weights(runs, tmp_path):
     run(runs / "consistency.yaml", f"run_dir={tmp_path}", "trainer.max_steps=1", "seed=1")
     run(runs / "consistency.yaml", f"run_dir={tmp_path}/again", "trainer.max_steps=1", "seed=2")

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils._pytree import tree_leaves
 
 from vico_pl.files import atomic_path
 
@@ -102,17 +103,10 @@ def _fault(path: Path) -> str | None:
 
 
 def _check_room(checkpoint: dict[str, Any], folder: Path) -> None:
-    needed = sum(t.numel() * t.element_size() for t in _tensors(checkpoint))
+    needed = sum(leaf.nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"{folder}: {free / 2**30:.1f} GiB are free and a checkpoint needs {needed / 2**30:.1f}; "
             "make room, or lower trainer.keep_checkpoints; the same command resumes from the previous one"
         )
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
-    return [tensor for item in inner for tensor in _tensors(item)]

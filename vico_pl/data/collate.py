@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from vico_pl.errors import check_settings
 from vico_pl.types import Batch, EncodedSample
 
 # Cost of a sample in any unit, from its position in the run, the tiles of each image and its text tokens.
@@ -36,9 +37,8 @@ class MicroBatchLimits:
     max_tokens: int = 16384  # at full vision tokens
 
     def __post_init__(self) -> None:
-        if min(self.max_tiles, self.max_tokens) < 1:
-            given = f"max_tiles of micro-batches is {self.max_tiles} and max_tokens {self.max_tokens}"
-            raise ValueError(f"{given}; expected at least 1 for both")
+        rules = {name: (value >= 1, "1 or more") for name, value in vars(self).items()}
+        check_settings("data.micro_batch", self, **rules)
 
 
 def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
@@ -83,13 +83,7 @@ def split_into_micro_batches(
 
 
 def collate(samples: Sequence[EncodedSample], *, positions: Sequence[int] | None = None) -> Batch:
-    """Lay samples end to end; `positions` are those in the order of a run, by default 0, 1, 2, ...
-
-    Raises:
-        ValueError: there is no sample.
-    """
-    if not samples:
-        raise ValueError("no sample to make a batch of")
+    """Lay samples, at least one, end to end; `positions` in the order of a run are by default 0, 1, 2, ..."""
     tiles_per_sample = torch.tensor([len(s.tiles) for s in samples])
     return Batch(
         ids=[s.id for s in samples],

@@ -19,7 +19,7 @@ import PIL.PngImagePlugin
 import torch
 from torchvision.io import ImageReadMode, decode_image
 
-from vico_pl.errors import RecordError
+from vico_pl.errors import RecordError, check_settings
 from vico_pl.types import BadRecord, Content, Image, Record, Role, Sample, Turn
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -48,12 +48,14 @@ class ImageLimits:
     min_side: int = 1  # px
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_pixels <= _PILLOW_MAX_PIXELS:
-            given = f"max_pixels of images is {self.max_pixels}"
-            raise ValueError(f"{given}; expected 1 to {_PILLOW_MAX_PIXELS}, above which Pillow opens none")
-        if self.max_bytes < 1 or self.min_side < 1:
-            given = f"max_bytes of images is {self.max_bytes} and min_side {self.min_side}"
-            raise ValueError(f"{given}; expected at least 1 for both")
+        limit = f"1 to {_PILLOW_MAX_PIXELS}, above which Pillow opens none"
+        check_settings(
+            "data.images",
+            self,
+            max_pixels=(1 <= self.max_pixels <= _PILLOW_MAX_PIXELS, limit),
+            max_bytes=(self.max_bytes >= 1, "1 or more"),
+            min_side=(self.min_side >= 1, "1 or more"),
+        )
 
 
 DEFAULT_LIMITS = ImageLimits()

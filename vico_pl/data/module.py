@@ -29,7 +29,7 @@ from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.data.tiling import TilingConfig, estimated_tiles, tile_sample
-from vico_pl.errors import STOP_SIGNALS, RecordError
+from vico_pl.errors import STOP_SIGNALS, RecordError, check_settings
 from vico_pl.types import BadRecord, EncodedSample, RankBatch, TiledSample
 
 Item = tuple[int, Any]  # a position and what it has become so far; a bad record keeps its position
@@ -54,18 +54,15 @@ class DataConfig:
     num_workers: int = 1  # processes per rank that decode; 0: in the training process
     tiling: TilingConfig = field(default_factory=TilingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
-    micro_batch: MicroBatchLimits = field(
-        default_factory=MicroBatchLimits
-    )  # of what the model gets at a time
+    micro_batch: MicroBatchLimits = field(default_factory=MicroBatchLimits)  # what the model gets at a time
     images: ImageLimits = field(default_factory=ImageLimits)  # of a file and of its pixels
     streaming: StreamingConfig = field(default_factory=StreamingConfig)  # of URLs and compressed shards
     max_bad_fraction: float = 0.05  # of the last 2,000 samples; if more are bad the run stops
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size is {self.batch_size}; expected at least 1")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+        fraction = (0 <= self.max_bad_fraction <= 1, "0 to 1")
+        size = (self.batch_size >= 1, "1 or more")
+        check_settings("data", self, batch_size=size, max_bad_fraction=fraction)
         _check_sources(self.sources)
 
 
@@ -87,8 +84,6 @@ class DataModule(L.LightningDataModule):
         Samples of more tokens than `max_positions`, those of the language model, are bad records.
         """
         super().__init__()
-        if not config.sources:
-            raise ValueError("data.sources is empty; name at least one folder of shards")
         self.config, self.cost = config, cost
         self.indexes = open_sources(config)
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile, max_positions)
@@ -97,8 +92,7 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that starts at the trainer's global step."""
         trainer, workers = self.trainer, self.config.num_workers
-        if trainer is None:
-            raise RuntimeError("the DataModule is not attached to a Trainer")
+        assert trainer is not None  # which asks for the loader
         place = {"rank": trainer.global_rank, "world": trainer.world_size}
         return DataLoader(
             RankBatches(self, first_step=trainer.global_step, **place),

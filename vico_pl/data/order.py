@@ -169,8 +169,6 @@ def shuffle_keys(*entropy: int) -> tuple[int, ...]:
 
 def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
     """Return element `index` of a permutation of the numbers below `size`."""
-    if not 0 <= index < size:
-        raise IndexError(f"index {index} of a shuffle of {size}")
     rows = isqrt(size - 1) + 1  # the smallest grid, nearly square, that holds all numbers
     columns = -(-size // rows)
     value = _encipher(index, rows, columns, keys)

@@ -69,7 +69,7 @@ class QuestionSet:
     responses: Sequence[str] = ()  # to each sample, if they are the model's own
 
     def samples(self) -> Iterator[tuple[Sample, TiledSample]]:
-        """Yield the samples, also tiled; those too long for the model are left out and counted in a warning."""
+        """Yield the samples, also tiled; those too long for the model are left out, with a warning."""
         responses, num_long = iter(self.responses), 0
         for sample in self.read():
             tiled = tile_sample(sample, self.predictor.tiling)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import PIL.Image
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
@@ -107,12 +106,6 @@ def format_table(report: dict[str, Any]) -> str:
     left_out = report["num_left_out"] or 0  # None: not known
     notes = [f"{left_out} records are left out: unusable, or too long for the model"] * (left_out > 0)
     return "\n".join([*rows, f"Accuracy: {report['measure']}.", *notes])
-
-
-@torch.no_grad()
-def route_image(predictor: Predictor, image: Image) -> list[int]:
-    """Return the ratio the router chooses for each tile of an image, the thumbnail last."""
-    return predictor.choose_ratios(predictor.encode(tile_image(image, predictor.tiling))).tolist()
 
 
 def routing_picture(

@@ -168,42 +168,34 @@ class TextReader:
             raise ValueError(f"{given}; expected a list of texts that are not empty")
 
     def ends(self, ids: list[int]) -> bool:
-        """Say after each token of an answer whether it was the last, and pass on the text."""
+        """Say after each token of an answer whether it was the last."""
         if self.streamer is not None:
-            self._send(self._text(ids, is_whole=False))
+            self.read(ids, is_whole=False)
         is_stopped = self.stop is not None and self.stop()
-        return is_stopped or (bool(self.stop_strings) and self._has_stop_string(ids))
+        return is_stopped or any(string in self._decode(ids) for string in self.stop_strings)
 
-    def read(self, row: list[int]) -> tuple[str, int, bool]:
-        """Return the text of a whole answer, its number of tokens, and whether it has ended by itself."""
-        end = token_id(self.tokenizer, TURN_END)
-        has_ended = end in row
-        ids = row[: row.index(end) + 1] if has_ended else row
-        while not has_ended and ids[-1:] == [self.tokenizer.pad_token_id]:
-            ids = ids[:-1]
-        text = self._text(ids, is_whole=True)
-        if self.streamer is not None:
-            self._send(text)
-        return text, len(ids), has_ended or self._has_stop_string(ids)
+    def trim(self, row: list[int]) -> tuple[list[int], bool]:
+        """Return the ids of an answer without padding, and whether the end of its turn is among them."""
+        end, padding = token_id(self.tokenizer, TURN_END), self.tokenizer.pad_token_id
+        if end in row:
+            return row[: row.index(end) + 1], True
+        return row[: max((i + 1 for i, token in enumerate(row) if token != padding), default=0)], False
 
-    def _send(self, text: str) -> None:
+    def read(self, ids: list[int], *, is_whole: bool = True) -> str:
+        """Return and pass on the text, or as much of its beginning as no further token changes."""
+        text = self._decode(ids)
+        end = min((place for string in self.stop_strings if (place := text.find(string)) >= 0), default=None)
+        if end is None and not is_whole:
+            text = text.rstrip(_HALF_CHARACTER)
+            begun = (
+                n for string in self.stop_strings for n in range(len(string)) if text.endswith(string[:n])
+            )
+            end = len(text) - max(begun, default=0)
+        text = text[:end].strip()
         if self.streamer is not None and len(text) > self._num_sent:
             self.streamer(text[self._num_sent :])
             self._num_sent = len(text)
-
-    def _text(self, ids: list[int], *, is_whole: bool) -> str:
-        """Return the text, or as much of its beginning as no further token changes."""
-        text = self._decode(ids)
-        places = [place for string in self.stop_strings if (place := text.find(string)) >= 0]
-        if places or is_whole:
-            return text[: min(places, default=None)].strip()
-        text = text.rstrip(_HALF_CHARACTER)
-        begun = [n for string in self.stop_strings for n in range(len(string)) if text.endswith(string[:n])]
-        return text[: len(text) - max(begun, default=0)].strip()
-
-    def _has_stop_string(self, ids: list[int]) -> bool:
-        text = self._decode(ids)
-        return any(string in text for string in self.stop_strings)
+        return text
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

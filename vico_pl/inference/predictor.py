@@ -4,12 +4,9 @@ Prompts run packed, as samples do in training; only the key-value cache is padde
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event
 from typing import Any
 
 import torch
@@ -153,7 +150,7 @@ class Predictor:
             batch_size: number of prompts that run together.
             ratios: instead of the router's: one for all tiles, or for each prompt one, or one for each tile.
             stop_strings: an answer ends before any of these texts.
-            streamer: a function that gets the text in pieces as they come; for a single prompt.
+            streamer: gets the text of a single prompt in pieces as they come; together they are its text.
             stop: is asked after each token; True ends the answers of its batch, and no other is begun.
             options: of transformers' GenerationConfig, such as temperature, top_p or do_sample.
 
@@ -186,24 +183,6 @@ class Predictor:
             if stop is not None and stop():
                 break
         return answers
-
-    def stream(self, images: Any, prompt: Prompt, **settings: Any) -> Generator[str, None, Answer]:
-        """Yield the answer to one prompt in pieces of text as they come; together they are its text.
-
-        Takes the arguments of `generate` but `streamer` and `stop`. Closing the generator ends the answer;
-        its return value is the `Answer`, as in `answer = yield from predictor.stream(...)`.
-        """
-        pieces: SimpleQueue[str | None] = SimpleQueue()
-        is_closed = Event()
-        settings |= {"streamer": pieces.put, "stop": is_closed.is_set}
-        with ThreadPoolExecutor(1) as pool:
-            job = pool.submit(self.generate, [images], [prompt], **settings)
-            job.add_done_callback(lambda _: pieces.put(None))
-            try:
-                yield from iter(pieces.get, None)
-            finally:
-                is_closed.set()
-            return job.result()[0]
 
     @torch.no_grad()
     def prepare(
@@ -255,16 +234,16 @@ class Predictor:
         ).tolist()
         seconds = self._now() - start
         for one, length, row in zip(routed, batch.sample_lengths.tolist(), rows, strict=True):
-            text, new_tokens, has_ended = reader.read(row)
+            ids, has_ended = reader.trim(row)
             num_tiles, spent = len(one.ratios), sum(sum(image.vision_tokens) for image in one.images)
             yield Answer(
-                text=text,
+                text=reader.read(ids),
                 images=one.images,
                 prompt_tokens=length - num_tiles + spent,
-                new_tokens=new_tokens,
+                new_tokens=len(ids),
                 vision_tokens=spent,
                 full_vision_tokens=num_tiles * self.model.tokens_per_full_tile,
-                finish_reason="stop" if has_ended or new_tokens < settings["max_new_tokens"] else "length",
+                finish_reason="stop" if has_ended or len(ids) < settings["max_new_tokens"] else "length",
                 seconds={"encode": one.seconds, "generate": seconds},
             )
 

@@ -1,7 +1,7 @@
 """A set of shards whose responses are the model's own, to the questions of another set."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -42,11 +42,6 @@ class Conversation:
     texts: list[str] = field(default_factory=list)  # questions and the model's answers so far
     fault: RecordError | None = None
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a question is left."""
-        return self.fault is None and len(self.texts) < len(self.turns)
-
 
 def generate_responses(
     predictor: Predictor,
@@ -61,22 +56,19 @@ def generate_responses(
 ) -> tuple[ShardIndex, list[BadRecord]]:
     """Write a set with the model's answers to the questions of `source`; returns its index and bad records.
 
-    A later question has the model's own earlier answers as history. With `prompt` each record is asked that
-    alone, and needs no JSON. All other files and fields are kept. An interrupted set is completed by the
-    same call; `options` are those of `Predictor.generate`.
+    A later question follows the model's own earlier answers. With `prompt` each record is asked that alone
+    and needs no JSON. The same call completes an interrupted set; `options` as of `Predictor.generate`.
 
     Raises:
         ValueError: the folder holds another set, or one of another model, or no record can be used.
     """
     if any(output.glob("*.tar")) and not (output / PLAN_NAME).exists():
-        raise ValueError(
-            f"{output}: holds tars of which no {PLAN_NAME} tells the origin; choose another folder"
-        )
+        raise ValueError(f"{output}: holds tars but no {PLAN_NAME}, so another set; choose another folder")
     index, settings = read_index(source), {**generation_options(options), "max_new_tokens": max_new_tokens}
-    files = ((path.name, path.stat()) for path in sorted(predictor.folder.iterdir()) if path.is_file())
+    files = [(path, path.stat()) for path in sorted(predictor.folder.iterdir()) if path.is_file()]
     plan = {
         "source": [[entry.name, entry.num_samples, entry.num_bytes, entry.sha256] for entry in index.entries],
-        "model": [[name, status.st_size, status.st_mtime_ns] for name, status in files],
+        "model": [[path.name, status.st_size, status.st_mtime_ns] for path, status in files],
         "prompt": prompt,
         **settings,
     }
@@ -88,10 +80,13 @@ def generate_responses(
         batch_size=batch_size,
         settings=settings,
     )
-    starts = ((a, b, c) for a, c in pairwise(index.starts) for b in range(a, c, samples_per_shard))
-    parts = [range(start, min(start + samples_per_shard, end)) for _, start, end in starts]
+    parts = [
+        range(start, min(start + samples_per_shard, end))
+        for first, end in pairwise(index.starts)  # within a shard, where keys are unique
+        for start in range(first, end, samples_per_shard)
+    ]
     written = build_set(output, answer, parts, settings=plan, workers=1)
-    bad = list(_read_log(output / LOG_NAME))
+    bad = _read_log(output / LOG_NAME)
     if not written.num_samples:
         first = bad[0].reason if bad else "it is empty"
         raise ValueError(f"{source}: no usable record; the first fault: {first}")
@@ -108,20 +103,22 @@ def _answered(
     settings: Mapping[str, Any],
 ) -> Records:
     """Yield the records at these positions with the model's answers; those that fail are logged."""
-    bar = tqdm(total=len(part), desc=f"records from {part.start}", unit="record", disable=None)
-    for start in range(part.start, part.stop, batch_size):
-        positions = range(start, min(start + batch_size, part.stop))
-        opened = [_open(predictor, read, position) for position in positions]
+    batches = range(part.start, part.stop, batch_size)
+    for start in tqdm(batches, desc=f"records from {part.start}", unit="batch", disable=None):
+        opened = [_open(predictor, read, i) for i in range(start, min(start + batch_size, part.stop))]
         usable = [one for one in opened if isinstance(one, Conversation)]
-        while asked := [one for one in usable if one.is_open]:
+        while asked := [one for one in usable if one.fault is None and len(one.texts) < len(one.turns)]:
             _answer_next(predictor, asked, settings)
         faults = [one for one in opened if isinstance(one, BadRecord)]
         faults += [bad_record(one.record.id, one.fault) for one in usable if one.fault is not None]
         if faults:
             append_json(log, *map(asdict, faults))
-        yield from ((one.record.key, _with_answers(one)) for one in usable if one.fault is None)
-        bar.update(len(positions))
-    bar.close()
+        for one in usable:
+            if one.fault is None:
+                annotation = parse_annotation(one.record)
+                turns = zip(annotation["conversations"], one.texts, strict=True)
+                annotation["conversations"] = [{**turn, "value": text} for turn, text in turns]
+                yield one.record.key, dict[str, Any](one.record.files) | {"json": _to_json(annotation)}
 
 
 def _open(predictor: Predictor, read: Callable[[int], Record], position: int) -> Conversation | BadRecord:
@@ -146,46 +143,34 @@ def _read(position: int, *, reader: RecordReader, prompt: str | None) -> Record:
     endings = [name.rpartition(".")[2].lower() for name in record.files]
     (question,) = prompt_texts(prompt, num_images=sum(ending in IMAGE_EXTENSIONS for ending in endings))
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
-    return _with_json(record, {**kept, "conversations": turns})
+    return replace(record, files={**record.files, "json": _to_json({**kept, "conversations": turns})})
 
 
 def _answer_next(predictor: Predictor, asked: Sequence[Conversation], settings: Mapping[str, Any]) -> None:
     """Answer the next question of each conversation."""
-    routed, prompts, ready = [], [], []
+    ready = []
     for one in asked:
         texts = [*one.texts, one.turns[len(one.texts)].text]
-        images = one.routed.first(sum(text.count(IMAGE_TOKEN) for text in texts))  # later ones come later
+        images = one.routed.first(sum(text.count(IMAGE_TOKEN) for text in texts))  # others come later
         try:
-            prompts.append(predictor.encode_prompt(images.sample, texts))
+            ready.append((one, images, predictor.encode_prompt(images.sample, texts)))
         except RecordError as error:
             one.fault = error
-            continue
         one.texts = texts
-        routed.append(images)
-        ready.append(one)
-    if not ready:
-        return
+    routed, prompts = [images for _, images, _ in ready], [encoded for *_, encoded in ready]
     reader = TextReader(tokenizer=predictor.tokenizer)
-    answers = predictor.answer_batch(routed, prompts, reader=reader, **settings)
-    for one, answer in zip(ready, answers, strict=True):
+    answers = predictor.answer_batch(routed, prompts, reader=reader, **settings) if ready else ()
+    for (one, *_), answer in zip(ready, answers, strict=True):
         one.texts.append(answer.text)
         if IMAGE_TOKEN in answer.text:
             one.fault = RecordError(f"{IMAGE_TOKEN} in an answer of the model", kind="marks")
 
 
-def _with_answers(one: Conversation) -> dict[str, Any]:
-    annotation = parse_annotation(one.record)
-    turns = zip(annotation["conversations"], one.texts, strict=True)
-    answered = {**annotation, "conversations": [{**turn, "value": text} for turn, text in turns]}
-    return dict(_with_json(one.record, answered).files)
+def _to_json(annotation: dict[str, Any]) -> bytes:
+    return json.dumps(annotation, ensure_ascii=False).encode(errors="surrogatepass")
 
 
-def _with_json(record: Record, annotation: dict[str, Any]) -> Record:
-    content = json.dumps(annotation, ensure_ascii=False).encode(errors="surrogatepass")
-    return replace(record, files={**record.files, "json": content})
-
-
-def _read_log(path: Path) -> Iterator[BadRecord]:
-    """Yield the records of a log once; a shard that was begun twice has logged them twice."""
+def _read_log(path: Path) -> list[BadRecord]:
+    """Return the records of a log once; a shard that was begun twice has logged them twice."""
     lines = path.read_text().splitlines() if path.exists() else []
-    yield from (BadRecord(**json.loads(line)) for line in dict.fromkeys(lines))
+    return [BadRecord(**json.loads(line)) for line in dict.fromkeys(lines)]

@@ -46,10 +46,8 @@ def consistency_kl(
     whose logits are made once for all neighbours in a chunk that share it.
 
     Raises:
-        ValueError: If the two sides have different numbers of tokens or words, or `chunk_size` is below 1.
+        ValueError: the two sides have different numbers of tokens or words.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; expected 1 or more tokens")
     num_partners = len(reference_states if reference_rows is None else reference_rows)
     sides = [(len(policy_states), len(policy_head)), (num_partners, len(reference_head))]
     if sides[0] != sides[1]:

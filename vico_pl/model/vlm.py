@@ -235,12 +235,22 @@ def _check_settings(part: str, given: dict[str, Any], beside: str, *known: str) 
         raise ValueError(f"model.{part} has no setting '{name}' beside {beside}; expected {', '.join(known)}")
 
 
+def open_clip_config(name: str) -> dict[str, Any]:
+    """Return how open_clip describes a model of its own.
+
+    Raises:
+        ValueError: it knows none of this name.
+    """
+    known: dict[str, Any] | None = open_clip.get_model_config(name)
+    if known is None:
+        raise ValueError(f"model.vision.open_clip is '{name}', which open_clip does not know")
+    return known
+
+
 def _pretrained_tower(settings: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
     """Return the description of an open_clip tower and the tower with its weights."""
     name, pretrained, image_size = (settings.get(key) for key in ("open_clip", "pretrained", "image_size"))
-    known = open_clip.get_model_config(name)
-    if known is None:
-        raise ValueError(f"model.vision.open_clip is '{name}', which open_clip does not know")
+    known = open_clip_config(str(name))
     try:
         tower = open_clip.create_model(
             name,

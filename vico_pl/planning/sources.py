@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from huggingface_hub import try_to_load_from_cache
 
@@ -20,7 +19,7 @@ from vico_pl.files import read_json
 from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import read_shape
 from vico_pl.model.families.hub import is_hub_id, split_revision
-from vico_pl.model.vlm import ModelSpec
+from vico_pl.model.vlm import ModelSpec, open_clip_config
 from vico_pl.stages.settings import ModelConfig
 from vico_pl.tokens import SPECIAL_TOKENS
 
@@ -137,11 +136,7 @@ def _from_parts(config: ModelConfig) -> ModelShape:
     """Describe an assembled model, whose weights are float32."""
     vision, language = dict(config.vision), dict(config.language)
     if "open_clip" in vision:
-        name = vision["open_clip"]
-        known = open_clip.get_model_config(name)
-        if known is None:
-            raise ValueError(f"model.vision.open_clip is '{name}', which open_clip does not know")
-        shape = known["vision_cfg"]
+        shape = open_clip_config(vision["open_clip"])["vision_cfg"]
         vision = {**shape, "image_size": vision.get("image_size") or shape["image_size"]}
     if "path" not in language:
         language["vocab_size"] = max(config.vocab_size, len(SPECIAL_TOKENS))

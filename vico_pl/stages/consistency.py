@@ -47,10 +47,7 @@ class ConsistencyConfig:
 
 
 class ConsistencyStage(Stage):
-    """Minimises KL(reference at full tokens || policy at sampled ratios) over the response.
-
-    It trains the parameters of `model` that require gradients, except the router's.
-    """
+    """Minimises KL(reference at full tokens || policy at sampled ratios) over the response."""
 
     name = "consistency"
     draws_ratios = True
@@ -79,11 +76,7 @@ class ConsistencyStage(Stage):
 
     @classmethod
     def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
-        """Draw a ratio, uniformly, for each tile of the sample at a position of the run.
-
-        `image` gives all tiles of an image the same ratio, `tile` each its own, `mixed` does either with
-        probability 1/2 for each image, `full` compresses none.
-        """
+        """Draw a ratio, uniformly, for each tile of the sample at a position, as `ratio_draw` says."""
         ratios, mode = run.model.ratios, section_of(run, ConsistencyConfig).ratio_draw
         if mode == "full":
             return [ratios[0]] * sum(tiles_per_image)

@@ -41,12 +41,7 @@ def response_cross_entropy(
     """Return the loss of each token in nats and whether its most probable word is the target.
 
     Logits, in float32 or float64, exist for `chunk_size` tokens at a time and are made again going backward.
-
-    Raises:
-        ValueError: `chunk_size` is below 1.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; expected 1 or more tokens")
     results = [
         checkpoint(_chunk, *chunk, head, use_reentrant=False, preserve_rng_state=False)
         # Without tokens there is one empty chunk, so that every parameter takes part on every rank.

@@ -40,6 +40,7 @@ def test_an_interrupted_set_is_continued_to_the_same_bytes(tmp_path, lost):
     whole = content(tmp_path / "glyphs")
     for name in lost:
         (tmp_path / "glyphs" / name).unlink()
+    (tmp_path / "glyphs" / ".glyphs-000001.tar.1-1.partial").write_bytes(b"half")
     first = tmp_path / "glyphs" / "glyphs-000000.tar"
     time = first.stat().st_mtime_ns
     build(tmp_path / "glyphs")

@@ -1,8 +1,5 @@
 import gc
 import json
-import multiprocessing
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from vico_pl.data.decode import read_image
 from vico_pl.data.shards import build as build_module
 from vico_pl.data.shards.build import build_from_annotations
 from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import RecordReader, read_index, write_shard
+from vico_pl.data.shards.reader import RecordReader, write_shard
 
 # Shards are written by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -155,39 +152,6 @@ def test_the_bytes_depend_on_what_is_asked_for_and_not_on_who_writes_them(
     sizes = [path.stat().st_size for path in (tmp_path / "1" / "set").glob("*.tar")]
     assert len(sizes) == num_shards
     assert num_shards == 10 or max(sizes) <= limits.get("max_bytes", 10**6)
-
-
-def _build_and_die(path, images, folder):
-    """Build in one process, which is killed while it writes the third shard."""
-    written = []
-
-    def write(path, records):
-        if len(written) == 2:
-            path.with_name(f".{path.name}.1-1.partial").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
-        written.append(path)
-        write_shard(path, records)
-
-    build_module.write_shard = write
-    build_from_annotations([path], images, folder, max_samples=2, workers=1)
-
-
-def test_a_build_that_was_killed_goes_on_to_the_same_bytes(tmp_path, images):
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(f"{line(image='a.png', answer=str(i))}\n" for i in range(9)))
-    build_from_annotations([path], images, tmp_path / "whole" / "set", max_samples=2)
-    folder = tmp_path / "killed" / "set"
-    child = multiprocessing.get_context("fork").Process(target=_build_and_die, args=(path, images, folder))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert len(list(folder.glob("*.tar"))) == 2
-    with pytest.raises(ValueError, match="the same command completes it"):
-        read_index(folder)
-    times = {tar: tar.stat().st_mtime_ns for tar in folder.glob("*.tar")}
-    build_from_annotations([path], images, folder, max_samples=2)
-    assert contents(folder) == contents(tmp_path / "whole" / "set")
-    assert all(tar.stat().st_mtime_ns == time for tar, time in times.items())
 
 
 def test_a_build_does_not_go_on_with_other_annotations_images_or_settings(tmp_path, images):

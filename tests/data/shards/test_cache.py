@@ -1,15 +1,13 @@
 """Shards that are fetched: what servers may do to them, and what several processes may."""
 
 import gzip
-import io
 import multiprocessing
 import os
-import tarfile
 
 import fsspec
 import pytest
 
-from tests.support.hostile import serving
+from tests.support.hostile import member, serving
 from vico_pl.data.shards import cache as cache_module
 from vico_pl.data.shards.cache import ShardCache, fetch_bytes
 from vico_pl.data.shards.index import ShardEntry
@@ -17,12 +15,7 @@ from vico_pl.errors import RecordError
 
 
 def tar(content=b"x" * 3000):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as out:
-        info = tarfile.TarInfo("0.json")
-        info.size = len(content)
-        out.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+    return member("0.json", content).ljust(10240, b"\0")
 
 
 TAR = tar()

@@ -81,8 +81,3 @@ def test_contents_are_counted_by_kind(folder, shards):
     }
     assert list(find_faults(read_index(shards))) == []
     assert "bad records" not in survey(shards).counts()
-
-
-def test_a_folder_that_is_absent_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such folder of shards"):
-        read_samples(tmp_path / "absent")

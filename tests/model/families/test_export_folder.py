@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.support.released import (
-    VISION_CONFIG,
     folder_tensors,
     official_config,
     official_tensors,
@@ -98,13 +97,6 @@ def test_tensors_that_do_not_fit_are_reported_before_anything_is_written(tmp_pat
     write_official(tmp_path / "in", flash=True, tensors=tensors)
     message = "2 tensors do not fit: missing gating.gate.1.bias; missing mlp1.3.bias"
     assert_refused(tmp_path / "in", tmp_path / "out", message, layout="internvl")  # which has no gating
-
-
-def test_tiles_that_do_not_divide_are_reported_with_the_folder(tmp_path):
-    config = official_config(vision_config={**VISION_CONFIG, "image_size": 42}, force_image_size=42)
-    write_official(tmp_path / "in", config=config)
-    message = f"{tmp_path}/in: tiles of 42 px are 3 x 3 patches"
-    assert_refused(tmp_path / "in", tmp_path / "out", message, layout="ours")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -109,9 +109,7 @@ def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREA
 def write_index(
     folder: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING, workers: int | None = None
 ) -> ShardIndex:
-    """Rebuild `index.json` of a folder and the sidecar of each shard.
-
-    `workers` is the number of processes, by default that of the CPU cores.
+    """Rebuild `index.json` of a folder and the sidecar of each shard, in several processes.
 
     Raises:
         ValueError: the folder is absent or empty, or a tar is unreadable.
