@@ -220,7 +220,7 @@ check: $(INSTALLED) ## Format check, lint, types, and the tests in parallel: all
 	phase tests $(PARALLEL); \
 	printf '\n%s\ncheck %s\n' "$$summary" "$$verdict"; [ $$verdict = passed ]
 
-coverage: $(INSTALLED) ## Measure which lines the tests run, at least 85 %: takes half as long again as the tests
+coverage: $(INSTALLED) ## Measure which lines the tests run, at least 85 %: takes 1.7 times as long as the tests
 	$(PARALLEL) --cov=vico_pl
 
 format: $(INSTALLED) ## Format the code and fix what ruff can fix

@@ -26,7 +26,8 @@ STANDS_ON = {
     "audit": TOOLS,
     "doctor": TOOLS,
     "shards_cli": MAKES,
-    "cli": TOOLS | {"doctor", "shards_cli"},
+    "serve_cli": CONDUCTS,
+    "cli": TOOLS | {"doctor", "shards_cli", "serve_cli"},
     "__main__": {"cli"},
     "__init__": {"inference"},
 }

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vico_pl.data.glyphs import question_words
 from vico_pl.tokens import (
+    MARKS,
     PLACEHOLDER,
     SPECIAL_TOKENS,
     TURN_END,
@@ -53,13 +54,15 @@ def test_a_tokenizer_comes_back_from_its_folder(tokenizer, tmp_path):
     assert restored.apply_chat_template(messages, tokenize=False) == "<|im_start|>user\nx<|im_end|>\n"
 
 
-def test_new_tokens_whose_embeddings_are_frozen_are_warned_of(tmp_path):
+def test_marks_that_a_tokenizer_lacks_get_the_ids_behind_its_own(tmp_path):
     vocab = {"a": 0, "<unk>": 1}
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")))
     plain.save_pretrained(tmp_path)
-    extend_tokenizer(str(tmp_path))  # a warning would fail the test
-    with pytest.warns(UserWarning, match=r"<img>, .* are new, and their embeddings are trained neither"):
-        extend_tokenizer(str(tmp_path), is_trained=False)
+    extended, new = extend_tokenizer(str(tmp_path))
+    assert extended.convert_ids_to_tokens(new) == MARKS
+    assert new == [2, 3, 4, 5, 6]
+    extended.save_pretrained(tmp_path)
+    assert extend_tokenizer(str(tmp_path))[1] == []
 
 
 @pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])

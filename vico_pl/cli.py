@@ -13,11 +13,14 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer, echo
 
+from vico_pl.serve_cli import embed, serve
 from vico_pl.shards_cli import report_faults, shards
 
 # Each command imports what it needs: `vico --help` must not wait for torch.
 app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(shards, name="shards")
+app.command()(serve)
+app.command()(embed)
 
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
@@ -132,6 +135,10 @@ def calibrate(
     budget: Annotated[
         float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
     ] = None,
+    dtype: Annotated[
+        str,
+        Option(help="Dtype of the weights, as the export will have: auto, stored, bfloat16 or float32."),
+    ] = "auto",
     suite_dir: SuiteDir = None,
     metric: Metric = None,
 ) -> None:
@@ -143,7 +150,8 @@ def calibrate(
     from vico_pl.model.families.base import CALIBRATION_NAME
     from vico_pl.model.router import NEVER
 
-    session = Predictor.load(Path(model))  # no name on the Hub: the threshold is written into the folder
+    # No name on the Hub: the threshold is written into the folder.
+    session = Predictor.load(Path(model), dtype=_dtype(dtype, auto="auto"))
     questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
     chosen, record = choose(questions, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
@@ -274,12 +282,10 @@ def export(
     from vico_pl.model.families.folder import TEMPLATE_FILES
     from vico_pl.model.families.folder import export as write
     from vico_pl.model.families.hub import local_folder
-    from vico_pl.stages.settings import DTYPES
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
+    weights = _dtype(dtype)  # first, as a download takes long
     code = None if template is None else local_folder(template, (CONFIG_NAME, *TEMPLATE_FILES))
-    write(local_folder(model), output, layout=layout, template=code, dtype=DTYPES[dtype])
+    write(local_folder(model), output, layout=layout, template=code, dtype=weights)
     echo(f"{output} is written in the layout '{layout}'")
 
 
@@ -315,6 +321,16 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{path}: no image in this folder; expected {', '.join(IMAGE_EXTENSIONS)} files")
         found += files
     return found
+
+
+def _dtype(name: str, **others: Any) -> Any:
+    """Return the dtype that an option names, or one of the other values it takes."""
+    from vico_pl.stages.settings import DTYPES
+
+    known = {**others, **DTYPES}
+    if name not in known:
+        raise ValueError(f"--dtype is '{name}'; expected one of {', '.join(known)}")
+    return known[name]
 
 
 def _completed_steps(run: Path, *, max_steps: int) -> int:

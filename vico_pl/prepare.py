@@ -91,8 +91,7 @@ class FolderModels:
         if config.path is not None:
             return load_tokenizer(local_folder(config.path))
         if "path" in config.language:
-            path, revision = config.language["path"], config.language.get("revision")
-            return extend_tokenizer(path, revision=revision, is_trained="language" in config.trainable)
+            return self._extended[0]
         return build_tokenizer(question_words(), vocab_size=config.vocab_size)
 
     def policy(self) -> VisionLanguageModel:
@@ -113,7 +112,9 @@ class FolderModels:
                 vocab_size=len(self.tokenizer),
                 placeholder_id=token_id(self.tokenizer, PLACEHOLDER),
             )
-        model.set_dropout(config.dropout)
+            if "path" in config.language and "language" not in config.trainable:
+                model.train_tokens(self._extended[1])
+        model.set_dropout(config.dropout, seed=self.run.seed)
         return model
 
     def reference(self) -> VisionLanguageModel:
@@ -132,6 +133,12 @@ class FolderModels:
         model.load_state_dict(state, assign=True)  # in the dtypes of training
         model.language.tie_weights()  # loading replaced one of the two
         return model
+
+    @cached_property
+    def _extended(self) -> tuple[PreTrainedTokenizerBase, list[int]]:
+        """The tokenizer of the language model that the recipe names, and the ids of tokens it lacked."""
+        language = self.run.model.language
+        return extend_tokenizer(language["path"], revision=language.get("revision"))
 
     @property
     def _reference_folder(self) -> Path:

@@ -5,7 +5,6 @@ so that sequences stay short; letters and digits that carry values remain tokens
 """
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,12 +49,10 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     )
 
 
-def extend_tokenizer(
-    path: str, *, revision: str | None = None, is_trained: bool = True
-) -> PreTrainedTokenizerBase:
+def extend_tokenizer(path: str, *, revision: str | None = None) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """Load the tokenizer of a language model and add the marks of images and turns that it lacks.
 
-    Without `is_trained`, the language model's embeddings are frozen: it warns of new tokens.
+    Returns the tokenizer and the ids of the new tokens.
 
     Raises:
         ValueError: there is no tokenizer at `path`.
@@ -64,13 +61,7 @@ def extend_tokenizer(
     known = tokenizer.get_added_vocab()
     new = [token for token in MARKS if token not in known]
     tokenizer.add_tokens(new, special_tokens=True)
-    if new and not is_trained:
-        warnings.warn(
-            f"model.language.path {path}: {', '.join(new)} are new, and their embeddings are trained neither "
-            "here nor with lora; a stage must name language in model.trainable before or instead",
-            stacklevel=2,
-        )
-    return tokenizer
+    return tokenizer, [token_id(tokenizer, token) for token in new]
 
 
 def load_tokenizer(folder: Path | str, *, required: Sequence[str] = MARKS) -> PreTrainedTokenizerBase:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
 from importlib.metadata import version
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import vico_pl.cli
 import vico_pl.evaluation.questions
@@ -145,6 +148,20 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
 
 
+@torch.no_grad()
+def test_a_threshold_is_chosen_and_exported_in_one_dtype(vico, model, answered, tmp_path):
+    assert vico("calibrate", model, "--data", answered, "--budget", "0.6", "--dtype", "bfloat16")[0] == 0
+    stored = json.loads((model / CALIBRATION_NAME).read_text())
+    session = Predictor.load(model, dtype=torch.bfloat16)
+    ratios = [session.choose_ratios(session.encode(sample.tiles)) for sample in session.samples(answered)]
+    spent = (4 / torch.cat(ratios)).mean().item()
+    assert (stored["dtype"], stored["chosen"]["token_fraction"]) == ("bfloat16", pytest.approx(spent))
+    export = ["export", model, "--layout", "ours"]
+    assert vico(*export[:2], tmp_path / "same", *export[2:], "--dtype", "bfloat16")[0] == 0
+    with pytest.warns(UserWarning, match="chosen with weights of bfloat16, this export has float32"):
+        assert vico(*export[:2], tmp_path / "other", *export[2:])[0] == 0
+
+
 def test_calibrate_refuses_a_model_that_is_never_right_and_measures_agreement_without_skills(
     vico, refused, model, tmp_path
 ):
@@ -264,3 +281,34 @@ def test_plan_prints_and_writes_the_same(vico, recipe, tmp_path):
     assert written["memory_gib"]["no_activation_checkpointing"]["1 GPU"]["policy weights"] > 0
     assert all(line in out for line in written["advice"])
     assert "20 steps of 2 samples" in out
+
+
+def test_embed_writes_the_vision_tokens_of_an_image_or_of_each_image_of_a_folder(
+    vico, model, photo, tmp_path
+):
+    one, folder = tmp_path / "new" / "photo.safetensors", tmp_path / "all"
+    code, out, _ = vico("embed", model, photo, "--output", one)
+    spent = len(load_file(one)["image_embeds"])
+    assert (code, out) == (0, f"1 images: {spent} of 20 vision tokens; {one} is written\n")
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes(photo.read_bytes())
+    (images / "notes.txt").write_text("no image")
+    code, out, _ = vico("embed", model, images, "--output", folder)
+    assert (code, out.partition(";")[0]) == (0, f"2 images: {2 * spent} of 40 vision tokens")
+    assert set(tree(folder)) == {folder / "a.png.safetensors", folder / "b.png.safetensors"}
+
+
+def test_serve_says_what_it_is_for_and_refuses_a_folder_that_is_not_there(vico, refused, model, monkeypatch):
+    uvicorn = pytest.importorskip("uvicorn")
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.append(options))
+    code, out, _ = vico("serve", model, "--port", "8123", "--max-tokens", "7")
+    assert (code, [(one["host"], one["port"]) for one in served]) == (0, [("127.0.0.1", 8123)])
+    assert "http://127.0.0.1:8123/" in out
+    assert "not for production" in out
+    assert vico("serve", model, "--image-dir", "absent")[0] == 2
+    assert vico("serve", model, "--max-pixels", 10**10)[0] == 2
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert refused("serve", model) == "vico serve needs uvicorn: pip install 'vico_pl[serve]'"

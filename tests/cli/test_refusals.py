@@ -51,6 +51,8 @@ def places(recipe, model, answered, photo, tmp_path, monkeypatch):
         ),
         ("generate {model} {here}/note.png --prompt What?", "expected a jpg, jpeg, png, webp file"),
         ("generate {model} {here}/absent.png --prompt What?", "{here}/absent.png: no such file"),
+        ("embed {model} {here}/note.png --output {here}/new/a.safetensors", "{here}/note.png"),
+        ("embed {model} {here}/empty --output {here}/new", "{here}/empty: no image in this folder"),
         ("route {model} {here}/note.png --output {here}/routed.png", "{here}/note.png"),
         ("route {model} {here}/absent.png --output {here}/routed.png", "{here}/absent.png"),
         ("route {model} {photo} --output {here}/routed.xyz", "unknown file extension: .xyz"),

@@ -93,7 +93,7 @@ def test_a_released_checkpoint_becomes_a_flash_checkpoint(vico, train, released,
     flash, photo, template = tmp_path / "flash", tmp_path / "1.jpg", tmp_path / "template"
     shutil.copytree(released, template)
     (template / "config.json").write_text(json.dumps(official_config(flash=True)))
-    assert vico("calibrate", model, "--data", shards, "--budget", "0.8")[0] == 0
+    assert vico("calibrate", model, "--data", shards, "--budget", "0.8", "--dtype", "stored")[0] == 0
     compress_two_of_three(model, photo)
     assert vico("export", model, flash, "--layout", "flash", "--template", template)[0] == 0
 

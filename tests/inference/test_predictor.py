@@ -45,7 +45,10 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
         ("[]", "expected a JSON object"),
         ('{"chat": {}}', "'tiling' is missing"),
         ('{"tiling": {"tile_sizes": 448}, "chat": {}}', "tile_sizes"),
-        ('{"tiling": {"min_tiles": 3, "max_tiles": 2}, "chat": {}}', "min_tiles 3 and max_tiles 2"),
+        (
+            '{"tiling": {"min_tiles": 3, "max_tiles": 2}, "chat": {}}',
+            "min_tiles is 3; expected 1 to data.tiling.max_tiles (2)",
+        ),
     ],
 )
 def test_unreadable_processing_settings_are_refused_by_name(folder, content, expected):

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from tests.support.tiny import tiny_model, tiny_spec
+from vico_pl.config import RunConfig
 from vico_pl.model.adapters import LoraConfig, adapters_merged, adapters_off, add_adapters, own_parameters
 from vico_pl.model.families.folder import load_model, save_model
+from vico_pl.stages.pretrain import PretrainStage
 
 LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 EXPERTS = {
@@ -139,3 +141,52 @@ def test_adapters_without_peft_are_refused_with_the_command_that_installs_it(mod
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"needs peft: pip install 'vico_pl\[lora\]'"):
         adapted(model)
+
+
+NEW = [2, 4]  # token 2 begins an image in every sample, 4 is in no text
+
+
+def with_new_tokens(*, tied=False, **config):
+    language = {**tiny_spec().language, "tie_word_embeddings": tied}
+    model = tiny_model(language=language, router_heads=None)
+    model.language.requires_grad_(requires_grad=False)
+    if config:
+        adapted(model, **config)
+    model.train_tokens(NEW)
+    return model
+
+
+@pytest.mark.parametrize("config", [{}, {"rank": 2}], ids=["frozen", "lora"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_are_trained_and_all_other_rows_are_kept(tmp_path, batch, tied, config):
+    model = with_new_tokens(tied=tied, **config)
+    before = [w.clone() for w in (model.language.get_input_embeddings().weight, model.head)]
+    stage = PretrainStage(RunConfig(stage="pretrain", run_dir="x"), model)
+    optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    loss = stage.step(batch).loss_sum
+    loss.backward()
+    optimizer.step()
+    assert stage.step(batch).loss_sum < loss
+    trained = states(model, batch)
+    with adapters_merged(model):
+        save_model(model, tmp_path)
+        torch.testing.assert_close(states(model, batch), trained, rtol=0, atol=1e-4)
+    assert torch.equal(model.language.get_input_embeddings().weight, before[0])
+    restored = load_model(tmp_path)
+    torch.testing.assert_close(states(restored, batch), trained, rtol=0, atol=1e-4)
+    torch.testing.assert_close(restored.head, model.head, rtol=0, atol=0)
+    for own, old in zip(
+        (restored.language.get_input_embeddings().weight, restored.head), before, strict=True
+    ):
+        changed = (own != old).any(1).nonzero().flatten().tolist()
+        # Logits have a gradient for every row, embeddings only for tokens that are read.
+        assert changed == (NEW if tied or own is restored.head else NEW[:1])
+
+
+def test_embeddings_of_new_tokens_are_scaled_as_those_of_others(batch):
+    settings = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16}
+    model = tiny_model(language={"model_type": "gemma3_text", **settings, **heads}, router_heads=None)
+    expected = states(model, batch)
+    model.train_tokens(NEW)
+    assert torch.equal(states(model, batch), expected)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vico_pl.model.connector import Connector, Connectors, pixel_unshuffle
+from vico_pl.model.dropout import TileDropout
 
 PATCHES, VISION, LANGUAGE = 64, 6, 10
 
@@ -49,7 +50,7 @@ def test_each_connector_has_the_layers_of_its_published_model():
     expected = {"0.weight": [96], "0.bias": [96], "1.weight": [20, 96], "1.bias": [20]}
     expected |= {"4.weight": [20, 20], "4.bias": [20], "7.weight": [10, 20], "7.bias": [10]}
     assert shapes == expected
-    assert [type(long.mlp[i]) for i in (2, 3, 5, 6)] == [nn.GELU, nn.Dropout, nn.GELU, nn.Dropout]
+    assert [type(long.mlp[i]) for i in (2, 3, 5, 6)] == [nn.GELU, TileDropout, nn.GELU, TileDropout]
     assert {long.mlp[i].p for i in (3, 6)} == {0.1}
 
 

@@ -49,7 +49,7 @@ def language_of(*, tied):
 
 def build_stage(*, tied):
     model, reference = (tiny_model(seed, **language_of(tied=tied)) for seed in (1, 2))
-    model.train().set_dropout(0.0)
+    model.train().set_dropout(0.1)
     run = RunConfig(stage="consistency", run_dir="x", consistency=ConsistencyConfig(ratio_draw="tile"))
     return ConsistencyStage(run, model, FrozenReference(reference))
 

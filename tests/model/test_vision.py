@@ -128,24 +128,20 @@ INTERNVIT = {
 }
 
 
-def test_internvit_drops_the_class_token():
+def test_internvit_drops_the_class_token_and_sees_pixels_with_the_statistics_of_imagenet():
     module, x = VisionEncoder(INTERNVIT).eval(), tiles(2)
     whole = module.tower(pixel_values=(x - module.mean) / module.std).last_hidden_state
     assert whole.shape == (2, 17, WIDTH)
     assert torch.equal(module(x), whole[:, 1:])
     assert untrained(module) == []
+    assert module.mean.flatten().tolist() == pytest.approx([0.485 * 255, 0.456 * 255, 0.406 * 255])
+    assert module.std.flatten().tolist() == pytest.approx([0.229 * 255, 0.224 * 255, 0.225 * 255])
 
 
 def test_code_that_a_config_names_never_runs(tmp_path, monkeypatch):
     (tmp_path / "modeling_other.py").write_text("raise SystemExit('executed')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
     VisionEncoder({**INTERNVIT, "auto_map": {"AutoModel": f"{tmp_path}--modeling_other.Other"}})
-
-
-def test_internvit_sees_pixels_with_the_statistics_of_imagenet():
-    module = VisionEncoder(INTERNVIT)
-    assert module.mean.flatten().tolist() == pytest.approx([0.485 * 255, 0.456 * 255, 0.406 * 255])
-    assert module.std.flatten().tolist() == pytest.approx([0.229 * 255, 0.224 * 255, 0.225 * 255])
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vico_pl.stages.router import COMPRESS, KEEP, SlidingPercentile, loss_ratio, router_targets
+from vico_pl.stages.router import COMPRESS, KEEP, RouterConfig, SlidingPercentile, loss_ratio, router_targets
 
 
 def percentile(**changes):
-    return SlidingPercentile(**{"percentile": 50.0, "window": 4, "min_history": 1, **changes})
+    return SlidingPercentile(RouterConfig(**{"percentile": 50.0, "window": 4, "min_history": 1, **changes}))
 
 
 def test_the_loss_ratio_of_the_worked_examples():

@@ -95,13 +95,13 @@ def requeue(run: Callable[..., Any] = subprocess.run) -> None:
 
 
 class StepSeed(L.Callback):
-    """Seeds torch by (`seed`, step, rank): dropout after a resume matches that of an uninterrupted run."""
+    """Seeds torch by (`seed`, step, rank): dropout of adapters after a resume is as without interruption."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Seed the generator of dropout."""
+        """Seed the generator; connectors and router do not draw from it (see `model/dropout.py`)."""
         entropy = [self._seed, trainer.global_step, trainer.global_rank, 1]  # 1: the ratio draw has 0
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 

@@ -9,6 +9,7 @@ import torch
 from vico_pl.evaluation.answering import Ratios, full_tokens
 from vico_pl.evaluation.metrics import MEAN, OVERALL, score_tables
 from vico_pl.evaluation.questions import QuestionSet
+from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
 
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
@@ -41,6 +42,7 @@ def calibrate(
     curve = measure_curve(questions)
     chosen = choose_point(curve, retention=retention, budget=budget)
     made_with = {
+        "dtype": name_dtypes(questions.predictor.model.parameters()),
         "data": questions.name,
         "measure": questions.measure.value,
         "retention": retention,

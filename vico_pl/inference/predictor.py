@@ -57,11 +57,14 @@ class Predictor:
     rule: RoutingRule | None  # None: not calibrated
 
     @classmethod
-    def load(cls, model: Path | str, *, device: str = "auto") -> "Predictor":
+    def load(
+        cls, model: Path | str, *, device: str = "auto", dtype: torch.dtype | str | None = "auto"
+    ) -> "Predictor":
         """Open a model folder in any layout, on a GPU if there is one.
 
         A text may also be a name on the Hugging Face Hub, NAME or NAME@REVISION; it is fetched once.
-        On a GPU weights keep their stored type; on a CPU they are float32, which is faster there.
+        By default weights keep their stored type on a GPU, as with None; on a CPU they are float32, which is
+        faster there.
 
         Raises:
             ValueError: a part of the folder is missing or invalid, or the Hub cannot be reached.
@@ -70,7 +73,8 @@ class Predictor:
         contents = open_folder(folder).contents
         tiling, chat = _processing(folder, contents)
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        dtype = torch.float32 if place.type == "cpu" else None
+        if isinstance(dtype, str):
+            dtype = torch.float32 if place.type == "cpu" else None
         network, tokenizer = load_model(folder, dtype=dtype).to(place), load_tokenizer(folder)
         for name, found, expected in (
             ("the tile_size of its tiling", tiling.tile_size, network.vision.tile_size),

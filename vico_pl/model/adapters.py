@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) on the language model, by `peft`.
+"""Low-rank adapters (LoRA) on the language model, by `peft`; trained rows for tokens that it did not know.
 
 They are put into the model in place, so that it keeps its class. With adapters off it is the model they were
 added to, bit for bit; with adapters merged it has the names and the outputs of a model without any.
@@ -15,7 +15,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from vico_pl.errors import check_settings
@@ -91,6 +94,42 @@ def _check_targets(language: PreTrainedModel, config: LoraConfig) -> None:
         )
 
 
+class NewTokens(nn.Module):
+    """Embeddings and output rows of new tokens, trained in the place of those of a frozen language model.
+
+    All other rows stay as they are, bit for bit. Tied embeddings are tied here as well.
+    """
+
+    def __init__(self, language: PreTrainedModel, ids: list[int]) -> None:
+        """Copy the rows of the tokens, in float32."""
+        super().__init__()
+        words, head = _token_weights(language)
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        self.rows = nn.Parameter(words.detach()[ids].float())
+        self.head_rows = self.rows if head is words else nn.Parameter(head.detach()[ids].float())
+
+    def embed(self, words: nn.Module, input_ids: Int64[Tensor, " L"]) -> Float[Tensor, "L D"]:
+        """Return the embeddings of tokens, by the layer's own forward: some scale them."""
+        return functional_call(words, {"weight": self._put(words.weight, self.rows)}, (input_ids,))
+
+    def head(self, weight: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
+        """Return the weight of the output layer with the rows of the tokens in it."""
+        return self._put(weight, self.head_rows)
+
+    @torch.no_grad()
+    def merge(self, language: PreTrainedModel) -> None:
+        """Write the rows into the weights of the language model."""
+        for weight, rows in zip(_token_weights(language), (self.rows, self.head_rows), strict=True):
+            weight.data = self._put(weight.data, rows)
+
+    def _put(self, weight: Any, rows: Tensor) -> Tensor:
+        return weight.index_copy(0, self.ids, rows.to(weight.dtype))
+
+
+def _token_weights(language: Any) -> tuple[Tensor, Tensor]:
+    return language.get_input_embeddings().weight, language.get_output_embeddings().weight
+
+
 def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
     """Run a model as it was before it got adapters."""
     # peft's own switch also takes requires_grad from the adapters, whose gradients may be under way.
@@ -99,17 +138,38 @@ def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def adapters_merged(model: nn.Module) -> Iterator[None]:
-    """Put plain layers in the place of adapted ones, for as long as the model is written."""
+    """Put plain layers in the place of adapted ones and rows of new tokens into the weights they belong to.
+
+    This lasts as long as the model is written.
+    """
     # A layer of experts may have adapters around adapters; the outermost takes all with it.
     layers = _adapted_layers(model).items()
     adapted = {name: layer for name, layer in layers if not name.endswith(".base_layer")}
     for name, layer in adapted.items():
         model.set_submodule(name, _merged_layer(layer))
     try:
-        yield
+        with _tokens_merged(model):
+            yield
     finally:
         for name, layer in adapted.items():
             model.set_submodule(name, layer)
+
+
+@contextmanager
+def _tokens_merged(model: Any) -> Iterator[None]:
+    tokens = getattr(model, "new_tokens", None)
+    if tokens is None:
+        yield
+        return
+    before = [(weight, weight.data) for weight in _token_weights(model.language)]
+    tokens.merge(model.language)
+    model.new_tokens = None
+    try:
+        yield
+    finally:
+        model.new_tokens = tokens
+        for weight, values in before:
+            weight.data = values
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

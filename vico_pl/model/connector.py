@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from vico_pl.model.dropout import TileDropout, set_keys
+
 FULL_RATIO = 4  # patches per vision token of the reference; the first entry of every list of ratios
 
 
@@ -39,7 +41,7 @@ class Connector(nn.Module):
         for before, after in pairwise([folded, *hidden]):
             layers += [nn.Linear(before, after), nn.GELU()]
             if ratio != FULL_RATIO:
-                layers.append(nn.Dropout(0.1))
+                layers.append(TileDropout(0.1))
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden[-1], width))
 
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T N D"]:
@@ -58,9 +60,16 @@ class Connectors(nn.Module):
         )
 
     def forward(
-        self, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
+        self,
+        features: Float[Tensor, "T P C"],
+        ratios: Int64[Tensor, " T"],
+        *,
+        keys: Int64[Tensor, " T"] | None = None,
     ) -> tuple[Float[Tensor, "TN D"], Int64[Tensor, " T"]]:
-        """Return the vision tokens of all tiles, flat and in their order, and how many each tile has."""
+        """Return the vision tokens of all tiles, flat and in their order, and how many each tile has.
+
+        `keys` of the tiles decide the masks of dropout.
+        """
         features = features.to(next(self.parameters()).dtype)  # of a frozen tower it may be another one
         counts = features.shape[1] // ratios
         starts = counts.cumsum(0) - counts
@@ -69,6 +78,7 @@ class Connectors(nn.Module):
             chosen = (ratios == int(name)).nonzero().squeeze(1)
             # In training all take part, so that no gradient is missing; without tiles too, for the width.
             if len(chosen) or self.training or not len(ratios):
+                set_keys(connector, None if keys is None else keys[chosen])
                 tokens = connector(features[chosen])
                 pieces.append(tokens.flatten(0, 1))
                 within = torch.arange(tokens.shape[1], device=ratios.device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from vico_pl.model.blocks import find_blocks
@@ -53,22 +53,33 @@ def count_flops(spec: ModelSpec) -> ModelFlops:
         ValueError: no model can be built from the description.
     """
     model = build_without_weights(spec)
-    size, num_patches, config = model.vision.tile_size, model.vision.num_patches, model.language.config
+    size, num_patches = model.vision.tile_size, model.vision.num_patches
     tile = torch.empty(1, 3, size, size, dtype=torch.uint8, device="meta")
     features = torch.empty(1, num_patches, model.vision.width, device="meta")
     connectors = {ratio: model.connectors.by_ratio[str(ratio)] for ratio in model.ratios}
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention_width = config.num_attention_heads * head_width
+    language_per_token, language_per_pair, head_per_token = language_costs(model)
     return ModelFlops(
         vision_per_tile=_count(model.encode_tiles, tile),
         router_per_tile=0.0 if model.router is None else _count(model.router, features),
         connector_per_tile={ratio: _count(connector, features) for ratio, connector in connectors.items()},
         vision_tokens_per_tile={ratio: num_patches // ratio for ratio in model.ratios},
-        language_per_token=2.0 * _active_weights(model.language),
-        # Each head multiplies a query with a key, and the weight that comes out with a value.
-        language_per_pair=2.0 * 2 * attention_width * config.num_hidden_layers,
-        head_per_token=2.0 * model.head.numel(),
+        language_per_token=language_per_token,
+        language_per_pair=language_per_pair,
+        head_per_token=head_per_token,
     )
+
+
+def language_costs(model: VisionLanguageModel) -> tuple[float, float, float]:
+    """Return the operations of the blocks per token and per pair of tokens, and of the head per token."""
+    config = model.language.config
+    # Each head multiplies a query with a key, and the weight that comes out with a value.
+    per_pair = 2.0 * 2 * config.num_attention_heads * head_width(config) * config.num_hidden_layers
+    return 2.0 * _active_weights(model.language), per_pair, 2.0 * model.head.numel()
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """Return the width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _active_weights(language: PreTrainedModel) -> float:

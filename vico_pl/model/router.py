@@ -13,6 +13,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from vico_pl.model.dropout import TileDropout
+
 DEFAULT_ROUTER = "vir"
 NEVER = 1.1  # a threshold above every probability: every tile keeps full tokens
 RELEASED_HEADS = 16  # attention heads of the routers in released checkpoints
@@ -87,9 +89,9 @@ def _block(width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, 4 * width),
         nn.GELU(),
-        nn.Dropout(0.1),
+        TileDropout(0.1),
         nn.Linear(4 * width, width),
-        nn.Dropout(0.1),
+        TileDropout(0.1),
         nn.LayerNorm(width),
     )
 

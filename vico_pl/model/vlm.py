@@ -11,6 +11,7 @@ The connectors between them are randomly initialised; stage `pretrain` trains th
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -21,7 +22,9 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vico_pl.errors import check_settings
+from vico_pl.model.adapters import NewTokens
 from vico_pl.model.connector import FULL_RATIO, Connectors
+from vico_pl.model.dropout import tile_keys
 from vico_pl.model.language import build_language_model, run_packed
 from vico_pl.model.router import DEFAULT_ROUTER, build_router
 from vico_pl.model.vision import VisionEncoder
@@ -100,7 +103,7 @@ class VisionLanguageModel(nn.Module):
             ValueError: no such part can be built, or patches do not divide into vision tokens.
         """
         super().__init__()
-        self.spec = spec
+        self.spec, self.dropout_seed = spec, 0
         try:
             self._build(spec)
         except ValueError:
@@ -116,6 +119,7 @@ class VisionLanguageModel(nn.Module):
         self.connectors = Connectors(
             spec.ratios, vision_width=self.vision.width, language_width=self.language.config.hidden_size
         )
+        self.new_tokens: NewTokens | None = None
         self.router: nn.Module | None = None
         if spec.router_heads is not None:
             self.router = build_router(
@@ -140,7 +144,8 @@ class VisionLanguageModel(nn.Module):
     @property
     def head(self) -> Float[Tensor, "V D"]:
         """Weight of the output layer: hidden states times its transpose are logits."""
-        return self.language.get_output_embeddings().weight
+        weight = self.language.get_output_embeddings().weight
+        return weight if self.new_tokens is None else self.new_tokens.head(weight)
 
     def encode_tiles(self, tiles: UInt8[Tensor, "T 3 H W"]) -> Float[Tensor, "T P C"]:
         """Return the patch features of tiles."""
@@ -150,9 +155,12 @@ class VisionLanguageModel(nn.Module):
         self, batch: Batch, features: Float[Tensor, "T P C"], ratios: Int64[Tensor, " T"]
     ) -> Spliced:
         """Turn patch features into vision tokens at the given ratios and put them among the text."""
-        vision_tokens, counts = self.connectors(features, ratios)
+        keys = tile_keys(batch, seed=self.dropout_seed) if self.training else None
+        vision_tokens, counts = self.connectors(features, ratios, keys=keys)
+        words: Any = self.language.get_input_embeddings()
+        embed = words if self.new_tokens is None else partial(self.new_tokens.embed, words)
         return splice(
-            self.language.get_input_embeddings()(batch.input_ids),
+            embed(batch.input_ids),
             vision_tokens,
             counts,
             is_placeholder=batch.input_ids == self.spec.placeholder_id,
@@ -168,8 +176,13 @@ class VisionLanguageModel(nn.Module):
         hidden = run_packed(self.language, spliced.embeddings, spliced.segment_lengths)
         return hidden[spliced.response_positions]
 
-    def set_dropout(self, probability: float) -> None:
-        """Set the dropout of connectors and router, active only in training mode."""
+    def train_tokens(self, ids: list[int]) -> None:
+        """Train the embeddings and output rows of these tokens, though the language model is frozen."""
+        self.new_tokens = NewTokens(self.language, ids) if ids else None
+
+    def set_dropout(self, probability: float, *, seed: int = 0) -> None:
+        """Set the dropout of connectors and router, active only in training mode, and its seed."""
+        self.dropout_seed = seed
         parts = [self.connectors, *([] if self.router is None else [self.router])]
         for module in (module for part in parts for module in part.modules()):
             if isinstance(module, nn.Dropout):

@@ -22,6 +22,7 @@ from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import release
 from vico_pl.model.branches import branch_states
 from vico_pl.model.connector import FULL_RATIO
+from vico_pl.model.dropout import set_keys, tile_keys
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
@@ -60,10 +61,10 @@ class SlidingPercentile(nn.Module):
     values: Tensor
     seen: Tensor
 
-    def __init__(self, *, percentile: float, window: int, min_history: int) -> None:
+    def __init__(self, config: RouterConfig) -> None:
         super().__init__()
-        self._percentile, self._min_history = percentile, min_history
-        self.register_buffer("values", torch.zeros(window))
+        self._config = config
+        self.register_buffer("values", torch.zeros(config.window))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def update(self, ratios: Float[Tensor, " n"]) -> None:
@@ -76,9 +77,9 @@ class SlidingPercentile(nn.Module):
     def threshold(self) -> float | None:
         """Return the percentile, or None while fewer than `min_history` ratios were seen."""
         count = min(int(self.seen), len(self.values))
-        if count < max(self._min_history, 1):
+        if count < self._config.min_history:
             return None
-        return float(torch.quantile(self.values[-count:].float(), self._percentile / 100))
+        return float(torch.quantile(self.values[-count:].float(), self._config.percentile / 100))
 
 
 class RouterStage(Stage):
@@ -93,12 +94,8 @@ class RouterStage(Stage):
             raise ValueError("the model has no router; set model.router_heads")
         if len(model.ratios) != 2:
             raise ValueError(f"model.ratios is {model.ratios}; stage router labels the choice between two")
-        config = section_of(run, RouterConfig)
-        self.policy, self.config = FrozenReference(model), config
-        self.router = model.router.requires_grad_()
-        self.window = SlidingPercentile(
-            percentile=config.percentile, window=config.window, min_history=config.min_history
-        )
+        self.policy, self.config = FrozenReference(model), section_of(run, RouterConfig)
+        self.router, self.window = model.router.requires_grad_(), SlidingPercentile(self.config)
 
     @classmethod
     def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
@@ -179,6 +176,7 @@ class RouterStage(Stage):
     def _classify(
         self, batch: Batch, features: Tensor, ratios: Tensor, threshold: float | None
     ) -> StepResult:
+        set_keys(self.router, tile_keys(batch, seed=self.run.seed))
         logits = self.router(features)
         if threshold is None:
             return StepResult(loss_sum=0 * logits.sum(), num_items=0)

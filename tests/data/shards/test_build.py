@@ -52,7 +52,7 @@ def test_a_whole_set_is_left_alone_and_another_size_refused(tmp_path):
     build(tmp_path / "glyphs")
     before = content(tmp_path / "glyphs")
     assert build(tmp_path / "glyphs").num_samples == 5
-    with pytest.raises(ValueError, match="already holds a set of other annotations or settings"):
+    with pytest.raises(ValueError, match="already holds a set of other annotations, images or settings"):
         build(tmp_path / "glyphs", num_samples=6)
     assert content(tmp_path / "glyphs") == before
 

@@ -1,5 +1,7 @@
 import gc
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -159,7 +161,7 @@ def test_a_build_does_not_go_on_with_other_annotations_images_or_settings(tmp_pa
     (tmp_path / "out" / "index.json").unlink()  # as if it had been interrupted
     before = contents(tmp_path / "out")
     message = (
-        "already holds a part of a set of other annotations or settings, or build.json is damaged; remove"
+        "already holds a part of a set of other annotations, images or settings, or build.json is damaged; "
     )
     two = [line(image="a.png"), line(image="a.png", answer="2")]
     with pytest.raises(ValueError, match=message):
@@ -176,14 +178,28 @@ def test_a_build_does_not_go_on_with_other_annotations_images_or_settings(tmp_pa
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_an_image_that_was_replaced_by_one_of_its_size_is_noticed(tmp_path, images, is_whole):
+@pytest.mark.parametrize("change_s", [-3600, 3600])
+def test_an_image_that_was_replaced_by_one_of_its_size_is_noticed(tmp_path, images, is_whole, change_s):
+    """An older one as well: copies often keep the time of their original."""
     build(tmp_path, images, line(image="a.png"))
     if not is_whole:
         (tmp_path / "out" / "index.json").unlink()
-    build(tmp_path, images, line(image="a.png"))  # the same
-    (images / "a.png").write_bytes((images / "a.png").read_bytes())
-    with pytest.raises(ValueError, match=r"an image is newer than out-000000\.tar, .*; remove the folder"):
+    copied = shutil.copytree(images, tmp_path / "copied")
+    build(tmp_path, copied, line(image="a.png"))  # the same
+    time = (images / "a.png").stat().st_mtime_ns + change_s * 10**9
+    os.utime(images / "a.png", ns=(time, time))
+    with pytest.raises(ValueError, match="already holds a set of other annotations, images or settings"):
         build(tmp_path, images, line(image="a.png"))
+
+
+def test_a_set_of_an_earlier_version_is_kept_without_the_times_of_its_images(tmp_path, images):
+    build(tmp_path, images, line(image="a.png"))
+    plan = json.loads((tmp_path / "out" / "build.json").read_text())
+    assert plan.pop("times")
+    (tmp_path / "out" / "build.json").write_text(json.dumps(plan))
+    before = contents(tmp_path / "out")
+    build(tmp_path, images, line(image="a.png"))
+    assert contents(tmp_path / "out") == before
 
 
 def test_a_meta_file_of_internvl_is_named_as_such(tmp_path, images):

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from tests.support.hostile import keys_or_kinds, member
 from tests.support.tiny import record
-from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.index import INDEX_NAME, side_index_path
 from vico_pl.data.shards.inspect import find_faults
@@ -81,15 +80,6 @@ def test_places_equal_counting_whatever_the_sizes_of_shards(sizes):
         assert [index.place(sample) for sample in range(sum(sizes))] == places
         reader = RecordReader(index)
         assert [reader(sample).key for sample in range(sum(sizes))] == [f"{s}-{p}" for s, p in places]
-
-
-def test_the_same_records_give_the_same_bytes(tmp_path):
-    config = GlyphsConfig(max_tiles=2)
-    for name in ("a", "b"):
-        write_shard(tmp_path / name / "x.tar", draw_records(config, seed=1, start=0, count=3))
-        write_index(tmp_path / name)
-    for name in ("x.tar", "x.idx", INDEX_NAME):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_shard_is_written_whole_or_not_at_all(tmp_path):

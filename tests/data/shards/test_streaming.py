@@ -1,7 +1,6 @@
 """Sets that are fetched or unpacked before they are read: the same samples as from plain tars of a folder."""
 
 import gzip
-import multiprocessing
 import pickle
 import shutil
 from pathlib import Path
@@ -239,21 +238,6 @@ def test_a_reader_travels_to_other_processes_after_it_was_used(folder, server, s
         reader = RecordReader(read_index(source, streaming=streaming))
         reader(5)
         assert pickle.loads(pickle.dumps(reader))(6).key == KEYS[6]
-
-
-def _read_in_child(index, queue):
-    queue.put(keys(index))
-
-
-def test_a_forked_process_reads_what_its_parent_opened(server, streaming):
-    index = read_index(server.url, streaming=streaming)
-    RecordReader(index)(0)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_read_in_child, args=(index, queue))
-    child.start()
-    assert queue.get(timeout=60) == KEYS
-    child.join()
 
 
 def test_no_more_than_so_many_shards_are_open(folder, monkeypatch):

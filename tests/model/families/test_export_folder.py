@@ -16,7 +16,7 @@ from tests.support.released import (
 )
 from tests.support.tiny import tiny_model, tiny_spec
 from vico_pl.files import read_json
-from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, write_tensors
+from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
 from vico_pl.model.families.folder import LAYOUTS, export, load_model, open_folder, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the folder will have no remote code")
@@ -235,16 +235,6 @@ def test_an_export_of_a_router_without_threshold_is_warned_of(tmp_path, ours):
     (ours / CALIBRATION_NAME).unlink()
     with pytest.warns(UserWarning, match="its router has no threshold, .* run 'vico calibrate' first"):
         export(ours, tmp_path / "out", layout="ours")
-
-
-def test_shards_are_put_together(tmp_path, flash):
-    tensors = folder_tensors(flash)
-    write_tensors(tensors, flash, max_bytes=sum(tensor.nbytes for tensor in tensors.values()) // 2)
-    assert len(list(flash.glob("*.safetensors"))) > 1
-    export(flash, tmp_path / "out", layout="flash")
-    written = folder_tensors(tmp_path / "out")
-    assert written.keys() == tensors.keys()
-    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
 def test_a_server_is_reported_the_class_of_the_language_model(tmp_path):

@@ -1,6 +1,7 @@
 """A folder written before families and routers had names, in November 2026, is read like a new one."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,11 +41,20 @@ def test_an_old_folder_is_written_again_with_marks_for_transformers(tmp_path):
     save_model(load_model(FOLDER, dtype=None), tmp_path / "saved", processing=processing)
     export(FOLDER, tmp_path / "exported", layout="ours")
     marks = {"model_type": "vico_pl", "transformers_version": transformers.__version__}
+    marks["tokenizer"] = {"model_type": ""}
     for folder in ("saved", "exported"):
         for name in (PROCESSING_NAME, "model.safetensors"):
             assert (tmp_path / folder / name).read_bytes() == (FOLDER / name).read_bytes(), name
         config = json.loads((tmp_path / folder / CONFIG_NAME).read_text())
         assert config == json.loads((FOLDER / CONFIG_NAME).read_text()) | marks
+
+
+def test_transformers_opens_a_tokenizer_of_ours_without_a_word(tmp_path, tokenizer, caplog, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    save_model(tiny_model(), tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
+    assert caplog.messages == []
 
 
 class MeanRouter(nn.Module):

@@ -86,7 +86,7 @@ def build_from_annotations(
         _refuse_meta_file(path)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
-    lines, faults, checksum, newest = _usable_lines(annotations, images)
+    lines, faults, checksum, times = _usable_lines(annotations, images)
     if not lines:
         first = faults[0].reason if faults else "empty"
         raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
@@ -94,7 +94,7 @@ def build_from_annotations(
     parts = _cut(lines, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"annotations": [path.name for path in annotations], "content": checksum}
     records = partial(_records, images=images)
-    return build_set(output, records, parts, settings=settings, newest=newest, workers=workers), faults
+    return build_set(output, records, parts, settings=settings, times=times, workers=workers), faults
 
 
 def build_set(
@@ -103,25 +103,21 @@ def build_set(
     parts: Sequence[Part],
     *,
     settings: Mapping[str, Any],
-    newest: int = 0,
+    times: str | None = None,
     workers: int | None = None,
 ) -> ShardIndex:
     """Write `records(part)` as a shard for each part; shards that are already whole are kept.
 
-    `settings` say what else the records depend on; no file that they are read from may have changed, last at
-    `newest` (ns), after a shard was written. The bytes do not depend on the number of `workers`.
+    `settings` say what else the records depend on, and `times` is a checksum of when the files changed that
+    they are read from. The bytes do not depend on the number of `workers`.
 
     Raises:
         ValueError: the folder already holds a set, or a part of one, that was asked for otherwise.
     """
     plan = {"version": 1, "settings": dict(settings), "num_samples": [len(part) for part in parts]}
     plan["sha256"] = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    is_whole = _is_whole(folder, plan)
-    for tar in folder.glob("*.tar"):
-        if tar.stat().st_mtime_ns < newest:
-            changed = f"an image is newer than {tar.name}, which may hold what it was before"
-            raise ValueError(f"{folder}: {changed}; remove the folder or choose another")
-    if is_whole:
+    plan |= {} if times is None else {"times": times}
+    if _is_whole(folder, plan):
         return read_index(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.partial"):  # of a process that was killed
@@ -148,9 +144,10 @@ def _is_whole(folder: Path, plan: dict[str, Any]) -> bool:
     """Return whether a folder holds the set of a plan; another one, or a part of another, is refused."""
     is_whole, path, fault = (folder / INDEX_NAME).exists(), folder / PLAN_NAME, ""
     if path.exists():
-        if _read_json(path) != plan:
+        # Earlier versions stored no times.
+        if _read_json(path) not in (plan, {key: plan[key] for key in plan if key != "times"}):
             state = "already holds" if is_whole else "already holds a part of"
-            fault = f"{state} a set of other annotations or settings, or {PLAN_NAME} is damaged"
+            fault = f"{state} a set of other annotations, images or settings, or {PLAN_NAME} is damaged"
     elif is_whole:
         found, expected = read_index(folder).num_samples, sum(plan["num_samples"])
         if found != expected:
@@ -183,11 +180,14 @@ def _cut(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> l
     return parts
 
 
-def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, int]:
-    """Return usable and bad records, a checksum of texts, image names and sizes, the last change in ns."""
+def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, str]:
+    """Return usable and bad records, a checksum of texts, image names and sizes, one of the images' times.
+
+    A time, of the last change, counts in whole seconds: an archive keeps no more of it.
+    """
     lines: list[Line] = []
     faults: list[BadRecord] = []
-    digest, newest = hashlib.sha256(), 0
+    digest, times = hashlib.sha256(), hashlib.sha256()
     found = ((path, *item) for path in paths for item in _pieces(path))
     for path, name, place, content in tqdm(found, desc="read annotations", unit="record", disable=None):
         try:
@@ -197,14 +197,14 @@ def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list
             continue
         on_disk = [file for file in files if isinstance(file, Path)]
         changed = on_disk if isinstance(content, bytes) else [path]
-        newest = max([newest, *(file.stat().st_mtime_ns for file in changed)])
+        times.update(json.dumps([int(file.stat().st_mtime) for file in changed]).encode())
         sizes = [file.stat().st_size if isinstance(file, Path) else len(file) for file in files]
         text = _annotation(entry)
         source = content if isinstance(content, bytes) else text
         digest.update(source + json.dumps([*(file.name for file in on_disk), *sizes]).encode())
         num_bytes = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in (*sizes, len(text)))
         lines.append(Line(len(lines), path, place[0], place[1], num_bytes))
-    return lines, faults, digest.hexdigest(), newest
+    return lines, faults, digest.hexdigest(), times.hexdigest()
 
 
 def _refuse_meta_file(path: Path) -> None:

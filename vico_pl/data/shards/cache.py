@@ -59,13 +59,16 @@ class StreamingConfig:
 DEFAULT_STREAMING = StreamingConfig()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ShardCache:
     """A folder of fetched shards, shared by the processes of a machine and by all sets."""
 
-    folder: Path
-    max_gib: float  # of all shards in it
-    max_shard_bytes: int  # of one, as fetched and uncompressed
+    config: StreamingConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards of all sets are."""
+        return Path(self.config.cache_dir or CACHE / "shards").expanduser()
 
     def open(
         self,
@@ -101,7 +104,7 @@ class ShardCache:
         self, location: str, path: Path, entry: ShardEntry | None, check: Callable[[Path], object]
     ) -> int:
         """Fetch a shard; the descriptor is opened before other processes see the file and may remove it."""
-        shown, limit = without_secrets(location), self.max_shard_bytes
+        shown, limit = without_secrets(location), int(self.config.max_shard_gib * 2**30)
         with atomic_path(path) as temporary:
             with open_location(location) as stream, temporary.open("wb") as file:
                 received = _copy(stream, file, limit, shown)
@@ -123,20 +126,13 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
-        excess = sum(size for _, size, _ in files) - self.max_gib * 2**30
+        excess = sum(size for _, size, _ in files) - self.config.cache_gib * 2**30
         for _, size, path in sorted(files):
             if excess <= 0:
                 return
             if path != newest:
                 path.unlink(missing_ok=True)
                 excess -= size
-
-
-def build_cache(config: StreamingConfig) -> ShardCache:
-    """Return the configured cache."""
-    folder = Path(config.cache_dir or CACHE / "shards").expanduser()
-    limit = int(config.max_shard_gib * 2**30)
-    return ShardCache(folder=folder, max_gib=config.cache_gib, max_shard_bytes=limit)
 
 
 def fetch_bytes(location: str) -> bytes | None:

@@ -18,7 +18,7 @@ from typing import Any
 import webdataset as wds
 from tqdm import tqdm
 
-from vico_pl.data.shards.cache import DEFAULT_STREAMING, StreamingConfig, build_cache, fetch_bytes
+from vico_pl.data.shards.cache import DEFAULT_STREAMING, ShardCache, StreamingConfig, fetch_bytes
 from vico_pl.data.shards.index import (
     INDEX_NAME,
     PLAN_NAME,
@@ -97,7 +97,7 @@ def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREA
         ValueError: it is absent or empty, its index is damaged, or a shard that is not counted cannot be
             opened.
     """
-    found, cache = parse_source(str(source), allow_pipe=streaming.allow_pipe), build_cache(streaming)
+    found, cache = parse_source(str(source), allow_pipe=streaming.allow_pipe), ShardCache(streaming)
     known = {entry.name: entry for entry in _read_entries(found, streaming)}
     names = found.names or list(known) or list_shards(Path(found.base))
     shards = [Shard(source=found, name=name, cache=cache, entry=known.get(name)) for name in names]
@@ -122,7 +122,7 @@ def write_index(
 
 
 def _index_folder(source: Source, streaming: StreamingConfig, workers: int | None = None) -> None:
-    folder, cache = Path(source.base), build_cache(streaming)
+    folder, cache = Path(source.base), ShardCache(streaming)
     shards = [Shard(source=source, name=name, cache=cache, entry=None) for name in list_shards(folder)]
     workers = workers or worth_processes([shard.original for shard in shards])
     entries = run_parallel(Shard.index, shards, workers=workers, title=f"index of {folder}")

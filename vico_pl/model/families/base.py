@@ -35,7 +35,14 @@ CONFIG_NAME = "config.json"
 PROCESSING_NAME = "processing.json"  # tiling and chat settings
 CALIBRATION_NAME = "calibration.json"  # routing threshold, and the curve it was chosen from
 FORMAT = "vico_pl"
-MARKS = ("format", "model_type", "transformers_version")  # of a config.json of ours, read by transformers
+# What transformers reads of a config.json of ours. Opening the tokenizer, it warns of a model_type that it
+# does not know, unless a part of the configuration has an empty one.
+MARKS: dict[str, Any] = {
+    "format": FORMAT,
+    "model_type": FORMAT,
+    "transformers_version": transformers.__version__,
+    "tokenizer": {"model_type": ""},
+}
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -98,6 +105,11 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, *, max_bytes: int
         written.add(INDEX_NAME)
     for old in {path.name for path in folder.glob("model*.safetensors*")} - written:
         (folder / old).unlink()  # of a model that was here before
+
+
+def name_dtypes(tensors: Iterable[Tensor]) -> str:
+    """Return the types of tensors: `bfloat16`, or `bfloat16, float32` if the router is in float32."""
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -227,7 +239,7 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
     spec = asdict(contents.spec)
     if spec["router"] == DEFAULT_ROUTER:
         del spec["router"]  # so that a folder has the same bytes as one written before there was a choice
-    return {"format": FORMAT, "model_type": FORMAT, "transformers_version": transformers.__version__, **spec}
+    return {**MARKS, **spec}
 
 
 OURS = Family(

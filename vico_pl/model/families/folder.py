@@ -27,6 +27,7 @@ from vico_pl.model.families.base import (
     FolderContents,
     Json,
     StoredTensors,
+    name_dtypes,
     routing_rule,
     write_tensors,
 )
@@ -178,6 +179,7 @@ def export(
     kept = own_tensors(_build(source, contents.spec, device="meta"))
     state = folder.family.to_own(folder.tensors, kept, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
+    _check_calibration(folder.path / CALIBRATION_NAME, contents, name_dtypes(state.values()))
     write_tensors(target.to_stored(state), output)
     for file in files:
         shutil.copyfile(file, output / file.name)
@@ -226,6 +228,16 @@ def _calibrated(path: Path) -> RoutingRule | None:
         return None
     content = read_json(path)
     return routing_rule(path, content.get("threshold"), content.get("relative_threshold"))
+
+
+def _check_calibration(file: Path, contents: FolderContents, written: str) -> None:
+    """Warn of a threshold chosen from scores of another type than the weights that are written."""
+    made_in = read_json(file).get("dtype", written) if file.is_file() else written
+    if contents.rule is not None and made_in != written:
+        differs = f"{file}: the threshold was chosen with weights of {made_in}, this export has {written}"
+        warnings.warn(
+            f"{differs}, which may route some tiles otherwise; calibrate with --dtype", stacklevel=3
+        )
 
 
 def _stored_type(folder: Path, config: Json) -> torch.dtype:

@@ -4,6 +4,7 @@ transformers stores it as `language_model.model.*`, `vision_tower.*`, `multi_mod
 and the names of its modules alike (`model.language_model.*`, `lm_head.weight`); so do we.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -14,10 +15,32 @@ from vico_pl.model.families import official
 from vico_pl.model.families.base import CONFIG_NAME, Family, FolderContents, Json
 from vico_pl.model.vision import IMAGENET_MEAN, IMAGENET_STD
 from vico_pl.model.vlm import ModelSpec
+from vico_pl.tokens import IMAGE_END, IMAGE_START, PLACEHOLDER, TURN_END, TURN_START
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
 PROCESSOR_NAME = "preprocessor_config.json"
+TOKENIZER_NAME = "tokenizer_config.json"
 WHOLE_PROCESSOR_NAME = "processor_config.json"  # transformers 5 keeps the image processor in here
+TEMPLATE_NAME = "chat_template.jinja"
+# Names by which transformers' processor asks for tokens. It wants one for videos, too, and refuses prompts
+# that have it without a video: so it is one that no prompt may have.
+TOKEN_NAMES = {
+    "start_image_token": IMAGE_START,
+    "end_image_token": IMAGE_END,
+    "context_image_token": PLACEHOLDER,
+    "video_token": IMAGE_START,
+}
+# Our chat format; an image stands before a line break, as in our data.
+CHAT_TEMPLATE = (
+    "{%% if %(system)s is not none and messages[0]['role'] != 'system' %%}"
+    "%(start)ssystem\n{{ %(system)s }}%(end)s\n{%% endif %%}"
+    "{%% for message in messages %%}%(start)s{{ message['role'] }}\n"
+    "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
+    "{%% for part in message['content'] %%}"
+    "{%% if part['type'] == 'image' %%}%(image)s\n{%% else %%}{{ part['text'] }}{%% endif %%}"
+    "{%% endfor %%}{%% endif %%}%(end)s\n{%% endfor %%}"
+    "{%% if add_generation_prompt %%}%(start)sassistant\n{%% endif %%}"
+)
 RENAMES = {  # our names -> stored names
     "vision.tower.": "vision_tower.",
     "connectors.by_ratio.4.mlp.0.": "multi_modal_projector.layer_norm.",
@@ -91,13 +114,15 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
     spec, tiling = contents.spec, (contents.processing or {}).get("tiling", {})
     side, patch = spec.vision["image_size"], spec.vision["patch_size"]
     write_json(_processor(tiling, side), folder / PROCESSOR_NAME, indent=2)
-    tied = spec.language.get("tie_word_embeddings", False)
+    tied, num_tokens = spec.language.get("tie_word_embeddings", False), (side // patch // 2) ** 2
+    if not (folder / WHOLE_PROCESSOR_NAME).exists():  # none of a template
+        _complete_processor(folder, num_tokens, (contents.processing or {}).get("chat", {}).get("system"))
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "internvl",
         "downsample_ratio": 0.5,
         "image_token_id": spec.placeholder_id,
-        "image_seq_length": (side // patch // 2) ** 2,
+        "image_seq_length": num_tokens,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
@@ -107,6 +132,18 @@ def _write(folder: Path, contents: FolderContents, dtype: str) -> Json:
         "text_config": official.for_both_generations({**spec.language, "tie_word_embeddings": tied}, dtype),
         "vision_config": {**spec.vision, "image_size": [side] * 2, "patch_size": [patch] * 2},
     }
+
+
+def _complete_processor(folder: Path, num_tokens: int, system: str | None) -> None:
+    """Write what AutoProcessor needs besides the image processor: vision tokens, names of tokens, chat."""
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": num_tokens}
+    write_json(processor, folder / WHOLE_PROCESSOR_NAME, indent=2)
+    tokenizer = read_json(folder / TOKENIZER_NAME)
+    write_json(TOKEN_NAMES | tokenizer, folder / TOKENIZER_NAME, indent=2)
+    # Jinja reads a string as Python does, not as JSON: no surrogate pairs.
+    literal = "none" if system is None else json.dumps(system, ensure_ascii=False)
+    marks = {"start": TURN_START, "end": TURN_END, "image": PLACEHOLDER, "system": literal}
+    (folder / TEMPLATE_NAME).write_text(CHAT_TEMPLATE % marks, encoding="utf-8")
 
 
 def _processor(tiling: Json, side: int) -> Json:
