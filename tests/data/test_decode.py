@@ -8,7 +8,6 @@ import torch
 from tests.support.tiny import encoded_image, record
 from vico_pl.data.decode import decode_record, with_caption
 from vico_pl.data.module import apply
-from vico_pl.errors import RecordError
 from vico_pl.types import Turn
 
 
