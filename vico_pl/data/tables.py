@@ -3,6 +3,7 @@
 import base64
 import csv
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +12,6 @@ from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.errors import RecordError
 
 Row = dict[str, Any]  # column -> value
-_ROWS_AT_ONCE = 16  # of parquet: rows with images may have megabytes
 _MAX_FIELD = 2**28  # bytes of a TSV field: an image of 128 MiB as base64, and room for a few
 _CAULDRON = (("human", "user"), ("gpt", "assistant"))  # role: field
 _MAX_REFERENCE = 64  # letters: where an image would be, VLMEvalKit writes the index of a row that has it
@@ -23,25 +23,31 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         ValueError: the file is damaged, or pyarrow is not installed.
     """
+    if path.suffix == ".parquet":
+        for group in range(num_row_groups(path)):
+            yield from read_row_group(path, group)
+        return
     try:
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _tsv_rows(path)
-    except (ValueError, OSError, csv.Error) as error:
-        raise ValueError(f"{path}: not readable as {path.suffix[1:]} ({error})") from error
+        yield from _tsv_rows(path)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable as tsv ({error})") from error
 
 
-def read_row_group(path: Path, number: int) -> list[Row] | None:
-    """Return the rows of one group of a parquet file; None: it has no more.
+def read_row_group(path: Path, number: int) -> list[Row]:
+    """Return the rows of a group of a parquet file.
 
     Raises:
         ValueError: the file is damaged, or pyarrow is not installed.
     """
-    try:
-        with _open_parquet(path) as file:
-            if number < file.num_row_groups:
-                return file.read_row_group(number, use_threads=False).to_pylist()
-            return None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not readable as parquet ({error})") from error
+    with _parquet(path) as file:
+        rows: list[Row] = file.read_row_group(number, use_threads=False).to_pylist()
+    return rows
+
+
+def num_row_groups(path: Path) -> int:
+    """Count the row groups of a parquet file; raises as `read_row_group`."""
+    with _parquet(path) as file:
+        return int(file.num_row_groups)
 
 
 def image_content(value: Any) -> bytes | None:
@@ -88,17 +94,15 @@ def conversation_of(row: Row) -> tuple[dict[str, Any], list[bytes]]:
     return entry | ({"source": source} if source else {}) | {"conversations": conversations}, images
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    with _open_parquet(path) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            yield from batch.to_pylist()
-
-
-def _open_parquet(path: Path) -> Any:
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
     try:
-        return import_module("pyarrow.parquet").ParquetFile(path)
+        with import_module("pyarrow.parquet").ParquetFile(path) as file:
+            yield file
     except ImportError as error:
-        raise ValueError("it needs pyarrow: pip install 'vico_pl[parquet]'") from error
+        raise ValueError(f"{path}: parquet needs pyarrow: pip install 'vico_pl[parquet]'") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as parquet ({error})") from error
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
