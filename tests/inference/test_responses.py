@@ -148,9 +148,9 @@ def test_an_answer_with_an_image_mark_is_a_bad_record(predictor, source, tmp_pat
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"max_new_tokens": 5}, "already holds a set of other annotations or settings"),
-        ({"prompt": "Why?"}, "already holds a set of other annotations or settings"),
-        ({"temperature": 0.5}, "already holds a set of other annotations or settings"),
+        ({"max_new_tokens": 5}, "already holds a set of other annotations, images or settings"),
+        ({"prompt": "Why?"}, "already holds a set of other annotations, images or settings"),
+        ({"temperature": 0.5}, "already holds a set of other annotations, images or settings"),
         ({"topp": 0.5}, "'topp' is no option of generation; did you mean 'top_p'?"),
     ],
 )
