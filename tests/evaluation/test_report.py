@@ -7,11 +7,7 @@ import pytest
 from vico_pl.evaluation.answering import EvalQuestion, Result
 from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.questions import Measure
-from vico_pl.evaluation.report import (
-    ARMS,
-    format_table,
-    write_html,
-)
+from vico_pl.evaluation.report import ARMS, format_table, write_html
 
 NASTY = "<script>alert('x')</script> & \"co\""
 
@@ -187,6 +183,6 @@ def test_table_has_aligned_columns_in_the_order_of_arms(report):
     arms = [re.split(r" {2,}", line)[0] for line in lines[1:]]
     assert arms == [style.label for arm, style in ARMS.items() if arm in report["arms"]]
     assert re.split(r" {2,}", lines[2])[1:] == [
-        *("44.1 %", "31.9", *["97.4 %"] * 5, "96.4 to 98.4", "99.4 %", "6.2 ms", "5,440", "0.0123"),
+        *("44.1 %", "31.9", *["97.4 %"] * 5, "96.4 to 98.4", "99.4 %", "6.2 ms", "5,440", "0.0123")
     ]
     assert len({len(line) for line in lines}) == 1
