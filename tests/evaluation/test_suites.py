@@ -414,15 +414,12 @@ def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(tmp_path, name, files
         pytest.importorskip("pyarrow")
     for file, content in files.items():
         (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match="absent: no such folder; expected one with the files of ai2d"):
+        read_suite("ai2d", tmp_path / "absent")
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared below
         list(read_suite(name, tmp_path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_an_absent_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match="absent: no such folder; expected one with the files of ai2d"):
-        read_suite("ai2d", tmp_path / "absent")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

@@ -123,11 +123,10 @@ def evaluate(
         "reference": None if reference is None else str(reference.folder),
         "made_with": {"date": date.today().isoformat(), "command": command, **software()},
     }
-    models = {"reference": reference.model} if reference is not None else {}
-    costs = {
-        arm: _serving(found, outcomes, arm, model=models.get(arm, questions.predictor.model))
-        for arm in outcomes
-    }
+    models = dict.fromkeys(outcomes, questions.predictor.model)
+    if reference is not None:
+        models["reference"] = reference.model
+    costs = {arm: _serving(found, outcomes, arm, model=model) for arm, model in models.items()}
     curves = {setting: found.outcomes[setting] for setting in pareto}
     examples = sorted(found.examples, key=lambda example: -example.loss)[:num_examples]
     return {**report, **_figures(found.asked, outcomes, costs, curves, seed=seed)}, examples
