@@ -173,7 +173,7 @@ def eval_(
     metric: Metric = None,
     arm: Annotated[
         list[str] | None,
-        Option(help="Arm to evaluate next to full tokens; repeatable. Default: all, with curves."),
+        Option(help="Arm next to full tokens; repeatable. Default: all but fastv, average_pooling."),
     ] = None,
     reference: Annotated[
         str | None, Option(help="Further model, asked at full tokens: retention is relative to it.")

@@ -6,13 +6,7 @@ import torch
 from tests.support.folders import router_probabilities, write_model_folder, write_set
 from tests.support.tiny import encoded_image
 from vico_pl.data.shards.reader import RecordReader, read_index
-from vico_pl.evaluation.calibrate import (
-    GROUP_SLACK,
-    CalibrationPoint,
-    calibrate,
-    choose_point,
-    measure_curve,
-)
+from vico_pl.evaluation.calibrate import GROUP_SLACK, CalibrationPoint, calibrate, choose_point, measure_curve
 from vico_pl.evaluation.evaluate import evaluate
 from vico_pl.evaluation.questions import Measure, open_questions
 from vico_pl.files import write_json

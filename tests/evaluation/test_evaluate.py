@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from tests.support.folders import write_model_folder, write_set
-from tests.support.tiny import encoded_image
+from tests.support.tiny import encoded_image, tiny_spec
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.evaluation import questions
 from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
 from vico_pl.evaluation.questions import Measure, open_questions
+from vico_pl.evaluation.untrained import fastv_answers
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import NEVER, RoutingRule
 
@@ -49,6 +50,8 @@ def test_the_report_is_plain_json_with_the_keys_of_the_contract(report, model_fo
             "retention",
             "retention_ci",
             "first_token_ms",
+            "prefill_gflops",
+            "kv_cache_mib",
         }
         for name in ("accuracy", "retention"):
             assert arm[name].keys() == arm[f"{name}_ci"].keys() == COLUMNS
@@ -241,6 +244,56 @@ def test_arms_can_be_chosen_and_keep_their_figures(predictor, answered, report):
     assert found["pareto"] == []
     for arm, figures in without_times(found)["arms"].items():
         assert figures == without_times(report)["arms"][arm]
+
+
+def test_costs_are_those_of_the_prompts_at_the_tokens_of_the_arm(predictor, answered, tmp_path):
+    """By hand: 2 layers of 7680 weights, 2 heads of 16 per pair, one key-value head of 16 in float32."""
+    folder = write_set(tmp_path / "one", first_records(answered, 1))
+    found, _ = evaluate(open_questions(predictor, folder), seed=0, arms=["all_compressed"])
+    (sample,) = predictor.samples(folder)
+    prompts = [predictor.encode_prompt(sample, turn.text).input_ids for turn in sample.turns[::2]]
+    for arm, of_tile in (("full", 4), ("all_compressed", 1)):
+        lengths = [len(ids) + (of_tile - 1) * len(sample.tiles) for ids in prompts]
+        flops = [2 * (2 * 7680 * n + 2 * 2 * 32 * n * (n + 1) / 2) for n in lengths]
+        head = 2 * 32 * len(predictor.tokenizer)
+        cost, count = found["arms"][arm], len(prompts)
+        assert cost["prefill_gflops"] == pytest.approx(sum(flops) / count / 1e9 + head / 1e9, abs=1e-6)
+        assert cost["kv_cache_mib"] == pytest.approx(2 * 2 * 16 * 4 * sum(lengths) / count / 2**20, abs=1e-6)
+
+
+def test_untrained_arms_are_evaluated_when_named_at_the_budget_of_the_router(
+    predictor, answered, report, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        "vico_pl.evaluation.baselines.fastv_answers",
+        lambda *given, **settings: asked.append(settings) or fastv_answers(*given, **settings),
+    )
+    arms = ["fastv", "average_pooling"]
+    found, _ = evaluate(open_questions(predictor, answered), seed=0, arms=arms)
+    arms = found["arms"]
+    assert arms.keys() == {"full", "router", "average_pooling", "fastv"}
+    fraction = arms["router"]["token_fraction"]
+    assert arms["average_pooling"]["token_fraction"] == fraction
+    assert arms["fastv"]["token_fraction"] == pytest.approx(fraction, abs=0.02)
+    assert {round(settings["keep_fraction"], 5) for settings in asked} == {fraction}
+    costs = {arm: figures["prefill_gflops"] for arm, figures in arms.items()}
+    assert costs["average_pooling"] == costs["router"] < costs["full"]
+    assert costs["fastv"] == costs["full"], "both layers of this model see all tokens"
+    assert arms["fastv"]["accuracy"]["overall"] == 1, "so that it answers as at full tokens"
+    assert arms["average_pooling"]["accuracy"]["overall"] not in (0, 1, arms["router"]["accuracy"]["overall"])
+    assert arms["router"]["accuracy"] == report["arms"]["router"]["accuracy"]
+
+
+def test_untrained_arms_that_cannot_run_are_refused(predictor, answered, tmp_path):
+    gpt2 = {**tiny_spec().language, "model_type": "gpt2", "vocab_size": len(predictor.tokenizer)}
+    other = Predictor.load(write_model_folder(tmp_path / "gpt2", language=gpt2))
+    with pytest.raises(ValueError, match="the language model is gpt2; FastV needs one of llama"):
+        evaluate(open_questions(other, answered), seed=0, arms=["fastv"])
+    records = [(key, {**files, "json": without_skills(files["json"])}) for key, files in records_of(answered)]
+    plain = open_questions(predictor, write_set(tmp_path / "plain", records))
+    with pytest.raises(ValueError, match=r"plain: arm 'average_pooling' needs answers to score; .*--metric"):
+        evaluate(plain, seed=0, arms=["average_pooling"])
 
 
 def test_a_model_without_router_or_calibration_is_evaluated_too(predictor, answered, tmp_path):

@@ -7,11 +7,7 @@ import pytest
 from vico_pl.evaluation.answering import EvalQuestion, Result
 from vico_pl.evaluation.evaluate import RoutedExample
 from vico_pl.evaluation.questions import Measure
-from vico_pl.evaluation.report import (
-    ARMS,
-    format_table,
-    write_html,
-)
+from vico_pl.evaluation.report import ARMS, format_table, write_html
 
 NASTY = "<script>alert('x')</script> & \"co\""
 
@@ -28,6 +24,8 @@ def arm(fraction, accuracy, *, retention, half_width=0.01):
         "retention": kept,
         "retention_ci": {k: [v - half_width, v + half_width] for k, v in kept.items()},
         "first_token_ms": 6.25,
+        "prefill_gflops": 12345 * fraction,
+        "kv_cache_mib": 0.01234,
     }
 
 
@@ -92,7 +90,8 @@ def test_page_opens_with_the_headline_and_names_everything(report, tmp_path):
     made_with = ["2000 resamples", "2026-11-25", "vico eval it --seed 3", "torch 2.15", Measure.SCORES]
     assert all(text in page for text in [*arms, *run, *made_with])
     assert "96.4 to 98.4" in page  # interval of the router's accuracy
-    assert "6.2 ms" in page
+    assert "<td>6.2 ms</td><td>5,440</td><td>0.0123</td>" in page
+    assert "<th>first token</th><th>prefill GFLOPs</th><th>KV cache MiB</th>" in page
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert sources
     assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources), "self-contained"
@@ -150,7 +149,7 @@ def test_one_group_is_its_own_mean_and_many_are_left_to_the_page(report, tmp_pat
         for table in ("accuracy", "accuracy_ci", "retention", "retention_ci"):
             value = entry[table]["ocr"]
             entry[table] = {**{f"group {i}": value for i in range(groups)}, "mean": value, "overall": value}
-    columns = re.split(r" {2,}", format_table(report).splitlines()[0])[3:-3]
+    columns = re.split(r" {2,}", format_table(report).splitlines()[0])[3:-5]
     assert columns == (["mean"] if groups == 1 else ["mean", "overall"])
     page = write(report, tmp_path)
     assert ("<th>group 0</th>" in page) == (groups > 1)
@@ -178,11 +177,12 @@ def test_left_out_records_and_the_measure_are_named_below_the_table(report, tmp_
 def test_table_has_aligned_columns_in_the_order_of_arms(report):
     *lines, measure = format_table(report).splitlines()
     assert measure == "Accuracy: scores of the answers."
-    header = "arm,tokens,per image,perception,reasoning,ocr,mean,overall,95 % interval,retention,first token"
-    assert re.split(r" {2,}", lines[0]) == header.split(",")
+    header = "arm,tokens,per image,perception,reasoning,ocr,mean,overall,95 % interval,retention"
+    costs = ["first token", "prefill GFLOPs", "KV cache MiB"]
+    assert re.split(r" {2,}", lines[0]) == [*header.split(","), *costs]
     arms = [re.split(r" {2,}", line)[0] for line in lines[1:]]
     assert arms == [style.label for arm, style in ARMS.items() if arm in report["arms"]]
     assert re.split(r" {2,}", lines[2])[1:] == [
-        *("44.1 %", "31.9", *["97.4 %"] * 5, "96.4 to 98.4", "99.4 %", "6.2 ms"),
+        *("44.1 %", "31.9", *["97.4 %"] * 5, "96.4 to 98.4", "99.4 %", "6.2 ms", "5,440", "0.0123")
     ]
     assert len({len(line) for line in lines}) == 1

@@ -41,7 +41,7 @@ HUB = {
             {"questionId": "#", "question": "How many?", "image": "@1", "answers": ["40%"]},
             ("<image>\nHow many?" + SHORT, [1], ("40%",), "anls", "infovqa"),
             ("40", 2 / 3),
-        ),
+        )
     ],
     "chartqa": [
         (
@@ -60,7 +60,7 @@ HUB = {
             {"question_id": "#", "question": "Brand?", "image": "@1", "answers": TEN, "set_name": "val"},
             ("<image>\nBrand?" + SHORT, [1], tuple(TEN), "vqa", "textvqa"),
             ("Coca-Cola", 0.6),
-        ),
+        )
     ],
     "ocrbench": [
         (
@@ -103,15 +103,9 @@ HUB = {
         (
             {"index": "#", "question": "Sky?\nOptions: A: blue, B: red", "image": "@1", "answer": "A"}
             | {"category": "coarse perception", "l2_category": "image style"},
-            (
-                "<image>\nSky?\nOptions: A: blue, B: red" + LETTER,
-                [1],
-                ("A",),
-                "choice",
-                "coarse perception",
-            ),
+            ("<image>\nSky?\nOptions: A: blue, B: red" + LETTER, [1], ("A",), "choice", "coarse perception"),
             ("A: blue", 1),
-        ),
+        )
     ],
     "mmmu": [
         (
@@ -155,13 +149,7 @@ HUB = {
             | {"choices": None, "precision": 1.0, "answer_type": "float", "question_type": "free_form"}
             | {"image": "images/#.jpg", "decoded_image": "@1"}
             | {"metadata": {"split": "testmini", "task": "geometry problem solving"}},
-            (
-                "<image>\nHint: float\nQuestion: Length?",
-                [1],
-                ("1.5",),
-                "number",
-                "geometry problem solving",
-            ),
+            ("<image>\nHint: float\nQuestion: Length?", [1], ("1.5",), "number", "geometry problem solving"),
             ("1.46", 1),
         ),
     ],
@@ -173,35 +161,35 @@ TSV = {
             {"index": "#", "image": "@1", "question": "Who?", "answer": "['J. \"X\" Doe', 'Doe']"},
             ("<image>\nWho?" + SHORT, [1], ('J. "X" Doe', "Doe"), "anls", "docvqa"),
             ("DOE", 1),
-        ),
+        )
     ],
     "infovqa": [
         (
             {"index": "#", "image": "@1", "question": "How\tmany\nof #?", "answer": "['40%']"},
             ("<image>\nHow\tmany\nof #?" + SHORT, [1], ("40%",), "anls", "infovqa"),
             ("40 %", 3 / 4),
-        ),
+        )
     ],
     "chartqa": [
         (
             {"index": "#", "image": "@1", "question": "Bar?", "answer": "-2", "split": "test_human"},
             ("<image>\nBar?" + SHORT, [1], ("-2",), "relaxed", "human"),
             ("-2.2", 0),
-        ),
+        )
     ],
     "textvqa": [
         (
             {"index": "#", "image": "@1", "question": "Brand?", "answer": str(TEN)},
             ("<image>\nBrand?" + SHORT, [1], tuple(TEN), "vqa", "textvqa"),
             ("the coke", 1),
-        ),
+        )
     ],
     "ocrbench": [
         (
             {"index": "#", "image": "@1", "question": "Write it.", "answer": "['a b']", "category": FORMULA},
             ("<image>\nWrite it.", [1], ("a b",), "ocrbench_formula", FORMULA),
             ("A b", 0),
-        ),
+        )
     ],
     "ai2d": [
         (
@@ -209,7 +197,7 @@ TSV = {
             | {"C": "", "D": ""},
             ("<image>\nPart?\nA. leaf\nB. root" + LETTER, [1], ("A", "leaf"), "choice", "ai2d"),
             ("A leaf", 1),
-        ),
+        )
     ],
     "mmstar": [
         (
@@ -217,7 +205,7 @@ TSV = {
             | {"B": "red", "category": "math", "l2_category": "geometry"},
             ("Sky in <image>?\nA. blue\nB. red" + LETTER, [1], ("B", "red"), "choice", "math"),
             ("Blue", 0),
-        ),
+        )
     ],
     "mmmu": [
         (
@@ -238,7 +226,7 @@ TSV = {
             | {"question_type": "multi_choice", "answer_type": "text", "choices": "['3°', '5°']"},
             ("<image>\nHint: A, B\nSum?", [1], ("B", "5°"), "choice", "geometry"),
             ("5°", 1),
-        ),
+        )
     ],
 }
 
@@ -414,21 +402,9 @@ def test_a_mark_for_images_in_a_question_is_not_one_of_ours(tmp_path):
         ("docvqa", {"test-00.parquet": b""}, "or DocVQA_VAL.tsv, found test-00.parquet"),
         ("docvqa", {"a.tsv": b"", "b.tsv": b""}, "found a.tsv, b.tsv"),
         ("docvqa", {"a.tsv": b"index\tquestion\n1\tWho?\n"}, "a.tsv: no column answers or answer or label"),
-        (
-            "docvqa",
-            {"a.tsv": b"index\tquestion\n1\n"},
-            "not readable as tsv (row 2 has 1 of 2 values)",
-        ),
-        (
-            "docvqa",
-            {"a.tsv": b'index\tquestion\n1\t"Who?'},
-            "not readable as tsv (unexpected end of data",
-        ),
-        (
-            "docvqa",
-            {"a.tsv": b"index\timage\n1\t7\n"},
-            "row 2 has the image of row '7', which is not",
-        ),
+        ("docvqa", {"a.tsv": b"index\tquestion\n1\n"}, "not readable as tsv (row 2 has 1 of 2 values)"),
+        ("docvqa", {"a.tsv": b'index\tquestion\n1\t"Who?'}, "not readable as tsv (unexpected end of data"),
+        ("docvqa", {"a.tsv": b"index\timage\n1\t7\n"}, "row 2 has the image of row '7', which is not"),
         ("docvqa", {"a.tsv": b"index\tquestion\n1\t\xff\n"}, "a.tsv: not readable as tsv ('utf-8' codec"),
         ("docvqa", {"a.parquet": b"PAR1"}, "a.parquet: not readable as parquet ("),
     ],
@@ -438,15 +414,12 @@ def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(tmp_path, name, files
         pytest.importorskip("pyarrow")
     for file, content in files.items():
         (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match="absent: no such folder; expected one with the files of ai2d"):
+        read_suite("ai2d", tmp_path / "absent")
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared below
         list(read_suite(name, tmp_path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_an_absent_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match="absent: no such folder; expected one with the files of ai2d"):
-        read_suite("ai2d", tmp_path / "absent")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

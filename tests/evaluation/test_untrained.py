@@ -155,7 +155,7 @@ KEYS_AND_VALUES = 2 * 16 * 4  # bytes of a token in a layer, float32
 @torch.no_grad()
 def test_serving_cost_is_what_is_counted_and_cached():
     model, cache = tiny_model(), DynamicCache()
-    flops, num_bytes = serving_cost(model, text_tokens=3, vision_tokens=4)
+    flops, num_bytes = serving_cost(model, text_tokens=[3], vision_tokens=[4])
     assert (flops, num_bytes) == (2 * (PER_TOKEN * 7 + PER_PAIR * 28) + HEAD, 2 * KEYS_AND_VALUES * 7)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
@@ -168,10 +168,16 @@ def test_serving_cost_is_what_is_counted_and_cached():
 
 def test_serving_cost_of_fastv_has_two_layers_at_full_length():
     model = tiny_model(language={**SMALL, "num_hidden_layers": LAYERS})
-    cost = serving_cost(model, text_tokens=3, vision_tokens=4, keep_fraction=0.5)
+    cost = serving_cost(model, text_tokens=[3], vision_tokens=[4], kept_tokens=[2])
     full, kept = PER_TOKEN * 7 + PER_PAIR * 28, PER_TOKEN * 5 + PER_PAIR * 15
     assert cost == (2 * full + 2 * kept + HEAD, KEYS_AND_VALUES * (2 * 7 + 2 * 5))
     short = tiny_model()
-    assert serving_cost(short, text_tokens=3, vision_tokens=4, keep_fraction=0.5) == serving_cost(
-        short, text_tokens=3, vision_tokens=4
+    assert serving_cost(short, text_tokens=[3], vision_tokens=[4], kept_tokens=[2]) == serving_cost(
+        short, text_tokens=[3], vision_tokens=[4]
     ), "a model of two layers drops nothing"
+
+
+def test_serving_cost_is_a_mean_over_prompts():
+    flops, num_bytes = serving_cost(tiny_model(), text_tokens=[3, 1], vision_tokens=[4, 0])
+    assert flops == 2 * (PER_TOKEN * 4 + PER_PAIR * 14.5) + HEAD, "7 tokens with 28 pairs, and one token"
+    assert num_bytes == 2 * KEYS_AND_VALUES * 4

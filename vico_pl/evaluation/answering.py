@@ -78,7 +78,7 @@ def answer_group(predictor: Predictor, group: Group, choices: Sequence[Ratios]) 
     """Answer all questions of a group at each choice of ratios; the same question at the same ratios once."""
     asked = [_prompts(group, ratios) for ratios in choices]
     unique = dict.fromkeys(prompt for prompts in asked for prompt in prompts)  # in order
-    limits = [_max_new_tokens(predictor, question) for question in group.questions]
+    limits = [max_new_tokens(predictor, question) for question in group.questions]
     known: dict[_Prompt, str] = {}
     for batch in _batches(unique, group, limits, num_patches=predictor.model.vision.num_patches):
         questions = [group.questions[number] for number, _ in batch]
@@ -94,7 +94,8 @@ def answer_group(predictor: Predictor, group: Group, choices: Sequence[Ratios]) 
     return [[known[prompt] for prompt in prompts] for prompts in asked]
 
 
-def _max_new_tokens(predictor: Predictor, question: EvalQuestion) -> int:
+def max_new_tokens(predictor: Predictor, question: EvalQuestion) -> int:
+    """Return a limit that no right answer reaches."""
     if question.metric != "exact":
         return MAX_NEW_TOKENS
     lengths = [len(predictor.tokenizer.encode(text, add_special_tokens=False)) for text in question.answers]

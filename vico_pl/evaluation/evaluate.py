@@ -1,10 +1,10 @@
 """Compare the router with other ways to spend its vision tokens: the arms of `report.json`."""
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,19 +21,24 @@ from vico_pl.evaluation.answering import (
     score_answers,
 )
 from vico_pl.evaluation.baselines import (
+    AT_BUDGET,
+    Outcome,
     TileScores,
+    at_budget,
+    check_untrained,
     ranked,
     score_tiles,
-    shrunken_tilings,
+    time_first_tokens,
 )
 from vico_pl.evaluation.metrics import MEAN, mean_scores, score_tables
 from vico_pl.evaluation.questions import Measure, QuestionSet
+from vico_pl.evaluation.untrained import serving_cost
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.router import at_threshold, threshold_for, vision_tokens
+from vico_pl.model.vlm import VisionLanguageModel
 
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed
-TIMED_SAMPLES = 12
 SPOILT_PER_GROUP, EXAMPLES_PER_GROUP = 4, 2
 EXAMPLE_TILES = 4  # at least, where routing spoils nothing: fewer show little of a choice
 
@@ -43,15 +48,6 @@ class Setting(NamedTuple):
 
     scores: str  # router, random, pixel_detail or oracle
     threshold: float
-
-
-@dataclass
-class Outcome:
-    """Cost and scores of one setting."""
-
-    tokens: list[int] = field(default_factory=list)  # vision tokens of each sample
-    scores: list[float] = field(default_factory=list)  # of each question
-    first_token_ms: list[float] = field(default_factory=list)  # of some samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +70,7 @@ class Answered(NamedTuple):
     """What a pass over a set found."""
 
     asked: list[EvalQuestion]
+    text_tokens: list[int]  # of each question's prompt
     outcomes: dict[Setting, Outcome]
     reference: Outcome
     examples: list[RoutedExample]
@@ -91,23 +88,28 @@ def evaluate(
     """Evaluate arms at the router's budget; return the content of report.json and examples to show.
 
     Without a calibrated router the arms are full tokens and all tiles compressed. `arms` names those to
-    evaluate next to full tokens, without curves. `reference` is a further model, at full tokens, which
-    retention is then relative to. `command` is kept in the report.
+    evaluate next to full tokens, without curves; `average_pooling` and `fastv` are evaluated only if named.
+    `reference` is a further model, at full tokens, which retention is then relative to. `command` is kept
+    in the report.
 
     Raises:
-        ValueError: there is no such arm, nothing to evaluate on, or nothing right at full tokens.
+        ValueError: there is no such arm, the model or the set does not allow it, there is nothing to evaluate
+            on, or nothing right at full tokens.
     """
     if reference is not None and reference.tiling.tile_size != questions.predictor.tiling.tile_size:
         sizes = f"{reference.tiling.tile_size} px, of the model {questions.predictor.tiling.tile_size}"
         raise ValueError(f"{reference.folder}: its tiles are of {sizes}; expected the same")
+    check_untrained(questions, arms or ())
     scores = _score_tiles(questions, seed=seed)
     settings = _arm_settings(scores, questions.predictor, arms=arms)
     pareto = _pareto_settings(scores) if arms is None else []
     found = _answer(questions, scores, settings, pareto, reference=reference)
     outcomes = {arm: found.outcomes[setting] for arm, setting in settings.items()}
-    if "router" in settings and (arms is None or "downsample" in arms):
-        budget = sum(outcomes["router"].tokens) / sum(outcomes["full"].tokens)
-        outcomes["downsample"] = _downsample(questions, budget=budget, reference=reference)
+    if "router" in settings:
+        threshold, ratios = settings["router"].threshold, questions.predictor.model.ratios
+        routed = at_threshold(scores["router"], threshold, ratios=ratios)
+        for arm in ("downsample",) if arms is None else [arm for arm in AT_BUDGET if arm in arms]:
+            outcomes[arm] = at_budget(questions, arm, routed, outcomes, reference=reference)
     if reference is not None:
         outcomes["reference"] = found.reference
     num_records = questions.num_records
@@ -121,9 +123,13 @@ def evaluate(
         "reference": None if reference is None else str(reference.folder),
         "made_with": {"date": date.today().isoformat(), "command": command, **software()},
     }
+    models = dict.fromkeys(outcomes, questions.predictor.model)
+    if reference is not None:
+        models["reference"] = reference.model
+    costs = {arm: _serving(found, outcomes, arm, model=model) for arm, model in models.items()}
     curves = {setting: found.outcomes[setting] for setting in pareto}
     examples = sorted(found.examples, key=lambda example: -example.loss)[:num_examples]
-    return {**report, **_figures(found.asked, outcomes, curves, seed=seed)}, examples
+    return {**report, **_figures(found.asked, outcomes, costs, curves, seed=seed)}, examples
 
 
 @torch.no_grad()
@@ -157,10 +163,11 @@ def _arm_settings(
         for arm, of_set in scores.items():
             settings[arm] = Setting(arm, threshold_for(of_set, compressed_fraction=fraction))
         settings["router"] = Setting("router", threshold)
-    known = [*settings, *(["downsample"] if "router" in settings else [])]
+    known = [*settings, *(AT_BUDGET if "router" in settings else ())]
     if unknown := [arm for arm in arms or () if arm not in known]:
         raise ValueError(f"{predictor.folder}: no arm '{unknown[0]}'; this model has {', '.join(known)}")
-    return {arm: s for arm, s in settings.items() if arms is None or arm in ("full", *arms)}
+    needed = ["full", *(arms or ()), *(["router"] if {*AT_BUDGET} & {*(arms or ())} else ())]
+    return {arm: s for arm, s in settings.items() if arms is None or arm in needed}
 
 
 def _pareto_settings(scores: Mapping[str, TileScores]) -> list[Setting]:
@@ -189,7 +196,7 @@ def _answer(
     }
     tokens = {s: vision_tokens(chosen, num_patches=model.vision.num_patches) for s, chosen in choices.items()}
     outcomes = {setting: Outcome(of_setting) for setting, of_setting in tokens.items()}
-    found = Answered([], outcomes, Outcome(tokens[settings["full"]]), [])
+    found = Answered([], [], outcomes, Outcome(tokens[settings["full"]]), [])
     for group in questions.groups(title="answering"):
         chosen = {setting: ratios[group.positions] for setting, ratios in choices.items()}
         graded = questions.grade(group, [*chosen.values()], reference=reference)
@@ -198,16 +205,15 @@ def _answer(
             outcomes[setting].scores += [result.score for result in of_setting]
         if group.first == 0:
             for arm, setting in settings.items():
-                times = _time_first_tokens(
-                    questions.predictor, group, chosen[setting], routes=arm == "router"
-                )
-                outcomes[setting].first_token_ms = times
+                first_token = partial(questions.predictor.first_token, routes=arm == "router")
+                outcomes[setting].first_token_ms = time_first_tokens(first_token, group, chosen[setting])
         if reference is not None:
             _ask_reference(reference, questions.measure, group, found.reference)
         if "router" in settings:
             pair = results[settings["full"]], results[settings["router"]]
             found.examples.extend(_examples(group, chosen[settings["router"]], *pair))
         found.asked.extend(group.questions)
+        found.text_tokens.extend(_count_text(questions.predictor, group))
     return found
 
 
@@ -221,18 +227,17 @@ def _ask_reference(reference: Predictor, measure: Measure, group: Group, outcome
     else:
         outcome.scores += [1.0] * len(group.questions)
     if group.first == 0:
-        outcome.first_token_ms = _time_first_tokens(reference, group, full_tokens(group), routes=False)
+        first_token = partial(reference.first_token, routes=False)
+        outcome.first_token_ms = time_first_tokens(first_token, group, full_tokens(group))
 
 
-def _time_first_tokens(predictor: Predictor, group: Group, ratios: Ratios, *, routes: bool) -> list[float]:
-    """Time tiles -> first answer token for single samples, in milliseconds, after one warm-up run."""
-    times = []
-    samples = list(zip(group.samples, ratios, strict=True))[:TIMED_SAMPLES]
-    for sample, choice in [samples[0], *samples]:
-        start = time.perf_counter()
-        predictor.first_token(sample, choice, routes=routes)
-        times.append((time.perf_counter() - start) * 1000)
-    return times[1:]
+def _count_text(predictor: Predictor, group: Group) -> list[int]:
+    """Return how many tokens of each question's prompt are text; the others are one placeholder per tile."""
+    samples = [group.samples[question.sample - group.first] for question in group.questions]
+    return [
+        len(predictor.encode_prompt(sample, question.prompt).input_ids) - len(sample.tiles)
+        for sample, question in zip(samples, group.questions, strict=True)
+    ]
 
 
 def _examples(
@@ -259,24 +264,24 @@ def _examples(
     return sorted(spoilt, key=lambda example: -example.loss)[:SPOILT_PER_GROUP] + good[:EXAMPLES_PER_GROUP]
 
 
-def _downsample(questions: QuestionSet, *, budget: float, reference: Predictor | None) -> Outcome:
-    """Answer at full tokens with images of fewer tiles."""
-    predictor, outcome = questions.predictor, Outcome()
-    sizes = [[(i.shape[2], i.shape[1]) for i in sample.images] for sample, _ in questions.samples()]
-    tilings = shrunken_tilings(sizes, predictor.tiling, budget=budget)
-    for group in questions.groups(title="downsampled", tilings=tilings):
-        ratios = full_tokens(group)
-        (results,) = questions.grade(group, [ratios], reference=reference)
-        outcome.tokens += vision_tokens(ratios, num_patches=predictor.model.vision.num_patches)
-        outcome.scores += [result.score for result in results]
-        if group.first == 0:
-            outcome.first_token_ms = _time_first_tokens(predictor, group, ratios, routes=False)
-    return outcome
+def _serving(
+    found: Answered, outcomes: Mapping[str, Outcome], arm: str, *, model: VisionLanguageModel
+) -> dict[str, float]:
+    """Return what the prompt of a question costs on average; FastV drops after layers that see all tokens."""
+    seen, kept = outcomes["full" if arm == "fastv" else arm].tokens, outcomes[arm].tokens
+    flops, num_bytes = serving_cost(
+        model,
+        text_tokens=found.text_tokens,
+        vision_tokens=[seen[question.sample] for question in found.asked],
+        kept_tokens=[kept[question.sample] for question in found.asked],
+    )
+    return {"prefill_gflops": round(flops / 1e9, 6), "kv_cache_mib": round(num_bytes / 2**20, 6)}
 
 
 def _figures(
     questions: Sequence[EvalQuestion],
     arms: Mapping[str, Outcome],
+    costs: Mapping[str, dict[str, float]],
     pareto: Mapping[Setting, Outcome],
     *,
     seed: int,
@@ -294,6 +299,7 @@ def _figures(
                 "token_fraction": round(sum(outcome.tokens) / full_tokens, 5),
                 **tables[arm],
                 "first_token_ms": round(float(np.median(outcome.first_token_ms)), 3),
+                **costs[arm],
             }
             for arm, outcome in arms.items()
         },

@@ -28,6 +28,8 @@ from vico_pl.inference.predictor import Predictor
 from vico_pl.types import Image
 
 NOTHING = "\N{EN DASH}"
+SERVING = {"prefill_gflops": "prefill GFLOPs", "kv_cache_mib": "KV cache MiB"}  # keys of an arm, columns
+COSTS = ("first token", *SERVING.values())
 MAX_COLUMNS = 8  # groups in the terminal's table; the page has all
 INK = "#010203"  # in plots: replaced by the page's text colour, which is dark or light
 PLOT_STYLE: dict[Any, Any] = {
@@ -62,6 +64,10 @@ ARMS = {  # in the order of the table
     "oracle": ArmStyle("oracle", "#009e73", "D", "chooses by the measured harm to the known answers"),
     "pixel_detail": ArmStyle("pixel detail", "#d55e00", "s", "tiles with the most edges keep full tokens"),
     "downsample": ArmStyle("downsample", "#56b4e9", "v", "a smaller image, all of its tiles at full tokens"),
+    "average_pooling": ArmStyle(
+        "average pooling", "#8c510a", "p", "full tokens, averaged where it compresses"
+    ),
+    "fastv": ArmStyle("FastV", "#000000", "X", "from the third layer on, the tokens of most attention"),
     "random": ArmStyle("random", "#e69f00", "^", "random tiles keep full tokens"),
     "all_compressed": ArmStyle("all compressed", "#cc79a7", "X", "every tile compressed"),
 }
@@ -78,6 +84,7 @@ def write_html(
         headline=_headline(report),
         comparison=_fill("Random tiles keep {kept} with {spent}.", report["arms"].get("random")),
         columns=_columns(report),
+        costs=COSTS,
         arms=[_arm_row(report, arm) for arm in _arms(report)],
         pareto=_plot(_draw_pareto, report, title="Accuracy against vision tokens"),
         retention=_plot(_draw_retention, report, title="Retention per group"),
@@ -95,11 +102,11 @@ def format_table(report: dict[str, Any]) -> str:
     """Return the arms as aligned lines of plain text."""
     columns = _columns(report)
     shown = columns if len(columns) <= MAX_COLUMNS else columns[-2:]
-    lines = [["arm", "tokens", "per image", *shown, "95 % interval", "retention", "first token"]]
+    lines = [["arm", "tokens", "per image", *shown, "95 % interval", "retention", *COSTS]]
     for row in (_arm_row(report, arm) for arm in _arms(report)):
         values = [row["accuracy"][column]["value"] for column in shown]
         interval, kept = row["accuracy"][MEAN]["interval"], row["retention"]["value"]
-        cells = [row["label"], row["fraction"], row["tokens"], *values, interval, kept, row["first_token"]]
+        cells = [row["label"], row["fraction"], row["tokens"], *values, interval, kept, *row["costs"]]
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
@@ -190,7 +197,10 @@ def _arm_row(report: dict[str, Any], arm: str) -> dict[str, Any]:
         "fraction": _percent(entry["token_fraction"]),
         "accuracy": {column: _cell(entry, "accuracy", column) for column in entry["accuracy"]},
         "retention": _cell(entry, "retention", MEAN),
-        "first_token": f"{entry['first_token_ms']:.1f} ms",
+        "costs": [
+            f"{entry['first_token_ms']:.1f} ms",
+            *(f"{float(f'{entry[key]:.3g}'):,g}" for key in SERVING),
+        ],
     }
 
 

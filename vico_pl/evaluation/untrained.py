@@ -1,8 +1,10 @@
 """Fewer vision tokens on any model without training, and what a prompt costs to serve."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -74,7 +76,9 @@ def fastv_answers(
     """
     model, device = predictor.model, predictor.device
     base: Any = model.language.base_model
-    _check_fastv(base, keep_fraction)
+    check_fastv(model)
+    if not 0 <= keep_fraction <= 1:
+        raise ValueError(f"keep_fraction is {keep_fraction}; expected 0 to 1")
     ratios = torch.full((len(sample.tiles),), FULL_RATIO, device=device)
     features = predictor.encode(sample.tiles) if features is None else features
     batch = collate([predictor.encode_prompt(sample, prompt)]).to(device)
@@ -100,13 +104,17 @@ def fastv_answers(
     return str(predictor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _check_fastv(base: Any, keep_fraction: float | int) -> None:
+def check_fastv(model: VisionLanguageModel) -> None:
+    """Check that FastV can run a model.
+
+    Raises:
+        ValueError: the language model is of a family that it does not know.
+    """
+    base: Any = model.language.base_model
     family = base.config.model_type
     if family not in FASTV_FAMILIES or any(getattr(x.self_attn, "sliding_window", None) for x in base.layers):
         expected = f"one of {', '.join(FASTV_FAMILIES)}, without sliding windows"
         raise ValueError(f"the language model is {family}; FastV needs {expected}")
-    if not 0 <= keep_fraction <= 1:
-        raise ValueError(f"keep_fraction is {keep_fraction}; expected 0 to 1")
 
 
 def _run(
@@ -145,19 +153,25 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 
 def serving_cost(
-    model: VisionLanguageModel, *, text_tokens: int, vision_tokens: int, keep_fraction: float | int = 1
-) -> tuple[float, int]:
-    """Return the operations of a prompt up to the first answer token, and the bytes of its keys and values.
+    model: VisionLanguageModel,
+    *,
+    text_tokens: Sequence[int],
+    vision_tokens: Sequence[int],
+    kept_tokens: Sequence[int] | None = None,
+) -> tuple[float, float]:
+    """Return the operations up to the first answer token and the bytes of keys and values.
 
-    The vision encoder is not in it. With `keep_fraction`, it is the cost of FastV.
+    Both are means over prompts, without the vision encoder. `kept_tokens` are the vision tokens that FastV
+    keeps; by default all.
     """
     per_token, per_pair, logits = language_costs(model)
     config, flops, cached = model.language.config, logits, 0.0
     early = min(1, FASTV_LAYERS / config.num_hidden_layers)
-    for share, vision in ((early, vision_tokens), (1 - early, round(keep_fraction * vision_tokens))):
-        length = text_tokens + vision
-        flops += share * (per_token * length + per_pair * length * (length + 1) / 2)
-        cached += share * length
+    kept = vision_tokens if kept_tokens is None else kept_tokens
+    for share, vision in ((early, vision_tokens), (1 - early, kept)):
+        lengths = np.add(text_tokens, vision)
+        flops += share * float((per_token * lengths + per_pair * lengths * (lengths + 1) / 2).mean())
+        cached += share * float(lengths.mean())
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     numbers_per_token = 2 * config.num_hidden_layers * heads * head_width(config)  # keys and values
-    return flops, round(cached * numbers_per_token * model.head.element_size())
+    return flops, cached * numbers_per_token * model.head.element_size()
