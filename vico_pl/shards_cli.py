@@ -60,7 +60,7 @@ def build(
 ) -> None:
     """Write annotations and their images as shards; bad records are reported and left out (exit code 1)."""
     from vico_pl.data.shards.build import build_from_annotations
-    from vico_pl.data.shards.build_parquet import build_from_parquet, find_parquet
+    from vico_pl.data.tables import build_from_parquet, find_parquet
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
     write, tables = partial(build_from_annotations, annotations, images), find_parquet(annotations)
@@ -89,8 +89,7 @@ def check(
     caption_prompt: Annotated[str | None, Option(help="As caption_prompt of data.sources.")] = None,
 ) -> None:
     """Decode every record and report the bad ones (exit code 1 if any)."""
-    from vico_pl.data.shards.inspect import find_faults
-    from vico_pl.data.shards.reader import read_index
+    from vico_pl.data.shards.reader import find_faults, read_index
 
     index = read_index(source)
     if index.num_samples == 0:
@@ -108,7 +107,7 @@ def stats(
     ] = None,
 ) -> None:
     """Count samples, images, tiles, text, answers and bad records; optionally draw histograms."""
-    from vico_pl.data.shards.stats import draw, survey
+    from vico_pl.data.shards.preview import draw, survey
 
     tokenize = None
     if tokenizer is not None:
@@ -131,8 +130,8 @@ def preview(
     count: Annotated[int, Option(min=1, help="Number of samples.")] = 12,
 ) -> None:
     """Draw the first samples with their questions and answers."""
-    from vico_pl.data.shards.inspect import read_samples
     from vico_pl.data.shards.preview import contact_sheet
+    from vico_pl.data.shards.reader import read_samples
 
     samples = list(islice(read_samples(source), count))
     if not samples:

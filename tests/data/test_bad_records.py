@@ -14,8 +14,14 @@ from tests.support.tiny import encoded_image
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
 from vico_pl.data.shards.index import Contents, write_sidecar
-from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import (
+    RecordReader,
+    find_faults,
+    read_index,
+    read_samples,
+    write_index,
+    write_shard,
+)
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.errors import RecordError

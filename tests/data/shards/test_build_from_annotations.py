@@ -12,8 +12,7 @@ from tests.support.tiny import encoded_image
 from vico_pl.data.decode import read_image
 from vico_pl.data.shards import build as build_module
 from vico_pl.data.shards.build import build_from_annotations
-from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import RecordReader, write_shard
+from vico_pl.data.shards.reader import RecordReader, find_faults, read_samples, write_shard
 
 # Shards are written by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -119,7 +118,7 @@ def test_an_empty_image_path_marks_text_alone_and_metadata_need_be_no_utf8(tmp_p
 def test_without_a_usable_line_nothing_is_written(tmp_path, images):
     for lines, message in (
         (["{", "{"], "the first fault: JSON"),
-        ([""], "no usable line; the first fault: empty"),
+        ([""], "no usable record; the first fault: empty"),
     ):
         with pytest.raises(ValueError, match=message):
             build(tmp_path, images, *lines)

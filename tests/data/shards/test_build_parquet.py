@@ -7,9 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.tiny import encoded_image
-from vico_pl.data.shards.build_parquet import build_from_parquet
-from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import RecordReader
+from vico_pl.data.shards.reader import RecordReader, find_faults, read_samples
+from vico_pl.data.tables import build_from_parquet
 from vico_pl.shards_cli import shards
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -84,7 +83,7 @@ def test_a_bad_row_is_named_and_left_out(tmp_path, row, reason):
     assert reason in faults[0].reason
     assert (index.num_samples, list(find_faults(index))) == (1, [])
     with pytest.raises(
-        ValueError, match=r"bad\.parquet: no usable row; the first fault: " + re.escape(reason)[:20]
+        ValueError, match=r"bad\.parquet: no usable record; the first fault: " + re.escape(reason)[:20]
     ):
         build_from_parquet([bad], tmp_path / "none")
 

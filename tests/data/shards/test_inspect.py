@@ -3,9 +3,8 @@ import json
 import pytest
 
 from tests.support.tiny import encoded_image, record
-from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import read_index, write_index, write_shard
-from vico_pl.data.shards.stats import survey
+from vico_pl.data.shards.preview import survey
+from vico_pl.data.shards.reader import find_faults, read_index, read_samples, write_index, write_shard
 from vico_pl.data.shards.tars import scan_boundaries
 
 

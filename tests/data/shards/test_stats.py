@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from tests.support.tiny import encoded_image, record
+from vico_pl.data.shards.preview import COLOUR, FAULT_COLOUR, Survey, draw, survey
 from vico_pl.data.shards.reader import write_shard
-from vico_pl.data.shards.stats import COLOUR, FAULT_COLOUR, Survey, draw, survey
 
 
 def count_pixels(found, *colours):

@@ -22,8 +22,7 @@ from tqdm import tqdm
 from vico_pl.data.decode import IMAGE_EXTENSIONS, bad_record, parse_conversation, parsing
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
-from vico_pl.data.shards.parallel import run_parallel
-from vico_pl.data.shards.reader import read_index, write_index, write_shard
+from vico_pl.data.shards.reader import read_index, run_parallel, write_index, write_shard
 from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.errors import RecordError
 from vico_pl.files import write_json
@@ -82,11 +81,7 @@ def build_from_annotations(
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
     lines, faults, checksum, times = _usable_lines(annotations, images)
-    if not lines:
-        first = faults[0].reason if faults else "empty"
-        raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
-    max_samples = max_samples or (len(lines) if max_bytes else SAMPLES_PER_SHARD)
-    parts = cut_into_shards(lines, max_samples=max_samples, max_bytes=max_bytes)
+    parts = cut_into_shards(lines, faults, annotations, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"annotations": [path.name for path in annotations], "content": checksum}
     records = partial(_records, images=images)
     return build_set(output, records, parts, settings=settings, times=times, workers=workers), faults
@@ -126,8 +121,23 @@ def build_set(
     return write_index(folder, workers=workers)
 
 
-def cut_into_shards(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> list[list[Line]]:
-    """Cut records into shards, in their order, of at most `max_samples` and `max_bytes`."""
+def cut_into_shards(
+    lines: Sequence[Line],
+    faults: Sequence[BadRecord],
+    files: Sequence[Path],
+    *,
+    max_samples: int | None,
+    max_bytes: int | None,
+) -> list[list[Line]]:
+    """Cut the usable records of files into shards, in their order, of at most `max_samples` and `max_bytes`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not lines:
+        first = faults[0].reason if faults else "empty"
+        raise ValueError(f"{', '.join(map(str, files))}: no usable record; the first fault: {first}")
+    max_samples = max_samples or (len(lines) if max_bytes else SAMPLES_PER_SHARD)
     parts: list[list[Line]] = []
     num_bytes = 0
     for line in lines:
