@@ -263,17 +263,7 @@ def test_a_record_larger_than_memory_is_not_read(tmp_path):
         RecordReader(index)(0)
 
 
-@pytest.mark.parametrize(
-    "bounds",
-    [
-        b"",
-        [0.0, 1024.0],
-        [1024, 0],
-        [-512, 1024],
-        [0, 2**50],
-        [0, 512, 1024],
-    ],
-)
+@pytest.mark.parametrize("bounds", [b"", [0.0, 1024.0], [1024, 0], [-512, 1024], [0, 2**50], [0, 512, 1024]])
 def test_a_damaged_sidecar_is_refused(tmp_path, bounds):
     write_shard(tmp_path / "a.tar", [("0", GOOD)])
     write_index(tmp_path)

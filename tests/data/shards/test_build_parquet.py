@@ -67,10 +67,7 @@ def test_the_cauldron_comes_back_as_it_was(tmp_path):
     [
         (onevision(0, text="<image><image>"), "2 <image> marks in the conversation but 1 images"),
         (onevision(0, answer=None), "turn 1: expected"),
-        (
-            {"image": image(PNG), "caption": "a cat"},
-            "columns image, caption: expected 'conv",
-        ),
+        ({"image": image(PNG), "caption": "a cat"}, "columns image, caption: expected 'conv"),
         ({"image": "no base64!", "conversations": []}, "image is not base64"),
         ({"image": 7, "conversations": []}, "image is neither bytes nor base64"),
         ({"image": None, "conversations": []}, "the conversation must end with an answer"),

@@ -65,8 +65,8 @@ class Shard:
 
     @property
     def in_place(self) -> bool:
-        """Whether it is read where it is."""
-        return self.source.is_in_place(self.name)
+        """Whether it is read where it is: a local tar that is not compressed."""
+        return self.source.is_local and self.name.endswith(".tar")
 
     @cached_property
     def cached(self) -> Path:
