@@ -1,5 +1,7 @@
 """The score that lmms-eval must give: write the questions of a set as its task, and ask them one at a time.
 
+Samples have one image each, as in GlyphDocs. docs/lmms-eval.md says what to run next.
+
 python benchmarks/lmms.py runs/demo/router/model --data data/shards/glyphs/val --output runs/lmms
 """
 
@@ -17,6 +19,8 @@ from vico_pl.data.shards.reader import read_samples
 from vico_pl.data.tiling import tile_sample
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import RoutingRule
+
+MAX_NEW_TOKENS = 16  # as docs/lmms_eval/glyphs.yaml
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
@@ -41,12 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> float:
         for asked, expected in zip(sample.turns[::2], sample.turns[1::2], strict=True):
             question = asked.text.replace("<image>", "").strip()
             lines.append(json.dumps({"image": str(path), "question": question, "answer": expected.text}))
-            (answer,) = predictor.answer(
-                [tiled], [question], features=[features], ratios=[predictor.choose_ratios(features)]
-            )
-            correct.append(
-                answer.strip().lower() == expected.text.strip().lower()
-            )  # exact_match, ignore_case
+            routed = {"features": [features], "ratios": [predictor.choose_ratios(features)]}
+            (answer,) = predictor.answer([tiled], [question], **routed, max_new_tokens=MAX_NEW_TOKENS)
+            # As exact_match with ignore_case.
+            correct.append(answer.strip().lower() == expected.text.strip().lower())
     (given.output / "questions.jsonl").write_text("\n".join(lines) + "\n")
     score = sum(correct) / len(correct)
     sys.stdout.write(f"{sum(correct)} of {len(correct)} questions right: {score:.6f}\n")

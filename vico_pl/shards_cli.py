@@ -1,7 +1,6 @@
 """The `vico shards` commands: build, index, check and inspect sets of shards."""
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +47,7 @@ def glyphs(
 def build(
     annotations: Annotated[
         list[Path],
-        Option(help="JSONL or JSON list of LLaVA or InternVL, or parquet files or folders; repeatable."),
+        Option(help="JSONL or JSON list of LLaVA, or parquet files or folders; repeatable."),
     ],
     output: Output,
     images: Annotated[Path, Option(help="Folder to which image paths of JSON are relative.")] = Path(),
@@ -60,16 +59,11 @@ def build(
 ) -> None:
     """Write annotations and their images as shards; bad records are reported and left out (exit code 1)."""
     from vico_pl.data.shards.build import build_from_annotations
-    from vico_pl.data.tables import build_from_parquet, find_parquet
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
-    write, tables = partial(build_from_annotations, annotations, images), find_parquet(annotations)
-    if tables:
-        others = [path for path in annotations if path.is_file() and path not in tables]
-        if others:
-            raise ValueError(f"{others[0]}: JSON beside parquet; give --annotations of one form at a time")
-        write = partial(build_from_parquet, tables)
-    index, faults = write(output, max_samples=samples_per_shard, max_bytes=max_bytes, workers=workers)
+    index, faults = build_from_annotations(
+        annotations, images, output, max_samples=samples_per_shard, max_bytes=max_bytes, workers=workers
+    )
     _print_totals(output, index)
     report_faults(faults)
 

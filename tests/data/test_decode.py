@@ -8,7 +8,6 @@ import torch
 from tests.support.tiny import encoded_image, record
 from vico_pl.data.decode import decode_record, with_caption
 from vico_pl.data.module import apply
-from vico_pl.errors import RecordError
 from vico_pl.types import Turn
 
 
@@ -120,5 +119,5 @@ def test_a_conversation_is_not_replaced_by_a_caption():
     ],
 )
 def test_a_caption_that_cannot_be_read_is_a_bad_record(files, prompt, reason):
-    with pytest.raises(RecordError, match=reason):
+    with pytest.raises(ValueError, match=reason):
         decode_record(with_caption(record(files=files), prompt))

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import tomllib
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_generation_kwargs_become_arguments(given, expected):
 def test_a_setting_without_effect_warns(name, value):
     with pytest.warns(UserWarning, match=f"of generation_kwargs, {name} has no effect"):
         generation_settings({name: value}, max_new_tokens=32)
+
+
+def test_the_benchmark_writes_the_task_and_scores_it(model_folder, answered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = yaml.safe_load(TASK.read_text())
+    benchmark, full = load_benchmark("lmms"), "--threshold=1.1"
+    assert task["generation_kwargs"]["max_new_tokens"] == benchmark.MAX_NEW_TOKENS
+    score = benchmark.main([str(model_folder), f"--data={answered}", "--output=runs/lmms", full])
+    lines = Path(task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all(Path(row["image"]).is_file() for row in rows)
+    asked = [row for row in rows if row["question"]]  # the model knows no answer to an empty one
+    assert score == pytest.approx(len(asked) / len(rows))
+    assert {task[name] for name in ("doc_to_visual", "doc_to_text", "doc_to_target")} == set(rows[0])
 
 
 # --- With lmms-eval -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from vico_pl.data.shards.tars import SampleSize
+from vico_pl.errors import check_settings
 from vico_pl.types import Image, Sample, TiledSample
 
 Size = tuple[int, int]  # width and height of an image in pixels
@@ -27,9 +28,9 @@ class TilingConfig:
     use_thumbnail: bool = True  # add the whole image as one more tile when it was cut
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_tiles <= self.max_tiles:
-            given = f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}"
-            raise ValueError(f"{given}: expected 1 <= min <= max")
+        is_range = 1 <= self.min_tiles <= self.max_tiles
+        expected = f"1 to data.tiling.max_tiles ({self.max_tiles})"
+        check_settings("data.tiling", self, min_tiles=(is_range, expected))
 
     def per_image(self, num_images: int) -> "TilingConfig":
         """Return the settings for each image of a sample with `num_images` of them."""

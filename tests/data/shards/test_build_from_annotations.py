@@ -118,7 +118,7 @@ def test_an_empty_image_path_marks_text_alone_and_metadata_need_be_no_utf8(tmp_p
 def test_without_a_usable_line_nothing_is_written(tmp_path, images):
     for lines, message in (
         (["{", "{"], "the first fault: JSON"),
-        ([""], "no usable record; the first fault: empty"),
+        ([""], "no usable line; the first fault: empty"),
     ):
         with pytest.raises(ValueError, match=message):
             build(tmp_path, images, *lines)

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.tiny import encoded_image
+from vico_pl.data.shards.build import build_from_annotations
 from vico_pl.data.shards.reader import RecordReader, find_faults, read_samples
-from vico_pl.data.tables import build_from_parquet
 from vico_pl.shards_cli import shards
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -35,7 +35,7 @@ def write(path, rows):
 
 def test_llava_onevision_comes_back_as_it_was(tmp_path):
     rows = [onevision(0), onevision(1, picture=None, text="Who?"), onevision(2, picture=JPEG, text="Where?")]
-    index, faults = build_from_parquet([write(tmp_path / "a.parquet", rows)], tmp_path / "out")
+    index, faults = build_from_annotations([write(tmp_path / "a.parquet", rows)], tmp_path, tmp_path / "out")
     assert (index.num_samples, faults) == (3, [])
     first, none, unmarked = read_samples(tmp_path / "out")
     assert first.metadata == {"id": "row-0", "data_source": "chart", "source": "chart"}
@@ -55,7 +55,7 @@ def test_llava_onevision_comes_back_as_it_was(tmp_path):
 def test_the_cauldron_comes_back_as_it_was(tmp_path):
     texts = [{"user": f"Q{i}?", "assistant": f"A{i}.", "source": "VQAv2"} for i in range(2)]
     rows = [{"images": [image(PNG), image(JPEG)], "texts": texts}]
-    build_from_parquet([write(tmp_path / "a.parquet", rows)], tmp_path / "out")
+    build_from_annotations([write(tmp_path / "a.parquet", rows)], tmp_path, tmp_path / "out")
     (sample,) = read_samples(tmp_path / "out")
     assert [turn.text for turn in sample.turns] == ["<image>\n<image>\nQ0?", "A0.", "Q1?", "A1."]
     assert [tuple(i.shape[1:]) for i in sample.images] == [(30, 40), (50, 20)]
@@ -67,7 +67,10 @@ def test_the_cauldron_comes_back_as_it_was(tmp_path):
     [
         (onevision(0, text="<image><image>"), "2 <image> marks in the conversation but 1 images"),
         (onevision(0, answer=None), "turn 1: expected"),
-        ({"image": image(PNG), "caption": "a cat"}, "columns image, caption: expected 'conv"),
+        (
+            {"image": image(PNG), "caption": "a cat"},
+            "columns image, caption: expected 'conv",
+        ),
         ({"image": "no base64!", "conversations": []}, "image is not base64"),
         ({"image": 7, "conversations": []}, "image is neither bytes nor base64"),
         ({"image": None, "conversations": []}, "the conversation must end with an answer"),
@@ -75,14 +78,14 @@ def test_the_cauldron_comes_back_as_it_was(tmp_path):
 )
 def test_a_bad_row_is_named_and_left_out(tmp_path, row, reason):
     bad, good = write(tmp_path / "bad.parquet", [row]), write(tmp_path / "good.parquet", [onevision(1)])
-    index, faults = build_from_parquet([bad, good], tmp_path / "out")
+    index, faults = build_from_annotations([bad, good], tmp_path, tmp_path / "out")
     assert [fault.id for fault in faults] == ["bad.parquet[0, 0]"]
     assert reason in faults[0].reason
     assert (index.num_samples, list(find_faults(index))) == (1, [])
     with pytest.raises(
-        ValueError, match=r"bad\.parquet: no usable record; the first fault: " + re.escape(reason)[:20]
+        ValueError, match=r"bad\.parquet: no usable line; the first fault: " + re.escape(reason)[:20]
     ):
-        build_from_parquet([bad], tmp_path / "none")
+        build_from_annotations([bad], tmp_path, tmp_path / "none")
 
 
 def test_the_command_takes_a_folder_and_its_bytes_do_not_depend_on_the_workers(tmp_path):
@@ -101,26 +104,18 @@ def test_the_command_takes_a_folder_and_its_bytes_do_not_depend_on_the_workers(t
     assert [s.metadata["id"] for s in read_samples(tmp_path / "1" / "set")] == [f"row-{i}" for i in range(10)]
 
 
-def test_files_of_one_form_at_a_time(tmp_path):
+def test_json_and_parquet_follow_each_other(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "b.jsonl").write_text(json.dumps({**onevision(1), "image": "a.png"}))
     table = write(tmp_path / "a.parquet", [onevision(0)])
-    (tmp_path / "b.jsonl").write_text(json.dumps({"conversations": []}))
-    asked = [
-        "build",
-        "--annotations",
-        table,
-        "--annotations",
-        tmp_path / "b.jsonl",
-        "--output",
-        tmp_path / "out",
-    ]
-    done = CliRunner().invoke(shards, list(map(str, asked)))
-    assert "JSON beside parquet; give --annotations of one form at a time" in str(done.exception)
+    build_from_annotations([table, tmp_path / "b.jsonl"], tmp_path, tmp_path / "out")
+    assert [sample.metadata["id"] for sample in read_samples(tmp_path / "out")] == ["row-0", "row-1"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 and more PAR1"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet: not readable as parquet"):
-        build_from_parquet([tmp_path / "a.parquet"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"a\.parquet: no(t readable as parquet| such file)"):
+        build_from_annotations([tmp_path / "a.parquet"], tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
 from vico_pl.data.shards.reader import read_index, run_parallel, write_index, write_shard
 from vico_pl.data.shards.shard import ShardIndex
+from vico_pl.data.tables import Row, conversation_of, num_row_groups, read_row_group
 from vico_pl.errors import RecordError
 from vico_pl.files import write_json
 from vico_pl.types import BadRecord
@@ -33,6 +34,7 @@ SAMPLES_PER_SHARD = 1000  # of annotations, by default
 _MAX_META_BYTES = 2**20
 _BLOCK = 512  # bytes of a tar block: a header takes one, contents are padded to whole ones
 
+_row_group = lru_cache(maxsize=1)(read_row_group)  # records of a shard follow each other in the file
 Part = TypeVar("Part", bound=Sized)  # what a shard is made of; its length is the number of samples
 Records = Iterable[tuple[str, dict[str, bytes]]]  # key and files of each record
 
@@ -68,20 +70,27 @@ def build_from_annotations(
 ) -> tuple[ShardIndex, list[BadRecord]]:
     """Write annotation files and their images as shards; returns their index and the bad records.
 
-    A file is JSONL, or one JSON list. Records keep the order of the files and of their lines. A shard has
-    at most `max_samples` and `max_bytes`, by default 1,000 samples; a larger sample gets its own shard.
+    A file is JSONL, one JSON list or parquet (columns: see `conversation_of`); a folder means the parquet
+    files in it. Records keep the order of the files and of their lines. A shard has at most `max_samples` and
+    `max_bytes`, by default 1,000 samples; a larger sample gets its own shard.
 
     Raises:
         ValueError: a file or the image folder is absent, a list is unreadable, or no record is usable.
     """
+    annotations = [file for path in annotations for file in sorted(path.rglob("*.parquet")) or [path]]
     for path in annotations:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; expected JSONL or a JSON list with 'conversations'")
+            expected = "JSONL or a JSON list with 'conversations', or parquet or a folder of it"
+            raise ValueError(f"{path}: no such file; expected {expected}")
         _refuse_meta_file(path)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder; image paths of the annotations start from it")
     lines, faults, checksum, times = _usable_lines(annotations, images)
-    parts = cut_into_shards(lines, faults, annotations, max_samples=max_samples, max_bytes=max_bytes)
+    if not lines:
+        first = faults[0].reason if faults else "empty"
+        raise ValueError(f"{', '.join(map(str, annotations))}: no usable line; the first fault: {first}")
+    max_samples = max_samples or (len(lines) if max_bytes else SAMPLES_PER_SHARD)
+    parts = _cut(lines, max_samples=max_samples, max_bytes=max_bytes)
     settings = {"annotations": [path.name for path in annotations], "content": checksum}
     records = partial(_records, images=images)
     return build_set(output, records, parts, settings=settings, times=times, workers=workers), faults
@@ -121,46 +130,6 @@ def build_set(
     return write_index(folder, workers=workers)
 
 
-def cut_into_shards(
-    lines: Sequence[Line],
-    faults: Sequence[BadRecord],
-    files: Sequence[Path],
-    *,
-    max_samples: int | None,
-    max_bytes: int | None,
-) -> list[list[Line]]:
-    """Cut the usable records of files into shards, in their order, of at most `max_samples` and `max_bytes`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not lines:
-        first = faults[0].reason if faults else "empty"
-        raise ValueError(f"{', '.join(map(str, files))}: no usable record; the first fault: {first}")
-    max_samples = max_samples or (len(lines) if max_bytes else SAMPLES_PER_SHARD)
-    parts: list[list[Line]] = []
-    num_bytes = 0
-    for line in lines:
-        # A tar ends with two empty blocks and is padded to whole tar records.
-        size = -(-(num_bytes + line.num_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
-        if not parts or len(parts[-1]) == max_samples or (max_bytes is not None and size > max_bytes):
-            parts.append([])
-            num_bytes = 0
-        parts[-1].append(line)
-        num_bytes += line.num_bytes
-    return parts
-
-
-def bytes_in_tar(sizes: Iterable[int]) -> int:
-    """Return what members of these sizes take in a tar, headers and padding included."""
-    return sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
-
-
-def annotation_bytes(entry: dict[str, Any]) -> bytes:
-    """Write the JSON of a record."""
-    return json.dumps(entry, ensure_ascii=False).encode(errors="surrogatepass")
-
-
 def _write(job: tuple[Path, Part], *, records: Callable[[Part], Records]) -> None:
     path, part = job
     write_shard(path, records(part))
@@ -195,6 +164,21 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
 
 
+def _cut(lines: Sequence[Line], *, max_samples: int, max_bytes: int | None) -> list[list[Line]]:
+    """Cut records into shards, in their order."""
+    parts: list[list[Line]] = []
+    num_bytes = 0
+    for line in lines:
+        # A tar ends with two empty blocks and is padded to whole tar records.
+        size = -(-(num_bytes + line.num_bytes + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        if not parts or len(parts[-1]) == max_samples or (max_bytes is not None and size > max_bytes):
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(line)
+        num_bytes += line.num_bytes
+    return parts
+
+
 def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list[BadRecord], str, str]:
     """Return usable and bad records, a checksum of texts, image names and sizes, one of the images' times.
 
@@ -204,18 +188,21 @@ def _usable_lines(paths: Sequence[Path], images: Path) -> tuple[list[Line], list
     faults: list[BadRecord] = []
     digest, times = hashlib.sha256(), hashlib.sha256()
     found = ((path, *item) for path in paths for item in _pieces(path))
-    for path, name, start, content in tqdm(found, desc="read annotations", unit="record", disable=None):
+    for path, name, place, content in tqdm(found, desc="read annotations", unit="record", disable=None):
         try:
-            entry, files = _parse_line(content, images)
+            entry, files = _parse(content, images)
         except RecordError as error:
             faults.append(bad_record(f"{path.name}{name}", error))
             continue
-        stats = [file.stat() for file in files]
-        times.update(json.dumps([int(status.st_mtime) for status in stats]).encode())
-        sizes = [status.st_size for status in stats]
-        digest.update(content + json.dumps([str(file.name) for file in files] + sizes).encode())
-        num_bytes = bytes_in_tar([*sizes, len(annotation_bytes(entry))])
-        lines.append(Line(len(lines), path, start, len(content), num_bytes))
+        on_disk = [file for file in files if isinstance(file, Path)]
+        changed = on_disk if isinstance(content, bytes) else [path]
+        times.update(json.dumps([int(file.stat().st_mtime) for file in changed]).encode())
+        sizes = [file.stat().st_size if isinstance(file, Path) else len(file) for file in files]
+        text = _annotation(entry)
+        source = content if isinstance(content, bytes) else text
+        digest.update(source + json.dumps([*(file.name for file in on_disk), *sizes]).encode())
+        num_bytes = sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in (*sizes, len(text)))
+        lines.append(Line(len(lines), path, place[0], place[1], num_bytes))
     return lines, faults, digest.hexdigest(), times.hexdigest()
 
 
@@ -233,17 +220,22 @@ def _refuse_meta_file(path: Path) -> None:
         raise ValueError(f"{path}: {what}; give the files of a set instead: {files}")
 
 
-def _pieces(path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """Yield the name within the file, first byte and JSON of each record."""
+def _pieces(path: Path) -> Iterator[tuple[str, tuple[int, int], bytes | Row]]:
+    """Yield the name within the file, place (as in `Line`) and JSON or row of each record."""
+    if path.suffix == ".parquet":
+        for group in range(num_row_groups(path)):
+            for number, row in enumerate(read_row_group(path, group)):
+                yield f"[{group}, {number}]", (group, number), row
+        return
     position = 0
     with path.open("rb") as file:
         is_list = file.peek(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         if is_list and path.suffix != ".jsonl":
-            yield from _list_items(path)
+            yield from ((name, (at, len(item)), item) for name, at, item in _list_items(path))
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f":{number}", position, line
+                yield f":{number}", (position, len(line)), line
             position += len(line)
 
 
@@ -269,6 +261,15 @@ def _list_items(path: Path) -> Iterator[tuple[str, int, bytes]]:
             position += len(content)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable JSON list ({error})") from error
+
+
+def _parse(content: bytes | Row, images: Path) -> tuple[dict[str, Any], Sequence[Path | bytes]]:
+    """Return a record without its images or image paths, and the images or image files."""
+    if isinstance(content, bytes):
+        return _parse_line(content, images)
+    entry, pictures = conversation_of(content)
+    parse_conversation(entry, num_images=len(pictures))
+    return entry, pictures
 
 
 def _parse_line(line: bytes, images: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -302,13 +303,24 @@ def _image_path(name: Any, images: Path) -> Path:
 
 def _records(part: Sequence[Line], *, images: Path) -> Records:
     for line in part:
-        with line.path.open("rb") as file:
-            content = os.pread(file.fileno(), line.length, line.start)
-        entry, paths = _parse_line(content, images)
-        numbered = len(paths) > 1
-        files = {f"{i}." * numbered + _ending(path): path.read_bytes() for i, path in enumerate(paths)}
-        yield f"{line.number:08d}", {**files, "json": annotation_bytes(entry)}
+        entry, found = _parse(_content(line), images)
+        contents = [file.read_bytes() if isinstance(file, Path) else file for file in found]
+        endings = [f"{i}." * (len(found) > 1) + _ending(file) for i, file in enumerate(found)]
+        yield f"{line.number:08d}", {**dict(zip(endings, contents, strict=True)), "json": _annotation(entry)}
 
 
-def _ending(path: Path) -> str:
-    return path.suffix.lower().lstrip(".")
+def _content(line: Line) -> bytes | Row:
+    if line.path.suffix == ".parquet":
+        return _row_group(line.path, line.start)[line.length]
+    with line.path.open("rb") as file:
+        return os.pread(file.fileno(), line.length, line.start)
+
+
+def _ending(file: Path | bytes) -> str:
+    if isinstance(file, Path):
+        return file.suffix.lower().lstrip(".")
+    return "png" if file.startswith(b"\x89PNG") else "webp" if file[8:12] == b"WEBP" else "jpg"
+
+
+def _annotation(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode(errors="surrogatepass")
