@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torchvision.io import write_png
 
-from vico_pl.data.shards.inspect import read_samples
+from vico_pl.data.shards.reader import read_samples
 from vico_pl.data.tiling import tile_sample
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import RoutingRule

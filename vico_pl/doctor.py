@@ -19,8 +19,7 @@ from vico_pl.callbacks.guards import StopSignals
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.module import SourceConfig
 from vico_pl.data.shards.cache import StreamingConfig
-from vico_pl.data.shards.inspect import read_samples
-from vico_pl.data.shards.reader import read_index
+from vico_pl.data.shards.reader import read_index, read_samples
 from vico_pl.evaluation.questions import describe
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
 from vico_pl.model.families.hub import is_hub_id

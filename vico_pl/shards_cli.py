@@ -83,8 +83,7 @@ def check(
     caption_prompt: Annotated[str | None, Option(help="As caption_prompt of data.sources.")] = None,
 ) -> None:
     """Decode every record and report the bad ones (exit code 1 if any)."""
-    from vico_pl.data.shards.inspect import find_faults
-    from vico_pl.data.shards.reader import read_index
+    from vico_pl.data.shards.reader import find_faults, read_index
 
     index = read_index(source)
     if index.num_samples == 0:
@@ -102,7 +101,7 @@ def stats(
     ] = None,
 ) -> None:
     """Count samples, images, tiles, text, answers and bad records; optionally draw histograms."""
-    from vico_pl.data.shards.stats import draw, survey
+    from vico_pl.data.shards.preview import draw, survey
 
     tokenize = None
     if tokenizer is not None:
@@ -125,8 +124,8 @@ def preview(
     count: Annotated[int, Option(min=1, help="Number of samples.")] = 12,
 ) -> None:
     """Draw the first samples with their questions and answers."""
-    from vico_pl.data.shards.inspect import read_samples
     from vico_pl.data.shards.preview import contact_sheet
+    from vico_pl.data.shards.reader import read_samples
 
     samples = list(islice(read_samples(source), count))
     if not samples:

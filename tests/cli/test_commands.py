@@ -16,7 +16,7 @@ import vico_pl.evaluation.questions
 import vico_pl.files
 from tests.support.folders import tree, write_model_folder, write_set
 from tests.support.tiny import encoded_image, record
-from vico_pl.data.shards.inspect import read_samples
+from vico_pl.data.shards.reader import read_samples
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME

@@ -14,8 +14,14 @@ from tests.support.tiny import encoded_image
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig
 from vico_pl.data.shards.index import Contents, write_sidecar
-from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import (
+    RecordReader,
+    find_faults,
+    read_index,
+    read_samples,
+    write_index,
+    write_shard,
+)
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.errors import RecordError
@@ -257,17 +263,7 @@ def test_a_record_larger_than_memory_is_not_read(tmp_path):
         RecordReader(index)(0)
 
 
-@pytest.mark.parametrize(
-    "bounds",
-    [
-        b"",
-        [0.0, 1024.0],
-        [1024, 0],
-        [-512, 1024],
-        [0, 2**50],
-        [0, 512, 1024],
-    ],
-)
+@pytest.mark.parametrize("bounds", [b"", [0.0, 1024.0], [1024, 0], [-512, 1024], [0, 2**50], [0, 512, 1024]])
 def test_a_damaged_sidecar_is_refused(tmp_path, bounds):
     write_shard(tmp_path / "a.tar", [("0", GOOD)])
     write_index(tmp_path)

@@ -81,10 +81,6 @@ def test_all_answers_of_a_conversation_carry_loss(tokenizer, encoder):
     assert response(tokenizer, encoded) == f"1{END}2{END}3{END}"
 
 
-def test_the_first_token_never_carries_loss(encoder):
-    assert not encoder.encode(sample("", "a")).response_mask[0]
-
-
 def test_each_image_stands_where_its_mark_is_with_a_placeholder_per_tile(tokenizer, encoder):
     conversation = sample("<image><image>\nWhich?", "a", "And <image>?", "b", tiles_per_image=[3, 1, 2])
     text = tokenizer.decode(encoder.encode(conversation).input_ids)

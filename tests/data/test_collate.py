@@ -59,11 +59,8 @@ def test_micro_batches_hold_every_sample_once_and_keep_their_limits(loads, max_t
 
 
 def test_what_fits_into_one_micro_batch_is_one():
-    loads, limits = (
-        [SampleLoad(float(i), i, 10) for i in (1, 2, 3)],
-        MicroBatchLimits(max_tiles=6, max_tokens=30),
-    )
-    assert split_into_micro_batches(loads, limits) == [[0, 1, 2]]
+    loads = [SampleLoad(float(i), i, 10) for i in (1, 2, 3)]
+    assert split_into_micro_batches(loads, MicroBatchLimits(max_tiles=6, max_tokens=30)) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(("count", "at_least", "expected"), [(4, 2, [2, 2]), (4, 9, [1] * 4), (0, 3, [])])

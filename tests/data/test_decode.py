@@ -31,13 +31,17 @@ def test_numbered_images_stand_in_the_order_of_their_numbers(name):
     assert [image.shape[2] - 10 for image in sample.images] == [0, 1, 2, 9, 10, 11]
 
 
-def test_a_record_of_text_alone_has_no_images():
-    assert decode_record(record(text="How many days has a leap year?", files={"jpg": None})).images == []
-
-
-def test_members_with_other_endings_are_ignored():
-    sample = decode_record(record(files={"txt": b"x", "npy": b"y", "jpg.md5": b"z"}))
-    assert len(sample.images) == 1
+@pytest.mark.parametrize(
+    ("changes", "num_images"),
+    [
+        ({"text": "How many days has a leap year?", "files": {"jpg": None}}, 0),
+        ({"files": {"txt": b"x", "npy": b"y", "jpg.md5": b"z"}}, 1),  # other endings are ignored
+        ({"video": "a.mp4"}, 1),  # its frames are here
+        ({"key": "photos/a..b"}, 1),  # a dotted name is no climb
+    ],
+)
+def test_images_of_a_record_are_its_members_with_their_endings(changes, num_images):
+    assert len(decode_record(record(**changes)).images) == num_images
 
 
 TEXTS = ("<image>a", "b", "c", "d")
@@ -82,14 +86,6 @@ def test_a_reason_that_quotes_a_whole_record_is_cut():
     assert found.reason.startswith("no .json member; found ['jpg', 'xxx")
     assert re.search(r"x\.\.\. \(2\d{5} characters\)$", found.reason)
     assert len(found.reason) < 600
-
-
-def test_a_dotted_name_inside_a_key_is_no_climb():
-    assert decode_record(record(key="photos/a..b")).id.endswith("photos/a..b")
-
-
-def test_frames_of_a_video_are_images():
-    assert len(decode_record(record(video="a.mp4")).images) == 1
 
 
 PROMPT = "Describe the image."

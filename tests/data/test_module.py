@@ -21,12 +21,12 @@ BAD_JSON = {"json": b"{"}
 TEXT = record(text="How many days has a leap year?", answer="366", files={"jpg": None}).files
 
 
-def data_module(sources, tokenizer, *, full_tokens_per_tile=4, **changes):
+def data_module(sources, tokenizer, **changes):
     if not isinstance(sources, list):
         sources = [SourceConfig(path=str(sources))]
     tiling = TilingConfig(tile_size=32, max_tiles=2)
     config = DataConfig(**{"sources": sources, "batch_size": BATCH, "tiling": tiling, **changes})
-    return DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=full_tokens_per_tile, seed=1)
+    return DataModule(config, tokenizer=tokenizer, full_tokens_per_tile=4, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +152,6 @@ def test_bytes_that_are_no_record_become_a_bad_record(tmp_path, tokenizer):
     (bad,) = share.bad_records
     assert (bad.id, bad.kind) == ("source 0, sample 1", "tar")
     assert f"bytes {first} to {second} of f.tar are no record" in bad.reason
-
-
-def test_over_long_samples_become_bad_records(faulty, tokenizer):
-    share = one_rank(data_module(faulty, tokenizer, full_tokens_per_tile=9000)).rank_batch(range(4))
-    too_long = [item.reason for item in share.bad_records if item.kind == "length"]
-    assert len(too_long) == 2
-    assert all("tokens at full vision tokens; chat.max_tokens is 8192" in reason for reason in too_long)
 
 
 def test_images_above_the_limits_become_bad_records(shards, tokenizer):

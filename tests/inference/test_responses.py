@@ -14,8 +14,7 @@ from tests.support.folders import tree, write_model_folder
 from tests.support.tiny import encoded_image
 from vico_pl.data.chat import ChatEncoder
 from vico_pl.data.decode import decode_record
-from vico_pl.data.shards.inspect import find_faults
-from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import RecordReader, find_faults, read_index, write_index, write_shard
 from vico_pl.data.tiling import tile_sample
 from vico_pl.inference.predictor import Predictor
 from vico_pl.inference.responses import LOG_NAME, generate_responses

@@ -66,11 +66,13 @@ def test_targets_choose_the_layers_and_the_output_layer_is_never_one(model, targ
     assert layers_with_adapters(adapted(model, targets=targets)) == layers
 
 
-def test_adapters_are_float32_whatever_the_model_is(model, batch):
+def test_adapters_are_float32_and_merged_weights_of_the_type_of_the_model(model, batch):
     adapted(model, dtype=torch.bfloat16)
     assert {p.dtype for p in model.language.parameters() if p.requires_grad} == {torch.float32}
     assert model.head.dtype == torch.bfloat16
     assert states(model, batch).dtype == torch.bfloat16
+    with adapters_merged(model):
+        assert {p.dtype for p in model.language.parameters()} == {torch.bfloat16}
 
 
 def test_with_adapters_off_a_model_is_what_it_was(language, batch):
@@ -101,12 +103,6 @@ def test_a_model_folder_knows_nothing_of_adapters(tmp_path, batch, language, tie
     with adapters_merged(model):
         save_model(model, tmp_path)
     torch.testing.assert_close(states(load_model(tmp_path), batch), states(model, batch), rtol=0, atol=1e-5)
-
-
-def test_merged_weights_keep_their_type(model):
-    adapted(model, dtype=torch.bfloat16)
-    with adapters_merged(model):
-        assert {p.dtype for p in model.language.parameters()} == {torch.bfloat16}
 
 
 def test_own_parameters_are_named_as_without_adapters(language):

@@ -9,7 +9,7 @@ from tests.support.released import official_config, write_native, write_official
 from tests.support.tiny import tiny_spec
 from vico_pl.data.collate import MicroBatchLimits
 from vico_pl.data.shards.index import INDEX_NAME, Contents, ShardEntry, write_entries, write_sidecar
-from vico_pl.data.shards.sizes import SampleSize
+from vico_pl.data.shards.tars import SampleSize
 from vico_pl.model.families.folder import open_folder, read_shape, save_model
 from vico_pl.model.flops import build_without_weights
 from vico_pl.model.vlm import VisionLanguageModel

@@ -40,13 +40,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
-TILE_KINDS = {
-    "dense_text": 0.2,
-    "faint_text": 0.1,
-    "shape": 0.3,
-    "texture": 0.2,
-    "blank": 0.2,
-}  # shares
+TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2, "blank": 0.2}  # shares
 MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 2}  # each letter once: 26 do for two tiles
 READ_QUESTION = "Read the text."
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from vico_pl.data.shards.sizes import SampleSize
+from vico_pl.data.shards.tars import SampleSize
 from vico_pl.errors import check_settings
 from vico_pl.types import Image, Sample, TiledSample
 

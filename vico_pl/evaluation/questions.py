@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vico_pl.data.shards.inspect import read_samples
-from vico_pl.data.shards.reader import read_index
+from vico_pl.data.shards.reader import read_index, read_samples
 from vico_pl.data.tiling import TilingConfig, tile_sample
 from vico_pl.errors import RecordError
 from vico_pl.evaluation.answering import (

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
 from vico_pl.data.collate import collate
-from vico_pl.data.shards.inspect import read_samples
+from vico_pl.data.shards.reader import read_samples
 from vico_pl.data.tiling import TilingConfig, choose_grid, tile_sample
 from vico_pl.inference.generate import (
     Answer,

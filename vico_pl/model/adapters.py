@@ -110,19 +110,14 @@ class NewTokens(nn.Module):
 
     def embed(self, words: nn.Module, input_ids: Int64[Tensor, " L"]) -> Float[Tensor, "L D"]:
         """Return the embeddings of tokens, by the layer's own forward: some scale them."""
-        return functional_call(words, {"weight": self._put(words.weight, self.rows)}, (input_ids,))
+        return functional_call(words, {"weight": self.put(words.weight, self.rows)}, (input_ids,))
 
     def head(self, weight: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
         """Return the weight of the output layer with the rows of the tokens in it."""
-        return self._put(weight, self.head_rows)
+        return self.put(weight, self.head_rows)
 
-    @torch.no_grad()
-    def merge(self, language: PreTrainedModel) -> None:
-        """Write the rows into the weights of the language model."""
-        for weight, rows in zip(_token_weights(language), (self.rows, self.head_rows), strict=True):
-            weight.data = self._put(weight.data, rows)
-
-    def _put(self, weight: Any, rows: Tensor) -> Tensor:
+    def put(self, weight: Any, rows: Tensor) -> Tensor:
+        """Return a weight with these rows for those of the tokens."""
         return weight.index_copy(0, self.ids, rows.to(weight.dtype))
 
 
@@ -162,7 +157,8 @@ def _tokens_merged(model: Any) -> Iterator[None]:
         yield
         return
     before = [(weight, weight.data) for weight in _token_weights(model.language)]
-    tokens.merge(model.language)
+    for (weight, values), rows in zip(before, (tokens.rows, tokens.head_rows), strict=True):
+        weight.data = tokens.put(values, rows.data)
     model.new_tokens = None
     try:
         yield

@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from vico_pl.data.module import DataConfig
 from vico_pl.data.shards.index import INDEX_NAME, parse_entries, read_sizes
 from vico_pl.data.shards.locations import parse_source
-from vico_pl.data.shards.sizes import SampleSize
+from vico_pl.data.shards.tars import SampleSize
 from vico_pl.data.tiling import estimated_tiles
 from vico_pl.files import read_json
 from vico_pl.model.families.base import CONFIG_NAME

@@ -12,8 +12,7 @@ from tests.support.tiny import encoded_image
 from vico_pl.data.decode import read_image
 from vico_pl.data.shards import build as build_module
 from vico_pl.data.shards.build import build_from_annotations
-from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import RecordReader, write_shard
+from vico_pl.data.shards.reader import RecordReader, find_faults, read_samples, write_shard
 
 # Shards are written by several processes at once, as users have it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

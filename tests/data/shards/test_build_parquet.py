@@ -8,8 +8,7 @@ from typer.testing import CliRunner
 
 from tests.support.tiny import encoded_image
 from vico_pl.data.shards.build import build_from_annotations
-from vico_pl.data.shards.inspect import find_faults, read_samples
-from vico_pl.data.shards.reader import RecordReader
+from vico_pl.data.shards.reader import RecordReader, find_faults, read_samples
 from vico_pl.shards_cli import shards
 
 pq = pytest.importorskip("pyarrow.parquet")

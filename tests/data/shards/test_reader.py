@@ -18,8 +18,7 @@ from tests.support.hostile import keys_or_kinds, member
 from tests.support.tiny import record
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.index import INDEX_NAME, side_index_path
-from vico_pl.data.shards.inspect import find_faults
-from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.reader import RecordReader, find_faults, read_index, write_index, write_shard
 from vico_pl.files import atomic_path
 
 RECORDS = [

@@ -16,7 +16,7 @@ from vico_pl.data.shards import reader as reader_module
 from vico_pl.data.shards import shard as shard_module
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.shards.sizes import UNKNOWN_SIZE
+from vico_pl.data.shards.tars import UNKNOWN_SIZE
 
 NUM_SHARDS = 4
 

@@ -22,8 +22,7 @@ from tqdm import tqdm
 from vico_pl.data.decode import IMAGE_EXTENSIONS, bad_record, parse_conversation, parsing
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
 from vico_pl.data.shards.index import INDEX_NAME, PLAN_NAME, side_index_path
-from vico_pl.data.shards.parallel import run_parallel
-from vico_pl.data.shards.reader import read_index, write_index, write_shard
+from vico_pl.data.shards.reader import read_index, run_parallel, write_index, write_shard
 from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.data.tables import Row, conversation_of, num_row_groups, read_row_group
 from vico_pl.errors import RecordError

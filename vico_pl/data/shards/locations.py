@@ -38,10 +38,6 @@ class Source:
         place = self.location(name).removesuffix(self.query)
         return str(Path(place).absolute()) if self.is_local else place
 
-    def is_in_place(self, name: str) -> bool:
-        """Say whether a shard is read where it is: a local tar that is not compressed."""
-        return self.is_local and name.endswith(".tar")
-
     @property
     def folder(self) -> Path | str:
         """Return the name of the set."""

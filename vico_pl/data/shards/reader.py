@@ -6,18 +6,21 @@ fetched into the cache and then read as a local tar (`shard.py`, `cache.py`).
 """
 
 import os
+import signal
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import webdataset as wds
 from tqdm import tqdm
 
+from vico_pl.data.decode import bad_record, decode_record, printable, with_caption
 from vico_pl.data.shards.cache import DEFAULT_STREAMING, ShardCache, StreamingConfig, fetch_bytes
 from vico_pl.data.shards.index import (
     INDEX_NAME,
@@ -29,15 +32,16 @@ from vico_pl.data.shards.index import (
     write_sidecar,
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
-from vico_pl.data.shards.parallel import run_parallel, worth_processes
 from vico_pl.data.shards.shard import Shard, ShardIndex
-from vico_pl.data.shards.sizes import measure_shard
-from vico_pl.data.shards.tars import MAX_RECORD_BYTES, read_members, scan_boundaries
+from vico_pl.data.shards.tars import MAX_RECORD_BYTES, measure_shard, read_members, scan_boundaries
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
-from vico_pl.types import Record
+from vico_pl.types import BadRecord, Record, Sample
 
 _THREADS = 4
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+_FEW_BYTES = 2**26  # reading as much takes less time than starting processes
 
 
 class RecordReader:
@@ -218,3 +222,75 @@ def _warn_of_faults(index: ShardIndex) -> None:
     if faults:
         more = f" (and {len(faults) - 1} more shards)" if len(faults) > 1 else ""
         warnings.warn(f"{faults[0]}{more}; its records will be bad ones", stacklevel=3)
+
+
+def run_parallel(
+    function: Callable[[Job], Result], jobs: Sequence[Job], *, workers: int | None, title: str, done: int = 0
+) -> Iterator[Result]:
+    """Yield `function(job)` of each job in order.
+
+    `workers` is the number of processes, by default that of the CPU cores; 1: this process. `done` jobs were
+    finished before. The bar is shown only in a terminal.
+    """
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    hidden = True if len(jobs) < 2 else None
+    with tqdm(total=done + len(jobs), initial=done, desc=title, unit="shard", disable=hidden) as bar:
+        for result in map(function, jobs) if workers < 2 else _by_processes(function, jobs, workers):
+            bar.update()
+            yield result
+
+
+def worth_processes(paths: Sequence[Path]) -> int | None:
+    """Return the number of processes for reading files: 1 if they are small, else the default."""
+    return 1 if sum(path.stat().st_size for path in paths) < _FEW_BYTES else None
+
+
+def _by_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),))
+    try:
+        yield from pool.map(function, jobs)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and exit when it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def read_samples(
+    source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING, caption_prompt: str | None = None
+) -> Iterator[Sample]:
+    """Yield the usable samples of a set in order."""
+    items = read_all(read_index(source, streaming=streaming), caption_prompt=caption_prompt)
+    return (item for item in items if isinstance(item, Sample))
+
+
+def find_faults(index: ShardIndex, *, caption_prompt: str | None = None) -> Iterator[BadRecord]:
+    """Decode every record and yield the bad ones; a shard that cannot be opened is yielded once."""
+    dead: set[str] = set()
+    for item in read_all(index, caption_prompt=caption_prompt):
+        if isinstance(item, BadRecord) and item.reason not in dead:
+            yield item
+            if item.kind == "shard":
+                dead.add(item.reason)
+
+
+def read_all(index: ShardIndex, *, caption_prompt: str | None = None) -> Iterator[Sample | BadRecord]:
+    """Yield every record of a set in order, decoded or as a bad record."""
+    reader = RecordReader(index)
+    for position in range(index.num_samples):
+        name = f"{index.names[index.place(position)[0]]}, sample {position} of the set"
+        try:
+            record = reader(position)
+            name = printable(record.id)
+            yield decode_record(with_caption(record, caption_prompt))
+        except RecordError as error:
+            yield bad_record(name, error)

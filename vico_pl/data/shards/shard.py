@@ -32,8 +32,7 @@ from vico_pl.data.shards.index import (
     write_sidecar,
 )
 from vico_pl.data.shards.locations import Source, without_secrets
-from vico_pl.data.shards.sizes import UNKNOWN_SIZE, SampleSize, measure_shard
-from vico_pl.data.shards.tars import scan_boundaries
+from vico_pl.data.shards.tars import UNKNOWN_SIZE, SampleSize, measure_shard, scan_boundaries
 from vico_pl.errors import RecordError
 
 MAX_OPEN = 128  # shards of a set: several sets share the 1,024 files that a process may usually open
@@ -66,8 +65,8 @@ class Shard:
 
     @property
     def in_place(self) -> bool:
-        """Whether it is read where it is."""
-        return self.source.is_in_place(self.name)
+        """Whether it is read where it is: a local tar that is not compressed."""
+        return self.source.is_local and self.name.endswith(".tar")
 
     @cached_property
     def cached(self) -> Path:
