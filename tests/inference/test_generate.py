@@ -114,15 +114,6 @@ def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(predictor, mixed)
     assert "<|im_end|>" not in texts[0]
 
 
-@pytest.mark.parametrize("limit", [1, 4])
-def test_no_answer_is_longer_than_max_new_tokens(predictor, mixed, limit):
-    samples, questions, ratios = mixed
-    assert batched_ids(never_ends(predictor), samples, questions, ratios, limit).shape == (
-        len(samples),
-        limit,
-    )
-
-
 def test_training_time_attention_does_not_leak_into_generation(predictor, mixed):
     samples, questions, ratios = mixed
     first = batched_ids(predictor, samples, questions, ratios)
