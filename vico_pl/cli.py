@@ -6,14 +6,13 @@ Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option, Typer, echo
 
-from vico_pl.serve_cli import embed, serve
+from vico_pl.serve_cli import embed, image_files, serve
 from vico_pl.shards_cli import report_faults, shards
 
 # Each command imports what it needs: `vico --help` must not wait for torch.
@@ -252,7 +251,7 @@ def generate(
         echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
         report_faults(faults)
     elif images and prompt is not None and data is None and output is None:
-        paths, session = _image_files(images), _open(model)
+        paths, session = image_files(images), _open(model)
         asked: list[Any] = [paths] if together else paths
         for start in range(0, len(asked), batch_size):  # to print answers as they come
             batch = asked[start : start + batch_size]
@@ -307,20 +306,6 @@ def _open(model: str) -> Any:
     from vico_pl.inference.predictor import Predictor
 
     return Predictor.load(model)
-
-
-def _image_files(paths: Sequence[Path]) -> list[Path]:
-    """Replace folders by the image files in them."""
-    from vico_pl.data.decode import IMAGE_EXTENSIONS
-
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        files = [file for file in inside if file == path or file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
-        if not files:
-            raise ValueError(f"{path}: no image in this folder; expected {', '.join(IMAGE_EXTENSIONS)} files")
-        found += files
-    return found
 
 
 def _dtype(name: str, **others: Any) -> Any:

@@ -1,5 +1,6 @@
 """The commands `vico serve` and `vico embed`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -65,20 +66,27 @@ def embed(
     output: Annotated[Path, Option(help="File to write (.safetensors); for a folder, the folder to write.")],
 ) -> None:
     """Write the routed vision tokens of images, which vLLM takes in their place (docs/serving.md)."""
-    from vico_pl.data.decode import IMAGE_EXTENSIONS
-    from vico_pl.inference.embed import embed_image
     from vico_pl.inference.predictor import Predictor
+    from vico_pl.inference.responses import embed_image
 
-    written = {image: output}
-    if image.is_dir():
-        files = sorted(path for path in image.iterdir() if path.suffix.lower()[1:] in IMAGE_EXTENSIONS)
-        if not files:
-            raise ValueError(
-                f"{image}: no image in this folder; expected {', '.join(IMAGE_EXTENSIONS)} files"
-            )
-        written = {path: output / f"{path.name}.safetensors" for path in files}
+    written = {path: output / f"{path.name}.safetensors" for path in image_files([image])}
+    written = written if image.is_dir() else {image: output}
     session, spent, full = Predictor.load(model), 0, 0
     for path, target in written.items():
         counts = embed_image(session, path, target)
         spent, full = spent + counts[0], full + counts[1]
     echo(f"{len(written)} images: {spent} of {full} vision tokens; {output} is written")
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the image files in them."""
+    from vico_pl.data.decode import IMAGE_EXTENSIONS
+
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in inside if file == path or file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+        if not files:
+            raise ValueError(f"{path}: no image in this folder; expected {', '.join(IMAGE_EXTENSIONS)} files")
+        found += files
+    return found

@@ -7,8 +7,8 @@ from safetensors import safe_open
 from tests.support.folders import write_model_folder
 from tests.support.tiny import encoded_image
 from vico_pl.data.collate import collate
-from vico_pl.inference.embed import embed_image
 from vico_pl.inference.predictor import Predictor
+from vico_pl.inference.responses import embed_image
 from vico_pl.model.language import run_packed
 from vico_pl.tokens import PLACEHOLDER, token_id
 

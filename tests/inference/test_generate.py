@@ -65,15 +65,6 @@ def never_ends(predictor):
 
 
 @torch.no_grad()
-def test_a_batch_with_cache_gives_every_sample_the_tokens_it_gets_alone_without(predictor, mixed):
-    samples, questions, ratios = mixed
-    together = batched_ids(never_ends(predictor), samples, questions, ratios)
-    alone = [naive_ids(predictor, *one) for one in zip(samples, questions, ratios, strict=True)]
-    assert together.tolist() == alone
-    assert len({tuple(ids) for ids in alone}) > len(samples) // 2, "the samples differ"
-
-
-@torch.no_grad()
 def test_ratios_and_pixels_and_the_question_each_make_a_difference(predictor):
     never_ends(predictor)
     one, other = tiled(predictor, (64, 64), seed=1), tiled(predictor, (64, 64), seed=7)
@@ -112,15 +103,6 @@ def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(predictor, mixed)
     decode = predictor.tokenizer.decode
     assert texts == [decode(ids, skip_special_tokens=True).strip() for ids in alone]
     assert "<|im_end|>" not in texts[0]
-
-
-@pytest.mark.parametrize("limit", [1, 4])
-def test_no_answer_is_longer_than_max_new_tokens(predictor, mixed, limit):
-    samples, questions, ratios = mixed
-    assert batched_ids(never_ends(predictor), samples, questions, ratios, limit).shape == (
-        len(samples),
-        limit,
-    )
 
 
 def test_training_time_attention_does_not_leak_into_generation(predictor, mixed):

@@ -10,7 +10,6 @@ from vico_pl.data.collate import collate
 from vico_pl.inference.generate import prompt_texts
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME, WEIGHTS_NAME
-from vico_pl.model.router import compress_probability
 
 
 @pytest.fixture
@@ -79,17 +78,6 @@ def test_without_calibration_every_tile_keeps_full_tokens(predictor):
     features = predictor.model.encode_tiles(tiled(predictor, (64, 64)).tiles)
     assert predictor.rule is None
     assert predictor.choose_ratios(features).tolist() == [4] * 5
-
-
-@torch.no_grad()
-def test_with_calibration_tiles_compress_from_its_threshold_on(folder):
-    features = Predictor.load(folder).model.encode_tiles(tiled(Predictor.load(folder), (64, 64)).tiles)
-    probabilities = compress_probability(Predictor.load(folder).router_logits(features))
-    threshold = probabilities.median().item()  # the third of five
-    (folder / CALIBRATION_NAME).write_text(json.dumps({"threshold": threshold}))
-    ratios = Predictor.load(folder).choose_ratios(features)
-    assert ratios.tolist() == [16 if p >= threshold else 4 for p in probabilities.tolist()]
-    assert sorted(ratios.tolist()) == [4, 4, 16, 16, 16]
 
 
 @torch.no_grad()

@@ -31,12 +31,6 @@ def test_a_probability_that_equals_the_threshold_compresses():
     assert choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=0.5000001)).tolist() == [4]
 
 
-def test_column_zero_speaks_for_the_coarsest_ratio_and_the_last_for_full_tokens():
-    logits = from_probabilities([0.9, 0.1], [0.1, 0.9])
-    assert compress_probability(logits).tolist() == pytest.approx([0.9, 0.1])
-    assert choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=0.5)).tolist() == [16, 4]
-
-
 def test_of_three_ratios_the_coarsest_wins_whose_probability_with_coarser_ones_reaches_the_threshold():
     rows = from_probabilities([0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.2, 0.1, 0.7], [0.0, 0.6, 0.4])
     assert compress_probability(rows).tolist() == pytest.approx([0.9, 0.7, 0.3, 0.6])

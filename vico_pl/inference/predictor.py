@@ -287,9 +287,8 @@ class Predictor:
         return int((states[-1] @ self.model.head.T).argmax())
 
     def _encode_prompts(self, samples: Sequence[TiledSample], prompts: Sequence[Prompt]) -> Batch:
-        return collate([self.encode_prompt(*one) for one in zip(samples, prompts, strict=True)]).to(
-            self.device
-        )
+        encoded = [self.encode_prompt(*one) for one in zip(samples, prompts, strict=True)]
+        return collate(encoded).to(self.device)
 
     def _fixed_ratios(self, sample: TiledSample, given: int | Sequence[int]) -> Int64[Tensor, " t"]:
         count = len(sample.tiles)

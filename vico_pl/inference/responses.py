@@ -1,4 +1,4 @@
-"""A set of shards whose responses are the model's own, to the questions of another set."""
+"""Files that a model writes: shards with its own answers, and routed vision tokens for other engines."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vico_pl.data.decode import (
@@ -23,12 +25,13 @@ from vico_pl.data.shards.index import PLAN_NAME
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.shard import ShardIndex
 from vico_pl.errors import RecordError
-from vico_pl.files import append_json
+from vico_pl.files import append_json, atomic_path
 from vico_pl.inference.generate import RoutedSample, TextReader, generation_options, prompt_texts
 from vico_pl.inference.predictor import Predictor
 from vico_pl.types import BadRecord, Record, Turn
 
 LOG_NAME = "bad_records.jsonl"  # of the new set: records that are not in it, and why
+EMBEDDINGS = "image_embeds"  # name of the tensor of vision tokens, (N, D)
 _PER_ANSWER = ("skills", "metrics", "answers")  # fields of a record's JSON
 
 
@@ -91,6 +94,25 @@ def generate_responses(
         first = bad[0].reason if bad else "it is empty"
         raise ValueError(f"{source}: no usable record; the first fault: {first}")
     return written, bad
+
+
+@torch.no_grad()
+def embed_image(predictor: Predictor, image: Path, output: Path) -> tuple[int, int]:
+    """Write the routed vision tokens of an image; return their number, and that of full tokens.
+
+    The file has one tensor (N, D), D being the width of the language model, and the ratio of each tile in its
+    metadata, row by row, the thumbnail last.
+
+    Raises:
+        ValueError: the file is no image.
+    """
+    routed = predictor.prepare([image])
+    tokens, _ = predictor.model.connectors(routed.features, routed.ratios.to(routed.features.device))
+    metadata = {"ratios": json.dumps(routed.ratios.tolist()), "image": image.name}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(output) as temporary:
+        save_file({EMBEDDINGS: tokens.cpu().contiguous()}, temporary, metadata)
+    return len(tokens), len(routed.ratios) * predictor.model.tokens_per_full_tile
 
 
 def _answered(
