@@ -287,7 +287,7 @@ def test_untrained_arms_are_evaluated_when_named_at_the_budget_of_the_router(
 
 def test_untrained_arms_that_cannot_run_are_refused(predictor, answered, tmp_path):
     gpt2 = {**tiny_spec().language, "model_type": "gpt2", "vocab_size": len(predictor.tokenizer)}
-    other = Predictor.load(write_model_folder(tmp_path / "gpt2", language=gpt2))
+    other = Predictor.load(write_model_folder(tmp_path / "gpt2", threshold=0.5, language=gpt2))
     with pytest.raises(ValueError, match="the language model is gpt2; FastV needs one of llama"):
         evaluate(open_questions(other, answered), seed=0, arms=["fastv"])
     records = [(key, {**files, "json": without_skills(files["json"])}) for key, files in records_of(answered)]

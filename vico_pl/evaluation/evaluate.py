@@ -38,6 +38,7 @@ from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.router import at_threshold, threshold_for, vision_tokens
 from vico_pl.model.vlm import VisionLanguageModel
 
+SCORED = ("random", "pixel_detail", "oracle")  # arms that choose tiles by a score, besides the router
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed
 SPOILT_PER_GROUP, EXAMPLES_PER_GROUP = 4, 2
 EXAMPLE_TILES = 4  # at least, where routing spoils nothing: fewer show little of a choice
@@ -99,8 +100,12 @@ def evaluate(
     if reference is not None and reference.tiling.tile_size != questions.predictor.tiling.tile_size:
         sizes = f"{reference.tiling.tile_size} px, of the model {questions.predictor.tiling.tile_size}"
         raise ValueError(f"{reference.folder}: its tiles are of {sizes}; expected the same")
+    known = _known_arms(questions.predictor)
+    if unknown := [arm for arm in arms or () if arm not in known]:
+        folder = questions.predictor.folder
+        raise ValueError(f"{folder}: no arm '{unknown[0]}'; this model has {', '.join(known)}")
     check_untrained(questions, arms or ())
-    scores = _score_tiles(questions, seed=seed)
+    scores = _score_tiles(questions, seed=seed, arms=arms)
     settings = _arm_settings(scores, questions.predictor, arms=arms)
     pareto = _pareto_settings(scores) if arms is None else []
     found = _answer(questions, scores, settings, pareto, reference=reference)
@@ -132,15 +137,21 @@ def evaluate(
     return {**report, **_figures(found.asked, outcomes, costs, curves, seed=seed)}, examples
 
 
+def _known_arms(predictor: Predictor) -> list[str]:
+    arms = ["full"] if len(predictor.model.ratios) == 1 else ["full", "all_compressed"]
+    is_routed = predictor.rule is not None and predictor.model.router is not None
+    return [*arms, *(["router", *SCORED, *AT_BUDGET] if is_routed else [])]
+
+
 @torch.no_grad()
-def _score_tiles(questions: QuestionSet, *, seed: int) -> dict[str, TileScores]:
-    """Score the tiles of the whole set; all but the router's scores become ranks."""
+def _score_tiles(questions: QuestionSet, *, seed: int, arms: Sequence[str] | None) -> dict[str, TileScores]:
+    """Score the tiles of the whole set as the arms do; all but the router's scores become ranks."""
     predictor, right = questions.predictor, 0.0
-    scores: dict[str, TileScores] = {"random": []}
-    if len(predictor.model.ratios) > 1:
-        scores |= {"pixel_detail": [], "oracle": []}
-        if predictor.rule is not None and predictor.model.router is not None:
-            scores = {"router": [], **scores}
+    possible = ["router", *SCORED] if "router" in _known_arms(predictor) else [*SCORED]
+    if len(predictor.model.ratios) == 1:
+        possible = ["random"]
+    needed = possible if arms is None else ["router", "random", *arms]
+    scores: dict[str, TileScores] = {arm: [] for arm in possible if arm in needed}
     for group in questions.groups(title="scoring tiles"):
         for arm, of_set in scores.items():
             of_set += score_tiles(arm, predictor, group, seed=seed)
@@ -163,9 +174,6 @@ def _arm_settings(
         for arm, of_set in scores.items():
             settings[arm] = Setting(arm, threshold_for(of_set, compressed_fraction=fraction))
         settings["router"] = Setting("router", threshold)
-    known = [*settings, *(AT_BUDGET if "router" in settings else ())]
-    if unknown := [arm for arm in arms or () if arm not in known]:
-        raise ValueError(f"{predictor.folder}: no arm '{unknown[0]}'; this model has {', '.join(known)}")
     needed = ["full", *(arms or ()), *(["router"] if {*AT_BUDGET} & {*(arms or ())} else ())]
     return {arm: s for arm, s in settings.items() if arms is None or arm in needed}
 
