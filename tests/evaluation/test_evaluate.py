@@ -315,7 +315,7 @@ def test_with_a_reference_retention_is_relative_to_it(predictor, other, answered
     assert arms["full"][0] == arms["full"][1] < 1
 
 
-def test_agreement_is_reported_where_answers_have_no_metric(predictor, answered, tmp_path):
+def test_agreement_is_reported_where_answers_have_no_metric(predictor, other, answered, tmp_path):
     records = [(key, {**files, "json": without_skills(files["json"])}) for key, files in records_of(answered)]
     questions = open_questions(predictor, write_set(tmp_path / "plain", records))
     report, examples = evaluate(questions, seed=0)
@@ -324,6 +324,9 @@ def test_agreement_is_reported_where_answers_have_no_metric(predictor, answered,
     assert accuracy["full"] == 1 > accuracy["router"] > accuracy["all_compressed"] > 0
     assert accuracy["oracle"] > accuracy["random"]
     assert {example.full.answer for example in examples} == {""}
+    with_other, _ = evaluate(questions, seed=0, arms=["all_compressed"], reference=other)
+    assert with_other["measure"] == "agreement with the reference at full tokens on the answers of the data"
+    assert with_other["arms"]["full"]["accuracy"]["overall"] < 1
 
 
 def without_skills(content):

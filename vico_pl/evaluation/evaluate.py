@@ -117,11 +117,13 @@ def evaluate(
             outcomes[arm] = at_budget(questions, arm, routed, outcomes, reference=reference)
     if reference is not None:
         outcomes["reference"] = found.reference
-    num_records = questions.num_records
+    num_records, measure = questions.num_records, questions.measure.value
+    if reference is not None:
+        measure = measure.replace("with full tokens", "with the reference at full tokens")
     report = {
         "model": str(questions.predictor.folder),
         "dataset": questions.name,
-        "measure": questions.measure.value,
+        "measure": measure,
         "num_samples": len(scores["random"]),
         "num_left_out": None if num_records is None else num_records - len(scores["random"]),
         "seed": seed,
