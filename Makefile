@@ -115,10 +115,11 @@ $(VICO) train $(1) run_dir=$(2) $(3) $(ARGS)
 @[ -e $@ ] || { echo "$(2) is not finished; the same command resumes it" >&2; exit 1; }
 endef
 
-$(CONSISTENCY): | $(INSTALLED) $(SHARDS)/train/index.json $(BASE)
+# Both recipes validate on the set for calibration, not on that of the report.
+$(CONSISTENCY): | $(INSTALLED) $(SHARDS)/train/index.json $(SHARDS)/calibration/index.json $(BASE)
 	$(call train,recipes/demo/consistency.yaml,$(RUN)/consistency)
 
-$(ROUTER): $(CONSISTENCY) | $(INSTALLED) $(SHARDS)/train/index.json
+$(ROUTER): $(CONSISTENCY) | $(INSTALLED) $(SHARDS)/train/index.json $(SHARDS)/calibration/index.json
 	$(call train,recipes/demo/router.yaml,$(RUN)/router,model.path=$(RUN)/consistency/model)
 
 $(CALIBRATION): $(ROUTER) | $(SHARDS)/calibration/index.json

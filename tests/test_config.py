@@ -53,6 +53,18 @@ def test_an_override_reaches_into_a_list_and_a_described_tower_replaces_another(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        # Validation.
+        (["trainer.validate_every=5"], ["data.validation is empty; name a set of held-out shards"]),
+        (["trainer.best_metric=val/a/kl"], ["trainer.best_metric is set but trainer.validate_every is 0"]),
+        (
+            ["trainer.best_metric=kl", "trainer.validate_every=5", "data.validation=[{name: a, path: x}]"],
+            ["trainer.best_metric is 'kl'; expected val/NAME/... of a set in data.validation"],
+        ),
+        (["trainer.best_mode=lowest"], ["trainer.best_mode is 'lowest'; expected min or max"]),
+        (
+            ["data.validation=[{name: a, pth: x}]"],
+            ["data.validation.0.pth (did you mean data.validation.0.path?)"],
+        ),
         # Unknown keys, with what was probably meant.
         (["optimizer.lr=1"], ["unknown key optimizer (did you mean optim?)"]),
         (["optim.learning_rate=1"], ["unknown key optim.learning_rate"]),

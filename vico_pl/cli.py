@@ -264,11 +264,18 @@ def generate(
 
 @app.command()
 def export(
-    model: Model,
+    model: Annotated[
+        str,
+        Argument(help="Model folder in any layout, name on the Hugging Face Hub, or RUN/checkpoints/*.ckpt."),
+    ],
     output: Annotated[Path, Argument(help="Folder to write.")],
     layout: Annotated[
-        str, Option(help="flash or internvl (released code, LMDeploy), hf (transformers) or ours.")
-    ] = "flash",
+        str | None,
+        Option(
+            help="flash or internvl (released code, LMDeploy), hf (transformers) or ours. Default: flash, "
+            "and ours for a checkpoint."
+        ),
+    ] = None,
     template: Annotated[
         str | None, Option(help="Released model (folder or Hub name) whose code and tokenizer are copied.")
     ] = None,
@@ -282,8 +289,17 @@ def export(
     from vico_pl.model.families.folder import export as write
     from vico_pl.model.families.hub import local_folder
 
+    if model.endswith(".ckpt"):
+        from vico_pl.trainer import export_checkpoint
+
+        if layout not in (None, "ours") or template is not None or dtype != "stored":
+            raise ValueError(f"{model}: a checkpoint becomes a folder in our layout; export that one then")
+        export_checkpoint(Path(model), output)
+        echo(f"{output} is written in the layout 'ours'")
+        return
     weights = _dtype(dtype)  # first, as a download takes long
     code = None if template is None else local_folder(template, (CONFIG_NAME, *TEMPLATE_FILES))
+    layout = layout or "flash"
     write(local_folder(model), output, layout=layout, template=code, dtype=weights)
     echo(f"{output} is written in the layout '{layout}'")
 

@@ -24,8 +24,11 @@ HARMLESS = (
     "data.micro_batch.max_tokens",
     "data.streaming.cache_dir",
     "data.streaming.cache_gib",
+    "data.validation",
     "trainer.accelerator",
     "trainer.activation_checkpointing",
+    "trainer.best_metric",
+    "trainer.best_mode",
     "trainer.checkpoint_every",
     "trainer.devices",
     "trainer.keep_checkpoints",
@@ -33,6 +36,7 @@ HARMLESS = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.timeout_s",
+    "trainer.validate_every",
     "trainer.watchdog_s",
 )
 # Keys of earlier versions, which run folders still hold: (section, old key) -> new key; None: removed.
@@ -107,11 +111,22 @@ def check_run(config: RunConfig) -> Iterator[str]:
         yield from STAGES[config.stage].check(config)
     else:
         yield f"stage is '{config.stage}'; expected one of {', '.join(STAGES)}"
+    yield from _check_validation(config)
     if not config.data.sources:
         yield "data.sources is empty; name at least one folder of shards"
     fed = sum(source.steps or 0 for source in config.data.sources[:-1])
     if fed >= config.trainer.max_steps:
         yield f"data.sources: the last one is never reached, the others last {fed} steps"
+
+
+def _check_validation(config: RunConfig) -> Iterator[str]:
+    names, metric = [entry.name for entry in config.data.validation], config.trainer.best_metric
+    if config.trainer.validate_every and not names:
+        yield "trainer.validate_every is set but data.validation is empty; name a set of held-out shards"
+    if metric is not None and not config.trainer.validate_every:
+        yield "trainer.best_metric is set but trainer.validate_every is 0; set it to a number of steps"
+    elif metric is not None and not metric.startswith(tuple(f"val/{name}/" for name in names)):
+        yield f"trainer.best_metric is '{metric}'; expected val/NAME/... of a set in data.validation"
 
 
 def save_config(settings: RunConfig | dict[str, Any], path: Path) -> None:

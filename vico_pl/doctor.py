@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from vico_pl.callbacks.guards import StopSignals
 from vico_pl.config import RunConfig, load_config
-from vico_pl.data.module import SourceConfig
+from vico_pl.data.module import SourceConfig, ValidationConfig
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import read_index, read_samples
 from vico_pl.evaluation.questions import describe
@@ -80,7 +80,7 @@ def checks(
         return
     yield "slurm", partial(_check_slurm, config)
     yield "workers", partial(_check_workers, config)
-    for source in config.data.sources:
+    for source in [*config.data.sources, *config.data.validation]:
         yield "shards", partial(_check_shards, source, config.data.streaming)
     for path in filter(None, dict.fromkeys([config.model.path, config.model.reference])):
         yield "model", partial(_check_model, path)
@@ -164,7 +164,7 @@ def _check_workers(config: RunConfig) -> str:
     return f"{workers * ranks} on {cores} cores"
 
 
-def _check_shards(source: SourceConfig, streaming: StreamingConfig) -> str:
+def _check_shards(source: SourceConfig | ValidationConfig, streaming: StreamingConfig) -> str:
     path, prompt = source.path, source.caption_prompt
     count = read_index(path, streaming=streaming).num_samples
     if next(read_samples(path, streaming=streaming, caption_prompt=prompt), None) is None:

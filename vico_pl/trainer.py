@@ -19,9 +19,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.callbacks import guards
-from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
+from vico_pl.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    StepCheckpoint,
+    checkpoint_fault,
+    newest_checkpoint,
+)
 from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, JsonlLogger, SampleLog, StepProgressBar
-from vico_pl.config import RunConfig
+from vico_pl.config import RunConfig, load_config
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
 from vico_pl.model.blocks import whole_state
@@ -32,6 +38,7 @@ from vico_pl.prepare import FolderModels
 from vico_pl.stages import STAGES, build_stage
 from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import TrainerConfig
+from vico_pl.stages.validation import Validation
 
 # Warnings that do not concern a run: a pattern for each.
 HARMLESS_WARNINGS = (
@@ -42,6 +49,7 @@ HARMLESS_WARNINGS = (
     ".*LeafSpec.* is deprecated",  # within Lightning itself
     # It recommends a checkpoint of the weights before the step that is counted.
     "Using ModelCheckpoint with manual optimization",
+    "It is recommended to use `self.log",  # `Validation` logs the same value on all ranks
 )
 
 
@@ -84,7 +92,7 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
         state = whole_state(model) if stage.is_sharded else None
         if trainer.is_global_zero:
             whole = model if state is None else models.trained(state)
-            _write_model(whole, tokenizer, config)
+            _write_model(whole, tokenizer, config, run_dir / "model")
     return trainer, run_dir / "model"
 
 
@@ -112,6 +120,8 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
         precision=config.precision,  # type: ignore[arg-type]  # Lightning itself checks the name
         max_steps=config.max_steps,
         limit_train_batches=config.max_steps,
+        limit_val_batches=1.0 if config.validate_every else 0,
+        num_sanity_val_steps=0,
         log_every_n_steps=min(config.log_every, config.max_steps),  # a short run logs its last step
         callbacks=[
             stop,
@@ -125,6 +135,7 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
             guards.SyncGuard(every=every),
             guards.Watchdog(run_dir, limit_s=config.watchdog_s),
             StepCheckpoint(run_dir / "checkpoints", every=every, keep=config.keep_checkpoints),
+            *_validation(run, run_dir),
         ],
         logger=[
             TensorBoardLogger(run_dir, name="tensorboard", version=""),
@@ -135,6 +146,14 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+
+
+def _validation(run: RunConfig, run_dir: Path) -> Iterator[L.Callback]:
+    config = run.trainer
+    if config.validate_every:
+        yield Validation([entry.name for entry in run.data.validation], every=config.validate_every)
+    if config.best_metric is not None:
+        yield BestCheckpoint(run_dir / "checkpoints", metric=config.best_metric, mode=config.best_mode)
 
 
 def _strategy(config: TrainerConfig) -> str | Strategy:
@@ -177,8 +196,34 @@ def _check_has_trained(trainer: L.Trainer, run_dir: Path) -> None:
         )
 
 
-def _write_model(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
-    folder = Path(config.run_dir) / "model"
+def export_checkpoint(path: Path, folder: Path) -> None:
+    """Write the model of a checkpoint, which lies in the folder of its run, as the run writes its last one.
+
+    Raises:
+        ValueError: the run or the checkpoint cannot be read, or `folder` is not empty.
+    """
+    recipe = path.absolute().parents[1] / "config.yaml"
+    if not recipe.is_file():
+        raise ValueError(f"{path}: no {recipe}; expected a checkpoint in RUN/checkpoints")
+    fault = checkpoint_fault(path)
+    if fault is not None:
+        raise ValueError(f"{path}: it cannot be read ({fault})")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; name a new folder")
+    config = load_config(recipe, [])
+    models = FolderModels(config)
+    stage = build_stage(config, models)
+    checkpoint = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    stage.on_load_checkpoint(checkpoint)
+    stage.load_state_dict(checkpoint["state_dict"], strict=stage.strict_loading, assign=True)
+    model = stage.trained_model()
+    model.language.tie_weights()  # loading replaced one of the two
+    _write_model(model, models.tokenizer, config, folder)
+
+
+def _write_model(
+    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path
+) -> None:
     tokenizer.save_pretrained(folder)
     processing = {"tiling": asdict(config.data.tiling), "chat": asdict(config.data.chat)}
     with adapters_merged(model):

@@ -121,6 +121,17 @@ class Batch:
         """R, the response tokens of all samples."""
         return sum(self.response_lengths)
 
+    @property
+    def tile_positions(self) -> list[int]:
+        """Position of each tile's sample in the order of the run; -1: the dummy sample's."""
+        counts = map(sum, self.tiles_per_image)
+        return [p for p, count in zip(self.positions, counts, strict=True) for _ in range(count)]
+
+    @property
+    def sample_tiles(self) -> list[int]:
+        """Indices of all tiles but the dummy sample's."""
+        return [tile for tile, position in enumerate(self.tile_positions) if position >= 0]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch with every tensor on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -147,6 +158,13 @@ class RankBatch:
     def ids(self) -> list[str]:
         """Names of the samples."""
         return [name for micro_batch in self.micro_batches for name in micro_batch.ids if name]
+
+    def padded(self, count: int) -> list[Batch]:
+        """Return the micro-batches, and dummies up to `count`, the largest number of any rank.
+
+        All ranks run the same number of micro-batches: gathering sharded weights is a collective.
+        """
+        return self.micro_batches + [self.dummy] * (count - len(self.micro_batches))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RankBatch":
         """Return the rank batch with every tensor on `device`."""

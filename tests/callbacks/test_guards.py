@@ -171,10 +171,13 @@ def test_a_step_that_takes_too_long_is_reported_with_rank_place_and_stack(tmp_pa
     assert "test_a_step_that_takes_too_long" in (tmp_path / "waiting-rank-3.txt").read_text()
 
 
-def test_steps_in_time_are_not_reported(tmp_path):
-    dog = Watchdog(tmp_path, limit_s=0.2)
+@pytest.mark.parametrize("event", ["on_train_batch_end", "on_validation_batch_end"])
+def test_steps_in_time_are_not_reported(tmp_path, event):
+    dog = Watchdog(tmp_path, limit_s=0.4)
     dog.on_train_start(TrainerAt(7))
-    dog.on_train_batch_end(TrainerAt(8))
+    for _ in range(3):
+        time.sleep(0.2)
+        getattr(dog, event)(TrainerAt(8))
     dog.teardown()
     time.sleep(0.3)
     assert list(tmp_path.iterdir()) == []

@@ -11,13 +11,21 @@ from torch.utils.data import DataLoader
 from tests.support.tiny import encoded_image, record, tiny_model, tiny_spec
 from vico_pl.data.collate import MicroBatchLimits
 from vico_pl.data.decode import ImageLimits
-from vico_pl.data.module import DataConfig, DataModule, RankBatches, SourceConfig, apply
+from vico_pl.data.module import (
+    DataConfig,
+    DataModule,
+    RankBatches,
+    SourceConfig,
+    ValidationConfig,
+    apply,
+)
 from vico_pl.data.shards.reader import read_index, write_index, write_shard
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.losses.consistency import consistency_kl
 
 BATCH = 12
 BAD_JSON = {"json": b"{"}
+QUESTION_ONLY = b'{"conversations": [{"from": "human", "value": "<image>\\nWhat?"}]}'
 TEXT = record(text="How many days has a leap year?", answer="366", files={"jpg": None}).files
 
 
@@ -213,3 +221,58 @@ def test_missing_and_empty_shards_are_found_before_anything_is_built(tmp_path, t
     write_index(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path}: its shards hold no samples"):
         data_module(tmp_path, tokenizer)
+
+
+def held_out(shards, tokenizer, folder=None, **settings):
+    """A module with batches of 4 and a validation set, by default 10 of the 18 records."""
+    entry = {"name": "held-out", "path": str(folder or shards), "max_samples": 10, **settings}
+    return data_module(shards, tokenizer, batch_size=4, validation=[ValidationConfig(**entry)])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize(("world", "num_workers"), [(1, 0), (1, 2), (2, 0), (3, 1), (3, 2)])
+def test_validation_reads_each_chosen_sample_once_on_any_number_of_ranks(
+    shards, tokenizer, world, num_workers
+):
+    module = held_out(shards, tokenizer)
+    ranks = [RankBatches(module, rank=r, world=world, held_out=module.held_out[0]) for r in range(world)]
+    steps = list(zip(*(DataLoader(r, batch_size=None, num_workers=num_workers) for r in ranks), strict=True))
+    found = [dict(item for share in step for item in samples(share)) for step in steps]
+    assert [sorted(step) for step in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    names = [found[position // 4][position][0] for position in range(10)]
+    # 18 records in shards of 7, 7 and 4; record floor(i * 18 / 10) is the i-th.
+    chosen = [(0, 0), (0, 1), (0, 3), (0, 5), (1, 0), (1, 2), (1, 3), (1, 5), (2, 0), (2, 2)]
+    starts = (0, 7, 14)
+    assert names == [f"train-{shard:06d}.tar/{starts[shard] + place:08d}" for shard, place in chosen]
+
+
+def test_a_small_validation_set_is_used_whole_with_its_bad_records_counted(faulty, shards, tokenizer):
+    module = held_out(shards, tokenizer, faulty)
+    (share,) = RankBatches(module, rank=0, world=1, held_out=module.held_out[0])
+    assert (len(share.ids), {bad.source for bad in share.bad_records}) == (2, {str(faulty)})
+    assert len(share.bad_records) == 2
+
+
+@pytest.mark.parametrize("files", [BAD_JSON, record(answer="").files | {"json": QUESTION_ONLY}])
+def test_a_validation_set_without_a_usable_sample_is_refused_at_the_start(tmp_path, shards, tokenizer, files):
+    write_shard(tmp_path / "f.tar", [("0", files), ("1", files)])
+    message = f"data.validation 'held-out': {tmp_path}: none of 2 samples can be read and has an answer"
+    with pytest.raises(ValueError, match=message):
+        held_out(shards, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "a/b"}, r"data\.validation 'a/b'\.name is 'a/b'; expected letters, digits, _ and -"),
+        ({"max_samples": 0}, r"max_samples is 0; expected 1 or more"),
+    ],
+)
+def test_a_validation_set_needs_a_name_and_samples(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ValidationConfig(**{"name": "a", "path": "x", **settings})
+
+
+def test_two_validation_sets_need_two_names():
+    with pytest.raises(ValueError, match=r"data\.validation names 'a' twice"):
+        DataConfig(validation=[ValidationConfig(name="a", path=path) for path in ("x", "y")])

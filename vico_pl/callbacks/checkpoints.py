@@ -60,6 +60,34 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, stage, out, *rest)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps in `best.ckpt` the weights of the step at which a metric of the validation was best."""
+
+    def __init__(self, folder: Path, *, metric: str, mode: str) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="best",
+            monitor=metric,
+            mode=mode,
+            save_weights_only=True,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,  # a better one replaces it
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, stage: Any) -> None:
+        """Save if the metric is better than ever.
+
+        Raises:
+            ValueError: there is no such metric.
+        """
+        known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        if stage.validated_step != trainer.global_step:  # interrupted: the metrics are old ones
+            return
+        if self.monitor not in known:
+            raise ValueError(f"trainer.best_metric is '{self.monitor}'; expected one of {', '.join(known)}")
+        super().on_validation_end(trainer, stage)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, syncs it to disk and renames it."""
 
@@ -86,14 +114,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest readable checkpoint of a run; warn about unreadable ones."""
     for path in sorted((run_dir / "checkpoints").glob("step-*.ckpt"), reverse=True):
-        fault = _fault(path)
+        fault = checkpoint_fault(path)
         if fault is None:
             return path
         rank_zero_warn(f"{path} is skipped: it cannot be read ({fault})")
     return None
 
 
-def _fault(path: Path) -> str | None:
+def checkpoint_fault(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None; tensors stay on disk."""
     try:
         state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")

@@ -62,6 +62,8 @@ class StopSignals(L.Callback):
         """Pass the request to the stage, which informs the other ranks."""
         stage.stop_requested = self.received is not None
 
+    on_validation_batch_start = on_train_batch_start
+
     def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, *_: Any) -> None:
         """Stop once all ranks have agreed."""
         if out["stop"]:
@@ -249,6 +251,8 @@ class Watchdog(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Restart it."""
         self.on_train_start(trainer)
+
+    on_validation_batch_end = on_train_batch_end
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Stop it, however the run ended."""

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +26,7 @@ from vico_pl.data.collate import (
     split_into_micro_batches,
 )
 from vico_pl.data.decode import ImageLimits, bad_record, decode_record, with_caption
-from vico_pl.data.order import SampleOrder, SourceShape
+from vico_pl.data.order import EvenOrder, SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.shard import ShardIndex
@@ -46,10 +48,29 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """A held-out set; each validation uses the same of its samples, spread evenly, in the same order."""
+
+    name: str  # in the names of its metrics, val/NAME/...
+    path: str  # as that of a source
+    max_samples: int = 256
+    caption_prompt: str | None = None  # as that of a source
+
+    def __post_init__(self) -> None:
+        check_settings(
+            f"data.validation '{self.name}'",
+            self,
+            name=(re.fullmatch(r"[\w-]+", self.name, re.ASCII) is not None, "letters, digits, _ and -"),
+            max_samples=(self.max_samples >= 1, "1 or more"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and how it becomes optimizer steps."""
 
     sources: list[SourceConfig] = field(default_factory=list)  # one after the other, or mixed by weight
+    validation: list[ValidationConfig] = field(default_factory=list)  # every trainer.validate_every steps
     batch_size: int = 16  # samples of a global batch, which is one optimizer step over all ranks
     num_workers: int = 1  # processes per rank that decode; 0: in the training process
     tiling: TilingConfig = field(default_factory=TilingConfig)
@@ -63,7 +84,19 @@ class DataConfig:
         fraction = (0 <= self.max_bad_fraction <= 1, "0 to 1")
         size = (self.batch_size >= 1, "1 or more")
         check_settings("data", self, batch_size=size, max_bad_fraction=fraction)
+        names = [entry.name for entry in self.validation]
+        for name in {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"data.validation names '{name}' twice; their metrics need names of their own")
         _check_sources(self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A validation set, opened."""
+
+    indexes: list[ShardIndex]  # one
+    order: EvenOrder
+    prompts: list[str | None]
 
 
 class DataModule(L.LightningDataModule):
@@ -88,14 +121,23 @@ class DataModule(L.LightningDataModule):
         self.indexes = open_sources(config)
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile, max_positions)
         self.order = build_order(config, self.indexes, seed=seed)
+        self.prompts = [source.caption_prompt for source in config.sources]
+        self.held_out = [self._open(entry) for entry in config.validation]
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that starts at the trainer's global step."""
+        assert self.trainer is not None  # which asks for the loader
+        return self._loader(first_step=self.trainer.global_step)
+
+    def val_dataloader(self) -> list[DataLoader[RankBatch]]:
+        """Return a loader for each validation set; the last step of a set has what remains of it."""
+        return [self._loader(held_out=held_out) for held_out in self.held_out]
+
+    def _loader(self, **settings: Any) -> DataLoader[RankBatch]:
         trainer, workers = self.trainer, self.config.num_workers
-        assert trainer is not None  # which asks for the loader
-        place = {"rank": trainer.global_rank, "world": trainer.world_size}
+        assert trainer is not None
         return DataLoader(
-            RankBatches(self, first_step=trainer.global_step, **place),
+            RankBatches(self, rank=trainer.global_rank, world=trainer.world_size, **settings),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -103,33 +145,54 @@ class DataModule(L.LightningDataModule):
             worker_init_fn=ignore_stop_signals,
         )
 
+    def _open(self, entry: ValidationConfig) -> HeldOut:
+        """Open a validation set; one sample of it must have an answer that can be read."""
+        index = read_index(entry.path, streaming=self.config.streaming)
+        order = EvenOrder(size=index.num_samples, count=min(entry.max_samples, index.num_samples))
+        held_out = HeldOut(indexes=[index], order=order, prompts=[entry.caption_prompt])
+        batches = RankBatches(self, rank=0, world=1, held_out=held_out)
+        firsts = (batches.rank_batch([position]).micro_batches[0] for position in range(order.count))
+        if not any(batch.num_response_tokens for batch in firsts):
+            unusable = f"{index.folder}: none of {order.count} samples can be read and has an answer"
+            raise ValueError(f"data.validation '{entry.name}': {unusable}; see 'vico shards check'")
+        return held_out
+
 
 class RankBatches(IterableDataset[RankBatch]):
-    """The rank batch of every step from `first_step` on; worker k of w makes every w-th."""
+    """The rank batch of every step from `first_step` on; worker k of w makes every w-th.
 
-    def __init__(self, data: DataModule, *, first_step: int, rank: int, world: int) -> None:
+    Those of the run have no end; those of a validation set end with its last sample.
+    """
+
+    def __init__(
+        self, data: DataModule, *, rank: int, world: int, first_step: int = 0, held_out: HeldOut | None = None
+    ) -> None:
         """Serve one rank of `world`. Worker processes get neither trainer nor model."""
         super().__init__()
         self.first_step, self.rank, self.world = first_step, rank, world
-        self.config, self.indexes, self.order = data.config, data.indexes, data.order
+        source = data if held_out is None else held_out
+        self.config, self.indexes, self.order = data.config, source.indexes, source.order
+        self.num_positions = sys.maxsize if held_out is None else held_out.order.count
         self.chat, self.cost = data.chat, data.cost
         side = data.config.tiling.tile_size
         tile = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         black = TiledSample(id="", tiles=tile, tiles_per_image=[1], turns=[], metadata={})
         self.dummy = data.chat.encode_prompt(black, "<image>")  # no response
-        prompts = [source.caption_prompt for source in data.config.sources]
         self.stages: list[Callable[[Iterable[Any]], Iterator[Item]]] = [
-            partial(read, order=data.order, readers=list(map(RecordReader, data.indexes)), prompts=prompts),
+            partial(
+                read, order=self.order, readers=list(map(RecordReader, self.indexes)), prompts=source.prompts
+            ),
             partial(apply, function=partial(decode_record, limits=data.config.images)),
             partial(apply, function=partial(tile_sample, config=data.config.tiling)),
             partial(apply, function=data.chat.encode),
         ]
 
     def __iter__(self) -> Iterator[RankBatch]:
-        """Yield rank batches without end."""
+        """Yield rank batches."""
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        for step in itertools.count(self.first_step + worker, num_workers):
+        num_steps = -(-self.num_positions // self.config.batch_size)
+        for step in range(self.first_step + worker, num_steps, num_workers):
             yield self.rank_batch(*self.rank_positions(step))
 
     def rank_positions(self, step: int) -> tuple[list[int], int]:
@@ -139,7 +202,7 @@ class RankBatches(IterableDataset[RankBatch]):
         micro-batches of any rank.
         """
         size = self.config.batch_size
-        positions = range(step * size, (step + 1) * size)
+        positions = range(step * size, min((step + 1) * size, self.num_positions))
         if self.world == 1:
             return list(positions), 1
         loads = [self._estimate(position) for position in positions]
@@ -186,7 +249,7 @@ class RankBatches(IterableDataset[RankBatch]):
 def read(
     positions: Iterable[int],
     *,
-    order: SampleOrder,
+    order: SampleOrder | EvenOrder,
     readers: Sequence[RecordReader],
     prompts: Sequence[str | None],
 ) -> Iterator[Item]:

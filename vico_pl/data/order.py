@@ -48,6 +48,26 @@ class SourceShape:
         return list(accumulate(self.shard_sizes, initial=0))
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvenOrder:
+    """The first `count` positions of a fixed choice of samples, spread evenly over a set of `size`.
+
+    >>> [place.sample for place in map(EvenOrder(size=10, count=4), range(4))]
+    [0, 2, 5, 7]
+    """
+
+    size: int
+    count: int
+
+    def __call__(self, position: int) -> Place:
+        """Return the sample at a position below `count`."""
+        return Place(0, 0, position * self.size // self.count)
+
+    def shards_after(self, position: int) -> tuple[int, ...]:
+        """Return no shards: those of a choice are fetched when they are read."""
+        return ()
+
+
 class Epoch:
     """The order of an epoch: shards in random order, `window` at a time, the samples of a window permuted.
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 
 from vico_pl.model.adapters import LoraConfig, add_adapters
-from vico_pl.model.blocks import cast_trained, checkpoint_blocks, compile_blocks, shard_model
+from vico_pl.model.blocks import cast_trained, checkpoint_blocks, compile_blocks, release, shard_model
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.language import check_flash_attention, set_packed_attention
@@ -47,6 +47,9 @@ class Mean(NamedTuple):
 
     total: Tensor | float
     weight: int  # number of items in the total
+
+
+Figures = Mapping[str, Mean | Tensor]  # of a validation; tensors hold a value for each item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ class Stage(L.LightningModule):
     reference: FrozenReference  # if it compares
     ranks: Ranks
     stop_requested = False  # on this rank
+    validated_step = 0  # of the last complete validation
     num_left_out = 0  # items of a step that were left out on all ranks, as no loss could be computed
     is_sharded = False
 
@@ -131,6 +135,8 @@ class Stage(L.LightningModule):
         warmup, steps = run.optim.warmup_steps, run.trainer.max_steps
         if warmup >= steps:
             yield f"optim.warmup_steps is {warmup}: a run of {steps} steps never reaches optim.lr"
+        if run.data.validation and not run.trainer.validate_every:
+            yield "data.validation has no effect: trainer.validate_every is 0"
 
     @classmethod
     def check_device(cls, run: RunSettings, device: torch.device) -> None:
@@ -196,6 +202,20 @@ class Stage(L.LightningModule):
         """Yield the result of each micro-batch; its backward pass is done before the next is asked for."""
         return map(self.step, micro_batches)
 
+    def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
+        """Return the figures of a micro-batch, in eval mode, without gradients: by default those of a step.
+
+        `place` is the same at each validation and no other micro-batch has it. The dummy counts for nothing.
+        """
+        result = self.step(batch)
+        loss = Mean(result.loss_sum, self.num_items(batch))
+        return {"loss": loss, **{name.split("/")[-1]: mean for name, mean in result.metrics.items()}}
+
+    def summary(self, figures: Figures) -> dict[str, float]:
+        """Return what is logged of a validation set, from the figures of all its micro-batches."""
+        means = {name: value for name, value in figures.items() if isinstance(value, Mean)}
+        return {name: float(total / weight) for name, (total, weight) in means.items() if weight}
+
     def num_items(self, batch: Batch) -> int:
         """Return the number of items that the loss of a micro-batch sums over: response tokens."""
         return batch.num_response_tokens
@@ -237,9 +257,7 @@ class Stage(L.LightningModule):
         facts = self.ranks.gather(self._facts(rank_batch))
         totals = {name: sum(rank[name] for rank in facts) for name in facts[0]}
         num_micro_batches = max(rank["num_micro_batches"] for rank in facts)
-        # All ranks run the same number of micro-batches: gathering sharded weights is a collective.
-        missing = num_micro_batches - len(rank_batch.micro_batches)
-        micro_batches = rank_batch.micro_batches + [rank_batch.dummy] * missing
+        micro_batches = rank_batch.padded(num_micro_batches)
         metrics: list[Mapping[str, Mean]] = []
         for index, result in enumerate(self.results(micro_batches)):
             # Gradients are averaged over ranks; the loss is a sum over them.
@@ -252,6 +270,16 @@ class Stage(L.LightningModule):
         metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
         self._log(metrics)
         return {**totals, "grad_norm": norm, "num_left_out": self.num_left_out}
+
+    def validation_step(self, rank_batch: RankBatch, number: int, dataloader_idx: int = 0) -> Any:
+        """Return the figures of each micro-batch; `stages/validation.py` combines them."""
+        num_micro_batches = max(self.ranks.gather(len(rank_batch.micro_batches)))
+        figures = []
+        for index, micro_batch in enumerate(rank_batch.padded(num_micro_batches)):
+            figures.append(self.validate(micro_batch, place=(dataloader_idx, number, index)))
+            for model in self.sharded_models():
+                release(model)
+        return figures
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.base import Mean, Stage, StepResult
+from vico_pl.stages.base import Figures, Mean, Stage, StepResult
 from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
@@ -77,16 +78,8 @@ class ConsistencyStage(Stage):
     @classmethod
     def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
         """Draw a ratio, uniformly, for each tile of the sample at a position, as `ratio_draw` says."""
-        ratios, mode = run.model.ratios, section_of(run, ConsistencyConfig).ratio_draw
-        if mode == "full":
-            return [ratios[0]] * sum(tiles_per_image)
-        chance = np.random.default_rng([run.seed, position + 1])  # + 1: the dummy's position is -1
-        drawn: list[int] = []
-        for num_tiles in tiles_per_image:
-            tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)
-            choices = chance.integers(len(ratios), size=num_tiles if tilewise else 1).tolist()
-            drawn += [ratios[choice] for choice in choices] * (1 if tilewise else num_tiles)
-        return drawn
+        mode = section_of(run, ConsistencyConfig).ratio_draw
+        return drawn_ratios(run.model.ratios, tiles_per_image, mode=mode, seed=run.seed, position=position)
 
     @classmethod
     def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
@@ -108,6 +101,28 @@ class ConsistencyStage(Stage):
         release(self.reference.model)
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
         return StepResult(loss_sum=loss_sum, metrics={"vision_tokens/fraction": fraction})
+
+    def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
+        """Return the loss with every tile at each ratio, and at ratios drawn for each tile.
+
+        These draws depend on the sample alone, not on the recipe, so that runs can be compared.
+        """
+        samples, ratios = zip(batch.positions, batch.tiles_per_image, strict=True), self.model.ratios
+        draw = partial(drawn_ratios, ratios, mode="tile", seed=0)
+        drawn = batch.tile_to_sample.new_tensor([r for p, tiles in samples for r in draw(tiles, position=p)])
+        features = self.model.encode_tiles(batch.tiles)
+        reference = self.reference.response_states(batch, policy_features=features)
+
+        def loss(ratios: Tensor) -> Mean:
+            policy = self.model.response_states(batch, features, ratios)
+            return Mean(self._divergence(policy, reference), batch.num_response_tokens)
+
+        fractions = ratios[0] / drawn[batch.sample_tiles]
+        return {
+            "kl": loss(drawn),
+            **{f"kl_ratio_{ratio}": loss(torch.full_like(drawn, ratio)) for ratio in ratios},
+            "vision_token_fraction": Mean(fractions.sum(), len(fractions)),
+        }
 
     def draw_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
         """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
@@ -141,3 +156,22 @@ class ConsistencyStage(Stage):
         parameters = self.model.named_parameters(prefix="model", remove_duplicate=False)
         always = ("model.vision.", "model.language.")
         return [name for name, p in parameters if name.startswith(always) and not p.requires_grad]
+
+
+def drawn_ratios(
+    ratios: Sequence[int], tiles_per_image: Sequence[int], *, mode: str, seed: int, position: int
+) -> list[int]:
+    """Draw a ratio for each tile of the sample at a position, one of `RATIO_DRAWS`.
+
+    >>> drawn_ratios([4, 16], [3, 2], mode="image", seed=0, position=0)
+    DOCTEST
+    """
+    if mode == "full":
+        return [ratios[0]] * sum(tiles_per_image)
+    chance = np.random.default_rng([seed, position + 1])  # + 1: the dummy's position is -1
+    drawn: list[int] = []
+    for num_tiles in tiles_per_image:
+        tilewise = mode == "tile" or (mode == "mixed" and chance.random() < 0.5)
+        choices = chance.integers(len(ratios), size=num_tiles if tilewise else 1).tolist()
+        drawn += [ratios[choice] for choice in choices] * (1 if tilewise else num_tiles)
+    return drawn

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
 
 from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import consistency_kl
@@ -25,13 +24,15 @@ from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.dropout import set_keys, tile_keys
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.router import at_threshold, compress_probability
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.base import Mean, Stage, StepResult, prepare_blocks
+from vico_pl.stages.base import Figures, Mean, Stage, StepResult, prepare_blocks
 from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.settings import DTYPES, RunSettings, section_of
 from vico_pl.types import Batch
 
 COMPRESS, KEEP = 0, 1  # router targets, as in published checkpoints
+THRESHOLDS = (0.3, 0.5, 0.7)  # of P(compress), at which tokens and loss are validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ class RouterStage(Stage):
             raise ValueError(f"model.ratios is {model.ratios}; stage router labels the choice between two")
         self.policy, self.config = FrozenReference(model), section_of(run, RouterConfig)
         self.router, self.window = model.router.requires_grad_(), SlidingPercentile(self.config)
+        self._loss_ratios: dict[tuple[int, ...], Tensor] = {}  # of validation tiles, which never change
 
     @classmethod
     def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
@@ -129,7 +131,7 @@ class RouterStage(Stage):
 
     def num_items(self, batch: Batch) -> int:
         """Return the number of tiles in the loss: those of the dummy sample do not count."""
-        return len(_tiles_of_samples(batch))
+        return len(batch.sample_tiles)
 
     def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
         """Label the tiles of all micro-batches of all ranks, then classify those of each micro-batch."""
@@ -138,6 +140,48 @@ class RouterStage(Stage):
         threshold = self.window.threshold()
         for micro_batch, (features, ratios) in zip(micro_batches, seen, strict=True):
             yield self._classify(micro_batch, features, ratios, threshold)
+
+    def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
+        """Return what the router says of each tile, its loss ratio, and tokens and loss when it is obeyed.
+
+        Policy and reference are frozen: loss ratios are computed at the first validation and kept.
+        """
+        model, tiles = self.policy.model, batch.sample_tiles
+        if place in self._loss_ratios:
+            features = model.encode_tiles(batch.tiles)
+        else:
+            features, loss_ratios = self._look(batch)
+            self._loss_ratios[place] = loss_ratios[tiles].cpu()
+        scores, target = compress_probability(self.router(features)), self.reference.response_states(batch)
+        figures: dict[str, Mean | Tensor] = {}
+        for threshold in THRESHOLDS:
+            (ratios,) = at_threshold([scores], threshold, ratios=model.ratios)
+            states = model.response_states(batch, features, ratios)
+            kl = consistency_kl(states, model.head, target, self.reference.head)
+            figures[f"kl_at_{threshold}"] = Mean(kl.sum(), len(kl))
+            fractions = model.ratios[0] / ratios[tiles]
+            figures[f"token_fraction_at_{threshold}"] = Mean(fractions.sum(), len(tiles))
+        return {**figures, "scores": scores[tiles].cpu(), "loss_ratios": self._loss_ratios[place]}
+
+    def summary(self, figures: Figures) -> dict[str, float]:
+        """Compare the router with the labels of the whole set: the threshold is its own percentile."""
+        values, ratios = (figures[name] for name in ("scores", "loss_ratios"))
+        assert isinstance(values, Tensor)
+        assert isinstance(ratios, Tensor)
+        found, finite = super().summary(figures), ratios.isfinite()
+        keep, ratios = 1 - values[finite], ratios[finite]
+        if not len(keep):
+            return found
+        targets = router_targets(ratios, float(torch.quantile(ratios, self.config.percentile / 100)))
+        found |= {
+            "accuracy": float(binary_accuracy(keep, targets)),
+            "calibration_error": float(binary_calibration_error(keep, targets)),
+            "brier": float((keep - targets).square().mean()),
+            "compressed_fraction": float((keep <= 0.5).float().mean()),
+        }
+        if len(targets.unique()) == 2:
+            found["auroc"] = float(binary_auroc(keep, targets))
+        return found
 
     @torch.no_grad()
     def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
@@ -165,7 +209,7 @@ class RouterStage(Stage):
         here = [
             (position, ratio)
             for micro_batch, values in zip(micro_batches, ratios, strict=True)
-            for position, ratio in zip(_positions(micro_batch), values.tolist(), strict=True)
+            for position, ratio in zip(micro_batch.tile_positions, values.tolist(), strict=True)
             if position >= 0
         ]
         everywhere = sorted(chain.from_iterable(self.ranks.gather(here)), key=itemgetter(0))
@@ -180,22 +224,13 @@ class RouterStage(Stage):
         logits = self.router(features)
         if threshold is None:
             return StepResult(loss_sum=0 * logits.sum(), num_items=0)
-        tiles = torch.tensor(_tiles_of_samples(batch), dtype=torch.int64, device=logits.device)
+        tiles = torch.tensor(batch.sample_tiles, dtype=torch.int64, device=logits.device)
         if self.num_left_out:
             tiles = tiles[ratios[tiles].isfinite()]
         logits, targets = logits[tiles], router_targets(ratios[tiles], threshold)
         loss = cross_entropy(logits, targets, reduction="sum")
         metrics = _metrics(logits, targets, threshold)
         return StepResult(loss_sum=loss, metrics=metrics, num_items=len(tiles))
-
-
-def _positions(batch: Batch) -> list[int]:
-    """Return the position of each tile's sample in the order of the run; -1: the dummy sample's."""
-    return np.repeat(batch.positions, [sum(tiles) for tiles in batch.tiles_per_image]).tolist()
-
-
-def _tiles_of_samples(batch: Batch) -> list[int]:
-    return [tile for tile, position in enumerate(_positions(batch)) if position >= 0]
 
 
 def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Mean]:

@@ -68,6 +68,9 @@ class TrainerConfig:
     compile: bool = False  # torch.compile for each block: minutes at the start, faster steps
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2
+    validate_every: int = 0  # steps between validations, and after the last step; 0: never
+    best_metric: str | None = None  # such as val/NAME/kl: its best step is kept as checkpoints/best.ckpt
+    best_mode: str = "min"  # min or max
     log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
     watchdog_s: float = 600.0  # a rank whose step takes longer reports where it waits
     timeout_s: float = 1800.0  # a rank that waits longer for the others fails (strategies ddp and fsdp)
@@ -82,6 +85,8 @@ class TrainerConfig:
             precision=(self.precision in ("32-true", "bf16-mixed"), "32-true or bf16-mixed"),
             strategy=(self.strategy in ("auto", "ddp", "fsdp"), "auto, ddp or fsdp"),
             devices=(self.devices == "auto" or is_number, "auto or a number, 1 or more"),
+            validate_every=(self.validate_every >= 0, "0 or more"),
+            best_mode=(self.best_mode in ("min", "max"), "min or max"),
             watchdog_s=(self.watchdog_s > 0, "more than 0 seconds"),
             timeout_s=(self.timeout_s > 0, "more than 0 seconds"),
             **{name: (getattr(self, name) >= 1, "1 or more") for name in counts},
