@@ -80,7 +80,8 @@ def checks(
         return
     yield "slurm", partial(_check_slurm, config)
     yield "workers", partial(_check_workers, config)
-    for source in [*config.data.sources, *config.data.validation]:
+    sources: list[SourceConfig | ValidationConfig] = [*config.data.sources, *config.data.validation]
+    for source in sources:
         yield "shards", partial(_check_shards, source, config.data.streaming)
     for path in filter(None, dict.fromkeys([config.model.path, config.model.reference])):
         yield "model", partial(_check_model, path)

@@ -120,7 +120,7 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
         precision=config.precision,  # type: ignore[arg-type]  # Lightning itself checks the name
         max_steps=config.max_steps,
         limit_train_batches=config.max_steps,
-        limit_val_batches=1.0 if config.validate_every else 0,
+        limit_val_batches=None if config.validate_every else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=min(config.log_every, config.max_steps),  # a short run logs its last step
         callbacks=[

@@ -15,6 +15,7 @@ from vico_pl.optim import OptimConfig
 from vico_pl.stages.base import Mean, Ranks, Stage, StepResult
 from vico_pl.types import BadRecord, RankBatch
 
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning")
 RUN = RunConfig(stage="toy", run_dir="x", optim=OptimConfig(max_grad_norm=1e9))
 QUIET = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False

@@ -14,6 +14,7 @@ from tests.support.runs import STEPS, audit, break_run, differing, finish, metri
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.prepare import is_finished
 from vico_pl.stages.base import Stage
+from vico_pl.stages.validation import Validation
 from vico_pl.trainer import export_checkpoint
 
 FIGURES = {
@@ -80,7 +81,9 @@ def test_a_broken_run_goes_on_with_the_validation_of_its_checkpoint(
     settings, unbroken, broken = validating(shards, every=2), tmp_path / "unbroken", tmp_path / "broken"
     run(runs / f"{stage}.yaml", f"run_dir={unbroken}", *settings)
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "summary", lambda *_: {})  # the validations of the first attempt leave nothing
+        patch.setattr(
+            Validation, "on_validation_epoch_end", lambda *_: None
+        )  # the validations of the first attempt leave nothing
         break_run(patch, runs / f"{stage}.yaml", f"run_dir={broken}", *settings)
     assert newest_checkpoint(broken).name == "step-00000004.ckpt"
     monkeypatch.undo()
@@ -127,7 +130,7 @@ def test_a_signal_during_validation_ends_it_and_loses_nothing(runs, shards, tmp_
     settings = validating(shards)
     finish(recipe, unbroken, *settings, ranks=ranks)
     running = start(recipe, stopped, *settings, ranks=ranks, before=slow_validation)
-    running.wait_for(lambda: "validating" in running.said())
+    running.wait_for(lambda: running.log.exists() and "validating" in running.said())
     running.signal(signal.SIGTERM, ranks=[ranks - 1])
     assert set(running.wait()) == {0}, running.said()
     assert "step 5 is saved" in running.said()

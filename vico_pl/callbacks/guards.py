@@ -62,7 +62,9 @@ class StopSignals(L.Callback):
         """Pass the request to the stage, which informs the other ranks."""
         stage.stop_requested = self.received is not None
 
-    on_validation_batch_start = on_train_batch_start
+    def on_validation_batch_start(self, trainer: L.Trainer, stage: Any, *_: Any) -> None:
+        """Do so within a validation, too."""
+        self.on_train_batch_start(trainer, stage)
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, *_: Any) -> None:
         """Stop once all ranks have agreed."""
@@ -252,7 +254,9 @@ class Watchdog(L.Callback):
         """Restart it."""
         self.on_train_start(trainer)
 
-    on_validation_batch_end = on_train_batch_end
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Restart it: a validation may take longer than a step."""
+        self.on_train_start(trainer)
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Stop it, however the run ended."""

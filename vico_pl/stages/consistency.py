@@ -163,8 +163,8 @@ def drawn_ratios(
 ) -> list[int]:
     """Draw a ratio for each tile of the sample at a position, one of `RATIO_DRAWS`.
 
-    >>> drawn_ratios([4, 16], [3, 2], mode="image", seed=0, position=0)
-    DOCTEST
+    >>> drawn_ratios([4, 16], [3, 2], mode="image", seed=0, position=1)
+    [16, 16, 16, 4, 4]
     """
     if mode == "full":
         return [ratios[0]] * sum(tiles_per_image)

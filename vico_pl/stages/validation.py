@@ -38,7 +38,7 @@ class Validation(L.Callback):
         """
         loop, first = trainer.fit_loop.epoch_loop, trainer.global_step
         # Lightning's own rule leaves out the last step, and validates before it stops on request.
-        loop._should_check_val_fx = lambda _: trainer.global_step > first and self._is_due(trainer)  # type: ignore[method-assign]  # noqa: SLF001
+        loop._should_check_val_fx = lambda _: trainer.global_step > first and self._is_due(trainer)  # type: ignore[method-assign, assignment]  # noqa: SLF001
         if first and self._is_due(trainer):
             trainer.validating, loop.val_loop.restarting = True, False
             loop.val_loop.run()
