@@ -109,13 +109,13 @@ def test_a_begun_run_is_resumed_by_the_content_of_its_first_model_and_never_remo
     tmp_path, change, is_refused
 ):
     """The clock may have jumped, or the model of stage 1 been trained again."""
-    run, shards = tmp_path / "run", tmp_path / "shards" / "train"
-    for folder in (tmp_path / "bin", run / "consistency" / "model", shards):
+    run, shards = tmp_path / "run", [tmp_path / "shards" / part for part in ("train", "calibration")]
+    for folder in (tmp_path / "bin", run / "consistency" / "model", *shards):
         folder.mkdir(parents=True)
     vico = tmp_path / "bin" / "vico"
     vico.write_text(f"#!/bin/sh\nmkdir -p {run}/router\ntouch {run}/router/config.yaml\n")
     vico.chmod(0o755)
-    for file in (tmp_path / ".installed", shards / "index.json"):
+    for file in (tmp_path / ".installed", *(folder / "index.json" for folder in shards)):
         file.touch()
     (run / "consistency" / "model" / "model.safetensors").write_text("weights")
     (run / "consistency" / "model" / "config.json").write_text("{}")
