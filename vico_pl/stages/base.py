@@ -98,7 +98,6 @@ class Stage(L.LightningModule):
     reference: FrozenReference  # if it compares
     ranks: Ranks
     stop_requested = False  # on this rank
-    validated_step = 0  # of the last complete validation
     num_left_out = 0  # items of a step that were left out on all ranks, as no loss could be computed
     is_sharded = False
 
@@ -203,18 +202,15 @@ class Stage(L.LightningModule):
         return map(self.step, micro_batches)
 
     def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
-        """Return the figures of a micro-batch, in eval mode, without gradients: by default those of a step.
-
-        `place` is the same at each validation and no other micro-batch has it. The dummy counts for nothing.
-        """
+        """Return the figures of a micro-batch, by default those of a step; `place` is its own, each time."""
         result = self.step(batch)
         loss = Mean(result.loss_sum, self.num_items(batch))
         return {"loss": loss, **{name.split("/")[-1]: mean for name, mean in result.metrics.items()}}
 
     def summary(self, figures: Figures) -> dict[str, float]:
         """Return what is logged of a validation set, from the figures of all its micro-batches."""
-        means = {name: value for name, value in figures.items() if isinstance(value, Mean)}
-        return {name: float(total / weight) for name, (total, weight) in means.items() if weight}
+        means = ((name, value) for name, value in figures.items() if isinstance(value, Mean))
+        return {name: float(total / weight) for name, (total, weight) in means if weight}
 
     def num_items(self, batch: Batch) -> int:
         """Return the number of items that the loss of a micro-batch sums over: response tokens."""

@@ -1,7 +1,8 @@
 """Validation while training: when it runs, and the figures of each set over all its samples and all ranks.
 
 Lightning's loop calls `Stage.validation_step`, a stage says what a micro-batch gives (`Stage.validate`) and
-what follows for the whole set (`Stage.summary`). Each sample counts once, however it is assigned.
+what follows for the whole set (`Stage.summary`), in eval mode and without gradients. Each sample counts once,
+however it is assigned; dummy samples count for nothing.
 """
 
 from collections import defaultdict
@@ -37,17 +38,13 @@ class Validation(L.Callback):
         Checkpoints are written before the validation of their step, which a resumed run therefore repeats.
         """
         loop, first = trainer.fit_loop.epoch_loop, trainer.global_step
+        stage.validated_step = 0  # of the last complete validation
         # Lightning's own rule leaves out the last step, and validates before it stops on request.
         loop._should_check_val_fx = lambda _: trainer.global_step > first and self._is_due(trainer)  # type: ignore[method-assign, assignment]  # noqa: SLF001
         if first and self._is_due(trainer):
             trainer.validating, loop.val_loop.restarting = True, False
             loop.val_loop.run()
             trainer.training = True
-
-    def on_validation_start(self, *_: Any) -> None:
-        """Forget what an interrupted validation left."""
-        self._figures.clear()
-        self._bad.clear()
 
     def on_validation_batch_start(self, trainer: L.Trainer, stage: Any, *_: Any) -> None:
         """End the loop if a rank was asked to stop.
@@ -56,7 +53,7 @@ class Validation(L.Callback):
             StopIteration: which Lightning's loop takes for the end of the data.
         """
         if any(stage.ranks.gather(stage.stop_requested)):
-            self._figures.clear()
+            self._forget()
             raise StopIteration
 
     def on_validation_batch_end(
@@ -77,6 +74,11 @@ class Validation(L.Callback):
             for figure, value in found.items():
                 stage.log(f"val/{name}/{figure}", value, batch_size=1)
         stage.validated_step = trainer.global_step
+        self._forget()
+
+    def _forget(self) -> None:
+        self._figures.clear()
+        self._bad.clear()
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         step = trainer.global_step
