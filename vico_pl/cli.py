@@ -266,14 +266,13 @@ def generate(
 def export(
     model: Annotated[
         str,
-        Argument(help="Model folder in any layout, name on the Hugging Face Hub, or RUN/checkpoints/*.ckpt."),
+        Argument(help="Model folder in any layout, name on the Hugging Face Hub, or checkpoint of a run."),
     ],
     output: Annotated[Path, Argument(help="Folder to write.")],
     layout: Annotated[
         str | None,
         Option(
-            help="flash or internvl (released code, LMDeploy), hf (transformers) or ours. Default: flash, "
-            "and ours for a checkpoint."
+            help="flash (default), internvl (both for released code, LMDeploy), hf or ours (a checkpoint)."
         ),
     ] = None,
     template: Annotated[
@@ -299,9 +298,8 @@ def export(
         return
     weights = _dtype(dtype)  # first, as a download takes long
     code = None if template is None else local_folder(template, (CONFIG_NAME, *TEMPLATE_FILES))
-    layout = layout or "flash"
-    write(local_folder(model), output, layout=layout, template=code, dtype=weights)
-    echo(f"{output} is written in the layout '{layout}'")
+    write(local_folder(model), output, layout=layout or "flash", template=code, dtype=weights)
+    echo(f"{output} is written in the layout '{layout or 'flash'}'")
 
 
 def main() -> None:
