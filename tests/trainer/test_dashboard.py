@@ -6,7 +6,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.runs import run
-from vico_pl.callbacks.dashboard import Tile, disagreements, draw_tiles, log_report
+from vico_pl.callbacks.dashboard import Labelled, Tile, draw_labels, draw_tiles, label, log_report
 from vico_pl.config import load_config
 
 
@@ -34,26 +34,33 @@ def test_a_run_shows_its_layout_its_tiles_and_its_answers(watched):
     assert len(answers) == 2  # step 4, and the last one
     assert last.count("|") == 6
     is_router = load_config(watched / "config.yaml", []).stage == "router"
-    pictures = ["val/held/disagreements", "val/held/routed_tiles"] if is_router else []
+    pictures = (
+        [f"val/held/{name}" for name in ("disagreements", "labels", "routed_tiles")] if is_router else []
+    )
     assert sorted(events.Tags()["images"]) == pictures
     for tag in pictures:
         assert [image.step for image in events.Images(tag)] == [image.step for image in answers]
 
 
-def test_the_tiles_whose_label_the_router_denies_most_come_first():
+def test_labels_come_from_the_sets_own_percentile_and_denied_ones_have_the_largest_error():
     # The median of the finite loss ratios is 2: tiles from there on are labelled keep.
     ratios, scores = [1.0, 3.0, 2.0, 1.0, 9.0, float("nan")], [0.9, 0.95, 0.2, 0.3, 0.8, 1.0]
     tiles = [Tile(0, i, score, ratio) for i, (score, ratio) in enumerate(zip(scores, ratios, strict=True))]
-    worst = disagreements(tiles, percentile=50.0)
-    # The wrong probability: 0.95 and 0.8 of keeps, 0.7 of a compress (1 - 0.3), 0.2, 0.1.
-    assert [(tile.number, keep) for tile, keep in worst] == [
-        (1, True),
-        (4, True),
-        (3, False),
-        (2, True),
-        (0, False),
-    ]
-    assert disagreements([Tile(0, 0, 0.5, float("nan"))], percentile=50.0) == []
+    labelled, limit = label(tiles, percentile=50.0)
+    assert limit == 2
+    assert [(one.tile.number, one.keep) for one in labelled] == list(
+        enumerate([False, True, True, False, True])
+    )
+    assert [one.error for one in labelled] == pytest.approx([0.1, 0.95, 0.2, 0.7, 0.8])
+    assert label(tiles[-1:], percentile=50.0)[0] == []
+
+
+def test_the_reliability_curve_has_a_point_for_each_bin_that_has_tiles():
+    # P(keep) 0.9 and 0.95 share a bin, of which one of two is labelled keep.
+    said, keep = [0.1, 0.9, 0.95], [False, True, False]
+    labelled = [Labelled(Tile(0, 0, 1 - p, 1.0 + k), k) for p, k in zip(said, keep, strict=True)]
+    _, axes = draw_labels(labelled, 1.5).axes
+    assert axes.lines[1].get_xydata().tolist() == [pytest.approx([0.1, 0]), pytest.approx([0.925, 0.5])]
 
 
 def test_a_sample_begins_a_row_and_a_long_one_takes_two():

@@ -23,6 +23,7 @@ from vico_pl.types import Batch, EncodedSample, RankBatch
 
 NUM_SHOWN = 4  # samples of each set, always the same
 NUM_DISAGREEMENTS = 16  # tiles
+NUM_BINS = 10  # of the reliability curve
 COLUMNS = 8  # tiles in a row of a picture
 MAX_NEW_TOKENS = 48
 THRESHOLD = 0.5  # of P(compress) until the router is calibrated
@@ -100,8 +101,10 @@ class Dashboard(L.Callback):
         step = trainer.global_step
         if tiles:
             _add_picture(writer, f"{tag}/routed_tiles", draw_routed(tiles, read), step)
-            worst = disagreements(tiles, percentile=stage.config.percentile)
-            _add_picture(writer, f"{tag}/disagreements", draw_disagreements(worst, read), step)
+            labelled, limit = label(tiles, percentile=stage.config.percentile)
+            if labelled:
+                _add_picture(writer, f"{tag}/disagreements", draw_disagreements(labelled, read), step)
+                _add_picture(writer, f"{tag}/labels", draw_labels(labelled, limit), step)
         if not stage.is_sharded:  # generating is a collective then
             text = answer_table(stage.trained_model(), trainer.datamodule.chat.tokenizer, tiles, read)
             writer.add_text(f"{tag}/answers", text, step)
@@ -150,15 +153,42 @@ def tile_places(batch: Batch) -> list[tuple[int, int]]:
     return [(position, i) for position, count in samples if position >= 0 for i in range(count)]
 
 
-def disagreements(tiles: Sequence[Tile], *, percentile: float) -> list[tuple[Tile, bool]]:
-    """Return the tiles whose label the router denies most, and whether the label is to keep them."""
+class Labelled(NamedTuple):
+    """A tile and its label."""
+
+    tile: Tile
+    keep: bool
+
+    @property
+    def error(self) -> float:
+        """How much probability the router gives to the other label."""
+        return self.tile.score if self.keep else 1 - self.tile.score
+
+
+def label(tiles: Sequence[Tile], *, percentile: float) -> tuple[list[Labelled], float]:
+    """Label the tiles of a set by a percentile of their own loss ratios; returns the percentile too."""
     finite = [tile for tile in tiles if np.isfinite(tile.loss_ratio)]
-    if not finite:
-        return []
-    limit = np.percentile([tile.loss_ratio for tile in finite], percentile)
-    labelled = [(tile, bool(tile.loss_ratio >= limit)) for tile in finite]
-    worst = sorted(labelled, key=lambda pair: -(pair[0].score if pair[1] else 1 - pair[0].score))
-    return worst[:NUM_DISAGREEMENTS]
+    limit = float(np.percentile([tile.loss_ratio for tile in finite], percentile)) if finite else np.nan
+    return [Labelled(tile, tile.loss_ratio >= limit) for tile in finite], limit
+
+
+def draw_labels(labelled: Sequence[Labelled], limit: float) -> Figure:
+    """Draw the distribution of loss ratios around their threshold, and how far P(keep) can be trusted."""
+    figure = Figure(figsize=(10, 4), dpi=80, layout="constrained")
+    ratios, trust = figure.subplots(1, 2)
+    values = [one.tile.loss_ratio for one in labelled]
+    ratios.hist(values, bins=np.geomspace(min(values), max(values) * 1.001, 40), color=KEPT)
+    ratios.axvline(limit, color=COMPRESSED, label=f"threshold {limit:.3g}: labelled compress below it")
+    ratios.set(xscale="log", xlabel="factor of the loss under compression", ylabel="tiles")
+    ratios.legend()
+    keep, said = (np.array(v) for v in zip(*((o.keep, 1 - o.tile.score) for o in labelled), strict=True))
+    bins = np.minimum((said * NUM_BINS).astype(int), NUM_BINS - 1)
+    found = [(said[bins == b].mean(), keep[bins == b].mean()) for b in range(NUM_BINS) if (bins == b).any()]
+    trust.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
+    trust.plot(*zip(*found, strict=True), marker="o", color=KEPT, label="router")
+    trust.set(xlabel="P(keep) of the router", ylabel="fraction of tiles labelled keep")
+    trust.legend()
+    return figure
 
 
 def draw_routed(tiles: Sequence[Tile], read: _Reader) -> Figure:
@@ -172,8 +202,9 @@ def draw_routed(tiles: Sequence[Tile], read: _Reader) -> Figure:
     return draw_tiles(cells, starts, title=f"P(compress); orange: compressed at {THRESHOLD}")
 
 
-def draw_disagreements(worst: Sequence[tuple[Tile, bool]], read: _Reader) -> Figure:
+def draw_disagreements(labelled: Sequence[Labelled], read: _Reader) -> Figure:
     """Draw the tiles whose label the router denies most, framed by their label."""
+    worst = sorted(labelled, key=lambda one: -one.error)[:NUM_DISAGREEMENTS]
     cells = [
         (read(tile.position).tiles[tile.number], f"{tile.score:.2f}, loss x {tile.loss_ratio:.3g}", keep)
         for tile, keep in worst

@@ -53,7 +53,7 @@ class ConsistencyStage(Stage):
     name = "consistency"
     draws_ratios = True
     charts = {  # noqa: RUF012
-        "KL on held-out data: compressing becomes cheaper": ["val/.*/kl.*"],
+        "KL on held-out data: compressing becomes cheaper": ["val/.*/kl(_ratio_.*)?$"],
         "KL by compression ratio": ["consistency/kl_ratio_.*"],
         "KL by source": ["consistency/kl_source_.*"],
     }
