@@ -26,6 +26,7 @@ from vico_pl.callbacks.checkpoints import (
     checkpoint_fault,
     newest_checkpoint,
 )
+from vico_pl.callbacks.dashboard import Dashboard
 from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, JsonlLogger, SampleLog, StepProgressBar
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.module import DataModule
@@ -150,8 +151,10 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
 
 def _validation(run: RunConfig, run_dir: Path) -> Iterator[L.Callback]:
     config = run.trainer
-    if config.validate_every:
-        yield Validation([entry.name for entry in run.data.validation], every=config.validate_every)
+    names = [entry.name for entry in run.data.validation] if config.validate_every else []
+    if names:
+        yield Validation(names, every=config.validate_every)
+    yield Dashboard(names)
     if config.best_metric is not None:
         yield BestCheckpoint(run_dir / "checkpoints", metric=config.best_metric, mode=config.best_mode)
 

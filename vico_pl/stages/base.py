@@ -95,6 +95,8 @@ class Stage(L.LightningModule):
     compares: ClassVar[bool] = True  # compression ratios of a given model, with a frozen reference
     trains_parts: ClassVar[bool] = True  # trains what model.trainable names
     draws_ratios: ClassVar[bool] = False  # otherwise the policy sees full tokens
+    # What TensorBoard shows first: chart -> patterns of metric names.
+    charts: ClassVar[Mapping[str, list[str]]] = {"loss on held-out data": ["val/.*/loss"]}
     reference: FrozenReference  # if it compares
     ranks: Ranks
     stop_requested = False  # on this rank

@@ -52,6 +52,11 @@ class ConsistencyStage(Stage):
 
     name = "consistency"
     draws_ratios = True
+    charts = {  # noqa: RUF012
+        "KL on held-out data: compressing becomes cheaper": ["val/.*/kl(_ratio_.*)?$"],
+        "KL by compression ratio": ["consistency/kl_ratio_.*"],
+        "KL by source": ["consistency/kl_source_.*"],
+    }
     strict_loading = False  # checkpoints leave out frozen weights of the model folder
 
     def __init__(self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference) -> None:

@@ -17,6 +17,10 @@ class PretrainStage(Stage):
 
     name = "pretrain"
     compares = False
+    charts = {  # noqa: RUF012
+        "loss": ["val/.*/loss", "pretrain/loss"],
+        "token accuracy": ["val/.*/token_accuracy", "pretrain/token_accuracy"],
+    }
 
     def __init__(self, run: RunSettings, model: VisionLanguageModel) -> None:
         super().__init__(run, model)

@@ -88,6 +88,13 @@ class RouterStage(Stage):
 
     name = "router"
     trains_parts = False
+    charts = {  # noqa: RUF012
+        "AUROC: the router learns its labels": ["val/.*/auroc", "router/auroc"],
+        "KL on held-out data by threshold": ["val/.*/kl_at_.*"],
+        "vision tokens on held-out data by threshold": ["val/.*/token_fraction_at_.*"],
+        "calibration error and Brier score": ["val/.*/calibration_error", "val/.*/brier"],
+        "threshold of labels: settles as the window fills": ["router/threshold"],
+    }
 
     def __init__(self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference) -> None:
         super().__init__(run, model, reference)

@@ -1,0 +1,286 @@
+"""What TensorBoard shows besides curves: a first page of charts, pictures of held-out tiles, and answers."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vico_pl.data.collate import collate
+from vico_pl.data.module import RankBatches
+from vico_pl.data.shards.preview import render
+from vico_pl.inference.generate import decode
+from vico_pl.model.router import at_threshold
+from vico_pl.types import Batch, EncodedSample, RankBatch
+
+NUM_SHOWN = 4  # samples of each set, always the same
+NUM_DISAGREEMENTS = 16  # tiles
+NUM_BINS = 10  # of the reliability curve
+COLUMNS = 8  # tiles in a row of a picture
+MAX_NEW_TOKENS = 48
+THRESHOLD = 0.5  # of P(compress) until the router is calibrated
+KEPT, COMPRESSED = "#0072b2", "#d55e00"  # frames and titles, safe for colour-blind readers
+
+# Category -> chart -> patterns of metric names. The first category is a stage's own, see `Stage.charts`.
+SHARED_CHARTS = {
+    "Is it fast?": {
+        "seconds of a step, and of it waiting for data": ["speed/step_s", "speed/data_wait_s"],
+        "tokens per second": ["speed/.*_tokens_per_s"],
+        "memory, GiB": ["memory/.*"],
+    },
+    "Optimiser": {"learning rate": ["optim/lr.*"], "gradient norm": ["optim/grad_norm.*"]},
+}
+
+
+class Tile(NamedTuple):
+    """What the router says of a held-out tile, and what compressing it costs."""
+
+    position: int  # of its sample in the set
+    number: int  # in its sample
+    score: float  # P(compress)
+    loss_ratio: float
+
+
+class Dashboard(L.Callback):
+    """Writes the layout once, and pictures and answers after each validation.
+
+    Rank 0 reads the few samples that it shows again, so that ranks exchange no images.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Keep the names of the validation sets, in the order of their loaders."""
+        self._names = names
+        self._tiles: list[list[Tile]] = [[] for _ in names]
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
+        """Arrange the charts of the tab "Custom scalars"."""
+        layout = {
+            category: {chart: ["Multiline", names] for chart, names in charts.items()}
+            for category, charts in {"Is it working?": stage.charts, **SHARED_CHARTS}.items()
+        }
+        for writer in writers(trainer):
+            writer.add_custom_scalars(layout)
+
+    def on_validation_start(self, *_: Any) -> None:
+        """Forget the tiles of the last validation."""
+        self._tiles = [[] for _ in self._names]
+
+    def on_validation_batch_end(
+        self, trainer: Any, stage: Any, out: Any, batch: RankBatch, number: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep what the router said of each tile."""
+        for micro_batch, figures in zip(batch.micro_batches, out, strict=False):  # dummies come last
+            scores, ratios = figures.get("scores"), figures.get("loss_ratios")
+            if isinstance(scores, Tensor) and isinstance(ratios, Tensor):
+                places = tile_places(micro_batch)
+                values = zip(places, scores.tolist(), ratios.tolist(), strict=True)
+                self._tiles[dataloader_idx] += [Tile(*place, score, ratio) for place, score, ratio in values]
+
+    def on_validation_epoch_end(self, trainer: Any, stage: Any) -> None:
+        """Show what rank 0 can show; the others wait for it at their next exchange."""
+        of_ranks = zip(*stage.ranks.gather(self._tiles), strict=True)
+        gathered = [sorted(chain.from_iterable(tiles)) for tiles in of_ranks]
+        if trainer.is_global_zero and stage.validated_step == trainer.global_step:
+            for writer in writers(trainer):
+                for set_number, name in enumerate(self._names):
+                    read = _Reader(trainer.datamodule, set_number)
+                    self._show(writer, f"val/{name}", trainer, stage, read, gathered[set_number])
+
+    def _show(
+        self, writer: Any, tag: str, trainer: Any, stage: Any, read: "_Reader", tiles: list[Tile]
+    ) -> None:
+        step = trainer.global_step
+        if tiles:
+            _add_picture(writer, f"{tag}/routed_tiles", draw_routed(tiles, read), step)
+            labelled, limit = label(tiles, percentile=stage.config.percentile)
+            if labelled:
+                _add_picture(writer, f"{tag}/disagreements", draw_disagreements(labelled, read), step)
+                _add_picture(writer, f"{tag}/labels", draw_labels(labelled, limit), step)
+        if not stage.is_sharded:  # generating is a collective then
+            text = answer_table(stage.trained_model(), trainer.datamodule.chat.tokenizer, tiles, read)
+            writer.add_text(f"{tag}/answers", text, step)
+
+
+class _Reader:
+    """Reads samples of a validation set again, as batches of one."""
+
+    def __init__(self, data: Any, set_number: int) -> None:
+        self._batches = RankBatches(data, rank=0, world=1, held_out=data.held_out[set_number])
+        self.count = min(NUM_SHOWN, data.held_out[set_number].order.count)
+
+    def __call__(self, position: int) -> Batch:
+        return self._batches.rank_batch([position]).micro_batches[0]
+
+
+def writers(trainer: L.Trainer) -> list[Any]:
+    """Return TensorBoard's writer, if the run has that logger."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def log_report(run_dir: Path, config: Any, report: dict[str, Any]) -> None:
+    """Add the settings of a run and the figures of its report to TensorBoard's tab "HParams"."""
+    settings = {"stage": config.stage, "seed": config.seed, "max_steps": config.trainer.max_steps}
+    for section in (config.optim, getattr(config, config.stage, None)):
+        settings |= {} if section is None else asdict(section)
+    figures = {
+        f"report/{arm}/{name}": value
+        for arm, values in report["arms"].items()
+        for name, value in {
+            "token_fraction": values["token_fraction"],
+            "retention": values["retention"]["mean"],
+            "accuracy": values["accuracy"]["mean"],
+        }.items()
+        if value is not None
+    }
+    logger = TensorBoardLogger(run_dir, name="tensorboard", version="")
+    logger.log_hyperparams(settings, figures)
+    logger.finalize("success")
+
+
+def tile_places(batch: Batch) -> list[tuple[int, int]]:
+    """Return for each tile the position of its sample and its number there; none of the dummy sample."""
+    counts = map(sum, batch.tiles_per_image)
+    samples = zip(batch.positions, counts, strict=True)
+    return [(position, i) for position, count in samples if position >= 0 for i in range(count)]
+
+
+class Labelled(NamedTuple):
+    """A tile and its label."""
+
+    tile: Tile
+    keep: bool
+
+    @property
+    def error(self) -> float:
+        """How much probability the router gives to the other label."""
+        return self.tile.score if self.keep else 1 - self.tile.score
+
+
+def label(tiles: Sequence[Tile], *, percentile: float) -> tuple[list[Labelled], float]:
+    """Label the tiles of a set by a percentile of their own loss ratios; returns the percentile too."""
+    finite = [tile for tile in tiles if np.isfinite(tile.loss_ratio)]
+    limit = float(np.percentile([tile.loss_ratio for tile in finite], percentile)) if finite else np.nan
+    return [Labelled(tile, tile.loss_ratio >= limit) for tile in finite], limit
+
+
+def draw_labels(labelled: Sequence[Labelled], limit: float) -> Figure:
+    """Draw the distribution of loss ratios around their threshold, and how far P(keep) can be trusted."""
+    figure = Figure(figsize=(10, 4), dpi=80, layout="constrained")
+    ratios, trust = figure.subplots(1, 2)
+    values = [one.tile.loss_ratio for one in labelled]
+    ratios.hist(values, bins=np.geomspace(min(values), max(values) * 1.001, 40), color=KEPT)
+    ratios.axvline(limit, color=COMPRESSED, label=f"threshold {limit:.3g}: labelled compress below it")
+    ratios.set(xscale="log", xlabel="factor of the loss under compression", ylabel="tiles")
+    ratios.legend()
+    keep, said = (np.array(v) for v in zip(*((o.keep, 1 - o.tile.score) for o in labelled), strict=True))
+    bins = np.minimum((said * NUM_BINS).astype(int), NUM_BINS - 1)
+    found = [(said[bins == b].mean(), keep[bins == b].mean()) for b in range(NUM_BINS) if (bins == b).any()]
+    trust.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
+    trust.plot(*zip(*found, strict=True), marker="o", color=KEPT, label="router")
+    trust.set(xlabel="P(keep) of the router", ylabel="fraction of tiles labelled keep")
+    trust.legend()
+    return figure
+
+
+def draw_routed(tiles: Sequence[Tile], read: _Reader) -> Figure:
+    """Draw the first samples of a set, their tiles framed by what the router would do at `THRESHOLD`."""
+    shown = [tile for tile in tiles if tile.position < read.count]
+    images = {position: read(position).tiles for position in {tile.position for tile in shown}}
+    cells = [
+        (images[tile.position][tile.number], f"{tile.score:.2f}", tile.score < THRESHOLD) for tile in shown
+    ]
+    starts = [tile.number == 0 for tile in shown]
+    return draw_tiles(cells, starts, title=f"P(compress); orange: compressed at {THRESHOLD}")
+
+
+def draw_disagreements(labelled: Sequence[Labelled], read: _Reader) -> Figure:
+    """Draw the tiles whose label the router denies most, framed by their label."""
+    worst = sorted(labelled, key=lambda one: -one.error)[:NUM_DISAGREEMENTS]
+    cells = [
+        (read(tile.position).tiles[tile.number], f"{tile.score:.2f}, loss x {tile.loss_ratio:.3g}", keep)
+        for tile, keep in worst
+    ]
+    title = "P(compress) and factor of the loss under compression; orange: labelled compress"
+    return draw_tiles(cells, [False] * len(cells), title=title)
+
+
+def draw_tiles(cells: Sequence[tuple[Tensor, str, bool]], starts: Sequence[bool], *, title: str) -> Figure:
+    """Draw tiles (3, H, W) with a text and a frame: blue if kept; `starts` says where a row begins."""
+    places: list[tuple[int, int]] = []
+    for starts_row in starts:
+        row, column = places[-1] if places else (0, -1)
+        places.append((row + 1, 0) if places and (starts_row or column == COLUMNS - 1) else (row, column + 1))
+    rows = places[-1][0] + 1 if places else 1
+    figure = Figure(figsize=(1.4 * COLUMNS, 1.7 * rows + 0.4), dpi=80, layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for (row, column), (tile, text, is_kept) in zip(places, cells, strict=True):
+        axes, colour = grid[row, column], KEPT if is_kept else COMPRESSED
+        axes.imshow(tile.permute(1, 2, 0).cpu().numpy())
+        axes.set_axis_on()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color=colour, linewidth=4)
+        axes.set_title(text, color=colour, fontsize="small")
+    return figure
+
+
+@torch.no_grad()
+def answer_table(model: Any, tokenizer: Any, tiles: Sequence[Tile], read: _Reader) -> str:
+    """Answer the first question about each shown sample at full tokens and compressed; returns Markdown.
+
+    Compressed is what the router chooses at `THRESHOLD`; without one, all tiles.
+    """
+    lines = ["| sample | expected | full tokens | compressed | vision tokens |", "|---|---|---|---|---|"]
+    for position in range(read.count):
+        batch = read(position)
+        if batch.positions != [position] or not batch.num_response_tokens:
+            continue
+        said = [tile.score for tile in tiles if tile.position == position]
+        scores = torch.tensor(said or [1.0] * batch.num_tiles)
+        (chosen,) = at_threshold([scores], THRESHOLD, ratios=model.ratios)
+        full = torch.full_like(chosen, model.ratios[0])
+        answers = [_answer(model, tokenizer, batch, ratios) for ratios in (full, chosen)]
+        spent = float((model.ratios[0] / chosen).mean())
+        cells = (batch.ids[0], _first_response(tokenizer, batch), *answers, f"{spent:.0%}")
+        lines.append("| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _answer(model: Any, tokenizer: Any, batch: Batch, ratios: Tensor) -> str:
+    first = int(batch.response_mask.nonzero()[0])
+    ids = batch.input_ids[:first]
+    prompt = EncodedSample(
+        id=batch.ids[0],
+        tiles=batch.tiles,
+        tiles_per_image=batch.tiles_per_image[0],
+        input_ids=ids,
+        response_mask=torch.zeros_like(ids, dtype=torch.bool),
+    )
+    alone = collate([prompt]).to(model.head.device)
+    features = [model.encode_tiles(alone.tiles)]
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+    answer = decode(model, tokenizer, alone, features=features, ratios=[ratios], **settings)
+    return tokenizer.decode(answer[0], skip_special_tokens=True)
+
+
+def _first_response(tokenizer: Any, batch: Batch) -> str:
+    """Return the data's own answer to the first question."""
+    where = batch.response_mask.nonzero()[:, 0]
+    ends = (where.diff() > 1).nonzero()[:, 0]
+    length = int(ends[0]) + 1 if len(ends) else len(where)
+    return tokenizer.decode(batch.input_ids[where[:length]], skip_special_tokens=True)
+
+
+def _add_picture(writer: Any, tag: str, figure: Figure, step: int) -> None:
+    writer.add_image(tag, np.asarray(render(figure)), step, dataformats="HWC")
