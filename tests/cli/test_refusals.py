@@ -42,7 +42,10 @@ def places(recipe, model, answered, photo, tmp_path, monkeypatch):
         *((f"shards {name} {{here}}/empty", "empty: no shard found") for name in INSPECT),
         ("export {here}/a.ckpt {here}/new --layout hf", "a checkpoint becomes a folder in our layout"),
         ("export {here}/a.ckpt {here}/new", "expected a checkpoint in RUN/checkpoints"),
-        ("train {recipe} 'data.validation=[{{name: a, path: {here}/empty}}]'", "no shard found"),
+        (
+            "train {recipe} 'data.validation=[{{name: a, path: {here}/empty}}]' trainer.validate_every=1",
+            "no shard found",
+        ),
         ("shards glyphs --output {here}/out --max-tiles 7", "max_tiles is 7; expected 1 to 6"),
         ("eval {model} --data {here}/absent", "no such folder of shards"),
         ("eval {model} --data {here}/empty", "no shard found"),
