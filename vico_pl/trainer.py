@@ -28,6 +28,7 @@ from vico_pl.callbacks.checkpoints import (
 )
 from vico_pl.callbacks.dashboard import Dashboard
 from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, JsonlLogger, SampleLog, StepProgressBar
+from vico_pl.callbacks.speed import Speed
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import adapters_merged
@@ -155,6 +156,7 @@ def _validation(run: RunConfig, run_dir: Path) -> Iterator[L.Callback]:
     if names:
         yield Validation(names, every=config.validate_every)
     yield Dashboard(names)
+    yield Speed(precision=config.precision)  # last: what follows it would count as waiting for data
     if config.best_metric is not None:
         yield BestCheckpoint(run_dir / "checkpoints", metric=config.best_metric, mode=config.best_mode)
 

@@ -10,6 +10,7 @@ from vico_pl.data.collate import collate
 from vico_pl.model.reference import FrozenReference
 from vico_pl.stages import router as router_module
 from vico_pl.stages.base import Ranks
+from vico_pl.stages.figures import combine
 from vico_pl.stages.router import RouterConfig, RouterStage, mean_per_sample, tile_loss_ratios
 
 EPSILON = 1e-3
@@ -58,8 +59,14 @@ def test_auroc_is_whether_tiles_to_keep_rank_above_tiles_to_compress(monkeypatch
     stage, keep, labels = stage_of(), torch.tensor(scores).float(), torch.tensor([1.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: labels)
     stage.router.forward = lambda _: torch.stack([-keep, keep], dim=1).requires_grad_()
-    total, count = stage.step(batch_of(encoded_sample(1, images=(4,)))).metrics["router/auroc"]
-    assert (total.item() / count, count) == (pytest.approx(auroc), 4)
+    found = stage.step(batch_of(encoded_sample(1, images=(4,)))).metrics
+    assert stage.logged(found)["router/auroc"] == pytest.approx(auroc)
+
+
+def test_the_auroc_of_an_interval_is_over_all_its_tiles():
+    values = [([0.1, 0.4], [0, 1]), ([0.5, 0.8], [0, 1])]  # in each of these it is 1
+    halves = [{"keep": torch.tensor(keep), "targets": torch.tensor(label)} for keep, label in values]
+    assert stage_of().logged(combine(halves)) == {"router/auroc": 0.75}
 
 
 def test_there_are_no_labels_before_min_history():

@@ -10,8 +10,7 @@ from tests.stages.test_router import stage_of as router_stage
 from tests.support.tiny import batch_of, encoded_sample, mixed_samples, tiny_model
 from vico_pl.data.collate import collate
 from vico_pl.stages import router as router_module
-from vico_pl.stages.base import Mean
-from vico_pl.stages.validation import combine
+from vico_pl.stages.figures import Mean, combine
 
 
 def kl_of(model, reference, ratios, batch):

@@ -79,8 +79,11 @@ def same(a, b):
     return a is not None and b is not None and torch.equal(a, b)
 
 
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def metrics(run_dir, *, timed=False):
+    """The logged points of a run, without figures that depend on the machine unless `timed`."""
+    points = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    hidden = () if timed else ("speed/", "memory/")
+    return [{k: v for k, v in point.items() if not k.startswith(hidden)} for point in points]
 
 
 def watch_steps(monkeypatch, before_step):

@@ -122,7 +122,14 @@ class DataModule(L.LightningDataModule):
         self.chat = ChatEncoder(tokenizer, config.chat, full_tokens_per_tile, max_positions)
         self.order = build_order(config, self.indexes, seed=seed)
         self.prompts = [source.caption_prompt for source in config.sources]
+        self._source_names = _source_names(self.indexes)
         self.held_out = [self._open(entry) for entry in config.validation]
+
+    def source_of(self, position: int) -> str | None:
+        """Name the source of a position; None: the run has only one, or the position is the dummy's."""
+        if position < 0 or not self._source_names:
+            return None
+        return self._source_names[self.order(position).source]
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
         """Return an endless loader that starts at the trainer's global step."""
@@ -290,6 +297,14 @@ def open_sources(config: DataConfig) -> list[ShardIndex]:
         if index.num_samples == 0:
             raise ValueError(f"{index.folder}: its shards hold no samples")
     return indexes
+
+
+def _source_names(indexes: Sequence[ShardIndex]) -> list[str]:
+    """Name sources by their last folders, numbered if these are the same; none if there is only one."""
+    names = [re.sub(r"[^\w.-]+", "_", str(index.folder).rstrip("/").split("/")[-1]) for index in indexes]
+    if len(names) == len(set(names)):
+        return names if len(names) > 1 else []
+    return [f"{name}_{number}" for number, name in enumerate(names)]
 
 
 def build_order(config: DataConfig, indexes: Sequence[ShardIndex], *, seed: int) -> SampleOrder:

@@ -3,6 +3,7 @@
 settings.py   the sections of a recipe that all stages read
 base.py       what is trained, the optimizer step over micro-batches and ranks, logging
 cost.py       FLOPs of a sample
+figures.py    what micro-batches, steps and ranks add up to
 validation.py when held-out sets are validated, and their figures over all ranks
 """
 

@@ -1,17 +1,18 @@
 """What all stages share: an optimizer step over micro-batches, whose loss is a mean over all ranks."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 
+from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import LoraConfig, add_adapters
 from vico_pl.model.blocks import cast_trained, checkpoint_blocks, compile_blocks, release, shard_model
 from vico_pl.model.connector import FULL_RATIO
@@ -21,6 +22,7 @@ from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import build_optimizer, clip_gradients, numbered_by_module
 from vico_pl.stages.cost import Parts, SampleCounts, StageCost, trained_parts
+from vico_pl.stages.figures import Figures, Mean, combine, means
 from vico_pl.stages.settings import DTYPES, PARTS, TRAINABLE_PARTS, RunSettings
 from vico_pl.types import Batch, RankBatch
 
@@ -42,22 +44,12 @@ class ModelSource(Protocol):
         """Return the model that the policy is compared with."""
 
 
-class Mean(NamedTuple):
-    """A metric as total and weight, so that micro-batches and ranks can be combined."""
-
-    total: Tensor | float
-    weight: int  # number of items in the total
-
-
-Figures = Mapping[str, Mean | Tensor]  # of a validation; tensors hold a value for each item
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What a stage computes from a micro-batch."""
 
     loss_sum: Tensor  # over the items that the stage counts
-    metrics: Mapping[str, Mean] = field(default_factory=dict)
+    metrics: Figures = field(default_factory=dict)
     num_items: int | None = None  # that the loss sums over; default: `Stage.num_items`, none left out
 
 
@@ -110,6 +102,8 @@ class Stage(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # a step has a backward pass per micro-batch
         self.run, self._models = run, [model]
+        self._since_point: list[Figures] = []  # of the steps since the last logged point
+        self.source_of: Callable[[int], str | None] = lambda _: None  # of the sample at a position
         if reference is not None:
             self.reference = reference
             self._models.append(reference.model)
@@ -211,8 +205,16 @@ class Stage(L.LightningModule):
 
     def summary(self, figures: Figures) -> dict[str, float]:
         """Return what is logged of a validation set, from the figures of all its micro-batches."""
-        means = ((name, value) for name, value in figures.items() if isinstance(value, Mean))
-        return {name: float(total / weight) for name, (total, weight) in means if weight}
+        return means(figures)
+
+    def logged(self, figures: Figures) -> dict[str, float]:
+        """Return what is logged of training, from the figures of all micro-batches since the last point."""
+        return means(figures)
+
+    def sources(self, batch: Batch, metric: str) -> list[str | None]:
+        """Return for each sample the name of its source's metric; None: the run has one source only."""
+        names = [self.source_of(position) for position in batch.positions]
+        return [None if name is None else f"{metric}_source_{name}" for name in names]
 
     def num_items(self, batch: Batch) -> int:
         """Return the number of items that the loss of a micro-batch sums over: response tokens."""
@@ -230,6 +232,9 @@ class Stage(L.LightningModule):
         """Switch to training mode: models are loaded in eval mode, which Lightning keeps."""
         self.train()
         self.ranks = Ranks(self.trainer.world_size)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DataModule):
+            self.source_of = data.source_of
 
     def configure_model(self) -> None:
         """Shard the models over the ranks if the strategy does.
@@ -256,7 +261,7 @@ class Stage(L.LightningModule):
         totals = {name: sum(rank[name] for rank in facts) for name in facts[0]}
         num_micro_batches = max(rank["num_micro_batches"] for rank in facts)
         micro_batches = rank_batch.padded(num_micro_batches)
-        metrics: list[Mapping[str, Mean]] = []
+        metrics: list[Figures] = []
         for index, result in enumerate(self.results(micro_batches)):
             # Gradients are averaged over ranks; the loss is a sum over them.
             loss = result.loss_sum / max(totals["num_items"], 1) * self.ranks.world
@@ -319,14 +324,20 @@ class Stage(L.LightningModule):
         schedule.step()
         return norm
 
-    def _log(self, metrics: list[Mapping[str, Mean]]) -> None:
-        """Log means over all ranks at Lightning's logging steps only: this synchronises with the GPU."""
+    def _log(self, metrics: list[Figures]) -> None:
+        """Log figures over all steps since the last point, and over all ranks, at Lightning's logging steps.
+
+        Only these steps wait for the GPU. After a resume the first point covers the steps since then.
+        """
+        self._since_point += metrics
         if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        here = {name: Mean(float(total), weight) for name, (total, weight) in add_up(metrics).items()}
-        for name, (total, weight) in add_up(self.ranks.gather(here)).items():
-            if weight:
-                self.log(name, total / weight, prog_bar=name == f"{self.name}/loss", batch_size=1)
+        here = combine(self._since_point)
+        self._since_point.clear()
+        if self.trainer._results is not None:  # noqa: SLF001 - it would log what has no new value again
+            self.trainer._results.reset()  # noqa: SLF001
+        for name, value in self.logged(combine(self.ranks.gather(here))).items():
+            self.log(name, value, prog_bar=name == f"{self.name}/loss", batch_size=1)
 
 
 def prepare_blocks(model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
@@ -335,17 +346,3 @@ def prepare_blocks(model: VisionLanguageModel, run: RunSettings) -> VisionLangua
     for network in (model.vision, model.language) if run.trainer.compile else ():
         compile_blocks(network)
     return model
-
-
-def add_up(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """Combine the metrics of micro-batches or ranks.
-
-    >>> add_up([{"a": Mean(3.0, 2)}, {"a": Mean(1.0, 2), "b": Mean(0.0, 1)}])
-    {'a': Mean(total=4.0, weight=4), 'b': Mean(total=0.0, weight=1)}
-    """
-    sums: dict[str, Mean] = {}
-    for part in parts:
-        for name, (total, weight) in part.items():
-            before, weighed = sums.get(name, (0.0, 0))
-            sums[name] = Mean(before + total, weighed + weight)
-    return sums

@@ -17,8 +17,9 @@ from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.base import Figures, Mean, Stage, StepResult
+from vico_pl.stages.base import Stage, StepResult
 from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
+from vico_pl.stages.figures import Figures, Mean, grouped
 from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
 
@@ -102,10 +103,14 @@ class ConsistencyStage(Stage):
         features = self.model.encode_tiles(batch.tiles)
         policy = self.model.response_states(batch, features, ratios)
         reference = self.reference.response_states(batch, policy_features=features)
-        loss_sum = self._divergence(policy, reference)
+        loss = self._divergence(policy, reference)
         release(self.reference.model)
         fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
-        return StepResult(loss_sum=loss_sum, metrics={"vision_tokens/fraction": fraction})
+        metrics = {"vision_tokens/fraction": fraction}
+        if loss.ndim:  # per token
+            for names in (self._ratio_names(batch), self.sources(batch, "consistency/kl")):
+                metrics |= grouped(names, loss, batch.response_lengths)
+        return StepResult(loss_sum=loss.sum(), metrics=metrics)
 
     def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
         """Return the loss with every tile at each ratio, and at ratios drawn for each tile.
@@ -120,7 +125,7 @@ class ConsistencyStage(Stage):
 
         def loss(ratios: Tensor) -> Mean:
             policy = self.model.response_states(batch, features, ratios)
-            return Mean(self._divergence(policy, reference), batch.num_response_tokens)
+            return Mean(self._divergence(policy, reference).sum(), batch.num_response_tokens)
 
         fractions = ratios[0] / drawn[batch.sample_tiles]
         return {
@@ -131,8 +136,7 @@ class ConsistencyStage(Stage):
 
     def draw_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
         """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
-        samples = zip(batch.positions, batch.tiles_per_image, strict=True)
-        drawn = [ratio for sample in samples for ratio in self.ratios_at(self.run, *sample)]
+        drawn = [ratio for ratios in self._ratios_per_sample(batch) for ratio in ratios]
         return torch.tensor(drawn, dtype=torch.int64).to(batch.tiles.device, non_blocking=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -149,12 +153,21 @@ class ConsistencyStage(Stage):
         checkpoint["state_dict"].update({name: own[name] for name in self._frozen_names()})
 
     def _divergence(self, policy: Float[Tensor, "R D"], reference: Float[Tensor, "R D2"]) -> Tensor:
-        """Return the loss, summed over the response tokens."""
+        """Return the loss of each response token, or from kernel liger their sum."""
         sides, config = (policy, self.model.head, reference, self.reference.head), self.config
         settings: dict[str, Any] = {"temperature": config.temperature, "reverse": config.reverse_kl}
         if config.kernel == "liger":
             return liger_kl_sum(*sides, **settings)
-        return consistency_kl(*sides, **settings, chunk_size=config.chunk_size).sum()
+        return consistency_kl(*sides, **settings, chunk_size=config.chunk_size)
+
+    def _ratios_per_sample(self, batch: Batch) -> list[Sequence[int]]:
+        samples = zip(batch.positions, batch.tiles_per_image, strict=True)
+        return [self.ratios_at(self.run, *sample) for sample in samples]
+
+    def _ratio_names(self, batch: Batch) -> list[str | None]:
+        """Return for each sample the metric of its ratio; not all of its tiles may have the same."""
+        sets = map(set, self._ratios_per_sample(batch))
+        return [f"consistency/kl_ratio_{found.pop() if len(found) == 1 else 'mixed'}" for found in sets]
 
     def _frozen_names(self) -> list[str]:
         """Return the frozen weights of parts that every folder has, unlike connectors that were added."""

@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.base import Mean, Stage, StepResult
+from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.figures import Mean, grouped
 from vico_pl.stages.settings import RunSettings
 from vico_pl.types import Batch
 
@@ -32,7 +33,8 @@ class PretrainStage(Stage):
         states = self.model.response_states(batch, features, self.model.full_ratios(batch))
         loss, hits = response_cross_entropy(states, self.model.head, batch.input_ids[batch.response_mask])
         accuracy = Mean(hits.sum(), batch.num_response_tokens)
-        return StepResult(loss_sum=loss.sum(), metrics={"pretrain/token_accuracy": accuracy})
+        by_source = grouped(self.sources(batch, "pretrain/loss"), loss, batch.response_lengths)
+        return StepResult(loss_sum=loss.sum(), metrics={"pretrain/token_accuracy": accuracy, **by_source})
 
 
 def response_cross_entropy(

@@ -26,8 +26,9 @@ from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.router import at_threshold, compress_probability
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.base import Figures, Mean, Stage, StepResult, prepare_blocks
+from vico_pl.stages.base import Stage, StepResult, prepare_blocks
 from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
+from vico_pl.stages.figures import Figures, Mean
 from vico_pl.stages.settings import DTYPES, RunSettings, section_of
 from vico_pl.types import Batch
 
@@ -190,6 +191,14 @@ class RouterStage(Stage):
             found["auroc"] = float(binary_auroc(keep, targets))
         return found
 
+    def logged(self, figures: Figures) -> dict[str, float]:
+        """Add the AUROC over all tiles since the last point."""
+        keep, targets = figures.get("keep"), figures.get("targets")
+        found = super().logged(figures)
+        if isinstance(keep, Tensor) and isinstance(targets, Tensor) and len(targets.unique()) == 2:
+            found["router/auroc"] = float(binary_auroc(keep, targets))
+        return found
+
     @torch.no_grad()
     def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
         """Return the patch features and the loss ratio of every tile."""
@@ -236,21 +245,16 @@ class RouterStage(Stage):
             tiles = tiles[ratios[tiles].isfinite()]
         logits, targets = logits[tiles], router_targets(ratios[tiles], threshold)
         loss = cross_entropy(logits, targets, reduction="sum")
-        metrics = _metrics(logits, targets, threshold)
-        return StepResult(loss_sum=loss, metrics=metrics, num_items=len(tiles))
-
-
-def _metrics(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, Mean]:
-    chosen, count = logits.argmax(-1), len(targets)
-    metrics = {
-        "router/threshold": Mean(threshold, 1),
-        "router/accuracy": Mean((chosen == targets).sum(), count),
-        "router/compressed_fraction": Mean((chosen == COMPRESS).sum(), count),
-    }
-    if len(targets.unique()) == 2:  # AUROC needs both classes
-        auroc = binary_auroc(logits.softmax(-1)[:, KEEP], targets)
-        metrics["router/auroc"] = Mean(auroc * count, count)
-    return metrics
+        chosen, count = logits.argmax(-1), len(targets)
+        metrics = {
+            "router/threshold": Mean(threshold, 1),
+            "router/accuracy": Mean((chosen == targets).sum(), count),
+            "router/compressed_fraction": Mean((chosen == COMPRESS).sum(), count),
+            "router/label_keep_fraction": Mean(targets.sum(), count),
+            "keep": logits.detach().softmax(-1)[:, KEEP],
+            "targets": targets,
+        }
+        return StepResult(loss_sum=loss, metrics=metrics, num_items=count)
 
 
 @torch.no_grad()

@@ -6,16 +6,14 @@ however it is assigned; dummy samples count for nothing.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from vico_pl.stages.base import Figures, Mean, add_up
+from vico_pl.stages.figures import Figures, combine
 from vico_pl.types import BadRecord, RankBatch
 
 
@@ -90,19 +88,3 @@ class Validation(L.Callback):
             example = f"such as {bad[0].id!r}: {bad[0].reason}"
             rank_zero_warn(f"data.validation '{name}': {len(bad)} bad records are left out, {example}")
         return {"bad_records": float(len(bad))} if bad else {}
-
-
-def combine(parts: Iterable[Figures]) -> dict[str, Mean | Tensor]:
-    """Add up means and join values, on the CPU.
-
-    >>> combine([{"a": Mean(3.0, 2), "b": torch.tensor([1])}, {"a": Mean(1.0, 2), "b": torch.tensor([2])}])
-    {'a': Mean(total=4.0, weight=4), 'b': tensor([1, 2])}
-    """
-    parts = list(parts)
-    means = add_up([{n: v for n, v in part.items() if isinstance(v, Mean)} for part in parts])
-    values: dict[str, list[Tensor]] = defaultdict(list)
-    for name, value in chain.from_iterable(part.items() for part in parts):
-        if isinstance(value, Tensor):
-            values[name].append(value.cpu())
-    floats = {name: Mean(float(total), weight) for name, (total, weight) in means.items()}
-    return {**floats, **{name: torch.cat(tensors) for name, tensors in values.items()}}
