@@ -32,6 +32,7 @@ TRAIN_SEED ?= 1
 CALIBRATION_SEED ?= 2
 VALIDATION_SEED ?= 3
 PORT ?= 6006
+DOCS_PORT ?= 8001
 
 # --- Names -----------------------------------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Targets that are not files, even if a file or folder of that name exists.
 .PHONY: help env demo base train-stage1 train-router shards data tests test check
-.PHONY: coverage format lint types tensorboard bench clean clean-all
+.PHONY: coverage format lint types docs docs-serve tensorboard bench clean clean-all
 
 help: ## List the targets
 	@echo 'usage: make TARGET [ARGS="key=value ..."] [RECIPE=FILE.yaml] [RUN=FOLDER]'
@@ -201,13 +202,15 @@ tensorboard: $(INSTALLED) ## Show the training curves of all runs in a browser; 
 FORMAT_CHECK := $(BIN)/ruff format --check .
 LINT := $(BIN)/ruff check .
 TYPES := $(BIN)/mypy
+# ruff, found by PATH, wraps long signatures; the variable silences an advertisement of the theme for its successor.
+DOCS := env PATH="$(BIN):$(PATH)" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 PARALLEL := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 tests: test
 test: $(INSTALLED) ## Run the tests; ARGS="-k router", ARGS="-m slow"
 	$(BIN)/pytest $(ARGS)
 
-check: $(INSTALLED) ## Format check, lint, types, and the tests in parallel: all that CI runs
+check: $(INSTALLED) ## Format check, lint, types, docs, and the tests in parallel: all that CI runs
 	@verdict=passed; summary=; \
 	phase() { \
 	  local name=$$1 start=$$SECONDS result=passed; shift; \
@@ -218,6 +221,7 @@ check: $(INSTALLED) ## Format check, lint, types, and the tests in parallel: all
 	phase format $(FORMAT_CHECK); \
 	phase lint $(LINT); \
 	phase types $(TYPES); \
+	phase docs $(DOCS) build --strict --quiet; \
 	phase tests $(PARALLEL); \
 	printf '\n%s\ncheck %s\n' "$$summary" "$$verdict"; [ $$verdict = passed ]
 
@@ -234,6 +238,15 @@ lint: $(INSTALLED) ## Find style errors and likely bugs (ruff)
 types: $(INSTALLED) ## Check types (mypy strict)
 	$(TYPES)
 
+# --- Documentation: pages in docs/, navigation in mkdocs.yml -----------------------------------------------------
+
+docs: $(INSTALLED) ## Build the documentation into site/, with every link checked
+	$(DOCS) build --strict --quiet
+	@echo "site/index.html is written"
+
+docs-serve: $(INSTALLED) ## Show the documentation in a browser, rebuilt at every change; DOCS_PORT=8001
+	$(DOCS) serve --dev-addr localhost:$(DOCS_PORT)
+
 # --- Benchmarks ------------------------------------------------------------------------------------------------
 
 bench: $(INSTALLED) ## Measure speed and memory against their goals: about 13 minutes, 10 GiB of memory
@@ -247,7 +260,7 @@ structure: $(INSTALLED) ## Print how large the code is, as CONTRIBUTING.md shows
 
 clean: ## Remove runs and shards of the demo, and caches; keeps other runs and data/base
 	rm -rf runs/demo runs/demo-* data/shards/glyphs
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find vico_pl tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-all: clean ## Also remove .venv and the shards of the base model

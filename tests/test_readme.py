@@ -18,10 +18,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "data" / "README.md",
-    ROOT / "docs" / "lmms-eval.md",
-    ROOT / "docs" / "models.md",
-    ROOT / "docs" / "reliability.md",
-    ROOT / "docs" / "serving.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "README.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
