@@ -33,6 +33,7 @@ HARMLESS = (
     "trainer.devices",
     "trainer.keep_checkpoints",
     "trainer.log_every",
+    "trainer.loggers",
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.timeout_s",

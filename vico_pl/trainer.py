@@ -1,6 +1,7 @@
 """One training run: a run folder, a stage, its data, and Lightning's loop around them."""
 
 import fcntl
+import logging
 import multiprocessing
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,8 @@ from vico_pl.callbacks.checkpoints import (
     newest_checkpoint,
 )
 from vico_pl.callbacks.dashboard import Dashboard
-from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, JsonlLogger, SampleLog, StepProgressBar
+from vico_pl.callbacks.loggers import build_logger
+from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, SampleLog, StepProgressBar
 from vico_pl.callbacks.speed import Speed
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.module import DataModule
@@ -42,8 +43,19 @@ from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import TrainerConfig
 from vico_pl.stages.validation import Validation
 
+# What Lightning says at each start that helps nobody; 'vico doctor' lists devices.
+CHATTER = (
+    "GPU available:",
+    "TPU available:",
+    "HPU available:",
+    "IPU available:",
+    "💡 Tip:",
+    "`Trainer.fit` stopped",
+)
 # Warnings that do not concern a run: a pattern for each.
 HARMLESS_WARNINGS = (
+    "The `srun` command is available on your system but is not used",
+    "GPU available but not used",  # the recipe says so
     # Our loader needs no state: its position is a function of the global step.
     "You're resuming from a checkpoint that ended before the epoch",
     "Checkpoint directory .* exists and is not empty",  # resuming
@@ -69,6 +81,7 @@ def train(config: RunConfig) -> Path | None:
 
 def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path | None]:
     run_dir, stage_class = Path(config.run_dir), STAGES[config.stage]
+    _keep_quiet()
     L.seed_everything(config.seed, verbose=False)
     for problem in stage_class.doubtful_settings(config):
         rank_zero_warn(problem)
@@ -96,6 +109,17 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
             whole = model if state is None else models.trained(state)
             _write_model(whole, tokenizer, config, run_dir / "model")
     return trainer, run_dir / "model"
+
+
+def _keep_quiet() -> None:
+    """Hide messages of other packages that do not concern a run."""
+    for message in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_chatter)
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CHATTER)
 
 
 def build_trainer(config: RunConfig, stop: guards.StopSignals) -> L.Trainer:
@@ -139,10 +163,7 @@ def _build_trainer(run: RunConfig, run_dir: Path, stop: guards.StopSignals) -> L
             StepCheckpoint(run_dir / "checkpoints", every=every, keep=config.keep_checkpoints),
             *_validation(run, run_dir),
         ],
-        logger=[
-            TensorBoardLogger(run_dir, name="tensorboard", version=""),
-            JsonlLogger(run_dir / "metrics.jsonl"),
-        ],
+        logger=[build_logger(name, run_dir) for name in config.loggers],
         plugins=[AtomicCheckpointIO(), *slurm],
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -178,8 +199,6 @@ def _strategy(config: TrainerConfig) -> str | Strategy:
 
 
 def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path | None) -> None:
-    for message in HARMLESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
     # A broadcast and a wait for the GPU at each step; `StopSignals` informs the ranks.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
     try:

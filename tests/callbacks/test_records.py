@@ -7,7 +7,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from tests.callbacks.steps import StageLog, TrainerAt, rank_batch
 from vico_pl.callbacks import records
-from vico_pl.callbacks.records import BadRecordLog, JsonlLogger, StepProgressBar
+from vico_pl.callbacks.loggers import JsonlLogger
+from vico_pl.callbacks.records import BadRecordLog, StepProgressBar
 from vico_pl.types import BadRecord
 
 

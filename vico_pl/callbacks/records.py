@@ -1,4 +1,4 @@
-"""What a run reports: progress, metrics, bad records, its environment, and the samples of each step."""
+"""What a run reports: progress, bad records, its environment, and the samples of each step."""
 
 import math
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from vico_pl.files import append_json
@@ -24,47 +23,40 @@ from vico_pl.types import BadRecord, RankBatch
 SAMPLE_LOG = "samples-rank-{rank}.jsonl"
 
 
-class JsonlLogger(Logger):
-    """Appends every logged set of metrics as one JSON line."""
-
-    name, version = "jsonl", ""  # Lightning's; a run folder is one run
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one line."""
-        append_json(self._path, {"step": step, **metrics})
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Settings are in the run's config.yaml."""
-
-
 class StepProgressBar(TQDMProgressBar):
     """A bar over all steps of the run, also after a resume; in log files a line per minute instead."""
 
     def __init__(self, title: str) -> None:
         super().__init__(refresh_rate=5 if sys.stdout.isatty() else 0)  # 0: no bar
-        self._title = title
+        self._title, self._start = title, (0, 0.0)  # step and time at which this attempt began
         self._next_line_s = -math.inf  # when the next line may be printed
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         """Start at the step that the run resumes from, so that speed and time left are right."""
         super().on_train_start(trainer, stage)
+        self._start = trainer.global_step, time.monotonic()
         bar = self.train_progress_bar
         bar.reset(total=trainer.max_steps)
         bar.initial = bar.n = bar.last_print_n = trainer.global_step
         bar.set_description(self._title)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, stage: Any, *arguments: Any) -> None:
         """Advance the bar, or print a line."""
-        super().on_train_batch_end(trainer, *arguments)
+        super().on_train_batch_end(trainer, stage, *arguments)
         step, steps = trainer.global_step, trainer.max_steps
         if self.is_disabled and (time.monotonic() >= self._next_line_s or step == steps):
             self._next_line_s = time.monotonic() + 60
-            rank_zero_info(f"{self._title}: step {step} of {steps}")
+            loss = self.get_metrics(trainer, stage).get(f"{stage.name}/loss")
+            known = "" if loss is None else f", loss {float(loss):.4g}"  # type: ignore[arg-type]
+            rank_zero_info(f"{self._title}: step {step} of {steps}{known}{self._time_left(step, steps)}")
+
+    def _time_left(self, step: int, num_steps: int) -> str:
+        """Say how long the steps that are left take at the speed since the start."""
+        first, start_s = self._start
+        if step in (first, num_steps):
+            return ""
+        minutes = (time.monotonic() - start_s) / (step - first) * (num_steps - step) / 60
+        return f", {minutes:.0f} min left" if minutes < 120 else f", {minutes / 60:.1f} h left"
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Show no epochs: a run is one count of steps."""

@@ -14,6 +14,7 @@ from vico_pl.optim import OptimConfig
 Section = TypeVar("Section")
 PARTS = ("vision", "connectors", "language")  # of a model; the router has a stage of its own
 TRAINABLE_PARTS = (*PARTS, "lora")
+LOGGERS = ("tensorboard", "jsonl", "csv", "wandb", "mlflow")  # the last two are packages of their own
 DTYPES: dict[str, torch.dtype | None] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": None}
 
 
@@ -71,6 +72,7 @@ class TrainerConfig:
     validate_every: int = 0  # steps between validations, and after the last step; 0: never
     best_metric: str | None = None  # such as val/NAME/kl: its best step is kept as checkpoints/best.ckpt
     best_mode: str = "min"  # min or max
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard", "jsonl"])  # some of LOGGERS
     log_every: int = 10  # steps between points in TensorBoard and metrics.jsonl
     watchdog_s: float = 600.0  # a rank whose step takes longer reports where it waits
     timeout_s: float = 1800.0  # a rank that waits longer for the others fails (strategies ddp and fsdp)
@@ -87,6 +89,7 @@ class TrainerConfig:
             devices=(self.devices == "auto" or is_number, "auto or a number, 1 or more"),
             validate_every=(self.validate_every >= 0, "0 or more"),
             best_mode=(self.best_mode in ("min", "max"), "min or max"),
+            loggers=(set(self.loggers) <= set(LOGGERS), f"some of {', '.join(LOGGERS)}"),
             watchdog_s=(self.watchdog_s > 0, "more than 0 seconds"),
             timeout_s=(self.timeout_s > 0, "more than 0 seconds"),
             **{name: (getattr(self, name) >= 1, "1 or more") for name in counts},
