@@ -14,7 +14,6 @@ SOURCE = re.compile(r"<!-- source: (\S+) ([\w.]+) -->")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)\)")
 # Pages that other parts of the project write, and where they go: after this page of the navigation.
 FURTHER_PAGES = {
-    "monitoring.md": ("Metrics of a run", "watch.md"),
     "settings.md": ("Settings", "reference.md"),
 }
 

@@ -10,8 +10,9 @@ from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import release
 from vico_pl.prepare import prepare_run
 from vico_pl.stages import STAGES
-from vico_pl.stages.base import Mean, StepResult
+from vico_pl.stages.base import StepResult
 from vico_pl.stages.consistency import ConsistencyStage
+from vico_pl.stages.figures import Mean
 from vico_pl.trainer import train
 from vico_pl.types import Batch
 

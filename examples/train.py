@@ -16,8 +16,15 @@ from vico_pl.trainer import train
 
 def main(folder: str = "runs/example", *settings: str) -> Path:
     run, shards = Path(folder), Path(folder) / "shards"
-    build_glyphs(shards, GlyphsConfig(), num_samples=400, seed=1, samples_per_shard=200)
-    common = [f"data.sources=[{{path: {shards}}}]", "trainer.checkpoint_every=20", "data.num_workers=0"]
+    for part, num_samples, seed in (("train", 400, 1), ("held-out", 32, 2)):
+        build_glyphs(shards / part, GlyphsConfig(), num_samples=num_samples, seed=seed, samples_per_shard=200)
+    held_out = f"data.validation=[{{name: held_out, path: {shards / 'held-out'}}}]"
+    common = [
+        f"data.sources=[{{path: {shards / 'train'}}}]",
+        held_out,
+        "trainer.checkpoint_every=20",
+        "data.num_workers=0",
+    ]
 
     # Stage 1: the policy learns to answer with few vision tokens as the reference does with all of them.
     consistency = [f"run_dir={run / 'consistency'}", "trainer.max_steps=100", *common, *settings]

@@ -13,7 +13,8 @@ from torch.nn.functional import mse_loss
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.prepare import prepare_run
 from vico_pl.stages import STAGES
-from vico_pl.stages.base import Mean, Stage, StepResult
+from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.figures import Mean
 from vico_pl.stages.settings import RunSettings
 from vico_pl.trainer import train
 from vico_pl.types import Batch

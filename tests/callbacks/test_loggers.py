@@ -10,7 +10,7 @@ def test_csv_has_the_metrics(tmp_path):
     logger.log_metrics({"a": 1.5}, step=3)
     logger.finalize("success")
     (path,) = tmp_path.glob("csv/*/metrics.csv")
-    assert list(csv.DictReader(path.open())) == [{"a": "1.5", "step": "3"}]
+    assert list(csv.DictReader(path.read_text().splitlines())) == [{"a": "1.5", "step": "3"}]
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -21,7 +21,7 @@ def test_a_logger_that_is_not_installed_is_named_with_the_remedy(tmp_path, monke
         build_logger(name, tmp_path)
 
 
-def _missing(**_):
+def _missing(*_, **__):
     raise ModuleNotFoundError("No module named 'x'")
 
 

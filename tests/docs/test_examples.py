@@ -126,6 +126,7 @@ def test_a_router_of_another_architecture_is_trained_and_used(load, shards, tmp_
     model = write_model_folder(tmp_path / "policy", router_heads=None)
     settings = [f"data.sources=[{{path: {shards}}}]", "model.reference=null", "model.router_heads=1", *FEW]
     settings += ["data.tiling={tile_size: 32, max_tiles: 2}", "router.min_history=1", "data.num_workers=0"]
+    settings += ["data.validation=[]", "trainer.validate_every=0"]
     with pytest.warns(UserWarning, match="it becomes its own reference|never reaches optim.lr"):
         trained = load("docs/extending/train_router.py").main(
             str(model), str(tmp_path / "run"), "optim.warmup_steps=0", *settings

@@ -68,12 +68,8 @@ def _mlflow(run_dir: Path) -> Logger:
 
     path = run_dir / "mlflow_run_id"
     known = path.read_text() if path.exists() else None
-    where: dict[str, Any] = {
-        "experiment_name": "vico_pl",
-        "run_name": run_dir.name,
-        "save_dir": str(run_dir / "mlruns"),
-    }
-    logger = MLFlowLogger(**where, run_id=known)
+    folder = str(run_dir / "mlruns")  # unless MLFLOW_TRACKING_URI names a server
+    logger = MLFlowLogger("vico_pl", run_name=run_dir.name, save_dir=folder, run_id=known)
     if known is None and logger.run_id is not None:  # None: not the first rank
         path.write_text(logger.run_id)
     return logger

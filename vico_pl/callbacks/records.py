@@ -46,14 +46,14 @@ class StepProgressBar(TQDMProgressBar):
         step, steps = trainer.global_step, trainer.max_steps
         if self.is_disabled and (time.monotonic() >= self._next_line_s or step == steps):
             self._next_line_s = time.monotonic() + 60
-            loss = self.get_metrics(trainer, stage).get(f"{stage.name}/loss")
+            loss = self.get_metrics(trainer, stage).get(f"{self._title}/loss")
             known = "" if loss is None else f", loss {float(loss):.4g}"  # type: ignore[arg-type]
             rank_zero_info(f"{self._title}: step {step} of {steps}{known}{self._time_left(step, steps)}")
 
     def _time_left(self, step: int, num_steps: int) -> str:
         """Say how long the steps that are left take at the speed since the start."""
         first, start_s = self._start
-        if step in (first, num_steps):
+        if step <= first + 1 or step == num_steps:  # the first step alone says little
             return ""
         minutes = (time.monotonic() - start_s) / (step - first) * (num_steps - step) / 60
         return f", {minutes:.0f} min left" if minutes < 120 else f", {minutes / 60:.1f} h left"
