@@ -1,35 +1,31 @@
 """What the pages need from MkDocs beyond its plugins: source code next to formulas, and links out of docs/.
 
-`<!-- source: vico_pl/stages/router.py loss_ratio -->` in a page becomes the present code of that function.
+`<!-- source: vico_pl/stages/router.py loss_ratio -->` in a page becomes the present code of that function,
+and `<!-- settings -->` the tables of all settings, whose meanings are the comments next to their fields.
 """
 
 import ast
+import inspect
+import json
 import posixpath
 import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 ROOT = Path(__file__).parents[1]
 SOURCE = re.compile(r"<!-- source: (\S+) ([\w.]+) -->")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)\)")
-# Pages that other parts of the project write, and where they go: after this page of the navigation.
-FURTHER_PAGES = {
-    "settings.md": ("Settings", "reference.md"),
-}
-
-
-def on_config(config: Any) -> Any:
-    """Add the further pages that exist to the navigation."""
-    for name, (title, after) in FURTHER_PAGES.items():
-        if (Path(config.docs_dir) / name).is_file():
-            _insert(config.nav, {title: name}, after=after)
-    return config
+SETTINGS = "<!-- settings -->"
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Fill in source code, and turn links to files outside docs/ into their paths."""
     folder = posixpath.dirname(page.file.src_uri)
     markdown = SOURCE.sub(lambda found: source_block(found[1], found[2]), markdown)
+    if SETTINGS in markdown:
+        markdown = markdown.replace(SETTINGS, settings_tables())
 
     def shown(link: re.Match[str]) -> str:
         return _shown(link[1], posixpath.normpath(posixpath.join("docs", folder, link[2])), link[0])
@@ -71,10 +67,52 @@ def _shown(text: str, path: str, link: str) -> str:
     return f"`{name}`" if name == path or path.endswith(f"/{name}") else f"`{name}` (`{path}`)"
 
 
-def _insert(entries: list[Any], entry: dict[str, str], *, after: str) -> None:
-    for number, item in enumerate(list(entries)):
-        (value,) = item.values()
-        if value == after:
-            entries.insert(number + 1, entry)
-        elif isinstance(value, list):
-            _insert(value, entry, after=after)
+def settings_tables() -> str:
+    """Return a table for each section of a recipe: name, type, default and meaning of each setting."""
+    from vico_pl.config import RunConfig
+
+    return "\n\n".join(_section_tables(RunConfig, ""))
+
+
+def _section_tables(section: type, prefix: str) -> Iterator[str]:
+    meanings, hints, inner = comments_of(section), get_type_hints(section), []
+    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for field in fields(section):
+        hint = hints[field.name]
+        nested = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+        if nested is not None:
+            inner.append((nested, f"{prefix}{field.name}.{'' if nested is hint else 'N.'}"))
+            continue
+        kind = (
+            hint.__name__
+            if isinstance(hint, type) and not get_args(hint)
+            else str(hint).replace("typing.", "")
+        )
+        cells = (f"`{prefix}{field.name}`", kind, _default(field), meanings[field.name])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    title = f"## {prefix.rstrip('.') or 'The run'}"
+    yield "\n\n".join([title, str(section.__doc__), "\n".join(rows)])
+    for nested, place in inner:
+        yield from _section_tables(nested, place)
+
+
+def comments_of(section: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass: behind it, or in the lines before it."""
+    found, above = {}, []
+    for base in reversed(section.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            code, _, comment = line.partition("  # ")
+            field = re.match(r"    (\w+): ", code)
+            if line.startswith("    # "):
+                above.append(line.strip("# "))
+                continue
+            if field:
+                found[field[1]] = " ".join([*above, *([comment] if comment else [])])
+            above = []
+    return found
+
+
+def _default(field: Any) -> str:
+    if field.default is not MISSING:
+        return f"`{json.dumps(field.default)}`"
+    return "required" if field.default_factory is MISSING else f"`{json.dumps(field.default_factory())}`"

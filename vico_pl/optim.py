@@ -28,11 +28,11 @@ SCHEDULES = (
 class OptimConfig:
     """AdamW and the learning rate schedule."""
 
-    lr: float = 1e-5
+    lr: float = 1e-5  # learning rate after the warmup
     weight_decay: float = 0.05  # on matrices; none on norms, biases and other vectors
-    beta1: float = 0.9
-    beta2: float = 0.95
-    warmup_steps: int = 0
+    beta1: float = 0.9  # of AdamW: decay of the mean of gradients
+    beta2: float = 0.95  # and of their squares
+    warmup_steps: int = 0  # over which the learning rate rises from 0
     schedule: str = "cosine"  # one of SCHEDULES
     max_grad_norm: float = 1.0  # of all gradients together; larger ones are scaled down; inf: never
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import vico_pl.cli
-from docs.hooks import SOURCE, source_of
+from docs.hooks import SOURCE, settings_tables, source_of
 from tests.support.folders import answered_records, write_model_folder, write_set
 from tests.support.tiny import encoded_image
 from tests.test_readme import PAGES
@@ -164,3 +164,12 @@ def test_a_message_of_the_troubleshooting_page_is_still_in_the_code(message, sai
 
 def test_ten_messages_are_explained():
     assert len(messages()) >= 10
+
+
+def test_the_page_of_settings_has_all_of_them_with_a_meaning():
+    rows = [line.split(" | ") for line in settings_tables().splitlines() if line.startswith("| `")]
+    by_name = {cells[0].strip("| `"): cells[1:] for cells in rows}
+    assert by_name["trainer.log_every"][:2] == ["int", "`10`"]
+    assert by_name["data.sources.N.path"][:2] == ["str", "required"]
+    assert by_name["optim.max_grad_norm"][2].startswith("of all gradients together")
+    assert [name for name, cells in by_name.items() if not cells[2].strip(" |")] == []

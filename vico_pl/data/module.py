@@ -53,7 +53,7 @@ class ValidationConfig:
 
     name: str  # in the names of its metrics, val/NAME/...
     path: str  # as that of a source
-    max_samples: int = 256
+    max_samples: int = 256  # of the set
     caption_prompt: str | None = None  # as that of a source
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ _NAME = "default"  # peft's name for the only adapter
 class LoraConfig:
     """Size and place of adapters; their weights are always float32."""
 
-    rank: int = 16
+    rank: int = 16  # of the product that is added to a layer's weights
     alpha: int = 32  # an adapter's output is multiplied by alpha / rank
     dropout: float = 0.0  # of an adapter's input, 0 to 1
     # all-linear (experts are, too), or names of linear layers such as [q_proj, v_proj].

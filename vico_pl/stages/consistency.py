@@ -32,7 +32,7 @@ class ConsistencyConfig:
 
     # One ratio per image (the report), per tile, mixed (either with probability 1/2), or full tokens only.
     ratio_draw: str = "mixed"
-    temperature: float = 1.0
+    temperature: float = 1.0  # of both softmaxes
     reverse_kl: bool = False  # KL(policy || reference) instead, for ablation
     kernel: str = "native"  # of the loss: native, or liger (CUDA, needs the liger-kernel package)
     chunk_size: int = 256  # native: response tokens whose logits exist at a time

@@ -62,13 +62,13 @@ class TrainerConfig:
     max_steps: int = 1000  # optimizer steps
     accelerator: str = "auto"  # cpu, gpu, ...
     devices: str = "auto"  # per node: a number, or auto for all
-    num_nodes: int = 1
+    num_nodes: int = 1  # machines
     strategy: str = "auto"  # auto, ddp, or fsdp: weights, gradients and optimizer sharded over all ranks
     precision: str = "32-true"  # or bf16-mixed: compute in bfloat16, weights as model.dtype says
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
     compile: bool = False  # torch.compile for each block: minutes at the start, faster steps
     checkpoint_every: int = 100  # steps between checkpoints
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
     validate_every: int = 0  # steps between validations, and after the last step; 0: never
     best_metric: str | None = None  # such as val/NAME/kl: its best step is kept as checkpoints/best.ckpt
     best_mode: str = "min"  # min or max
@@ -100,9 +100,9 @@ class TrainerConfig:
 class RunSettings:
     """The sections that all stages share; `vico_pl.config.RunConfig` adds one per stage."""
 
-    stage: str
-    run_dir: str
-    seed: int = 0
+    stage: str  # pretrain, consistency or router
+    run_dir: str  # folder of the run; the same command with the same folder resumes it
+    seed: int = 0  # of the order of samples, of drawn ratios, dropout and new weights
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
