@@ -12,11 +12,11 @@ from tests.support.scripts import BENCHMARKS, load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling = (
+harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling, monitoring = (
     load_benchmark(name)
     for name in (
         *("harness", "kl", "data", "data_pipeline", "data_images", "data_shuffle"),
-        *("models", "labels", "step", "inference", "scaling"),
+        *("models", "labels", "step", "inference", "scaling", "monitoring"),
     )
 )
 RESULTS, PAGE = BENCHMARKS / "results", BENCHMARKS / "README.md"
@@ -167,3 +167,19 @@ def test_scaling_uses_the_same_samples_for_any_number_of_ranks(tmp_path, ranks):
     samples = int(given["data.batch_size"]) * int(given["trainer.max_steps"])
     assert samples == 2 * scaling.SAMPLES * (scaling.WARM_UP + scaling.TIMED)
     assert int(given["trainer.devices"]) == ranks
+
+
+def test_monitoring_times_what_it_watches_and_restores_it():
+    seconds = {"speed and memory": 0.5, "loss per ratio": 0.3, "logging, every tenth step": 0.2}
+    seconds |= {"training step": 100.0, "validation, with pictures and answers": 60.0}
+    found = monitoring.figures({"steps": 50, "validations": 3, "seconds": seconds})
+    # 20 ms of a step of 2 s; a validation of 20 s.
+    assert {name: figure["measured"] for name, figure in found.items()} == {
+        "monitoring_over_step": pytest.approx(0.01),
+        "validation_over_step": pytest.approx(10),
+    }
+    original = monitoring.consistency.grouped
+    with monitoring.timed() as taken:
+        assert monitoring.consistency.grouped(["a"], torch.ones(2), [2])["a"].weight == 2
+    assert taken["loss per ratio"] > 0
+    assert monitoring.consistency.grouped is original

@@ -1,5 +1,6 @@
 """The loggers that a recipe names in `trainer.loggers`; optional ones are imported only then."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from secrets import token_hex
@@ -68,8 +69,9 @@ def _mlflow(run_dir: Path) -> Logger:
 
     path = run_dir / "mlflow_run_id"
     known = path.read_text() if path.exists() else None
-    folder = str(run_dir / "mlruns")  # unless MLFLOW_TRACKING_URI names a server
-    logger = MLFlowLogger("vico_pl", run_name=run_dir.name, save_dir=folder, run_id=known)
+    # MLflow 3 refuses plain folders.
+    server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.absolute()}/mlflow.db")
+    logger = MLFlowLogger("vico_pl", run_name=run_dir.name, tracking_uri=server, run_id=known)
     if known is None and logger.run_id is not None:  # None: not the first rank
         path.write_text(logger.run_id)
     return logger
