@@ -121,7 +121,7 @@ def train(case: str, micro_batch: MicroBatch) -> None:
     config = recipe(case)
     stage = ready(build_stage(config, RandomModels()))
     trained = trained_parameters(stage)
-    optimizer = build_optimizer(trained, config.optim, num_steps=2)["optimizer"]
+    optimizer = build_optimizer(stage.named_parameters(), config.optim, num_steps=2)["optimizer"]
     for parameter in trained:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()

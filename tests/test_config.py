@@ -83,7 +83,11 @@ def test_an_override_reaches_into_a_list_and_a_described_tower_replaces_another(
             ["seed=abc", "optim.lr=fast", "consistency.temperature=0", "router.epsilon=0"],
             ["seed: ", "optim.lr: ", "consistency.temperature is 0", "router.epsilon is 0"],
         ),
+        (["optim.parts.visoin.lr=1"], ["unknown key optim.parts.visoin (did you mean optim.parts.vision?)"]),
+        (["optim.parts.vision.lr=-1"], ["optim.parts.PART.lr is -1.0; expected 0 or more"]),
         # Contradictions.
+        (["optim.parts.router.lr=1"], ["optim.parts names router, but this run trains connectors, language"]),
+        (["optim.schedule_args.power=2"], ["names power; schedule 'cosine' takes num_cycles"]),
         (["stage=stage1"], ["stage is 'stage1'; expected one of pretrain, consistency, router"]),
         (["stage=null", "run_dir=null"], ["stage is not set", "run_dir is not set"]),
         (["model.trainable=[]"], ["model.trainable is []; stage consistency has nothing to train"]),
@@ -138,8 +142,8 @@ def test_all_problems_of_a_recipe_are_reported_at_once(recipe, overrides, messag
         ("optim.lr=inf", "0 or more"),
         ("optim.beta2=1.0", "0 to below 1"),
         ("optim.warmup_steps=-1", "0 or more"),
-        ("optim.schedule='cosin'", "one of cosine, linear"),
-        ("optim.schedule='warmup_stable_decay'", "one of cosine, linear"),  # it needs further settings
+        ("optim.schedule='cosin'", "one of linear, cosine"),
+        ("optim.schedule='greedy'", "one of linear, cosine"),  # it looks at the loss
         ("consistency.ratio_draw='patch'", "one of image, tile, mixed, full"),
         ("consistency.temperature=0.0", "more than 0"),
         ("consistency.kernel='triton'", "native or liger"),

@@ -20,7 +20,7 @@ from vico_pl.model.flops import ModelFlops
 from vico_pl.model.language import check_flash_attention, set_packed_attention
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.optim import build_optimizer, clip_gradients, numbered_by_module
+from vico_pl.optim import build_optimizer, check_schedule, clip_gradients, numbered_by_module, part_figures
 from vico_pl.stages.cost import Parts, SampleCounts, StageCost, trained_parts
 from vico_pl.stages.figures import Figures, Mean, combine, means
 from vico_pl.stages.settings import DTYPES, PARTS, TRAINABLE_PARTS, RunSettings
@@ -118,6 +118,10 @@ class Stage(L.LightningModule):
             yield "model.path is not set; this stage starts from a model folder"
         if cls.compares and len(ratios) < 2:
             yield f"model.ratios is {ratios}; stage {cls.name} needs at least two"
+        trained = set(trainable) if cls.trains_parts else {"router"}
+        for part in run.optim.parts.own().keys() - trained:
+            yield f"optim.parts names {part}, but this run trains {', '.join(sorted(trained))}"
+        yield from check_schedule(run.optim, num_steps=run.trainer.max_steps)
 
     @classmethod
     def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
@@ -269,8 +273,12 @@ class Stage(L.LightningModule):
                 self.manual_backward(loss)
             count = self.num_items(micro_batches[index]) if result.num_items is None else result.num_items
             metrics.append({f"{self.name}/loss": Mean(result.loss_sum.detach(), count), **result.metrics})
-        lr, norm = self.trainer.optimizers[0].param_groups[0]["lr"], self._update()
-        metrics.append({"optim/lr": Mean(lr, 1), "optim/grad_norm": Mean(norm, 1)})
+        (optimizer,) = self.trainer.optimizers
+        figures = {"optim/lr": optimizer.param_groups[0]["lr"]}
+        if self._is_point(self.trainer.global_step + 1):
+            figures |= part_figures(self.named_parameters(), optimizer, self.run.optim)
+        norm = self._update()
+        metrics.append({n: Mean(value, 1) for n, value in {**figures, "optim/grad_norm": norm}.items()})
         self._log(metrics)
         return {**totals, "grad_norm": norm, "num_left_out": self.num_left_out}
 
@@ -286,7 +294,7 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimise what requires gradients."""
-        return build_optimizer(self.parameters(), self.run.optim, num_steps=self.run.trainer.max_steps)
+        return build_optimizer(self.named_parameters(), self.run.optim, num_steps=self.run.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Re-key optimizer state by module order; FSDP cannot load it otherwise."""
@@ -330,7 +338,7 @@ class Stage(L.LightningModule):
         Only these steps wait for the GPU. After a resume the first point covers the steps since then.
         """
         self._since_point += metrics
-        if self.trainer.global_step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not self._is_point(self.trainer.global_step):
             return
         here = combine(self._since_point)
         self._since_point.clear()
@@ -338,6 +346,9 @@ class Stage(L.LightningModule):
             self.trainer._results.reset()  # noqa: SLF001
         for name, value in self.logged(combine(self.ranks.gather(here))).items():
             self.log(name, value, prog_bar=name == f"{self.name}/loss", batch_size=1)
+
+    def _is_point(self, step: int) -> bool:
+        return not step % self.trainer.log_every_n_steps  # type: ignore[attr-defined]
 
 
 def prepare_blocks(model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
