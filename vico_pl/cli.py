@@ -180,6 +180,7 @@ def eval_(
     seed: Annotated[int, Option(help="Seed of the random arm and the bootstrap.")] = 0,
 ) -> None:
     """Compare the router with baselines of the same token budget; write report.json and report.html."""
+    from vico_pl.callbacks.dashboard import log_report
     from vico_pl.evaluation.evaluate import evaluate
     from vico_pl.evaluation.questions import open_questions
     from vico_pl.evaluation.report import build_gallery, format_table, write_html
@@ -192,7 +193,7 @@ def eval_(
     report, examples = evaluate(questions, seed=seed, arms=arm, reference=other, command=command)
     write_html(report, path=folder / "report.html", gallery=build_gallery(questions, examples))
     write_json(report, folder / "report.json")
-    _log_report(session.folder.parent, report)
+    log_report(session.folder.parent, report)
     echo(format_table(report))
     echo(f"{folder}/report.html and {folder}/report.json are written")
 
@@ -321,15 +322,6 @@ def _open(model: str) -> Any:
     from vico_pl.inference.predictor import Predictor
 
     return Predictor.load(model)
-
-
-def _log_report(run_dir: Path, report: dict[str, Any]) -> None:
-    """Add the figures of a report to TensorBoard, if the model is that of a run that writes to it."""
-    from vico_pl.callbacks.dashboard import log_report
-    from vico_pl.config import load_config
-
-    if (run_dir / "tensorboard").is_dir() and (run_dir / "config.yaml").is_file():
-        log_report(run_dir, load_config(run_dir / "config.yaml", []), report)
 
 
 def _dtype(name: str, **others: Any) -> Any:

@@ -1,5 +1,7 @@
 """TensorBoard beyond curves: its layout, pictures of held-out tiles, answers, the figures of a report."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -74,8 +76,12 @@ def test_a_sample_begins_a_row_and_a_long_one_takes_two():
 def test_the_figures_of_a_report_stand_next_to_the_settings_of_its_run(runs, tmp_path):
     arm = {"token_fraction": 0.5, "retention": {"mean": 0.9}, "accuracy": {"mean": 0.6}}
     nothing_kept = {**arm, "retention": {"mean": None}}
-    config = load_config(runs / "router.yaml", [])
-    log_report(tmp_path, config, {"arms": {"router": arm, "random": nothing_kept}})
+    report = {"arms": {"router": arm, "random": nothing_kept}}
+    log_report(tmp_path, report)
+    assert list(tmp_path.iterdir()) == []  # no run
+    shutil.copy(runs / "router.yaml", tmp_path / "config.yaml")
+    (tmp_path / "tensorboard").mkdir()
+    log_report(tmp_path, report)
     events = shown(tmp_path)
     names = [name for name in events.Tags()["scalars"] if name.startswith("report/")]
     assert sorted(names) == [

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vico_pl.config import load_config
 from vico_pl.data.collate import collate
 from vico_pl.data.module import RankBatches
 from vico_pl.data.shards.preview import render
@@ -126,8 +127,12 @@ def writers(trainer: L.Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def log_report(run_dir: Path, config: Any, report: dict[str, Any]) -> None:
-    """Add the settings of a run and the figures of its report to TensorBoard's tab "HParams"."""
+def log_report(run_dir: Path, report: dict[str, Any]) -> None:
+    """Add settings and report of a run to TensorBoard's tab "HParams"; of what is no such run, nothing."""
+    recipe = run_dir / "config.yaml"
+    if not recipe.is_file() or not (run_dir / "tensorboard").is_dir():
+        return
+    config = load_config(recipe, [])
     settings = {"stage": config.stage, "seed": config.seed, "max_steps": config.trainer.max_steps}
     for section in (config.optim, getattr(config, config.stage, None)):
         settings |= {} if section is None else asdict(section)
