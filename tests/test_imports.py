@@ -10,16 +10,18 @@ from tests.support.scripts import load_benchmark
 
 PACKAGE = Path(vico_pl.__file__).parent
 GROUND = {"types", "errors", "files", "tokens", "optim"}
-MAKES = GROUND | {"data", "model", "losses", "callbacks"}
+MAKES = GROUND | {"data", "model", "losses"}
 CONDUCTS = MAKES | {"stages", "inference"}
-RUNS = CONDUCTS | {"evaluation", "config", "prepare"}
+WATCHES = CONDUCTS | {"config", "callbacks"}
+RUNS = WATCHES | {"evaluation", "prepare"}
 TOOLS = RUNS | {"trainer", "planning", "audit"}
 STANDS_ON = {
     **dict.fromkeys(GROUND, GROUND),
-    **dict.fromkeys(("data", "model", "losses", "callbacks"), GROUND),
+    **dict.fromkeys(("data", "model", "losses"), GROUND),
     **dict.fromkeys(("stages", "inference"), MAKES),
-    "evaluation": CONDUCTS,
     "config": MAKES | {"stages"},
+    "callbacks": CONDUCTS | {"config"},
+    "evaluation": WATCHES,
     "prepare": MAKES | {"stages", "config"},
     "trainer": RUNS,
     "planning": RUNS,

@@ -273,9 +273,7 @@ def export(
     output: Annotated[Path, Argument(help="Folder to write.")],
     layout: Annotated[
         str | None,
-        Option(
-            help="flash (default), internvl (both for released code, LMDeploy), hf or ours (a checkpoint)."
-        ),
+        Option(help="flash (default; released code, LMDeploy), internvl, hf or ours (checkpoints)."),
     ] = None,
     template: Annotated[
         str | None, Option(help="Released model (folder or Hub name) whose code and tokenizer are copied.")

@@ -21,8 +21,8 @@ from vico_pl.model.blocks import shard_model, whole_state
 from vico_pl.model.branches import branch_states
 from vico_pl.model.reference import FrozenReference
 from vico_pl.optim import clip_gradients
-from vico_pl.stages.base import Ranks
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
+from vico_pl.stages.figures import Ranks
 from vico_pl.stages.router import RouterConfig, RouterStage
 
 TIED = (False, True)

@@ -12,8 +12,8 @@ from tests.support.tiny import batch_of, encoded_sample, tiny_model
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.optim import OptimConfig
-from vico_pl.stages.base import Ranks, Stage, StepResult
-from vico_pl.stages.figures import Mean
+from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.figures import Mean, Ranks
 from vico_pl.types import BadRecord, RankBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning")

@@ -9,8 +9,7 @@ from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.model.reference import FrozenReference
 from vico_pl.stages import router as router_module
-from vico_pl.stages.base import Ranks
-from vico_pl.stages.figures import combine
+from vico_pl.stages.figures import Ranks, combine
 from vico_pl.stages.router import RouterConfig, RouterStage, mean_per_sample, tile_loss_ratios
 
 EPSILON = 1e-3

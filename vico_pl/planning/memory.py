@@ -19,7 +19,8 @@ from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.planning.meter import METERED_ATTENTION, DeviceRules, MemoryMeter, autocast_on_meta
 from vico_pl.planning.sources import MicroBatch, ModelShape
 from vico_pl.stages import build_stage
-from vico_pl.stages.base import Ranks, Stage
+from vico_pl.stages.base import Stage
+from vico_pl.stages.figures import Ranks
 from vico_pl.stages.settings import DTYPES, ModelConfig
 from vico_pl.types import Batch, EncodedSample
 

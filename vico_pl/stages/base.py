@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, distributed
+from torch import Tensor
 
 from vico_pl.data.module import DataModule
 from vico_pl.model.adapters import LoraConfig, add_adapters
@@ -22,11 +22,9 @@ from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import build_optimizer, check_schedule, clip_gradients, numbered_by_module, part_figures
 from vico_pl.stages.cost import Parts, SampleCounts, StageCost, trained_parts
-from vico_pl.stages.figures import Figures, Mean, combine, means
+from vico_pl.stages.figures import Figures, Mean, Ranks, combine, means
 from vico_pl.stages.settings import DTYPES, PARTS, TRAINABLE_PARTS, RunSettings
 from vico_pl.types import Batch, RankBatch
-
-Value = TypeVar("Value")
 
 
 @runtime_checkable
@@ -51,33 +49,6 @@ class StepResult:
     loss_sum: Tensor  # over the items that the stage counts
     metrics: Figures = field(default_factory=dict)
     num_items: int | None = None  # that the loss sums over; default: `Stage.num_items`, none left out
-
-
-class Ranks:
-    """All processes of a run; they exchange small objects over the CPU, so that no GPU has to wait."""
-
-    def __init__(self, world: int) -> None:
-        """Open a process group of its own. Collective: call it on every rank."""
-        self.world = world
-        self._group: Any = distributed.new_group(backend="gloo") if world > 1 else None
-
-    def gather(self, value: Value) -> list[Value]:
-        """Return the values of all ranks in rank order. Collective: call it on every rank.
-
-        Raises:
-            ConnectionError: another rank has ended.
-        """
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        try:
-            distributed.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:
-            raise ConnectionError(
-                f"another rank has ended ({str(error).splitlines()[0]}); see its log for the reason; "
-                "the same command resumes from the newest checkpoint"
-            ) from error
-        return values
 
 
 class Stage(L.LightningModule):

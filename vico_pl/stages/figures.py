@@ -1,12 +1,14 @@
-"""Figures of a stage: sums and values that micro-batches, steps and ranks add up to, exactly."""
+"""Figures of a stage: sums and values that micro-batches, steps and ranks add up to, and how ranks meet."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+Value = TypeVar("Value")
 
 
 class Mean(NamedTuple):
@@ -63,3 +65,30 @@ def grouped(names: Sequence[str | None], values: Tensor, lengths: Sequence[int])
     """
     parts = zip(names, values.detach().split(list(lengths)), strict=True)
     return add_up({name: Mean(part.sum(), len(part))} for name, part in parts if name is not None)
+
+
+class Ranks:
+    """All processes of a run; they exchange small objects over the CPU, so that no GPU has to wait."""
+
+    def __init__(self, world: int) -> None:
+        """Open a process group of its own. Collective: call it on every rank."""
+        self.world = world
+        self._group: Any = distributed.new_group(backend="gloo") if world > 1 else None
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks in rank order. Collective: call it on every rank.
+
+        Raises:
+            ConnectionError: another rank has ended.
+        """
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        try:
+            distributed.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"another rank has ended ({str(error).splitlines()[0]}); see its log for the reason; "
+                "the same command resumes from the newest checkpoint"
+            ) from error
+        return values
