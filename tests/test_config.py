@@ -231,6 +231,11 @@ def test_a_run_keeps_its_settings_and_refuses_others_unless_they_change_no_resul
     with pytest.raises(ValueError, match="holds a run with other settings") as caught:
         prepare_run(recipe(), [run_dir, "optim.lr=0.5", "data.batch_size=8", "seed=1"])
     assert "(data.batch_size: 4 -> 8; optim.lr: 1e-05 -> 0.5; seed: 0 -> 1); set" in str(caught.value)
+    assert str(caught.value).endswith("model.path: a model folder that 'vico export' makes")
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "config.json").touch()
+    with pytest.raises(ValueError, match=f"go on from its weights model.path: {tmp_path}/run/model$"):
+        prepare_run(recipe(), [run_dir, "trainer.max_steps=2000"])
     assert load_config(tmp_path / "run" / "config.yaml", []) == config
     harmless = ["trainer.checkpoint_every=7", "trainer.keep_checkpoints=9", "trainer.log_every=1"]
     assert prepare_run(recipe(), [run_dir, "data.num_workers=3", *harmless]).data.num_workers == 3

@@ -28,8 +28,8 @@ STANDS_ON = {
     "audit": TOOLS,
     "doctor": TOOLS,
     "shards_cli": MAKES,
-    "serve_cli": CONDUCTS,
-    "cli": TOOLS | {"doctor", "shards_cli", "serve_cli"},
+    "model_cli": RUNS | {"shards_cli"},
+    "cli": TOOLS | {"doctor", "shards_cli", "model_cli"},
     "__main__": {"cli"},
     "__init__": {"inference"},
 }

@@ -12,21 +12,19 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer, echo
 
-from vico_pl.serve_cli import embed, image_files, serve
+from vico_pl.model_cli import Model, embed, generate, open_model, route, serve
 from vico_pl.shards_cli import report_faults, shards
 
 # Each command imports what it needs: `vico --help` must not wait for torch.
 app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(shards, name="shards")
-app.command()(serve)
-app.command()(embed)
+for command in (route, generate, embed, serve):
+    app.command()(command)
 
 INTERRUPTED = 130  # the exit code that Typer gives Ctrl-C
 
 Recipe = Annotated[Path, Argument(help="YAML recipe, such as recipes/demo/router.yaml.")]
 Overrides = Annotated[list[str] | None, Argument(help="Settings that override the recipe: key=value ...")]
-Model = Annotated[str, Argument(help="Model folder in any layout, or a name on the Hugging Face Hub.")]
-Output = Annotated[Path, Option(help="File to write.")]
 Data = Annotated[str, Option(help="Shards of held-out data, or with --suite-dir a suite such as docvqa.")]
 SuiteDir = Annotated[Path | None, Option(help="Folder with the files of the suite, parquet or TSV.")]
 Metric = Annotated[str | None, Option(help="Score answers that name no metric with this one, such as anls.")]
@@ -50,28 +48,37 @@ def _options(
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Train a stage; the same command resumes an interrupted run."""
+    """Train a stage; the same command resumes an interrupted run.
+
+    Example: vico train recipes/demo/router.yaml run_dir=runs/mine optim.lr=5e-4
+    """
     from lightning.pytorch.utilities import rank_zero_only
 
     from vico_pl.prepare import is_finished, prepare_run
+    from vico_pl.stages import STAGES
     from vico_pl.trainer import train as run
 
     config = prepare_run(recipe, overrides or [])
+    model, reference = f"{config.run_dir}/model", config.model.reference or config.model.path
+    next_step = STAGES[config.stage].next_step.format(model=model, reference=reference)
     if is_finished(Path(config.run_dir)):
-        echo(f"{config.run_dir} is finished: its model is {config.run_dir}/model")
+        echo(f"{config.run_dir} is finished: its model is {model}\nNext: {next_step}")
         return
     try:
-        model = run(config)
+        is_done = run(config) is not None
     except (ValueError, OSError):
         _discard_unused(Path(config.run_dir))
         raise
-    if model is not None and getattr(rank_zero_only, "rank", 0) == 0:
-        echo(f"{model} is written")
+    if is_done and getattr(rank_zero_only, "rank", 0) == 0:
+        echo(f"{model} is written\nNext: {next_step}")
 
 
 @app.command()
 def audit(run: Annotated[Path, Argument(help="Run folder, finished or not.")]) -> None:
-    """Check that a run used each sample once per epoch, in order (exit code 1 if not)."""
+    """Check that a run used each sample once per epoch, in order (exit code 1 if not).
+
+    Example: vico audit runs/demo/router
+    """
     from vico_pl.audit import audit_run, format_table, format_verdict
     from vico_pl.config import load_config
 
@@ -97,7 +104,10 @@ def plan(
     ] = 0.4,
     json_: Annotated[Path | None, Option("--json", help="Also write the plan to this JSON file.")] = None,
 ) -> None:
-    """Predict what a recipe needs: memory per GPU, FLOPs, hours, and which GPUs fit."""
+    """Predict what a recipe needs: memory per GPU, FLOPs, hours, and which GPUs fit.
+
+    Example: vico plan recipes/internvl3_5-8b/consistency.yaml trainer.num_nodes=2
+    """
     from vico_pl.config import load_config
     from vico_pl.files import write_json
     from vico_pl.planning.plan import build_plan, format_plan
@@ -118,7 +128,10 @@ def doctor(
         list[str] | None, Option(help="Held-out shards: say how they will be scored; repeatable.")
     ] = None,
 ) -> None:
-    """Check this machine, and a recipe, for problems that would stop a run (exit code 1 if any)."""
+    """Check this machine, and a recipe, for problems that would stop a run (exit code 1 if any).
+
+    Example: vico doctor recipes/demo/consistency.yaml
+    """
     from vico_pl.doctor import examine
 
     raise SystemExit(examine(recipe, overrides or [], held_out=data or [], write=echo))
@@ -141,7 +154,10 @@ def calibrate(
     suite_dir: SuiteDir = None,
     metric: Metric = None,
 ) -> None:
-    """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json."""
+    """Choose the router's threshold and write it with its accuracy curve to MODEL/calibration.json.
+
+    Example: vico calibrate runs/demo/router/model --data data/shards/glyphs/calibration
+    """
     from vico_pl.evaluation.calibrate import calibrate as choose
     from vico_pl.evaluation.questions import open_questions
     from vico_pl.files import write_json
@@ -161,6 +177,7 @@ def calibrate(
         kept = f"no threshold keeps {retention:.2%} of the accuracy, so nothing is compressed"
     echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")
     echo(f"accuracy: {questions.measure}; {written} is written")
+    echo(f"Next: vico eval {model} --data SHARDS, with held-out shards that no threshold was chosen on")
 
 
 @app.command("eval")
@@ -179,14 +196,17 @@ def eval_(
     ] = None,
     seed: Annotated[int, Option(help="Seed of the random arm and the bootstrap.")] = 0,
 ) -> None:
-    """Compare the router with baselines of the same token budget; write report.json and report.html."""
+    """Compare the router with baselines of the same token budget; write report.json and report.html.
+
+    Example: vico eval runs/demo/router/model --data data/shards/glyphs/val
+    """
     from vico_pl.callbacks.dashboard import log_report
     from vico_pl.evaluation.evaluate import evaluate
     from vico_pl.evaluation.questions import open_questions
     from vico_pl.evaluation.report import build_gallery, format_table, write_html
     from vico_pl.files import write_json
 
-    session, other = _open(model), None if reference is None else _open(reference)
+    session, other = open_model(model), None if reference is None else open_model(reference)
     folder = output or session.folder / "report"
     questions = open_questions(session, data, suite_dir=suite_dir, metric=metric)
     command = shlex.join(["vico", *sys.argv[1:]])
@@ -196,72 +216,7 @@ def eval_(
     log_report(session.folder.parent, report)
     echo(format_table(report))
     echo(f"{folder}/report.html and {folder}/report.json are written")
-
-
-@app.command()
-def route(
-    model: Model,
-    image: Annotated[Path, Argument(help="JPEG, PNG or WebP file.")],
-    output: Output,
-) -> None:
-    """Draw which tiles of an image keep full vision tokens."""
-    from vico_pl.data.decode import read_image
-    from vico_pl.evaluation.report import routing_picture
-
-    pixels, session = read_image(image), _open(model)
-    if session.model.router is None or session.rule is None:
-        raise ValueError(f"{model}: no calibrated router; run 'vico calibrate' on a model of stage router")
-    ratios = session.route(pixels).ratios
-    output.parent.mkdir(parents=True, exist_ok=True)
-    routing_picture(session, pixels, ratios, caption=image.name).save(output)
-    num_compressed = sum(ratio > session.model.ratios[0] for ratio in ratios)
-    echo(f"{num_compressed} of {len(ratios)} tiles compressed; {output} is written")
-
-
-@app.command()
-def generate(
-    model: Model,
-    images: Annotated[
-        list[Path] | None, Argument(help="JPEG, PNG or WebP files, and folders of such; each gets an answer.")
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        Option(help="Question; with --data it replaces those of the records, which need no JSON then."),
-    ] = None,
-    together: Annotated[bool, Option("--together", help="Ask once about all images.")] = False,
-    data: Annotated[str | None, Option(help="Shards with questions to answer, instead of images.")] = None,
-    output: Annotated[Path | None, Option(help="With --data: folder of new shards with the answers.")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Length limit of an answer, in tokens.")] = 128,
-    batch_size: Annotated[int, Option(min=1, help="Questions that run together.")] = 8,
-    samples_per_shard: Annotated[
-        int, Option(min=1, help="With --data: most records per tar, and most that are lost at a kill.")
-    ] = 1000,
-    temperature: Annotated[float | None, Option(min=0, help="Sample; default and 0: greedy.")] = None,
-    top_p: Annotated[
-        float | None, Option(min=0.01, max=1, help="Sample from the likeliest tokens up to this probability.")
-    ] = None,
-) -> None:
-    """Answer a question about images, or those of a set of shards, routed if the model is calibrated."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    sampling = {"temperature": temperature, "top_p": top_p}
-    settings |= {name: value for name, value in sampling.items() if value is not None}
-    if data is not None and output is not None and not images and not together:
-        from vico_pl.inference.responses import generate_responses
-
-        settings |= {"prompt": prompt, "samples_per_shard": samples_per_shard}
-        index, faults = generate_responses(_open(model), data, output, **settings)
-        echo(f"{output}: {index.num_samples} samples in {len(index.names)} shards")
-        report_faults(faults)
-    elif images and prompt is not None and data is None and output is None:
-        paths, session = image_files(images), _open(model)
-        asked: list[Any] = [paths] if together else paths
-        for start in range(0, len(asked), batch_size):  # to print answers as they come
-            batch = asked[start : start + batch_size]
-            answers = session.generate(batch, [prompt] * len(batch), **settings)
-            for image, answer in zip(batch, answers, strict=True):
-                echo(answer.text if len(asked) == 1 else f"{image}:\n{answer.text}\n")
-    else:
-        raise ValueError("expected images with --prompt, or --data with --output; see 'vico generate --help'")
+    echo(f"Next: vico generate {model} IMAGE --prompt TEXT, or vico export {model} FOLDER for a server")
 
 
 @app.command()
@@ -282,7 +237,10 @@ def export(
         str, Option(help="Dtype of the weights: stored (unchanged), bfloat16 or float32.")
     ] = "stored",
 ) -> None:
-    """Convert a model to another layout; weights change only with --dtype."""
+    """Convert a model to another layout; weights change only with --dtype.
+
+    Example: vico export runs/router/model flash --template OpenGVLab/InternVL3_5-1B-Flash
+    """
     from vico_pl.model.families.base import CONFIG_NAME
     from vico_pl.model.families.folder import TEMPLATE_FILES
     from vico_pl.model.families.folder import export as write
@@ -313,13 +271,6 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             echo("vico: interrupted; the same command resumes", err=True)
         raise
-
-
-def _open(model: str) -> Any:
-    """Load a model folder, downloaded if it is on the Hub."""
-    from vico_pl.inference.predictor import Predictor
-
-    return Predictor.load(model)
 
 
 def _dtype(name: str, **others: Any) -> Any:

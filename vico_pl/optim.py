@@ -26,7 +26,7 @@ class PartConfig:
     """What a part of the model has of its own; null: as the rest."""
 
     lr: float | None = None  # its learning rate after the warmup
-    weight_decay: float | None = None  # on its matrices
+    weight_decay: float | None = None  # on its matrices and embeddings
 
     def __post_init__(self) -> None:
         rules = {name: (v is None or 0 <= v < math.inf, "0 or more") for name, v in vars(self).items()}
@@ -53,7 +53,7 @@ class OptimConfig:
     """AdamW and the learning rate schedule."""
 
     lr: float = 1e-5  # learning rate after the warmup
-    weight_decay: float = 0.05  # on matrices; none on norms, biases and other vectors
+    weight_decay: float = 0.05  # on matrices and embeddings; none on norms, biases and other vectors
     beta1: float = 0.9  # of AdamW: decay of the mean of gradients
     beta2: float = 0.95  # and of their squares
     warmup_steps: int = 0  # over which the learning rate rises from 0

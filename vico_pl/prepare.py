@@ -64,8 +64,12 @@ def _complete(recipe: Path, overrides: Sequence[str]) -> tuple[RunConfig, dict[s
     config = parse_config(settings, name=str(recipe))
     differences = [] if stored is None else config_differences(stored, config)
     if differences:
-        listed = "; ".join(differences)
-        raise ValueError(f"{config.run_dir} holds a run with other settings ({listed}); set run_dir")
+        listed, run_dir = "; ".join(differences), config.run_dir
+        model = (
+            f"{run_dir}/model" if is_finished(Path(run_dir)) else "a model folder that 'vico export' makes"
+        )
+        remedy = f"set another run_dir, and to go on from its weights model.path: {model}"
+        raise ValueError(f"{run_dir} holds a run with other settings ({listed}); {remedy}")
     side, seen = config.data.tiling.tile_size, _tile_size_of(config.model)  # before any weights are read
     if seen not in (None, side):
         raise ValueError(f"data.tiling.tile_size is {side} but the model sees tiles of {seen} pixels")

@@ -29,7 +29,10 @@ def glyphs(
     ] = 0.0,
     samples_per_shard: Annotated[int, Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
-    """Generate GlyphDocs, the data set of the demo."""
+    """Generate GlyphDocs, the data set of the demo.
+
+    Example: vico shards glyphs --output data/shards/mine --num-samples 200 --seed 7
+    """
     from vico_pl.data.glyphs import GlyphsConfig
     from vico_pl.data.shards.build import build_glyphs
 
@@ -57,7 +60,10 @@ def build(
     shard_size: Annotated[float | None, Option(min=0, help="Most megabytes (10^6 bytes) per tar.")] = None,
     workers: Workers = None,
 ) -> None:
-    """Write annotations and their images as shards; bad records are reported and left out (exit code 1)."""
+    """Write annotations and their images as shards; bad records are reported and left out (exit code 1).
+
+    Example: vico shards build --annotations notes.jsonl --images photos --output data/shards/mine
+    """
     from vico_pl.data.shards.build import build_from_annotations
 
     max_bytes = None if shard_size is None else max(int(shard_size * 1e6), 1)
@@ -70,7 +76,10 @@ def build(
 
 @shards.command("index")
 def index_(source: Source, workers: Workers = None) -> None:
-    """Index a folder of tars, also of other tools; for any other source, count the samples."""
+    """Index a folder of tars, also of other tools; for any other source, count the samples.
+
+    Example: vico shards index data/shards/mine
+    """
     from vico_pl.data.shards.reader import read_index, write_index
 
     is_folder = Path(source).is_dir()
@@ -82,7 +91,10 @@ def check(
     source: Source,
     caption_prompt: Annotated[str | None, Option(help="As caption_prompt of data.sources.")] = None,
 ) -> None:
-    """Decode every record and report the bad ones (exit code 1 if any)."""
+    """Decode every record and report the bad ones (exit code 1 if any).
+
+    Example: vico shards check data/shards/mine
+    """
     from vico_pl.data.shards.reader import find_faults, read_index
 
     index = read_index(source)
@@ -100,7 +112,10 @@ def stats(
         str | None, Option(help="Model folder whose tokenizer counts text in tokens instead of bytes.")
     ] = None,
 ) -> None:
-    """Count samples, images, tiles, text, answers and bad records; optionally draw histograms."""
+    """Count samples, images, tiles, text, answers and bad records; optionally draw histograms.
+
+    Example: vico shards stats data/shards/mine --output stats.png
+    """
     from vico_pl.data.shards.preview import draw, survey
 
     tokenize = None
@@ -123,7 +138,10 @@ def preview(
     output: Output = Path("preview.png"),
     count: Annotated[int, Option(min=1, help="Number of samples.")] = 12,
 ) -> None:
-    """Draw the first samples with their questions and answers."""
+    """Draw the first samples with their questions and answers.
+
+    Example: vico shards preview data/shards/mine --output sheet.png
+    """
     from vico_pl.data.shards.preview import contact_sheet
     from vico_pl.data.shards.reader import read_samples
 

@@ -32,6 +32,7 @@ from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, SampleLog, S
 from vico_pl.callbacks.speed import Speed
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.module import DataModule
+from vico_pl.evaluation.validation_answers import ValidationAnswers
 from vico_pl.model.adapters import adapters_merged
 from vico_pl.model.blocks import whole_state
 from vico_pl.model.families.folder import save_model
@@ -176,6 +177,7 @@ def _validation(run: RunConfig, run_dir: Path) -> Iterator[L.Callback]:
     names = [entry.name for entry in run.data.validation] if config.validate_every else []
     if names:
         yield Validation(names, every=config.validate_every)
+        yield ValidationAnswers(run.data.validation)
     yield Dashboard(names)
     yield Speed(precision=config.precision)  # last: what follows it would count as waiting for data
     if config.best_metric is not None:

@@ -17,7 +17,7 @@ def test_csv_has_the_metrics(tmp_path):
 def test_a_logger_that_is_not_installed_is_named_with_the_remedy(tmp_path, monkeypatch, name):
     monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", _missing)
     monkeypatch.setattr("lightning.pytorch.loggers.MLFlowLogger", _missing)
-    with pytest.raises(ValueError, match=f"trainer.loggers names {name}, .* pip install {name}"):
+    with pytest.raises(ValueError, match=f"trainer.loggers names {name}, .* pip install .vico_pl.{name}"):
         build_logger(name, tmp_path)
 
 

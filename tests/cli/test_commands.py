@@ -1,6 +1,9 @@
 """What the commands print, write and end with."""
 
 import json
+import os
+import re
+import shlex
 import shutil
 import sys
 from importlib.metadata import version
@@ -10,6 +13,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.main import get_command
 
 import vico_pl.cli
 import vico_pl.evaluation.questions
@@ -132,8 +136,9 @@ def test_a_finished_run_says_so_and_trains_nothing(vico, refused, recipe, tmp_pa
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / CONFIG_NAME).write_text("{}")
     before = tree(tmp_path)
+    next_step = f"Next: vico calibrate {tmp_path}/run/model --data SHARDS, with held-out shards\n"
     code, out, _ = vico("train", recipe())
-    assert (code, out) == (0, f"{tmp_path}/run is finished: its model is {tmp_path}/run/model\n")
+    assert (code, out) == (0, f"{tmp_path}/run is finished: its model is {tmp_path}/run/model\n{next_step}")
     assert "seed: 0 -> 3" in refused("train", recipe(), "seed=3")
     assert tree(tmp_path) == before
 
@@ -312,3 +317,21 @@ def test_serve_says_what_it_is_for_and_refuses_a_folder_that_is_not_there(vico, 
     assert vico("serve", model, "--max-pixels", 10**10)[0] == 2
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert refused("serve", model) == "vico serve needs uvicorn: pip install 'vico_pl[serve]'"
+
+
+def commands(group, *names):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *names, name)
+        else:
+            yield pytest.param((*names, name), command, id=" ".join((*names, name)))
+
+
+@pytest.mark.parametrize(("names", "command"), list(commands(get_command(vico_pl.cli.app))))
+def test_the_help_of_every_command_has_an_example_that_it_takes(names, command):
+    (example,) = re.findall(r"Example: (vico .*?)(?:, then .*)?$", command.help, re.MULTILINE)
+    words = shlex.split(example)
+    assert words[1 : 1 + len(names)] == list(names)
+    command.make_context("vico", words[1 + len(names) :])
+    for word in words:
+        assert not word.startswith("recipes/") or os.path.isfile(word)

@@ -27,14 +27,12 @@ def watched(request, runs, shards, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_run_shows_its_layout_its_tiles_and_its_answers(watched):
+def test_a_run_shows_its_layout_and_its_tiles(watched):
     events = shown(watched)
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert layout.index(b"Is it working?") < layout.index(b"Is it fast?")
     answers = events.Tensors("val/held/answers/text_summary")
-    *_, last = answers[-1].tensor_proto.string_val[0].decode().splitlines()
     assert len(answers) == 2  # step 4, and the last one
-    assert last.count("|") == 6
     is_router = load_config(watched / "config.yaml", []).stage == "router"
     pictures = (
         [f"val/held/{name}" for name in ("disagreements", "labels", "routed_tiles")] if is_router else []

@@ -1,4 +1,4 @@
-"""What TensorBoard shows besides curves: a first page of charts, pictures of held-out tiles, and answers."""
+"""What TensorBoard shows besides curves: a first page of charts, and pictures of held-out tiles."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -8,25 +8,20 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from vico_pl.config import load_config
-from vico_pl.data.collate import collate
 from vico_pl.data.module import RankBatches
 from vico_pl.data.shards.preview import render
-from vico_pl.inference.generate import decode
-from vico_pl.model.router import at_threshold
-from vico_pl.types import Batch, EncodedSample, RankBatch
+from vico_pl.types import Batch, RankBatch
 
 NUM_SHOWN = 4  # samples of each set, always the same
 NUM_DISAGREEMENTS = 16  # tiles
 NUM_BINS = 10  # of the reliability curve
 COLUMNS = 8  # tiles in a row of a picture
-MAX_NEW_TOKENS = 48
 THRESHOLD = 0.5  # of P(compress) until the router is calibrated
 KEPT, COMPRESSED = "#0072b2", "#d55e00"  # frames and titles, safe for colour-blind readers
 
@@ -51,7 +46,7 @@ class Tile(NamedTuple):
 
 
 class Dashboard(L.Callback):
-    """Writes the layout once, and pictures and answers after each validation.
+    """Writes the layout once, and pictures after each validation.
 
     Rank 0 reads the few samples that it shows again, so that ranks exchange no images.
     """
@@ -106,9 +101,6 @@ class Dashboard(L.Callback):
             if labelled:
                 _add_picture(writer, f"{tag}/disagreements", draw_disagreements(labelled, read), step)
                 _add_picture(writer, f"{tag}/labels", draw_labels(labelled, limit), step)
-        if not stage.is_sharded:  # generating is a collective then
-            text = answer_table(stage.trained_model(), trainer.datamodule.chat.tokenizer, tiles, read)
-            writer.add_text(f"{tag}/answers", text, step)
 
 
 class _Reader:
@@ -238,53 +230,6 @@ def draw_tiles(cells: Sequence[tuple[Tensor, str, bool]], starts: Sequence[bool]
         axes.spines[:].set(color=colour, linewidth=4)
         axes.set_title(text, color=colour, fontsize="small")
     return figure
-
-
-@torch.no_grad()
-def answer_table(model: Any, tokenizer: Any, tiles: Sequence[Tile], read: _Reader) -> str:
-    """Answer the first question about each shown sample at full tokens and compressed; returns Markdown.
-
-    Compressed is what the router chooses at `THRESHOLD`; without one, all tiles.
-    """
-    lines = ["| sample | expected | full tokens | compressed | vision tokens |", "|---|---|---|---|---|"]
-    for position in range(read.count):
-        batch = read(position)
-        if batch.positions != [position] or not batch.num_response_tokens:
-            continue
-        said = [tile.score for tile in tiles if tile.position == position]
-        scores = torch.tensor(said or [1.0] * batch.num_tiles)
-        (chosen,) = at_threshold([scores], THRESHOLD, ratios=model.ratios)
-        full = torch.full_like(chosen, model.ratios[0])
-        answers = [_answer(model, tokenizer, batch, ratios) for ratios in (full, chosen)]
-        spent = float((model.ratios[0] / chosen).mean())
-        cells = (batch.ids[0], _first_response(tokenizer, batch), *answers, f"{spent:.0%}")
-        lines.append("| " + " | ".join(" ".join(cell.replace("|", "/").split()) for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def _answer(model: Any, tokenizer: Any, batch: Batch, ratios: Tensor) -> str:
-    first = int(batch.response_mask.nonzero()[0])
-    ids = batch.input_ids[:first]
-    prompt = EncodedSample(
-        id=batch.ids[0],
-        tiles=batch.tiles,
-        tiles_per_image=batch.tiles_per_image[0],
-        input_ids=ids,
-        response_mask=torch.zeros_like(ids, dtype=torch.bool),
-    )
-    alone = collate([prompt]).to(model.head.device)
-    features = [model.encode_tiles(alone.tiles)]
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
-    answer = decode(model, tokenizer, alone, features=features, ratios=[ratios], **settings)
-    return tokenizer.decode(answer[0], skip_special_tokens=True)
-
-
-def _first_response(tokenizer: Any, batch: Batch) -> str:
-    """Return the data's own answer to the first question."""
-    where = batch.response_mask.nonzero()[:, 0]
-    ends = (where.diff() > 1).nonzero()[:, 0]
-    length = int(ends[0]) + 1 if len(ends) else len(where)
-    return tokenizer.decode(batch.input_ids[where[:length]], skip_special_tokens=True)
 
 
 def _add_picture(writer: Any, tag: str, figure: Figure, step: int) -> None:

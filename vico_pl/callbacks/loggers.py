@@ -50,9 +50,8 @@ def build_logger(name: str, run_dir: Path) -> Logger:
             case _:
                 return _mlflow(run_dir)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"trainer.loggers names {name}, which is not installed; pip install {name}, or remove it"
-        ) from error
+        missing = f"trainer.loggers names {name}, which is not installed"
+        raise ValueError(f"{missing}; pip install 'vico_pl[{name}]', or remove it") from error
 
 
 def _wandb(run_dir: Path) -> Logger:

@@ -54,6 +54,7 @@ class ValidationConfig:
     name: str  # in the names of its metrics, val/NAME/...
     path: str  # as that of a source
     max_samples: int = 256  # of the set
+    answers: int = 4  # of these, whose questions are answered and scored as well; none under fsdp
     caption_prompt: str | None = None  # as that of a source
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class ValidationConfig:
             self,
             name=(re.fullmatch(r"[\w-]+", self.name, re.ASCII) is not None, "letters, digits, _ and -"),
             max_samples=(self.max_samples >= 1, "1 or more"),
+            answers=(self.answers >= 0, "0 or more"),
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from jaxtyping import Float, Int64
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -57,6 +58,7 @@ class Stage(L.LightningModule):
     name: ClassVar[str]  # in recipes, and as the first part of metric names
     compares: ClassVar[bool] = True  # compression ratios of a given model, with a frozen reference
     trains_parts: ClassVar[bool] = True  # trains what model.trainable names
+    next_step: ClassVar[str]  # what to do with the trained model
     draws_ratios: ClassVar[bool] = False  # otherwise the policy sees full tokens
     # What TensorBoard shows first: chart -> patterns of metric names.
     charts: ClassVar[Mapping[str, list[str]]] = {"loss on held-out data": ["val/.*/loss"]}
@@ -177,6 +179,10 @@ class Stage(L.LightningModule):
         result = self.step(batch)
         loss = Mean(result.loss_sum, self.num_items(batch))
         return {"loss": loss, **{name.split("/")[-1]: mean for name, mean in result.metrics.items()}}
+
+    def compressed_ratios(self, features: Float[Tensor, "t P C"]) -> dict[str, Int64[Tensor, " t"]]:
+        """Name the ratios at which validation answers questions about a sample, besides full tokens."""
+        return {}
 
     def summary(self, figures: Figures) -> dict[str, float]:
         """Return what is logged of a validation set, from the figures of all its micro-batches."""

@@ -52,9 +52,11 @@ class ConsistencyStage(Stage):
     """Minimises KL(reference at full tokens || policy at sampled ratios) over the response."""
 
     name = "consistency"
+    next_step = "vico train RECIPE model.path={model} model.reference={reference}, with one of stage router"
     draws_ratios = True
     charts = {  # noqa: RUF012
         "KL on held-out data: compressing becomes cheaper": ["val/.*/kl(_ratio_.*)?$"],
+        "score of answers to held-out questions": ["val/.*/score_.*"],
         "KL by compression ratio": ["consistency/kl_ratio_.*"],
         "KL by source": ["consistency/kl_source_.*"],
     }
@@ -133,6 +135,10 @@ class ConsistencyStage(Stage):
             **{f"kl_ratio_{ratio}": loss(torch.full_like(drawn, ratio)) for ratio in ratios},
             "vision_token_fraction": Mean(fractions.sum(), len(fractions)),
         }
+
+    def compressed_ratios(self, features: Float[Tensor, "t P C"]) -> dict[str, Int64[Tensor, " t"]]:
+        """Compress every tile, by each ratio."""
+        return {f"ratio_{ratio}": torch.full((len(features),), ratio) for ratio in self.model.ratios[1:]}
 
     def draw_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
         """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""

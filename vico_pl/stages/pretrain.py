@@ -17,6 +17,7 @@ class PretrainStage(Stage):
     """Cross-entropy over response tokens."""
 
     name = "pretrain"
+    next_step = "vico train RECIPE model.path={model}, with a recipe of stage consistency"
     compares = False
     charts = {  # noqa: RUF012
         "loss": ["val/.*/loss", "pretrain/loss"],

@@ -88,9 +88,11 @@ class RouterStage(Stage):
     """Trains the router on labels made from loss ratios of the policy, which stays frozen otherwise."""
 
     name = "router"
+    next_step = "vico calibrate {model} --data SHARDS, with held-out shards"
     trains_parts = False
     charts = {  # noqa: RUF012
         "AUROC: the router learns its labels": ["val/.*/auroc", "router/auroc"],
+        "score of answers to held-out questions": ["val/.*/score_.*"],
         "KL on held-out data by threshold": ["val/.*/kl_at_.*"],
         "vision tokens on held-out data by threshold": ["val/.*/token_fraction_at_.*"],
         "calibration error and Brier score": ["val/.*/calibration_error", "val/.*/brier"],
@@ -170,6 +172,11 @@ class RouterStage(Stage):
             fractions = model.ratios[0] / ratios[tiles]
             figures[f"token_fraction_at_{threshold}"] = Mean(fractions.sum(), len(tiles))
         return {**figures, "scores": scores[tiles].cpu(), "loss_ratios": self._loss_ratios[place]}
+
+    def compressed_ratios(self, features: Float[Tensor, "t P C"]) -> dict[str, Int64[Tensor, " t"]]:
+        """Compress the tiles of which the router finds that more probable."""
+        scores = compress_probability(self.router(features)).cpu()
+        return {"routed": at_threshold([scores], 0.5, ratios=self.policy.model.ratios)[0]}
 
     def summary(self, figures: Figures) -> dict[str, float]:
         """Compare the router with the labels of the whole set: the threshold is its own percentile."""

@@ -72,6 +72,15 @@ def test_a_folder_without_weights_or_configuration_is_named(folder, name):
         load_model(folder)
 
 
+def test_a_run_folder_and_a_checkpoint_say_where_their_model_is(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    folder.rename(tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match=f"the folder of a run, whose model is {tmp_path}/run/model"):
+        load_model(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"'vico export {tmp_path}/run/last.ckpt FOLDER' makes a model"):
+        load_model(tmp_path / "run" / "last.ckpt")
+
+
 @pytest.mark.parametrize(
     "content",
     ["{", '{"architectures": []}', '{"format": "vico_pl", "ratios": [4]}', '{"format": "vico_pl", "x": 1}'],

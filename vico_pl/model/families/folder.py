@@ -73,7 +73,12 @@ def open_folder(path: Path | str) -> ModelFolder:
     """
     path = Path(path)
     if not (path / CONFIG_NAME).is_file():
-        raise ValueError(f"{path}: no {CONFIG_NAME}; a model folder holds it, weights and a tokenizer")
+        remedy = "a model folder holds it, weights and a tokenizer"
+        if (path / "model" / CONFIG_NAME).is_file():
+            remedy = f"this is the folder of a run, whose model is {path}/model"
+        elif path.suffix == ".ckpt":
+            remedy = f"'vico export {path} FOLDER' makes a model folder of a checkpoint"
+        raise ValueError(f"{path}: no {CONFIG_NAME}; {remedy}")
     config = read_json(path / CONFIG_NAME)
     family = _family_of(config, path / CONFIG_NAME)
     tensors = StoredTensors(path, family.stored_name)
