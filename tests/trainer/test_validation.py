@@ -50,7 +50,9 @@ def validations(run_dir):
 
 @FORKS
 @STAGES
-def test_a_run_that_validates_has_the_weights_and_metrics_of_one_that_does_not(runs, shards, tmp_path, stage):
+def test_a_run_that_validates_has_the_weights_and_metrics_of_one_that_does_not(
+    runs, shards, tmp_path, stage, caplog
+):
     plain, validated = tmp_path / "plain", tmp_path / "validated"
     settings = ["seed=3", "model.dropout=0.3", "data.num_workers=1"]
     run(runs / f"{stage}.yaml", f"run_dir={plain}", *settings)
@@ -65,6 +67,8 @@ def test_a_run_that_validates_has_the_weights_and_metrics_of_one_that_does_not(r
     assert list(found) == [4, STEPS]  # every fourth step, and the last
     names = {f"val/{name}/{figure}" for name in ("a", "b") for figure in FIGURES[stage]}
     assert found[STEPS].keys() == names
+    last_lines = caplog.messages[-len(names) :]
+    assert [line.split()[0] for line in last_lines] == sorted(names)
     for figure in FIGURES[stage]:
         assert found[4][f"val/a/{figure}"] == found[4][f"val/b/{figure}"]
     assert found[4] != found[STEPS]

@@ -50,6 +50,13 @@ class StepProgressBar(TQDMProgressBar):
             known = "" if loss is None else f", loss {float(loss):.4g}"  # type: ignore[arg-type]
             rank_zero_info(f"{self._title}: step {step} of {steps}{known}{self._time_left(step, steps)}")
 
+    def on_train_end(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        """Print the figures of the last validation."""
+        super().on_train_end(trainer, stage)
+        known = trainer.callback_metrics if trainer.global_step == trainer.max_steps else {}
+        for name in sorted(name for name in known if name.startswith("val/")):
+            rank_zero_info(f"  {name:40} {float(known[name]):.4g}")
+
     def _time_left(self, step: int, num_steps: int) -> str:
         """Say how long the steps that are left take at the speed since the start."""
         first, start_s = self._start
