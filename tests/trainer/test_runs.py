@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import signal
 from importlib.metadata import version
 
 import pytest
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.support.runs import STEPS, break_run, differing, metrics, run, watch_steps
 from tests.support.tiny import record
 from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.callbacks.guards import StopSignals
 from vico_pl.config import load_config
 from vico_pl.data.shards.reader import write_index, write_shard
 from vico_pl.model.families.folder import load_model
@@ -157,3 +159,14 @@ def test_a_run_is_trained_by_one_process_at_a_time(runs, tmp_path, monkeypatch):
     watch_steps(monkeypatch, second_process)
     with pytest.raises(RuntimeError, match="seen"):
         run(path, override)
+
+
+def test_a_stop_between_two_points_logs_nothing_again(runs, tmp_path, monkeypatch):
+    def stop_within_step_3(callback, trainer, stage, *_):
+        callback.received = signal.SIGTERM if trainer.global_step == 2 else None
+        stage.stop_requested = callback.received is not None
+
+    monkeypatch.setattr(StopSignals, "on_train_batch_start", stop_within_step_3)
+    assert run(runs / "consistency.yaml", f"run_dir={tmp_path}", "trainer.log_every=2") is None
+    assert newest_checkpoint(tmp_path).name == "step-00000003.ckpt"
+    assert [line["step"] for line in metrics(tmp_path)] == [1]

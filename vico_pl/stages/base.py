@@ -315,12 +315,12 @@ class Stage(L.LightningModule):
         Only these steps wait for the GPU. After a resume the first point covers the steps since then.
         """
         self._since_point += metrics
+        if self.trainer._results is not None:  # noqa: SLF001 - it would log what has no new value again
+            self.trainer._results.reset()  # noqa: SLF001
         if not self._is_point(self.trainer.global_step):
             return
         here = combine(self._since_point)
         self._since_point.clear()
-        if self.trainer._results is not None:  # noqa: SLF001 - it would log what has no new value again
-            self.trainer._results.reset()  # noqa: SLF001
         for name, value in self.logged(combine(self.ranks.gather(here))).items():
             self.log(name, value, prog_bar=name == f"{self.name}/loss", batch_size=1)
 
