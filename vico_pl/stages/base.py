@@ -58,7 +58,7 @@ class Stage(L.LightningModule):
     name: ClassVar[str]  # in recipes, and as the first part of metric names
     compares: ClassVar[bool] = True  # compression ratios of a given model, with a frozen reference
     trains_parts: ClassVar[bool] = True  # trains what model.trainable names
-    next_step: ClassVar[str]  # what to do with the trained model
+    next_step: ClassVar[str] = "vico generate {model} IMAGE --prompt TEXT"  # with the trained model
     draws_ratios: ClassVar[bool] = False  # otherwise the policy sees full tokens
     # What TensorBoard shows first: chart -> patterns of metric names.
     charts: ClassVar[Mapping[str, list[str]]] = {"loss on held-out data": ["val/.*/loss"]}
