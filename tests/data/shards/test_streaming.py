@@ -1,6 +1,7 @@
 """Sets that are fetched or unpacked before they are read: the same samples as from plain tars of a folder."""
 
 import gzip
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -154,32 +155,60 @@ def test_a_command_that_fails_is_a_fault(folder, streaming, monkeypatch):
         read_index(f"pipe:cat {folder}/s-0.tar; exit 3", streaming=streaming)
 
 
-@pytest.mark.parametrize("lost", [b"", None, b"garbage", "other"])
-def test_costs_are_known_of_all_shards_or_of_none(folder, server, streaming, lost):
-    """They decide which rank reads what: ranks on machines that saw different things must still agree."""
-    path = folder / "s-2.idx"
-    content = (folder / "s-1.idx").read_bytes() if lost == "other" else lost
-    path.unlink() if content is None else path.write_bytes(content)
+def test_costs_are_unknown_of_all_shards_unless_the_index_says_that_all_are_stored(folder, server, streaming):
+    """They decide which rank reads what: ranks on machines that see different things must still agree."""
+    index = json.loads((folder / "index.json").read_text())
+    assert index.pop("has_sizes")  # as earlier versions wrote it
+    (folder / "index.json").write_text(json.dumps(index))
+    for source in (server.url, f"{server.url}/s-{{0..3}}.tar"):
+        index = read_index(source, streaming=streaming)
+        assert set(sizes(index)) == {UNKNOWN_SIZE}
+        assert keys(index) == KEYS
+        assert set(sizes(index)) == {UNKNOWN_SIZE}
+    assert not [name for name in server.requests if name.endswith(".idx")]
+
+
+@pytest.mark.parametrize("lost", [404, 500, b"", b"garbage", "other"])
+def test_costs_that_the_index_promises_stop_the_run_if_they_cannot_be_had(folder, server, streaming, lost):
+    status, content = (lost, b"") if isinstance(lost, int) else (200, lost)
+    if lost == "other":
+        content = (folder / "s-1.idx").read_bytes()
+    server.answers["s-2.idx"] = [(status, len(content), content)]
     index = read_index(server.url, streaming=streaming)
-    assert set(sizes(index)) == {UNKNOWN_SIZE}
+    assert index.size_of(0) == read_index(folder).size_of(0)
+    with pytest.raises(ValueError, match=r"s-2\.idx: .*; index\.json says that it is there; restore"):
+        index.size_of(3)
     assert keys(index) == KEYS
-    again = read_index(server.url, streaming=streaming)
-    assert set(sizes(index)) == set(sizes(again)) == {UNKNOWN_SIZE}
-    assert keys(again) == KEYS, "a sidecar of another shard replaces none in the cache"
+    del server.answers["s-2.idx"]
+    assert sizes(index) == sizes(read_index(folder))
 
 
-def test_costs_that_are_there_but_cannot_be_fetched_stop_the_run(server, streaming):
-    server.answers["s-2.idx"] = [(500, 0, b"")]
-    with pytest.raises(ValueError, match=r"s-2\.idx: the server answered 500"):
-        read_index(server.url, streaming=streaming)
-
-
-def test_costs_that_are_gone_from_the_cache_stop_the_run(server, streaming):
-    index = read_index(server.url, streaming=streaming)
+@pytest.mark.parametrize("is_listed", [True, False])
+@COUNTS
+def test_costs_that_are_gone_from_the_cache_are_had_again(folder, server, streaming, is_listed):
+    if not is_listed:
+        (folder / "index.json").unlink()
+    index = read_index(f"{server.url}/s-{{0..3}}.tar", streaming=streaming)
+    before = sizes(index)
     shutil.rmtree(streaming.cache_dir)
-    with pytest.raises(FileNotFoundError, match="removed during the run; leave the cache alone"):
-        sizes(index)
-    assert keys(index) == KEYS, "shards are fetched again"
+    assert sizes(pickle.loads(pickle.dumps(index))) == before
+    assert UNKNOWN_SIZE not in before
+
+
+@COUNTS
+def test_costs_are_unknown_if_the_index_lacks_some_of_the_shards(folder, server, streaming):
+    index = json.loads((folder / "index.json").read_text())
+    del index["shards"][1]
+    (folder / "index.json").write_text(json.dumps(index))
+    index = read_index(f"{server.url}/s-{{0..3}}.tar", streaming=streaming)
+    assert keys(index) == KEYS
+    assert set(sizes(index)) == {UNKNOWN_SIZE}
+
+
+def test_a_sidecar_of_another_tool_is_no_promise_of_costs(folder, streaming):
+    (folder / "s-1.idx").write_bytes(b"v1.2 1")
+    write_index(folder, streaming=streaming)
+    assert json.loads((folder / "index.json").read_text())["has_sizes"] is False
 
 
 BROKEN = {
@@ -243,11 +272,11 @@ def test_a_reader_travels_to_other_processes_after_it_was_used(folder, server, s
 def test_no_more_than_so_many_shards_are_open(folder, monkeypatch):
     monkeypatch.setattr(shard_module, "MAX_OPEN", 2)
     closed = []
-    monkeypatch.setattr(shard_module.OpenShard, "__del__", lambda shard: closed.append(shard))
+    monkeypatch.setattr(shard_module.OpenFile, "__del__", lambda file: closed.append(file))
     index = read_index(folder)
     closed.clear()
     assert keys(index) == KEYS
-    assert len(closed) == 2
+    assert len(closed) == 4  # a tar and its sidecar each
 
 
 def test_training_reads_the_same_global_batches_from_a_url_on_any_number_of_ranks(
