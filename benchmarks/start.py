@@ -1,7 +1,7 @@
 """How long a rank takes to open a large set of shards and to assign the samples of its first step.
 
-The set is made up: `index.json`, and links to a sparse tar and to its sidecar. Records are not read: that takes
-as long in any set. Times are wall-clock, in a new process after its imports.
+The set is made up: `index.json`, and links to a sparse tar and to its sidecar. Records are not read: that
+takes as long in any set. Times are wall-clock, in a new process after its imports.
 """
 
 import argparse

@@ -97,11 +97,6 @@ def shard_stem(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
 
 
-def rebuild_hint(folder: object) -> str:
-    """Return the remedy for a damaged index."""
-    return f"'vico shards index {folder}' rebuilds it"
-
-
 def write_entries(entries: Sequence[ShardEntry], path: Path, *, has_sizes: bool = False) -> None:
     """Write `index.json`; unknown values are left out. `has_sizes`: each shard has its sidecar next to it."""
     shards = [
@@ -126,7 +121,8 @@ def parse_entries(content: bytes, *, where: str) -> tuple[list[ShardEntry], bool
         if not all(map(_is_valid, entries)):
             raise TypeError("a value is of another kind")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: unreadable; {rebuild_hint(where.rpartition('/')[0])}") from error
+        remedy = f"'vico shards index {where.rpartition('/')[0]}' rebuilds it"
+        raise ValueError(f"{where}: unreadable; {remedy}") from error
     if of_mosaic:
         raise ValueError(f"{where}: lists shards of MosaicML; expected WebDataset tars (see data/README.md)")
     for name, *_ in entries:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -32,7 +31,7 @@ from vico_pl.data.shards.index import (
     write_sidecar,
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
-from vico_pl.data.shards.shard import Shard, ShardIndex
+from vico_pl.data.shards.shard import Origin, Shard, ShardIndex, is_streamed
 from vico_pl.data.shards.tars import MAX_RECORD_BYTES, describe_tar, read_members
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
@@ -61,10 +60,15 @@ class RecordReader:
         number, place = self._index.place(sample)
         shard, opened = self._index.names[number], self._index.open(number)
         start, end = opened.sidecar.span(place)
+        where = f"bytes {start} to {end} of {shard}"
+        if end - start > MAX_RECORD_BYTES:
+            raise RecordError(f"{where} are more than a record may have ({MAX_RECORD_BYTES})", kind="tar")
         try:
-            key, files = _read_range(opened.file.descriptor, start, end)
+            key, files = read_members(os.pread(opened.file.descriptor, end - start, start))
+        except OSError as error:
+            raise RecordError(f"{where} cannot be read: {error.strerror}", kind="io") from error
         except RecordError as error:
-            raise RecordError(f"bytes {start} to {end} of {shard} {error}", kind=error.kind) from error
+            raise RecordError(f"{where} are no record: {error}", kind=error.kind) from error
         return Record(shard=shard, key=key, files=files)
 
     def expect(self, shards: Sequence[int]) -> None:
@@ -83,17 +87,6 @@ def _fetch_all(index: ShardIndex, numbers: Sequence[int]) -> None:
             index.fetch(number)
 
 
-def _read_range(descriptor: int, start: int, end: int) -> tuple[str, dict[str, bytes]]:
-    if end - start > MAX_RECORD_BYTES:
-        raise RecordError(f"are more than a record may have ({MAX_RECORD_BYTES})", kind="tar")
-    try:
-        return read_members(os.pread(descriptor, end - start, start))
-    except OSError as error:
-        raise RecordError(f"cannot be read: {error.strerror}", kind="io") from error
-    except RecordError as error:
-        raise RecordError(f"are no record: {error}", kind=error.kind) from error
-
-
 def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING) -> ShardIndex:
     """Open a set of shards. Those that `index.json` lists are checked only when they are read.
 
@@ -107,12 +100,12 @@ def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREA
     names = found.names or list(known) or list_shards(Path(found.base))
     new = [name for name in names if name not in known]
     known.update(_count([Shard(source=found, name=name, cache=cache, entry=None) for name in new]))
-    index = ShardIndex(source=found, cache=cache, entries=[known[name] for name in names])
     if found.is_local:
         _warn_of_missing(Path(found.base), names)
-    if not index.is_streamed or not listed:
-        return index
-    return replace(index, sizes="unknown" if new or not has_sizes else "stored")
+    origin: Origin = "measured"
+    if listed and is_streamed(found, names):
+        origin = "stored" if has_sizes and not new else "unknown"
+    return ShardIndex(found, cache, [known[name] for name in names], origin)
 
 
 def write_index(

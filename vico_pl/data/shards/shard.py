@@ -8,9 +8,9 @@ import shutil
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -35,6 +35,9 @@ from vico_pl.files import atomic_path
 
 MAX_OPEN = 64  # shards of a set, with two files each: several sets share the 1,024 that a process may open
 FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again
+# Where the sizes of samples come from: measured on the files, stored next to shards that are fetched, or unknown.
+# All machines must know the same, or their ranks would assign samples otherwise.
+Origin = Literal["measured", "stored", "unknown"]
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -197,46 +200,27 @@ class Shard:
             raise RecordError(f"{location}: no sidecar of {self.name} as in {INDEX_NAME}", kind="shard")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShardIndex:
     """A set of shards. Each shard is opened on first use, and the most recent ones remain open."""
 
-    source: Source
-    cache: ShardCache
-    entries: Sequence[ShardEntry]  # in the order of the set
-    # Where the sizes of samples come from: measured on the files, stored next to shards that are fetched, or
-    # unknown. All machines must know the same, or their ranks would assign samples otherwise.
-    sizes: Literal["measured", "stored", "unknown"] = "measured"
+    def __init__(
+        self, source: Source, cache: ShardCache, entries: Sequence[ShardEntry], origin: Origin = "measured"
+    ) -> None:
+        """Open nothing. `entries` are in the order of the set; `origin` is that of the sizes of samples."""
+        self.source, self.cache, self.entries, self.origin = source, cache, entries, origin
+        self.folder = source.folder  # or the URL without secrets
+        self.names = [entry.name for entry in entries]
+        self.shard_sizes = [entry.num_samples for entry in entries]
+        self.starts = list(accumulate(self.shard_sizes, initial=0))  # samples before each shard, and all
+        self.num_samples = self.starts[-1]
+        self.is_streamed = is_streamed(source, self.names)
+        self._failures: dict[int, tuple[float, RecordError]] = {}
+        self._recent = lru_cache(MAX_OPEN)(lambda number: self.shard(number).open())
+        self._sidecars = lru_cache(MAX_OPEN)(self._open_sidecar)
 
-    @property
-    def folder(self) -> Path | str:
-        """The folder of the set, or its URL without secrets."""
-        return self.source.folder
-
-    @cached_property
-    def is_streamed(self) -> bool:
-        """Whether some shards must be fetched or uncompressed before they are read."""
-        return not (self.source.is_local and all(name.endswith(".tar") for name in self.names))
-
-    @cached_property
-    def names(self) -> list[str]:
-        """File names of the shards."""
-        return [entry.name for entry in self.entries]
-
-    @cached_property
-    def shard_sizes(self) -> list[int]:
-        """Samples of each shard."""
-        return [entry.num_samples for entry in self.entries]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the whole set."""
-        return self.starts[-1]
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """Number of the first sample of each shard, and the number of samples."""
-        return list(accumulate(self.shard_sizes, initial=0))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to other processes without open files."""
+        return ShardIndex, (self.source, self.cache, self.entries, self.origin)
 
     def shard(self, number: int) -> Shard:
         """Return a shard."""
@@ -257,7 +241,7 @@ class ShardIndex:
             ValueError: it cannot be had here, but perhaps on other machines.
         """
         number, place = self.place(sample)
-        sidecar = self._sized(number)
+        sidecar = self._sidecars(number)
         return UNKNOWN_SIZE if sidecar is None else sidecar.size(place)
 
     def open(self, number: int) -> OpenShard:
@@ -278,26 +262,14 @@ class ShardIndex:
     def fetch(self, number: int) -> None:
         """Fetch a shard, and the sidecar stored next to it, unless another process fetches it."""
         self.shard(number).open(wait_s=0.0)
-        self._sized(number)
+        self._sidecars(number)
 
-    @cached_property
-    def _failures(self) -> dict[int, tuple[float, RecordError]]:
-        return {}
-
-    @cached_property
-    def _recent(self) -> Callable[[int], OpenShard]:
-        return lru_cache(MAX_OPEN)(lambda number: self.shard(number).open())
-
-    @cached_property
-    def _sized(self) -> Callable[[int], Sidecar | None]:
-        return lru_cache(MAX_OPEN)(self._open_sized)
-
-    def _open_sized(self, number: int) -> Sidecar | None:
+    def _open_sidecar(self, number: int) -> Sidecar | None:
         """Open a sidecar with the sizes of a shard's samples; None: they are unknown on all machines."""
         shard = self.shard(number)
-        if self.sizes == "unknown":
+        if self.origin == "unknown":
             return None
-        if self.sizes == "stored" and not shard.in_place:
+        if self.origin == "stored" and not shard.in_place:
             return shard.stored_sidecar()
         try:
             return shard.find_sidecar() or shard.open().sidecar
@@ -306,8 +278,10 @@ class ShardIndex:
                 return None
             raise
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {part.name: getattr(self, part.name) for part in fields(self)}  # no open files
+
+def is_streamed(source: Source, names: Sequence[str]) -> bool:
+    """Say whether some shards must be fetched or uncompressed before they are read."""
+    return not (source.is_local and all(name.endswith(".tar") for name in names))
 
 
 def _digest(text: str) -> str:

@@ -10,6 +10,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -170,15 +171,10 @@ def describe_tar(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         for row, (start, end) in zip(table, pairwise(bounds.tolist()), strict=False):
             file.seek(start)
-            row[1:] = np.clip(_measure_bytes(file.read(min(end - start, MAX_RECORD_BYTES))), 0, _MAX_SIZE)
+            with suppress(RecordError):
+                files = read_members(file.read(min(end - start, MAX_RECORD_BYTES)))[1]
+                row[1:] = np.clip(measure_record(files), 0, _MAX_SIZE)
     return table
-
-
-def _measure_bytes(content: bytes) -> SampleSize:
-    try:
-        return measure_record(read_members(content)[1])
-    except RecordError:
-        return UNKNOWN_SIZE
 
 
 def _text_tokens(content: Content) -> int:
