@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -184,13 +184,12 @@ def _count(shards: Sequence[Shard]) -> dict[str, ShardEntry]:
             f"fetched once to count its samples; 'vico shards index' where they are stored avoids that",
             stacklevel=3,
         )
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        found = pool.map(Shard.counted, shards)
-        bar = tqdm(found, total=len(shards), unit="shard", disable=None if fetched else True)
+    with ExitStack() as stack:
+        pool = ThreadPoolExecutor(_THREADS)
+        stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun when one of them fails
+        counted, hidden = pool.map(Shard.counted, shards), None if fetched else True
+        bar = tqdm(counted, "count samples", len(shards), unit="shard", disable=hidden)
         return {entry.name: entry for entry in bar}
-    finally:
-        pool.shutdown(cancel_futures=True)  # after a failure, what has not begun is not fetched
 
 
 def run_parallel(
@@ -202,19 +201,14 @@ def run_parallel(
     finished before. The bar is shown only in a terminal.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    hidden = True if len(jobs) < 2 else None
-    with tqdm(total=done + len(jobs), initial=done, desc=title, unit="shard", disable=hidden) as bar:
-        for result in map(function, jobs) if workers < 2 else _by_processes(function, jobs, workers):
-            bar.update()
-            yield result
-
-
-def _by_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),))
-    try:
-        yield from pool.map(function, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ExitStack() as stack:
+        results: Iterable[Result] = map(function, jobs)
+        if workers > 1:
+            pool = ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(function, jobs)
+        hidden = True if len(jobs) < 2 else None
+        yield from tqdm(results, title, done + len(jobs), initial=done, unit="shard", disable=hidden)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -35,8 +35,8 @@ from vico_pl.files import atomic_path
 
 MAX_OPEN = 64  # shards of a set, with two files each: several sets share the 1,024 that a process may open
 FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again
-# Where the sizes of samples come from: measured on the files, stored next to shards that are fetched, or unknown.
-# All machines must know the same, or their ranks would assign samples otherwise.
+# Where the sizes of samples come from: measured on the files, stored next to shards to fetch, or unknown. All
+# machines must know the same, or their ranks would assign samples otherwise.
 Origin = Literal["measured", "stored", "unknown"]
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
