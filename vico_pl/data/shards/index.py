@@ -141,10 +141,12 @@ def _is_valid(entry: tuple[Any, ...]) -> bool:
     return are_counts and all(isinstance(text, str) and text != "" for text in texts)
 
 
-def write_sidecar(table: np.ndarray, path: Path) -> None:
-    """Write the sidecar, int64 (n + 1, 5), of the shard at `path` in one step."""
-    with atomic_path(side_index_path(path)) as temporary, temporary.open("wb") as file:
-        np.save(file, table, allow_pickle=False)
+def write_sidecar(table: np.ndarray, path: Path) -> Sidecar:
+    """Write the sidecar, int64 (n + 1, 5), of the shard at `path` in one step, and open it."""
+    with atomic_path(side_index_path(path)) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, table, allow_pickle=False)
+        return Sidecar(os.open(temporary, os.O_RDONLY))
 
 
 def open_sidecar(path: Path) -> Sidecar | None:

@@ -89,13 +89,8 @@ class Shard:
             TimeoutError: another process fetches it.
         """
         file = OpenFile(self._open_file(wait_s))
-        num_bytes = os.fstat(file.descriptor).st_size
-        sidecar = self.find_sidecar(num_bytes)
-        if sidecar is None:
-            self._index_tar(Path(f"/dev/fd/{file.descriptor}"))
-            sidecar = self.find_sidecar(num_bytes)
-            assert sidecar is not None  # it was just written
-        return OpenShard(file, sidecar)
+        sidecar = self.find_sidecar(os.fstat(file.descriptor).st_size)
+        return OpenShard(file, sidecar or self._index_tar(Path(f"/dev/fd/{file.descriptor}")))
 
     def find_sidecar(self, num_bytes: int = sys.maxsize) -> Sidecar | None:
         """Open its sidecar, if there is one that fits its entry and a tar of `num_bytes`."""
@@ -137,16 +132,14 @@ class Shard:
         Raises:
             ValueError: it is unreadable.
         """
-        if self.in_place:
-            self._index_tar(self.original)
-        count = self.open().sidecar.num_samples
+        sidecar = self._index_tar(self.original) if self.in_place else self.open().sidecar
         if not self.in_place and not is_foreign(self.original):
             with atomic_path(side_index_path(self.original)) as temporary:
                 shutil.copyfile(side_index_path(self.cached), temporary)
         with self.original.open("rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
             num_bytes = file.tell()
-        return ShardEntry(name=self.name, num_samples=count, num_bytes=num_bytes, sha256=checksum)
+        return ShardEntry(self.name, sidecar.num_samples, num_bytes, checksum)
 
     def _open_file(self, wait_s: float) -> int:
         if not self.in_place:
@@ -166,7 +159,7 @@ class Shard:
             raise RecordError(f"{path}: {reason}; {remedy}", kind="shard")
         return descriptor
 
-    def _index_tar(self, tar: Path) -> None:
+    def _index_tar(self, tar: Path) -> Sidecar:
         """Write the sidecar of a tar with its content, where it can be written."""
         shown = without_secrets(self.source.location(self.name))
         try:
@@ -177,15 +170,14 @@ class Shard:
         if self.entry is not None and len(table) - 1 != self.entry.num_samples:
             counts = f"holds {len(table) - 1} samples, {INDEX_NAME} says {self.entry.num_samples}"
             raise RecordError(f"{shown}: {counts}; run 'vico shards index' where it is", kind="shard")
-        places = list(self._places())
-        for path in places[1:] if self.in_place and is_foreign(self.original) else places:
+        if self.in_place and not is_foreign(self.original):
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                return write_sidecar(table, path)
+                return write_sidecar(table, self.original)
             except OSError as error:
-                if error.errno not in _READ_ONLY or path == places[-1]:
+                if error.errno not in _READ_ONLY:
                     raise
-        return None
+        self.cached.parent.mkdir(parents=True, exist_ok=True)
+        return write_sidecar(table, self.cached)
 
     def _places(self) -> Iterator[Path]:
         """Yield the tars next to which the sidecar may be: the shard, and where the cache has or had it."""
@@ -261,8 +253,8 @@ class ShardIndex:
 
     def fetch(self, number: int) -> None:
         """Fetch a shard, and the sidecar stored next to it, unless another process fetches it."""
+        self._sidecars(number)  # needed first, to assign samples
         self.shard(number).open(wait_s=0.0)
-        self._sidecars(number)
 
     def _open_sidecar(self, number: int) -> Sidecar | None:
         """Open a sidecar with the sizes of a shard's samples; None: they are unknown on all machines."""
