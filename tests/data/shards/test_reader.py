@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.support.hostile import keys_or_kinds, member
 from tests.support.tiny import record
+from vico_pl.data.shards import shard as shard_module
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.index import INDEX_NAME, side_index_path
 from vico_pl.data.shards.reader import RecordReader, find_faults, read_index, write_index, write_shard
@@ -61,6 +62,12 @@ def test_records_read_by_number_equal_what_plain_webdataset_reads(shards):
     for sample, mine in zip(plain, ours, strict=True):
         assert mine.key == sample["__key__"]
         assert mine.files == {k: v for k, v in sample.items() if not k.startswith("__")}
+
+
+def test_a_start_opens_neither_tars_nor_sidecars(shards, monkeypatch):
+    monkeypatch.setattr(shard_module.Shard, "open", None)
+    monkeypatch.setattr(shard_module, "open_sidecar", None)
+    assert read_index(shards).num_samples == 18
 
 
 @settings(max_examples=20)

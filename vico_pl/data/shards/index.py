@@ -30,7 +30,7 @@ _MAGIC = b"\x93NUMPY"
 _SHAPE = rb"{'descr': '<i8', 'fortran_order': False, 'shape': \((\d+), 5\), } *\n"
 _HEADER = re.compile(_MAGIC + rb"\x01\x00v\x00" + _SHAPE)
 _HEADER_BYTES = 128
-_ROW = struct.Struct("<5q")
+_ROW, _STARTS = struct.Struct("<5q"), struct.Struct("<q32xq")  # a row; the first column of two
 
 
 class ShardEntry(NamedTuple):
@@ -67,20 +67,21 @@ class Sidecar:
         if not num_rows or os.fstat(descriptor).st_size != _HEADER_BYTES + num_rows * _ROW.size:
             raise ValueError("not an int64 array (n + 1, 5)")
         self.num_samples = num_rows - 1
-        self.end = self._row(self.num_samples)[0]  # byte after the last sample
+        (self.end, *_) = self._read(_ROW, self.num_samples)  # byte after the last sample
 
     def span(self, place: int) -> tuple[int, int]:
         """Return the first byte of a sample in the uncompressed tar, and the byte after its last."""
-        return self._row(place)[0], self._row(place + 1)[0]
+        start, end = self._read(_STARTS, place)
+        return start, end
 
     def size(self, place: int) -> SampleSize:
         """Return the size of a sample."""
-        size = SampleSize(*self._row(place)[1:])
+        size = SampleSize(*self._read(_ROW, place)[1:])
         return UNKNOWN_SIZE if min(size) < 0 else size
 
-    def _row(self, number: int) -> tuple[int, ...]:
-        start = _HEADER_BYTES + number * _ROW.size
-        return _ROW.unpack(os.pread(self._file.descriptor, _ROW.size, start))
+    def _read(self, what: struct.Struct, row: int) -> tuple[int, ...]:
+        start = _HEADER_BYTES + row * _ROW.size
+        return what.unpack(os.pread(self._file.descriptor, what.size, start))
 
 
 def side_index_path(path: Path) -> Path:
