@@ -1,4 +1,4 @@
-"""Shards that cannot be read in place: fetched whole, uncompressed, checked, and kept in a local folder.
+"""Files that cannot be read in place: fetched whole, uncompressed, checked, and kept in a local folder.
 
 A file is written under a temporary name, checked and renamed; a lock lets several processes fetch it once.
 When the folder is full, the least recently opened shards are removed; who has one open can still read it.
