@@ -100,6 +100,11 @@ def median_ratio(times: Sequence[tuple[float, float]]) -> float:
     return median(first / second for first, second in times)
 
 
+def peak_gib() -> float:
+    """Return the peak memory of this process since it began, or since `measure`."""
+    return _memory_mib("VmHWM") / 1024
+
+
 def _rounded(value: float) -> float:
     return round(value, 4) if abs(value) >= 0.001 else float(f"{value:.2g}")
 

@@ -184,7 +184,7 @@ def test_a_record_without_a_readable_name_is_known_by_its_number(tmp_path):
     config = config_of(SourceConfig(path=str(tmp_path / "set")))
     train(tmp_path, config, steps=range(1))
     with (tmp_path / "set" / "a.tar").open("r+b") as file:
-        file.seek(index.open(0).span(2)[0])
+        file.seek(index.open(0).sidecar.span(2)[0])
         file.write(b"no header" * 60)
     edit(tmp_path, lambda lines: lines[1]["ids"].remove("a.tar/2"))
     edit(tmp_path, lambda lines: lines[1].update(bad=["source 0, sample 2"]))

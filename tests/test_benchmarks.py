@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from tests.support.scripts import BENCHMARKS, load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling, monitoring = (
+harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling, monitoring, start = (
     load_benchmark(name)
     for name in (
         *("harness", "kl", "data", "data_pipeline", "data_images", "data_shuffle"),
-        *("models", "labels", "step", "inference", "scaling", "monitoring"),
+        *("models", "labels", "step", "inference", "scaling", "monitoring", "start"),
     )
 )
 RESULTS, PAGE = BENCHMARKS / "results", BENCHMARKS / "README.md"
@@ -183,3 +184,13 @@ def test_monitoring_times_what_it_watches_and_restores_it():
         assert monitoring.consistency.grouped(["a"], torch.ones(2), [2])["a"].weight == 2
     assert taken["loss per ratio"] > 0
     assert monitoring.consistency.grouped is original
+
+
+def test_a_set_of_any_size_is_opened_as_one_of_many_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "MAX_LINKS", 2)
+    monkeypatch.setattr(start.harness, "measure_apart", lambda _, folder: start.measure(Path(folder)))
+    details, page = run_benchmark(start, "start", tmp_path, shards=5, samples=100, rounds=1)
+    (found,) = details["rounds"]
+    assert 0 < found["opened"] < found["assigned"]
+    assert start.figures(details["rounds"]) == details["figures"]
+    assert start.tables(details) in page

@@ -140,9 +140,9 @@ class SampleNames:
         """Return a sample's name, or None if its header is unreadable."""
         number, place = self._index.place(sample)
         shard = self._index.open(number)
-        start, end = shard.span(place)
+        start, end = shard.sidecar.span(place)
         try:
-            content = os.pread(shard.descriptor, min(end - start, _NAME_BYTES), start)
+            content = os.pread(shard.file.descriptor, min(end - start, _NAME_BYTES), start)
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
                 member = tar.next()
             key = None if member is None else member_key(member.name)

@@ -151,7 +151,7 @@ def test_bad_records_keep_their_slots_so_that_positions_never_shift(faulty, toke
 
 def test_bytes_that_are_no_record_become_a_bad_record(tmp_path, tokenizer):
     write_shard(tmp_path / "f.tar", [(str(i), record().files) for i in range(3)])
-    first, second = read_index(tmp_path).open(0).bounds[1:3]
+    first, second = read_index(tmp_path).open(0).sidecar.span(1)
     content = bytearray((tmp_path / "f.tar").read_bytes())
     content[first:second] = b"\xff" * (second - first)
     (tmp_path / "f.tar").write_bytes(content)

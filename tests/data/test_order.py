@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vico_pl.data.order import BLOCK, Epoch, SampleOrder, SourceShape, shuffle_keys, shuffled, uses_before
+from vico_pl.data.order import (
+    BLOCK,
+    Epoch,
+    SampleOrder,
+    SourceShape,
+    all_shuffled,
+    shuffle_keys,
+    shuffled,
+    uses_before,
+)
 
 SEEDS = st.integers(0, 2**32)
 WEIGHTS = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 100).map(float))
@@ -37,6 +46,7 @@ def samples(sequence, start, stop):
 @given(size=st.integers(1, 400), seed=st.integers(0, 2**64))
 def test_every_number_stands_at_one_place(size, seed):
     assert sorted(permutation(size, seed)) == list(range(size))
+    assert permutation(size, seed) == all_shuffled(size, shuffle_keys(seed))
 
 
 def test_a_place_in_a_huge_set_is_found_at_once_and_stays_as_it_is():

@@ -8,7 +8,7 @@ import torch
 from tests.support.released import official_config, write_native, write_official
 from tests.support.tiny import tiny_spec
 from vico_pl.data.collate import MicroBatchLimits
-from vico_pl.data.shards.index import INDEX_NAME, Contents, ShardEntry, write_entries, write_sidecar
+from vico_pl.data.shards.index import INDEX_NAME, ShardEntry, write_entries, write_sidecar
 from vico_pl.data.shards.tars import SampleSize
 from vico_pl.model.families.folder import open_folder, read_shape, save_model
 from vico_pl.model.flops import build_without_weights
@@ -130,7 +130,7 @@ def test_shards_have_their_sizes(samples, tmp_path):
     """Two samples of 1000 x 500 px, of three tiles each, and 20 and 40 tokens of text."""
     write_entries([ShardEntry(name="a.tar", num_samples=2)], tmp_path / INDEX_NAME)
     sizes = [SampleSize(text_tokens=n, num_images=1, width=1000, height=500) for n in (20, 40)]
-    write_sidecar(Contents(np.array([0, 5, 9]), np.array(sizes)), tmp_path / "a.tar")
+    write_sidecar(np.array([(0, *sizes[0]), (5, *sizes[1]), (9, 0, 0, 0, 0)]), tmp_path / "a.tar")
     found = samples()
     assert (found.num_samples, found.tiles, found.text_tokens, found.response_tokens) == (2, 3, 30, 15)
     assert found.origin.startswith("mean of 2 samples")

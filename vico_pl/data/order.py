@@ -18,7 +18,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class Epoch:
     def __init__(self, source: SourceShape, keys: tuple[int, ...]) -> None:
         count = len(source.shard_sizes)
         self._source, self._keys, self._span = source, keys, source.window or count
-        self._shards = tuple(shuffled(index, count, keys) for index in range(count))
+        self._shards = tuple(all_shuffled(count, keys))
         sizes = (source.shard_sizes[shard] for shard in self._shards)
         self._offsets = list(accumulate(sizes, initial=0))  # samples before each of them, and all
         self._windows = [*self._offsets[: -1 : self._span], self._offsets[-1]]  # before each window, and all
@@ -197,6 +197,16 @@ def shuffled(index: int, size: int, keys: Sequence[int]) -> int:
     return value
 
 
+def all_shuffled(size: int, keys: Sequence[int]) -> list[int]:
+    """Return the permutation whose elements `shuffled` returns."""
+    rows = isqrt(size - 1) + 1
+    columns = -(-size // rows)
+    values: np.ndarray = _encipher(np.arange(size, dtype=np.uint64), rows, columns, keys)
+    while (beyond := values >= size).any():
+        values[beyond] = _encipher(values[beyond], rows, columns, keys)
+    return values.tolist()
+
+
 @lru_cache(maxsize=8)
 def _turns(weights: tuple[float, ...], seed: int, block: int) -> list[tuple[int, int]]:
     """Return (source, uses of it before) for each position of a block."""
@@ -212,18 +222,21 @@ def _turns(weights: tuple[float, ...], seed: int, block: int) -> list[tuple[int,
     return turns
 
 
-def _encipher(value: int, rows: int, columns: int, keys: Sequence[int]) -> int:
-    """Permute the numbers below rows x columns: shift row and column in turn by a hash of the other."""
+def _encipher(value: Any, rows: int, columns: int, keys: Sequence[int]) -> Any:
+    """Permute the numbers below rows x columns: shift row and column in turn by a hash of the other.
+
+    `value` is a number or an array of uint64, in which a sum with a whole hash would overflow.
+    """
     row, column = divmod(value, columns)
     for turn, key in enumerate(keys):
         if turn % 2:
-            row = (row + _hash(column ^ key)) % rows
+            row = (row + _hash(column ^ key) % rows) % rows
         else:
-            column = (column + _hash(row ^ key)) % columns
+            column = (column + _hash(row ^ key) % columns) % columns
     return row * columns + column
 
 
-def _hash(value: int) -> int:
+def _hash(value: Any) -> Any:
     """Mix 64 bits (the finaliser of splitmix64)."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

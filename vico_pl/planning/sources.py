@@ -6,12 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 
 from vico_pl.data.module import DataConfig
-from vico_pl.data.shards.index import INDEX_NAME, parse_entries, read_sizes
+from vico_pl.data.shards.index import INDEX_NAME, open_sidecar, parse_entries, side_index_path
 from vico_pl.data.shards.locations import parse_source
 from vico_pl.data.shards.tars import SampleSize
 from vico_pl.data.tiling import estimated_tiles
@@ -154,7 +153,7 @@ def _from_parts(config: ModelConfig) -> ModelShape:
 def read_samples(config: DataConfig) -> SampleShape:
     """Read the sizes stored next to a recipe's shards; without them, assume typical figures."""
     found = [_read_source(source.path) for source in config.sources]
-    sizes = [SampleSize(*row) for _, rows in found for row in rows]
+    sizes = [size for _, sizes in found for size in sizes]
     num_samples = sum(count for count, _ in found) if found and all(count for count, _ in found) else None
     if sizes:
         tiles = fmean(sum(estimated_tiles(size, config.tiling)) for size in sizes)
@@ -172,7 +171,7 @@ def read_samples(config: DataConfig) -> SampleShape:
     )
 
 
-def _read_source(text: str) -> tuple[int, list[list[int]]]:
+def _read_source(text: str) -> tuple[int, list[SampleSize]]:
     """Return the number of samples of local shards and the sizes of the first; 0 and none: unknown."""
     try:
         source = parse_source(text, allow_pipe=True)
@@ -181,14 +180,16 @@ def _read_source(text: str) -> tuple[int, list[list[int]]]:
     index = Path(source.base, INDEX_NAME)
     if not source.is_local or not index.is_file():
         return 0, []
-    known = {entry.name: entry.num_samples for entry in parse_entries(index.read_bytes(), where=str(index))}
+    entries, _ = parse_entries(index.read_bytes(), where=str(index))
+    known = {entry.name: entry.num_samples for entry in entries}
     names = source.names or list(known)
     if not known.keys() >= set(names):  # the run counts the others
         return 0, []
-    sizes: list[list[int]] = []
+    sizes: list[SampleSize] = []
     for name in names:
-        stored = read_sizes(index.parent / name, known[name]) if len(sizes) < MAX_MEASURED else None
-        sizes += [] if stored is None else np.asarray(stored).tolist()
+        sidecar = open_sidecar(side_index_path(index.parent / name)) if len(sizes) < MAX_MEASURED else None
+        if sidecar is not None and sidecar.num_samples == known[name]:
+            sizes += map(sidecar.size, range(min(known[name], MAX_MEASURED)))
     return sum(known[name] for name in names), sizes[:MAX_MEASURED]
 
 

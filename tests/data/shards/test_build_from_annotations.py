@@ -115,20 +115,13 @@ def test_an_empty_image_path_marks_text_alone_and_metadata_need_be_no_utf8(tmp_p
     assert [len(s.images) for s in read_samples(tmp_path / "out")] == [0, 1]
 
 
-def test_without_a_usable_line_nothing_is_written(tmp_path, images):
-    for lines, message in (
-        (["{", "{"], "the first fault: JSON"),
-        ([""], "no usable line; the first fault: empty"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build(tmp_path, images, *lines)
-    assert not (tmp_path / "out").exists()
-
-
-def test_absent_inputs_are_refused_by_name(tmp_path, images):
+def test_absent_and_unusable_inputs_are_refused_and_nothing_is_written(tmp_path, images):
+    with pytest.raises(ValueError, match="the first fault: JSON"):
+        build(tmp_path, images, "{", "{")
+    with pytest.raises(ValueError, match="no usable line; the first fault: empty"):
+        build(tmp_path, images, "")
     with pytest.raises(ValueError, match=r"absent\.jsonl: no such file; expected JSONL"):
         build_from_annotations([tmp_path / "absent.jsonl"], images, tmp_path / "out")
-    (tmp_path / "train.jsonl").write_text(line())
     with pytest.raises(ValueError, match="absent: no such folder; image paths"):
         build_from_annotations([tmp_path / "train.jsonl"], tmp_path / "absent", tmp_path / "out")
     assert not (tmp_path / "out").exists()

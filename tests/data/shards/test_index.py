@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from vico_pl.data.shards.index import Contents, parse_entries, read_sidecar, write_sidecar
+from vico_pl.data.shards.index import open_sidecar, parse_entries, write_sidecar
+from vico_pl.data.shards.tars import UNKNOWN_SIZE
 
 
 def entry_of(**changes):
@@ -44,14 +45,16 @@ def test_a_hostile_index_is_refused_in_a_sentence(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("num_samples", [2, 100_000])  # small ones are read, large ones mapped
+@pytest.mark.parametrize("num_samples", [0, 2, 100_000])
 def test_a_sidecar_gives_back_what_was_written(tmp_path, num_samples):
-    sizes = np.arange(4 * num_samples).reshape(-1, 4)
-    write_sidecar(Contents(np.arange(num_samples + 1), sizes), tmp_path / "a.tar")
-    found = read_sidecar(tmp_path / "a.tar")
-    assert np.array_equal(found.bounds, np.arange(num_samples + 1))
-    assert np.array_equal(found.sizes, sizes)
-    assert isinstance(found.bounds, np.memmap) == (num_samples > 2)
+    table = np.arange(5 * num_samples + 5).reshape(-1, 5)
+    table[:1, 2] = -1
+    write_sidecar(table, tmp_path / "a.tar")
+    found = open_sidecar(tmp_path / "a.idx")
+    assert (found.num_samples, found.end) == (num_samples, table[-1, 0])
+    for place in range(num_samples)[:: num_samples // 2 or 1]:
+        assert found.span(place) == (5 * place, 5 * place + 5)
+        assert found.size(place) == (tuple(table[place, 1:]) if place else UNKNOWN_SIZE)
 
 
 def test_an_index_of_mosaicml_is_named_as_such():

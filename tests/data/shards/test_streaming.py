@@ -1,6 +1,7 @@
 """Sets that are fetched or unpacked before they are read: the same samples as from plain tars of a folder."""
 
 import gzip
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -75,7 +76,7 @@ COUNTS = pytest.mark.filterwarnings("ignore:.*are in no index.json, so each is f
 def test_a_set_at_a_url_is_that_of_its_folder_and_each_shard_is_fetched_once(folder, server, streaming):
     index, local = read_index(server.url, streaming=streaming), read_index(folder)
     assert (index.is_streamed, index.names, index.shard_sizes) == (True, local.names, local.shard_sizes)
-    assert not [name for name in server.requests if name.endswith(".tar")], "the door needs none of them"
+    assert server.requests == ["index.json"], "a start needs nothing else"
     assert keys(index) == keys(local) == KEYS
     assert sizes(index) == sizes(local)
     assert [SampleNames(index)(s) for s in range(3)] == [SampleNames(local)(s) for s in range(3)]
@@ -86,12 +87,8 @@ def test_a_set_at_a_url_is_that_of_its_folder_and_each_shard_is_fetched_once(fol
     )
 
 
-@COUNTS
 @pytest.mark.parametrize("name", ["s-2.tar", "s-{0..3}.tar", "s-{1,0}.tar"])
-@pytest.mark.parametrize("counted", [True, False])
-def test_shards_are_named_one_by_one(folder, server, streaming, name, counted):
-    if not counted:
-        (folder / "index.json").unlink()
+def test_shards_are_named_one_by_one(folder, server, streaming, name):
     index = read_index(f"{server.url}/{name}", streaming=streaming)
     local = read_index(f"{folder}/{name}")
     assert (keys(index), index.names) == (keys(local), local.names)
@@ -101,15 +98,14 @@ def test_shards_are_named_one_by_one(folder, server, streaming, name, counted):
 
 def test_shards_that_nobody_counted_are_fetched_once_to_count_them(folder, server, streaming):
     (folder / "index.json").unlink()
-    url = f"{server.url}/s-{{0..3}}.tar?hush"
+    url, local = f"{server.url}/s-{{3..0}}.tar?hush", read_index(f"{folder}/s-{{3..0}}.tar")
     with pytest.warns(UserWarning, match="4 of its shards are in no index.json, so each is fetched once"):
         first = read_index(url, streaming=streaming)
     asked = len(server.requests)
     second = read_index(url, streaming=streaming)
-    assert server.requests[asked:] == ["index.json"]
-    assert first.shard_sizes == second.shard_sizes == [1, 2, 3, 4]
-    assert keys(second) == KEYS
-    assert len(server.requests) == asked + 1, "they are in the cache"
+    assert first.shard_sizes == second.shard_sizes == local.shard_sizes == [4, 3, 2, 1]
+    assert (keys(second), sizes(second)) == (keys(local), sizes(local))
+    assert server.requests[asked:] == ["index.json"], "all else is in the cache"
 
 
 def test_a_url_without_an_index_that_names_no_shard_is_refused(folder, server, streaming):
@@ -130,56 +126,67 @@ def test_packed_shards_of_a_folder_are_unpacked_and_then_as_any(packed, streamin
     index = read_index(packed, streaming=streaming)
     assert (keys(index), index.is_streamed, index.names[0]) == (KEYS, True, "s-0.tar.gz")
     assert sizes(index) == sizes(read_index(folder))
-
-
-@COUNTS
-def test_plain_and_packed_shards_may_be_mixed(folder, packed, streaming):
-    shutil.copy(packed / "s-1.tar.gz", folder)
+    shutil.copy(packed / "s-1.tar.gz", folder)  # next to plain ones
     (folder / "s-1.tar").unlink()
     (folder / "index.json").unlink()
     assert keys(read_index(folder, streaming=streaming)) == KEYS
-    assert len(list(Path(streaming.cache_dir).rglob("*.tar"))) == 1
+    assert len(list(Path(streaming.cache_dir).rglob("*.tar"))) == NUM_SHARDS + 1
 
 
 @COUNTS
-def test_the_output_of_a_command_is_read(folder, streaming):
+def test_the_output_of_a_command_is_read_and_one_that_fails_is_a_fault(folder, streaming, monkeypatch):
     index = read_index(f"pipe:cat {folder}/s-{{0..3}}.tar", streaming=streaming)
     assert (keys(index), index.names[0]) == (KEYS, "s-0.tar")
-
-
-@COUNTS
-def test_a_command_that_fails_is_a_fault(folder, streaming, monkeypatch):
     monkeypatch.setattr(cache_module, "BACKOFF_S", 0.0)
     with pytest.raises(ValueError, match=r"s-0\.tar; exit 3: the command ended with exit code 3"):
         read_index(f"pipe:cat {folder}/s-0.tar; exit 3", streaming=streaming)
 
 
-@pytest.mark.parametrize("lost", [b"", None, b"garbage", "other"])
-def test_costs_are_known_of_all_shards_or_of_none(folder, server, streaming, lost):
-    """They decide which rank reads what: ranks on machines that saw different things must still agree."""
-    path = folder / "s-2.idx"
-    content = (folder / "s-1.idx").read_bytes() if lost == "other" else lost
-    path.unlink() if content is None else path.write_bytes(content)
-    index = read_index(server.url, streaming=streaming)
+@COUNTS
+@pytest.mark.parametrize("lacks", ["has_sizes", "a shard"])
+def test_costs_are_unknown_of_all_shards_unless_the_index_promises_all(folder, server, streaming, lacks):
+    """They decide which rank reads what: ranks on machines that see different things must still agree."""
+    index = json.loads((folder / "index.json").read_text())
+    assert index.pop("has_sizes") if lacks == "has_sizes" else index["shards"].pop(1)
+    (folder / "index.json").write_text(json.dumps(index))
+    index = read_index(f"{server.url}/s-{{0..3}}.tar", streaming=streaming)
     assert set(sizes(index)) == {UNKNOWN_SIZE}
     assert keys(index) == KEYS
-    again = read_index(server.url, streaming=streaming)
-    assert set(sizes(index)) == set(sizes(again)) == {UNKNOWN_SIZE}
-    assert keys(again) == KEYS, "a sidecar of another shard replaces none in the cache"
+    assert set(sizes(index)) == {UNKNOWN_SIZE}
+    assert not [name for name in server.requests if name.endswith(".idx")]
 
 
-def test_costs_that_are_there_but_cannot_be_fetched_stop_the_run(server, streaming):
-    server.answers["s-2.idx"] = [(500, 0, b"")]
-    with pytest.raises(ValueError, match=r"s-2\.idx: the server answered 500"):
-        read_index(server.url, streaming=streaming)
-
-
-def test_costs_that_are_gone_from_the_cache_stop_the_run(server, streaming):
+@pytest.mark.parametrize("lost", [404, 500, b"", b"garbage", "other"])
+def test_costs_that_the_index_promises_stop_the_run_if_they_cannot_be_had(folder, server, streaming, lost):
+    status, content = (lost, b"") if isinstance(lost, int) else (200, lost)
+    if lost == "other":
+        content = (folder / "s-1.idx").read_bytes()
+    server.answers["s-2.idx"] = [(status, len(content), content)]
     index = read_index(server.url, streaming=streaming)
+    assert index.size_of(0) == read_index(folder).size_of(0)
+    with pytest.raises(ValueError, match=r"s-2\.idx: .*; index\.json says that it is there; restore"):
+        index.size_of(3)
+    assert keys(index) == KEYS
+    del server.answers["s-2.idx"]
+    assert sizes(index) == sizes(read_index(folder))
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+@COUNTS
+def test_costs_that_are_gone_from_the_cache_are_had_again(folder, server, streaming, is_listed):
+    if not is_listed:
+        (folder / "index.json").unlink()
+    index = read_index(f"{server.url}/s-{{0..3}}.tar", streaming=streaming)
+    before = sizes(index)
     shutil.rmtree(streaming.cache_dir)
-    with pytest.raises(FileNotFoundError, match="removed during the run; leave the cache alone"):
-        sizes(index)
-    assert keys(index) == KEYS, "shards are fetched again"
+    assert sizes(pickle.loads(pickle.dumps(index))) == before
+    assert UNKNOWN_SIZE not in before
+
+
+def test_a_sidecar_of_another_tool_is_no_promise_of_costs(folder, streaming):
+    (folder / "s-1.idx").write_bytes(b"v1.2 1")
+    write_index(folder, streaming=streaming)
+    assert json.loads((folder / "index.json").read_text())["has_sizes"] is False
 
 
 BROKEN = {
@@ -243,11 +250,11 @@ def test_a_reader_travels_to_other_processes_after_it_was_used(folder, server, s
 def test_no_more_than_so_many_shards_are_open(folder, monkeypatch):
     monkeypatch.setattr(shard_module, "MAX_OPEN", 2)
     closed = []
-    monkeypatch.setattr(shard_module.OpenShard, "__del__", lambda shard: closed.append(shard))
+    monkeypatch.setattr(shard_module.OpenFile, "__del__", lambda file: closed.append(file))
     index = read_index(folder)
     closed.clear()
     assert keys(index) == KEYS
-    assert len(closed) == 2
+    assert len(closed) == 4  # a tar and its sidecar each
 
 
 def test_training_reads_the_same_global_batches_from_a_url_on_any_number_of_ranks(

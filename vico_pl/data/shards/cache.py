@@ -1,4 +1,4 @@
-"""Shards that cannot be read in place: fetched whole, uncompressed, checked, and kept in a local folder.
+"""Files that cannot be read in place: fetched whole, uncompressed, checked, and kept in a local folder.
 
 A file is written under a temporary name, checked and renamed; a lock lets several processes fetch it once.
 When the folder is full, the least recently opened shards are removed; who has one open can still read it.
@@ -161,33 +161,32 @@ def open_location(location: str) -> Iterator[Any]:
     """Open a URL, a path, or a command that begins with `pipe:` (callers check that it is allowed)."""
     if location.startswith("pipe:"):
         stream = wds.gopen(location)
-    elif "://" not in location:
-        stream = Path(location).open("rb")  # noqa: SIM115 - closed below
+    elif "://" in location:
+        stream = _open_url(location)
     else:
-        filesystem, path = _filesystem(location)
-        # HTTP: one plain request instead of range requests; `size` saves the request that asks for it.
-        plain = {"block_size": 0, "size": 1} if location.startswith(("http:", "https:")) else {}
-        stream = filesystem.open(path, "rb", **plain)
+        stream = Path(location).open("rb")  # noqa: SIM115 - closed below
     try:
         yield stream
     finally:
         stream.close()
 
 
-def _filesystem(location: str) -> tuple[Any, str]:
-    options: dict[str, Any] = {}
+def _open_url(location: str) -> Any:
+    connection: dict[str, Any] = {}
+    plain: dict[str, int] = {}
     if location.startswith(("http:", "https:")):
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
         # As stored: if the server compressed or uncompressed it on the way, no checksum would match.
-        options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
+        connection = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
+        # One plain request instead of range requests; `size` saves the request that asks for it.
+        plain = {"block_size": 0, "size": 1}
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(location, **options)
-        return found
+        filesystem, path = fsspec.core.url_to_fs(location, **connection)
     except (ImportError, ValueError) as error:  # a protocol that is unknown or whose package is missing
-        reason = without_secrets(f"{location}: cannot be opened: {error}")
-        raise RecordError(reason, kind="io") from error
+        raise RecordError(without_secrets(f"{location}: cannot be opened: {error}"), kind="io") from error
+    return filesystem.open(path, "rb", **plain)
 
 
 def _copy(stream: Any, file: Any, limit: int, shown: str) -> tuple[int, str]:

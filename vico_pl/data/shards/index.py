@@ -4,34 +4,36 @@
     NAME.idx     int64 array (n + 1, 5) in NumPy's format. Row i: where sample i begins in the uncompressed
                  tar, then its `SampleSize` (-1: unknown). The last row: where the last sample ends, zeros.
 
-Large arrays are memory-mapped, so that the processes of a machine share them; small ones are read, because
-each map holds a file open.
+Of a sidecar single rows are read, so that a set of any size costs neither time nor memory when it is opened.
 """
 
 import json
+import os
+import re
+import struct
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vico_pl.data.decode import parsing
 from vico_pl.data.shards.locations import SHARD_ENDINGS
+from vico_pl.data.shards.tars import UNKNOWN_SIZE, SampleSize
 from vico_pl.files import atomic_path, write_json
 
 INDEX_NAME = "index.json"
 PLAN_NAME = "build.json"  # of a set that `vico shards build` writes, see `build.py`
 INDEX_VERSION = 1
-_MIN_MAPPED_BYTES = 2**16
 _MAGIC = b"\x93NUMPY"
-_PARSING = Lock()  # NumPy parses headers with `ast`, which fails in threads of 3.11 (python/cpython#106905)
+_SHAPE = rb"{'descr': '<i8', 'fortran_order': False, 'shape': \((\d+), 5\), } *\n"
+_HEADER = re.compile(_MAGIC + rb"\x01\x00v\x00" + _SHAPE)
+_HEADER_BYTES = 128
+_ROW, _STARTS = struct.Struct("<5q"), struct.Struct("<q32xq")  # a row; the first column of two
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
+class ShardEntry(NamedTuple):
     """A shard as listed in `index.json`."""
 
     name: str
@@ -40,11 +42,46 @@ class ShardEntry:
     sha256: str | None = None  # of the same
 
 
-class Contents(NamedTuple):
-    """Where the samples of a tar are, and their sizes."""
+class OpenFile:
+    """A file that is open as long as this object exists; it remains readable when it is removed."""
 
-    bounds: np.ndarray  # int64 (n + 1,): byte positions between the samples
-    sizes: np.ndarray | None  # (n, 4), see `SampleSize`; None: unknown
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class Sidecar:
+    """An open sidecar file.
+
+    Raises:
+        ValueError: it is damaged, of an older version, or of another tool.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        """Take over an open file."""
+        self._file = OpenFile(descriptor)
+        header = _HEADER.fullmatch(os.pread(descriptor, _HEADER_BYTES, 0))
+        num_rows = 0 if header is None else int(header[1])
+        if not num_rows or os.fstat(descriptor).st_size != _HEADER_BYTES + num_rows * _ROW.size:
+            raise ValueError("not an int64 array (n + 1, 5)")
+        self.num_samples = num_rows - 1
+        (self.end, *_) = self._read(_ROW, self.num_samples)  # byte after the last sample
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Return the first byte of a sample in the uncompressed tar, and the byte after its last."""
+        start, end = self._read(_STARTS, place)
+        return start, end
+
+    def size(self, place: int) -> SampleSize:
+        """Return the size of a sample."""
+        size = SampleSize(*self._read(_ROW, place)[1:])
+        return UNKNOWN_SIZE if min(size) < 0 else size
+
+    def _read(self, what: struct.Struct, row: int) -> tuple[int, ...]:
+        start = _HEADER_BYTES + row * _ROW.size
+        return what.unpack(os.pread(self._file.descriptor, what.size, start))
 
 
 def side_index_path(path: Path) -> Path:
@@ -61,77 +98,63 @@ def shard_stem(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
 
 
-def rebuild_hint(folder: object) -> str:
-    """Return the remedy for a damaged index."""
-    return f"'vico shards index {folder}' rebuilds it"
+def write_entries(entries: Sequence[ShardEntry], path: Path, *, has_sizes: bool = False) -> None:
+    """Write `index.json`; unknown values are left out. `has_sizes`: each shard has its sidecar next to it."""
+    shards = [
+        {key: value for key, value in entry._asdict().items() if value is not None} for entry in entries
+    ]
+    write_json({"version": INDEX_VERSION, "has_sizes": has_sizes, "shards": shards}, path)
 
 
-def write_entries(entries: list[ShardEntry], path: Path) -> None:
-    """Write `index.json`; unknown values are left out."""
-    shards = [{key: value for key, value in vars(entry).items() if value is not None} for entry in entries]
-    write_json({"version": INDEX_VERSION, "shards": shards}, path)
-
-
-def parse_entries(content: bytes, *, where: str) -> list[ShardEntry]:
-    """Parse `index.json`.
+def parse_entries(content: bytes, *, where: str) -> tuple[list[ShardEntry], bool]:
+    """Parse `index.json`; also return whether each shard has its sidecar next to it.
 
     Raises:
         ValueError: it is unreadable, or lists a shard outside its folder.
     """
     try:
         with parsing():
-            shards = json.loads(content)["shards"]
+            found = json.loads(content)
+        shards = found["shards"]
         of_mosaic = bool(shards) and "raw_data" in shards[0]
-        entries = [] if of_mosaic else [_parse_entry(entry) for entry in shards]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: unreadable; {rebuild_hint(where.rpartition('/')[0])}") from error
+        names = () if of_mosaic else ShardEntry._fields
+        entries = [ShardEntry(*map(shard.get, names)) for shard in shards] if names else []
+        if not all(map(_is_valid, entries)):
+            raise TypeError("a value is of another kind")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = f"'vico shards index {where.rpartition('/')[0]}' rebuilds it"
+        raise ValueError(f"{where}: unreadable; {remedy}") from error
     if of_mosaic:
         raise ValueError(f"{where}: lists shards of MosaicML; expected WebDataset tars (see data/README.md)")
-    names = [entry.name for entry in entries]
-    for name in names:
+    for name, *_ in entries:
         if "/" in name or "\0" in name or not name.endswith(SHARD_ENDINGS):
             raise ValueError(f"{where}: names '{name}', which is no file name of a shard in that folder")
-    if len(set(names)) < len(names):
+    if len({entry.name for entry in entries}) < len(entries):
         raise ValueError(f"{where}: names a shard twice")
-    return entries
+    return entries, found.get("has_sizes") is True
 
 
-def _parse_entry(entry: dict[str, Any]) -> ShardEntry:
-    known = {key: entry[key] for key in ("num_bytes", "sha256") if entry.get(key) is not None}
-    parsed = ShardEntry(name=entry["name"], num_samples=entry["num_samples"], **known)
-    for key, value in vars(parsed).items():
-        is_count = type(value) is int and 0 <= value < 2**62
-        is_text = isinstance(value, str) and value != ""
-        if value is not None and not (is_count if key.startswith("num_") else is_text):
-            raise TypeError(f"'{key}' is {value!r}")
-    return parsed
+def _is_valid(entry: tuple[Any, ...]) -> bool:
+    name, num_samples, num_bytes, sha256 = entry
+    counts = (num_samples, 0 if num_bytes is None else num_bytes)
+    texts = (name, "-" if sha256 is None else sha256)
+    are_counts = all(type(count) is int and 0 <= count < 2**62 for count in counts)
+    return are_counts and all(isinstance(text, str) and text != "" for text in texts)
 
 
-def write_sidecar(contents: Contents, path: Path) -> None:
-    """Write the sidecar of the shard at `path` in one step."""
-    table = np.zeros((len(contents.bounds), 5), dtype=np.int64)
-    table[:, 0] = contents.bounds
-    table[:-1, 1:] = -1 if contents.sizes is None else contents.sizes
-    with atomic_path(side_index_path(path)) as temporary, temporary.open("wb") as file:
-        np.save(file, table, allow_pickle=False)
+def write_sidecar(table: np.ndarray, path: Path) -> Sidecar:
+    """Write the sidecar, int64 (n + 1, 5), of the shard at `path` in one step, and open it."""
+    with atomic_path(side_index_path(path)) as temporary:
+        with temporary.open("wb") as file:
+            np.save(file, table, allow_pickle=False)
+        return Sidecar(os.open(temporary, os.O_RDONLY))
 
 
-def read_sidecar(path: Path) -> Contents | None:
-    """Read the sidecar of the shard at `path`; None: there is none, or it is foreign or of an older version.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    sidecar = side_index_path(path)
-    try:
-        is_large = sidecar.stat().st_size >= _MIN_MAPPED_BYTES
-        return load_sidecar(sidecar, mmap_mode="r" if is_large else None)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        if is_foreign(path):
-            return None
-        raise ValueError(f"{sidecar}: {error}; {rebuild_hint(path.parent)}") from error
+def open_sidecar(path: Path) -> Sidecar | None:
+    """Open a sidecar; None: it is absent, damaged, of an older version or of another tool."""
+    with suppress(OSError, ValueError):
+        return Sidecar(os.open(path, os.O_RDONLY))
+    return None
 
 
 def is_foreign(path: Path) -> bool:
@@ -139,33 +162,3 @@ def is_foreign(path: Path) -> bool:
     with suppress(OSError), side_index_path(path).open("rb") as file:
         return not _MAGIC.startswith(file.read(len(_MAGIC)))
     return False
-
-
-def load_sidecar(file: Path | BytesIO, *, mmap_mode: Literal["r"] | None = None) -> Contents | None:
-    """Return the contents of a sidecar; None: it is of an older version, (n + 1,) without sizes.
-
-    Raises:
-        ValueError: it is no sidecar.
-    """
-    try:
-        with _PARSING:
-            table: np.ndarray = np.load(file, allow_pickle=False, mmap_mode=mmap_mode)
-    except EOFError as error:
-        raise ValueError(str(error)) from error
-    if table.dtype != np.int64 or table.ndim not in (1, 2) or table.shape[1:] not in ((), (5,)):
-        raise ValueError("not an int64 array (n + 1, 5)")
-    if table.ndim == 1:
-        return None
-    bounds, sizes = table[:, 0], table[:-1, 1:]
-    if not len(bounds) or bounds[0] < 0 or (np.diff(bounds) <= 0).any():
-        raise ValueError("its byte positions do not rise")
-    return Contents(bounds, None if (sizes < 0).any() else sizes)
-
-
-def read_sizes(path: Path, count: int) -> np.ndarray | None:
-    """Return the sizes (count, 4) of the samples of the shard at `path`, see `SampleSize`; None: unknown."""
-    with suppress(OSError, ValueError):
-        contents = read_sidecar(path)
-        if contents is not None and contents.sizes is not None and len(contents.sizes) == count:
-            return contents.sizes
-    return None

@@ -11,8 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -25,15 +24,15 @@ from vico_pl.data.shards.cache import DEFAULT_STREAMING, ShardCache, StreamingCo
 from vico_pl.data.shards.index import (
     INDEX_NAME,
     PLAN_NAME,
-    Contents,
     ShardEntry,
+    is_foreign,
     parse_entries,
     write_entries,
     write_sidecar,
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
-from vico_pl.data.shards.shard import Shard, ShardIndex
-from vico_pl.data.shards.tars import MAX_RECORD_BYTES, measure_shard, read_members, scan_boundaries
+from vico_pl.data.shards.shard import Origin, Shard, ShardIndex, is_streamed
+from vico_pl.data.shards.tars import MAX_RECORD_BYTES, describe_tar, read_members
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
 from vico_pl.types import BadRecord, Record, Sample
@@ -60,11 +59,16 @@ class RecordReader:
         """
         number, place = self._index.place(sample)
         shard, opened = self._index.names[number], self._index.open(number)
-        start, end = opened.span(place)
+        start, end = opened.sidecar.span(place)
+        where = f"bytes {start} to {end} of {shard}"
+        if end - start > MAX_RECORD_BYTES:
+            raise RecordError(f"{where} are more than a record may have ({MAX_RECORD_BYTES})", kind="tar")
         try:
-            key, files = _read_range(opened.descriptor, start, end)
+            key, files = read_members(os.pread(opened.file.descriptor, end - start, start))
+        except OSError as error:
+            raise RecordError(f"{where} cannot be read: {error.strerror}", kind="io") from error
         except RecordError as error:
-            raise RecordError(f"bytes {start} to {end} of {shard} {error}", kind=error.kind) from error
+            raise RecordError(f"{where} are no record: {error}", kind=error.kind) from error
         return Record(shard=shard, key=key, files=files)
 
     def expect(self, shards: Sequence[int]) -> None:
@@ -80,34 +84,28 @@ def _fetch_all(index: ShardIndex, numbers: Sequence[int]) -> None:
     """Fetch shards that no other process fetches; faults show when they are read."""
     for number in numbers:
         with suppress(ValueError, TimeoutError, OSError):
-            index.shards[number].open(wait_s=0.0)
-
-
-def _read_range(descriptor: int, start: int, end: int) -> tuple[str, dict[str, bytes]]:
-    if end - start > MAX_RECORD_BYTES:
-        raise RecordError(f"are more than a record may have ({MAX_RECORD_BYTES})", kind="tar")
-    try:
-        return read_members(os.pread(descriptor, end - start, start))
-    except OSError as error:
-        raise RecordError(f"cannot be read: {error.strerror}", kind="io") from error
-    except RecordError as error:
-        raise RecordError(f"are no record: {error}", kind=error.kind) from error
+            index.fetch(number)
 
 
 def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING) -> ShardIndex:
-    """Open a set of shards.
+    """Open a set of shards. Those that `index.json` lists are checked only when they are read.
 
     Raises:
         ValueError: it is absent or empty, its index is damaged, or a shard that is not counted cannot be
             opened.
     """
     found, cache = parse_source(str(source), allow_pipe=streaming.allow_pipe), ShardCache(streaming)
-    known = {entry.name: entry for entry in _read_entries(found, streaming)}
+    listed, has_sizes = _read_entries(found, streaming)
+    known = {entry.name: entry for entry in listed}
     names = found.names or list(known) or list_shards(Path(found.base))
-    shards = [Shard(source=found, name=name, cache=cache, entry=known.get(name)) for name in names]
-    index = ShardIndex(source=found, shards=_prepare_all(shards, found))
-    _warn_of_faults(index)
-    return replace(index, has_sizes=_fetch_sizes(index.shards)) if index.is_streamed else index
+    new = [name for name in names if name not in known]
+    known.update(_count([Shard(source=found, name=name, cache=cache, entry=None) for name in new]))
+    if found.is_local:
+        _warn_of_missing(Path(found.base), names)
+    origin: Origin = "measured"
+    if listed and is_streamed(found, names):
+        origin = "stored" if has_sizes and not new else "unknown"
+    return ShardIndex(found, cache, [known[name] for name in names], origin)
 
 
 def write_index(
@@ -128,9 +126,11 @@ def write_index(
 def _index_folder(source: Source, streaming: StreamingConfig, workers: int | None = None) -> None:
     folder, cache = Path(source.base), ShardCache(streaming)
     shards = [Shard(source=source, name=name, cache=cache, entry=None) for name in list_shards(folder)]
-    workers = workers or worth_processes([shard.original for shard in shards])
-    entries = run_parallel(Shard.index, shards, workers=workers, title=f"index of {folder}")
-    write_entries(list(entries), folder / INDEX_NAME)
+    if sum(shard.original.stat().st_size for shard in shards) < _FEW_BYTES:
+        workers = 1
+    entries = list(run_parallel(Shard.index, shards, workers=workers, title=f"index of {folder}"))
+    has_sizes = not any(is_foreign(shard.original) for shard in shards)
+    write_entries(entries, folder / INDEX_NAME, has_sizes=has_sizes)
 
 
 def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> None:
@@ -140,11 +140,10 @@ def write_shard(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> 
     with atomic_path(path) as temporary, wds.TarWriter(str(temporary), **options) as tar:
         for key, files in records:
             tar.write({"__key__": key, **files})
-    bounds = scan_boundaries(path)
-    write_sidecar(Contents(bounds, measure_shard(path, bounds)), path)
+    write_sidecar(describe_tar(path), path)
 
 
-def _read_entries(source: Source, streaming: StreamingConfig) -> list[ShardEntry]:
+def _read_entries(source: Source, streaming: StreamingConfig) -> tuple[list[ShardEntry], bool]:
     """Read `index.json`, or write it in a folder that has none; empty: there is none, shards are counted."""
     where = f"{source.folder}/{INDEX_NAME}"
     if not source.is_local:
@@ -154,7 +153,7 @@ def _read_entries(source: Source, streaming: StreamingConfig) -> list[ShardEntry
                 f"{source.folder}: no {INDEX_NAME} there; write it where the shards are stored ('vico shards "
                 "index'), or name the shards as train-{000000..000031}.tar"
             )
-        return [] if content is None else parse_entries(content, where=where)
+        return ([], False) if content is None else parse_entries(content, where=where)
     path = Path(source.base, INDEX_NAME)
     if source.names is None and not path.exists():
         if path.with_name(PLAN_NAME).exists():
@@ -162,66 +161,35 @@ def _read_entries(source: Source, streaming: StreamingConfig) -> list[ShardEntry
             raise ValueError(f"{source.folder}: {started}")
         if os.access(source.base, os.W_OK):
             _index_folder(source, streaming)
-    return parse_entries(path.read_bytes(), where=where) if path.exists() else []
+    return parse_entries(path.read_bytes(), where=where) if path.exists() else ([], False)
 
 
-def _prepare_all(shards: Sequence[Shard], source: Source) -> list[Shard]:
-    """Count the shards that `index.json` does not list, and write missing sidecars of local tars."""
-    local = [shard for shard in shards if shard.in_place and _is_new(shard)]
-    workers = worth_processes([shard.original for shard in local])
-    title = f"index of {source.folder}"
-    prepared = {s.name: s for s in run_parallel(_prepare, local, workers=workers, title=title)}
-    remote = [shard for shard in shards if shard.entry is None and not shard.in_place]
-    new = [shard for shard in remote if shard.contents() is None]
-    if new:
+def _warn_of_missing(folder: Path, names: Sequence[str]) -> None:
+    """Warn of absent shards, after one listing of their folder."""
+    present = set(os.listdir(folder))
+    absent = [name for name in names if name not in present]
+    if absent:
+        remedy = f"restore it or run 'vico shards index {folder}'"
+        more = f" (and {len(absent) - 1} more shards)" if len(absent) > 1 else ""
+        fault = f"{folder / absent[0]}: named in {INDEX_NAME} but absent; {remedy}{more}"
+        warnings.warn(f"{fault}; its records will be bad ones", stacklevel=3)
+
+
+def _count(shards: Sequence[Shard]) -> dict[str, ShardEntry]:
+    """Count the samples of shards that `index.json` does not list."""
+    fetched = [shard for shard in shards if not shard.in_place and shard.find_sidecar() is None]
+    if fetched:
         warnings.warn(
-            f"{source.folder}: {len(new)} of its shards are in no {INDEX_NAME}, so each is fetched once to "
-            f"count its samples; an {INDEX_NAME} next to them avoids that ('vico shards index' writes it)",
+            f"{fetched[0].source.folder}: {len(fetched)} of its shards are in no {INDEX_NAME}, so each is "
+            f"fetched once to count its samples; 'vico shards index' where they are stored avoids that",
             stacklevel=3,
         )
-    with _threads() as pool:
-        bar = tqdm(pool.map(_prepare, remote), total=len(remote), unit="shard", disable=None if new else True)
-        prepared.update({shard.name: shard for shard in bar})
-    return [prepared.get(shard.name, shard) for shard in shards]
-
-
-def _is_new(shard: Shard) -> bool:
-    return shard.entry is None or (shard.original.exists() and shard.contents() is None)
-
-
-def _prepare(shard: Shard) -> Shard:
-    if shard.entry is not None:
-        with suppress(ValueError):  # reported when it is read
-            shard.open()
-    return shard.counted()
-
-
-def _fetch_sizes(shards: Sequence[Shard]) -> bool:
-    with _threads() as pool:
-        return all(map(Shard.fetch_sizes, shards[:1])) and all(pool.map(Shard.fetch_sizes, shards[1:]))
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Yield threads that fetch; after a failure, what has not begun is not fetched."""
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _warn_of_faults(index: ShardIndex) -> None:
-    """Warn of local shards that cannot be opened: their records will be bad ones."""
-    faults = []
-    for shard in index.shards:
-        try:
-            shard.check()
-        except RecordError as error:
-            faults.append(str(error))
-    if faults:
-        more = f" (and {len(faults) - 1} more shards)" if len(faults) > 1 else ""
-        warnings.warn(f"{faults[0]}{more}; its records will be bad ones", stacklevel=3)
+    with ExitStack() as stack:
+        pool = ThreadPoolExecutor(_THREADS)
+        stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun when one of them fails
+        counted, hidden = pool.map(Shard.counted, shards), None if fetched else True
+        bar = tqdm(counted, "count samples", len(shards), unit="shard", disable=hidden)
+        return {entry.name: entry for entry in bar}
 
 
 def run_parallel(
@@ -233,24 +201,14 @@ def run_parallel(
     finished before. The bar is shown only in a terminal.
     """
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    hidden = True if len(jobs) < 2 else None
-    with tqdm(total=done + len(jobs), initial=done, desc=title, unit="shard", disable=hidden) as bar:
-        for result in map(function, jobs) if workers < 2 else _by_processes(function, jobs, workers):
-            bar.update()
-            yield result
-
-
-def worth_processes(paths: Sequence[Path]) -> int | None:
-    """Return the number of processes for reading files: 1 if they are small, else the default."""
-    return 1 if sum(path.stat().st_size for path in paths) < _FEW_BYTES else None
-
-
-def _by_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),))
-    try:
-        yield from pool.map(function, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ExitStack() as stack:
+        results: Iterable[Result] = map(function, jobs)
+        if workers > 1:
+            pool = ProcessPoolExecutor(workers, initializer=_end_with_parent, initargs=(os.getpid(),))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(function, jobs)
+        hidden = True if len(jobs) < 2 else None
+        yield from tqdm(results, title, done + len(jobs), initial=done, unit="shard", disable=hidden)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -10,7 +10,9 @@ import re
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -157,21 +159,22 @@ def measure_record(files: Mapping[str, Content]) -> SampleSize:
     return SampleSize(_text_tokens(files.get("json", b"")), len(names), width, height)
 
 
-def measure_shard(path: Path, bounds: np.ndarray) -> np.ndarray:
-    """Measure all records of a tar: (n, 4)."""
-    sizes = np.zeros((len(bounds) - 1, 4), dtype=np.int64)
+def describe_tar(path: Path) -> np.ndarray:
+    """Return what the sidecar of a tar holds, see `index.py`: int64 (n + 1, 5).
+
+    Raises:
+        ValueError: as `scan_boundaries`.
+    """
+    bounds = scan_boundaries(path)
+    table = np.zeros((len(bounds), 5), dtype=np.int64)
+    table[:, 0] = bounds
     with path.open("rb") as file:
-        for place, (start, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        for row, (start, end) in zip(table, pairwise(bounds.tolist()), strict=False):
             file.seek(start)
-            sizes[place] = _measure_bytes(file.read(min(end - start, MAX_RECORD_BYTES)))
-    return sizes.clip(0, _MAX_SIZE)
-
-
-def _measure_bytes(content: bytes) -> SampleSize:
-    try:
-        return measure_record(read_members(content)[1])
-    except RecordError:
-        return UNKNOWN_SIZE
+            with suppress(RecordError):
+                files = read_members(file.read(min(end - start, MAX_RECORD_BYTES)))[1]
+                row[1:] = np.clip(measure_record(files), 0, _MAX_SIZE)
+    return table
 
 
 def _text_tokens(content: Content) -> int:
