@@ -6,13 +6,16 @@ import platform
 import subprocess
 import sys
 import time
+from base64 import b64decode, b64encode
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -21,6 +24,8 @@ from vico_pl.files import append_json
 from vico_pl.types import BadRecord, RankBatch
 
 SAMPLE_LOG = "samples-rank-{rank}.jsonl"
+ATTEMPT = b'{"attempt"'  # the start of a line of `SampleLog` where an attempt starts
+BLOCK_BYTES = 65_536  # that are read of a log at a time
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -178,10 +183,12 @@ def _commit() -> str | None:
 class SampleLog(L.Callback):
     """Logs the samples of each step of a rank in `SAMPLE_LOG` of `folder`, for `vico audit`.
 
-        {"attempt": 1, "from_step": 4, "world": 2}                 the run started or resumed at step 4
-        {"step": 4, "ids": ["a.tar/7", "a.tar/3"], "bad": [...]}   samples of a step, and bad records if any
+        {"attempt": 1, "from_step": 4, "world": 2}    the run started or resumed at step 4
+        {"step": 4, "used": 3, "first": 32, "gaps": "AQU=", "crc32": 907060870, "bad": ["a.tar/7"]}
 
-    Ranks do not wait for each other.
+    A step has its number of samples, the position in the order of the first, in base64 the gaps between
+    positions (integers of 1, 2, 4 or 8 bytes, little-endian: here 1 and 5), a checksum of the samples' names
+    in this order, and the names of bad records if any. Ranks do not wait for each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -192,14 +199,17 @@ class SampleLog(L.Callback):
         self._step = trainer.global_step
         attempt = trainer.strategy.broadcast(self._num_attempts())
         path = self._path(trainer.global_rank)
-        is_truncated = any(not last.endswith(b"\n") for last in deque(_lines(path), maxlen=1))
+        is_truncated = any(not last.endswith(b"\n") for last in deque(read_lines(path), maxlen=1))
         line = {"attempt": attempt, "from_step": self._step, "world": trainer.world_size}
         append_json(path, line, before=b"\n" if is_truncated else b"")
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
         """Write the samples of the step."""
+        batches = (zip(each.positions, each.ids, strict=True) for each in batch.micro_batches)
+        samples = [sample for of_batch in batches for sample in of_batch if sample[1]]  # dummies have no name
         bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}
-        append_json(self._path(trainer.global_rank), {"step": self._step, "ids": batch.ids, **bad})
+        line = {"step": self._step, **pack_samples(samples), **bad}
+        append_json(self._path(trainer.global_rank), line)
         self._step += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
@@ -209,13 +219,53 @@ class SampleLog(L.Callback):
 
     def _num_attempts(self) -> int:
         """Count in the log of rank 0, which took part in all of them."""
-        return sum(line.startswith(b'{"attempt"') for line in _lines(self._path(0)))
+        return sum(line.startswith(ATTEMPT) for line in read_lines(self._path(0)))
 
     def _path(self, rank: int) -> Path:
         return self._folder / SAMPLE_LOG.format(rank=rank)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    if path.exists():
+def pack_samples(samples: Iterable[tuple[int, str]]) -> dict[str, Any]:
+    """Return what a line of `SampleLog` says of samples, given as position and name.
+
+    >>> pack_samples([(38, "a.tar/9"), (32, "a.tar/2"), (33, "b.tar/0")])
+    {'used': 3, 'first': 32, 'gaps': 'AQU=', 'crc32': 907060870}
+    """
+    ordered = sorted(samples)
+    if not ordered:
+        return {"used": 0}
+    gaps = np.diff([position for position, _ in ordered])
+    packed = gaps.astype(f"<u{np.min_scalar_type(gaps.max(initial=0)).itemsize}").tobytes()
+    line = {"used": len(ordered), "first": ordered[0][0], "gaps": b64encode(packed).decode()}
+    return {**line, "crc32": checksum(name for _, name in ordered)}
+
+
+def unpack_positions(line: Mapping[str, Any]) -> list[int]:
+    """Return the positions in a line of `SampleLog`.
+
+    Raises:
+        ValueError: the line is damaged.
+    """
+    if line["used"] == 0:
+        return []
+    content, count = b64decode(line["gaps"], validate=True), line["used"] - 1
+    gaps = np.frombuffer(content, f"<u{len(content) // count}") if count else np.empty(0, np.uint8)
+    if len(gaps) != count:
+        raise ValueError(f"{len(content)} bytes of gaps, expected a multiple of {count}")
+    return np.cumsum([line["first"], *gaps.tolist()]).tolist()
+
+
+def checksum(names: Iterable[str]) -> int:
+    """Return the CRC-32 of names in their order."""
+    return crc32("\n".join(names).encode(errors="surrogateescape"))
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, none if it does not exist; no descriptor stays open between blocks."""
+    start, lines = 0, [b""] if path.exists() else []
+    while lines:
         with path.open("rb") as file:
-            yield from file
+            file.seek(start)
+            lines = file.readlines(BLOCK_BYTES)
+            start = file.tell()
+        yield from lines
