@@ -20,8 +20,7 @@ from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import release
 from vico_pl.model.branches import branch_states
-from vico_pl.model.connector import FULL_RATIO
-from vico_pl.model.dropout import set_keys, tile_keys
+from vico_pl.model.connector import FULL_RATIO, set_keys, tile_keys
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.router import at_threshold, compress_probability
