@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from tests.support.tiny import batch_of, encoded_sample, tiny_model
 from vico_pl.data.collate import collate
@@ -50,19 +49,10 @@ def test_it_equals_the_published_pixel_shuffle_v2(tiles, blocks, factor, c):
     assert torch.equal(pixel_unshuffle(features, factor), expected)
 
 
-def test_each_connector_has_the_layers_of_its_published_model():
-    short, long = (Connector(ratio, vision_width=VISION, language_width=LANGUAGE) for ratio in (4, 16))
-    # mlp1: LayerNorm(4h), Linear(4h -> H), GELU, Linear(H -> H)
-    shapes = {name: list(parameter.shape) for name, parameter in short.mlp.named_parameters()}
-    expected = {"0.weight": [24], "0.bias": [24], "1.weight": [10, 24], "1.bias": [10]}
-    assert shapes == expected | {"3.weight": [10, 10], "3.bias": [10]}
-    # mlp2: LayerNorm(16h), Linear(16h -> 2H), GELU, Dropout, Linear(2H -> 2H), GELU, Dropout, Linear(2H -> H)
-    shapes = {name: list(parameter.shape) for name, parameter in long.mlp.named_parameters()}
-    expected = {"0.weight": [96], "0.bias": [96], "1.weight": [20, 96], "1.bias": [20]}
-    expected |= {"4.weight": [20, 20], "4.bias": [20], "7.weight": [10, 20], "7.bias": [10]}
-    assert shapes == expected
-    assert [type(long.mlp[i]) for i in (2, 3, 5, 6)] == [nn.GELU, TileDropout, nn.GELU, TileDropout]
-    assert {long.mlp[i].p for i in (3, 6)} == {0.1}
+def test_compressing_connectors_drop_out_and_the_other_does_not():
+    layers = {r: Connector(r, vision_width=VISION, language_width=LANGUAGE).mlp for r in (4, 16)}
+    assert [layer.p for layer in layers[16] if isinstance(layer, TileDropout)] == [0.1, 0.1]
+    assert not any(isinstance(layer, TileDropout) for layer in layers[4])
 
 
 def test_a_tile_gets_one_token_per_ratio_patches():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.tiny import batch_of, encoded_sample, tiny_model, tiny_spec
+from tests.support.tiny import batch_of, encoded_sample, experts, tiny_model, tiny_spec
 from vico_pl.model.adapters import LoraConfig, add_adapters
 from vico_pl.model.reference import FrozenReference
 
@@ -119,8 +119,7 @@ def test_a_shared_reference_is_that_of_a_copy_before_and_after_the_policy_learns
 
 
 def test_a_reference_shares_experts_that_have_adapters(batch):
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    language = {**tiny_spec().language, "model_type": "qwen3_moe", **experts}
+    language = experts()
     policy, copy = tiny_model(language=language), FrozenReference(tiny_model(language=language))
     add_adapters(policy.language, LoraConfig(rank=4))
     reference = FrozenReference(tiny_model(language=language), beside=policy)

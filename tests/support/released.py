@@ -51,6 +51,9 @@ LANGUAGE_CONFIG = {
     "use_cache": False,
     "transformers_version": "4.52.4",
 }
+# What a mixture of experts has otherwise.
+MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
+MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def official_config(*, flash=False, **changes):

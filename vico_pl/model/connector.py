@@ -1,8 +1,8 @@
 """Patch features -> vision tokens: one small MLP per compression ratio.
 
-Masks of dropout depend on the tile alone, so that they are the same for any number of ranks. A mask is no
-draw from a generator, whose state would depend on what this rank computed before, but a hash of seed, position of
-the sample in the run, number of the tile in the sample, layer and element.
+Masks of dropout depend on the tile alone, so that they are the same for any number of ranks. A mask is not
+drawn from a generator, whose state would depend on what this rank computed before: it is a hash of seed,
+position of the sample in the run, number of the tile in the sample, layer and element.
 """
 
 import math

@@ -14,21 +14,13 @@ from tests.support.released import (
     write_native,
     write_official,
 )
-from tests.support.tiny import tiny_model, tiny_spec
+from tests.support.tiny import intern_vit, tiny_model, tiny_spec
 from vico_pl.files import read_json
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
 from vico_pl.model.families.folder import LAYOUTS, export, load_model, open_folder, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the folder will have no remote code")
-INTERNVIT = {
-    "model_type": "internvl_vision",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 112,
-    "patch_size": 14,
-}
+INTERNVIT = intern_vit(image_size=112, patch_size=14)
 GPT = {"model_type": "gpt_neox", "num_attention_heads": 2, "num_hidden_layers": 1}
 GPT |= {key: tiny_spec().language[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
 
