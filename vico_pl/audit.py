@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tarfile
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -287,7 +288,7 @@ def _whole_lines(name: str, lines: Iterable[bytes], faults: list[BadRecord]) -> 
         where = f"{name}, line {number}"
         try:
             line = _parse(json.loads(raw), where)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, zlib.error):
             truncated.append(BadRecord(id=where, reason="unreadable"))
             continue
         if isinstance(line, _Step):
@@ -304,7 +305,7 @@ def _parse(line: Any, where: str) -> _Attempt | _Step:
         where=where,
         number=int(line["step"]),
         ids=[] if packed else list(line["ids"]),
-        positions=unpack_positions(line) if packed else [],
+        positions=unpack_positions(line["used"]) if packed else [],
         crc32=line.get("crc32"),
         bad=list(line.get("bad", [])),
     )

@@ -332,7 +332,9 @@ def test_shards_that_vanish_are_counted_and_asked_for(case, runs, tmp_path):
     order = build_order(config.data, open_sources(config.data), seed=config.seed)
     running = case.start_until(step=2, before=slow_steps)
     logged = (run_dir / "samples-rank-0.jsonl").read_text().splitlines()[1:]
-    used = {order(position).sample for line in logged for position in unpack_positions(json.loads(line))}
+    used = {
+        order(position).sample for line in logged for position in unpack_positions(json.loads(line)["used"])
+    }
     gone = {name for number, name in enumerate(names) if number not in used}
     for name in sorted(gone)[-3:]:
         (shards / name).rename(shards / f"{name}.gone")

@@ -8,14 +8,15 @@ import sys
 import time
 from base64 import b64decode, b64encode
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from operator import sub
 from pathlib import Path
 from typing import Any
-from zlib import crc32
+from zlib import compress, crc32, decompress
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -184,11 +185,10 @@ class SampleLog(L.Callback):
     """Logs the samples of each step of a rank in `SAMPLE_LOG` of `folder`, for `vico audit`.
 
         {"attempt": 1, "from_step": 4, "world": 2}    the run started or resumed at step 4
-        {"step": 4, "used": 3, "first": 32, "gaps": "AQU=", "crc32": 907060870, "bad": ["a.tar/7"]}
+        {"step": 4, "used": "eNozNlIwVDAFAAO6AQw=", "crc32": 1685046178, "bad": ["a.tar/7"]}
 
-    A step has its number of samples, the position in the order of the first, in base64 the gaps between
-    positions (integers of 1, 2, 4 or 8 bytes, little-endian: here 1 and 5), a checksum of the samples' names
-    in this order, and the names of bad records if any. Ranks do not wait for each other.
+    A step has the positions of its samples in the order of the run (`pack_positions`: here 32, 33, 38), the
+    checksum of their names, and the names of bad records if any. Ranks do not wait for each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -206,10 +206,11 @@ class SampleLog(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
         """Write the samples of the step."""
         batches = (zip(each.positions, each.ids, strict=True) for each in batch.micro_batches)
-        samples = [sample for of_batch in batches for sample in of_batch if sample[1]]  # dummies have no name
+        samples = sorted(sample for of_batch in batches for sample in of_batch if sample[1])  # no dummies
+        used = pack_positions([position for position, _ in samples])
+        line = {"step": self._step, "used": used, "crc32": checksum(name for _, name in samples)}
         bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}
-        line = {"step": self._step, **pack_samples(samples), **bad}
-        append_json(self._path(trainer.global_rank), line)
+        append_json(self._path(trainer.global_rank), line | bad)
         self._step += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
@@ -225,34 +226,23 @@ class SampleLog(L.Callback):
         return self._folder / SAMPLE_LOG.format(rank=rank)
 
 
-def pack_samples(samples: Iterable[tuple[int, str]]) -> dict[str, Any]:
-    """Return what a line of `SampleLog` says of samples, given as position and name.
+def pack_positions(positions: list[int]) -> str:
+    """Return rising positions as text: the first and the gaps between them, compressed, in base64.
 
-    >>> pack_samples([(38, "a.tar/9"), (32, "a.tar/2"), (33, "b.tar/0")])
-    {'used': 3, 'first': 32, 'gaps': 'AQU=', 'crc32': 907060870}
+    >>> unpack_positions(pack_positions([32, 33, 38]))
+    [32, 33, 38]
     """
-    ordered = sorted(samples)
-    if not ordered:
-        return {"used": 0}
-    gaps = np.diff([position for position, _ in ordered])
-    packed = gaps.astype(f"<u{np.min_scalar_type(gaps.max(initial=0)).itemsize}").tobytes()
-    line = {"used": len(ordered), "first": ordered[0][0], "gaps": b64encode(packed).decode()}
-    return {**line, "crc32": checksum(name for _, name in ordered)}
+    gaps = map(sub, positions, [0, *positions])
+    return b64encode(compress(" ".join(map(str, gaps)).encode(), level=9)).decode()
 
 
-def unpack_positions(line: Mapping[str, Any]) -> list[int]:
-    """Return the positions in a line of `SampleLog`.
+def unpack_positions(packed: str) -> list[int]:
+    """Return the positions in a text of `pack_positions`.
 
     Raises:
-        ValueError: the line is damaged.
+        ValueError, zlib.error: the text is damaged.
     """
-    if line["used"] == 0:
-        return []
-    content, count = b64decode(line["gaps"], validate=True), line["used"] - 1
-    gaps = np.frombuffer(content, f"<u{len(content) // count}") if count else np.empty(0, np.uint8)
-    if len(gaps) != count:
-        raise ValueError(f"{len(content)} bytes of gaps, expected a multiple of {count}")
-    return np.cumsum([line["first"], *gaps.tolist()]).tolist()
+    return list(accumulate(map(int, decompress(b64decode(packed)).split())))
 
 
 def checksum(names: Iterable[str]) -> int:
