@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.tiny import PLACEHOLDER_ID, batch_of, encoded_sample, mixed_samples, tiny_model
-from vico_pl.model.branches import branch_states
+from vico_pl.model.reference import branch_states
 
 
 def later_images(seed):
