@@ -139,6 +139,13 @@ def test_a_line_is_what_the_documentation_shows(config, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("used", ["eN", "", "eJzTNQIAAI4AYA==", 3])
+def test_a_line_with_damaged_positions_is_unreadable(config, tmp_path, used):
+    train(tmp_path, config, steps=range(3))
+    edit(tmp_path, lambda lines: lines[1].update(used=used))
+    assert audit(tmp_path, config).faults[0].reason == "unreadable"
+
+
 @given(positions=st.lists(st.integers(0, 2**40), max_size=20).map(sorted))
 def test_positions_come_back_from_a_line(positions):
     assert unpack_positions(pack_positions(positions)) == positions

@@ -242,7 +242,10 @@ def unpack_positions(packed: str) -> list[int]:
     Raises:
         ValueError, zlib.error: the text is damaged.
     """
-    return list(accumulate(map(int, decompress(b64decode(packed)).split())))
+    positions = list(accumulate(map(int, decompress(b64decode(packed)).split())))
+    if min(positions, default=0) < 0:
+        raise ValueError(f"position {min(positions)}; expected 0 or more")
+    return positions
 
 
 def checksum(names: Iterable[str]) -> int:

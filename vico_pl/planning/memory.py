@@ -1,7 +1,9 @@
 """Measure the memory of a training step by running it on the `meta` device, whose tensors have only a shape.
 
 `MemoryMeter` tracks live tensors and records the peak by the part of the step that made them. `DeviceRules`
-supplies what `meta` lacks: fused attention, which keeps no (S, S) tensor, autocast, and values.
+supplies what `meta` lacks: fused attention, which keeps no (S, S) tensor, autocast, and values. PyTorch's own
+`MemTracker` finds the same peak for stage `pretrain` to the byte, but knows no parts and cannot run a frozen
+reference: its hooks need gradients.
 """
 
 import weakref
