@@ -89,21 +89,17 @@ def flash_calls(monkeypatch):
         bounds = {"cu_seqlens_q": cu_seqlens_q.tolist(), "cu_seqlens_k": cu_seqlens_k.tolist()}
         calls.append({"q": q, "k": k, "v": v, "causal": causal, **bounds, **rest})
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        alone = []
-        splits = ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
-        for one_q, one_k, one_v in zip(
-            *(x.transpose(0, 1).split(bounds.diff().tolist(), dim=1) for x, bounds in splits), strict=True
-        ):
-            queries, keys = one_q.shape[1], one_k.shape[1]
-            mask = torch.ones(queries, keys, dtype=torch.bool).tril(
-                keys - queries
-            )  # as the package aligns it
-            alone.append(
-                scaled_dot_product_attention(
-                    one_q, one_k, one_v, attn_mask=mask, scale=softmax_scale, enable_gqa=True
-                )
-            )
-        return torch.cat(alone, dim=1).transpose(0, 1)  # S heads width
+        splits = [
+            x.transpose(0, 1).split(bounds.diff().tolist(), dim=1)
+            for x, bounds in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+        ]
+
+        def attend(q, k, v):
+            num_queries, num_keys = q.shape[1], k.shape[1]
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+
+        return torch.cat(list(map(attend, *splits)), dim=1).transpose(0, 1)  # S heads width
 
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func, package.__spec__ = varlen, ModuleSpec("flash_attn", None)
