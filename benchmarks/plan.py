@@ -23,8 +23,9 @@ from harness import Goal
 from vico_pl.config import RunConfig, parse_config
 from vico_pl.model.vlm import ModelSpec, VisionLanguageModel
 from vico_pl.optim import build_optimizer
-from vico_pl.planning.memory import GIB, Layout, draw_batch, measure_memory, ready, trained_parameters
-from vico_pl.planning.sources import MicroBatch, ModelShape
+from vico_pl.planning.memory import ready, trained_parameters
+from vico_pl.planning.plan import GIB, Layout, measure_memory
+from vico_pl.planning.sources import MicroBatch, ModelShape, draw_batch
 from vico_pl.stages import build_stage
 
 GOALS = {"plan_memory_error": Goal(0.10)}

@@ -1,6 +1,8 @@
 """Audits of sample logs that the callback wrote and the test then changed."""
 
 import json
+import os
+import zlib
 from dataclasses import replace
 from unittest import mock
 
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 
 from tests.support.tiny import batch_of, mixed_samples, record
 from vico_pl.audit import SampleNames, audit_run, format_table, format_verdict
-from vico_pl.callbacks.records import SampleLog
+from vico_pl.callbacks import records
+from vico_pl.callbacks.records import SampleLog, pack_positions, unpack_positions
 from vico_pl.data.module import DataConfig, SourceConfig, build_order, open_sources
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.files import append_json
 from vico_pl.types import BadRecord, RankBatch
 
 BATCH, SEED = 4, 5
@@ -54,8 +58,11 @@ def expected_ids(config):
     return name
 
 
-def train(run_dir, config, *, steps, world=1, bad=()):
-    """Write the logs of an attempt that took these steps; records named in `bad` are unusable."""
+def train(run_dir, config, *, steps, world=1, bad=(), with_names=False):
+    """Write the logs of an attempt that took these steps; records named in `bad` are unusable.
+
+    With names, lines are as versions before positions were logged wrote them.
+    """
     name, size = expected_ids(config), BATCH // world
     number = SampleLog(run_dir)._num_attempts()
     for rank in range(world):
@@ -65,9 +72,14 @@ def train(run_dir, config, *, steps, world=1, bad=()):
         log.on_train_start(trainer, MODULE)
         for step in steps:
             start = step * BATCH + rank * size
-            names = [name(position) for position in range(start, start + size)]
-            bad_records = [BadRecord(id=each, reason="JSON") for each in names if each in bad]
-            batch = replace(ANY_BATCH, ids=[*(each for each in names if each not in bad), ""])  # and a dummy
+            names = {position: name(position) for position in range(start, start + size)}
+            good = {position: each for position, each in names.items() if each not in bad}
+            bad_records = [BadRecord(id=each, reason="JSON") for each in names.values() if each in bad]
+            if with_names:
+                also = {"bad": [each.id for each in bad_records]} if bad_records else {}
+                append_json(log_of(run_dir, rank), {"step": step, "ids": list(good.values()), **also})
+                continue
+            batch = replace(ANY_BATCH, ids=[*good.values(), ""], positions=[*good, -1])  # and a dummy
             taken = RankBatch(micro_batches=[batch], bad_records=bad_records, dummy=ANY_BATCH)
             log.on_train_batch_end(trainer, MODULE, None, taken, step)
         log.on_save_checkpoint(trainer, MODULE, {})
@@ -119,16 +131,29 @@ def test_a_run_without_a_step_proves_nothing(config, tmp_path):
 def test_a_line_is_what_the_documentation_shows(config, tmp_path):
     train(tmp_path, config, steps=range(2), bad=[expected_ids(config)(5)])
     ids = [expected_ids(config)(position) for position in range(8)]
+    sums = [zlib.crc32("\n".join(names).encode()) for names in (ids[:4], [ids[4], *ids[6:]])]
     assert read_log(tmp_path) == [
         {"attempt": 0, "from_step": 0, "world": 1},
-        {"step": 0, "ids": ids[:4]},
-        {"step": 1, "ids": [ids[4], *ids[6:]], "bad": [ids[5]]},
+        {"step": 0, "used": pack_positions([0, 1, 2, 3]), "crc32": sums[0]},
+        {"step": 1, "used": pack_positions([4, 6, 7]), "crc32": sums[1], "bad": [ids[5]]},
     ]
+
+
+@pytest.mark.parametrize("used", ["eN", "", "eJzTNQIAAI4AYA==", 3])
+def test_a_line_with_damaged_positions_is_unreadable(config, tmp_path, used):
+    train(tmp_path, config, steps=range(3))
+    edit(tmp_path, lambda lines: lines[1].update(used=used))
+    assert audit(tmp_path, config).faults[0].reason == "unreadable"
+
+
+@given(positions=st.lists(st.integers(0, 2**40), max_size=20).map(sorted))
+def test_positions_come_back_from_a_line(positions):
+    assert unpack_positions(pack_positions(positions)) == positions
 
 
 def test_steps_of_a_killed_attempt_are_superseded_by_those_of_the_next(config, tmp_path):
     train(tmp_path, config, steps=range(6))
-    edit(tmp_path, lambda lines: lines[-1].update(ids=["of a step that was taken again"]))
+    edit(tmp_path, lambda lines: lines[-1].update(used=pack_positions([99])))
     train(tmp_path, config, steps=range(4, 4))
     train(tmp_path, config, steps=range(4, 9))
     found = audit(tmp_path, config, completed_steps=9)
@@ -139,15 +164,19 @@ def test_steps_of_a_killed_attempt_are_superseded_by_those_of_the_next(config, t
 @settings(max_examples=20)
 @given(
     attempts=st.lists(
-        st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([1, 2, 4])), min_size=1, max_size=4
+        st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([1, 2, 4]), st.booleans()),
+        min_size=1,
+        max_size=4,
     )
 )
-def test_restarts_and_changes_of_world_size_leave_nothing_to_find(tmp_path_factory, config, attempts):
+def test_restarts_and_changes_of_world_size_and_version_leave_nothing_to_find(
+    tmp_path_factory, config, attempts
+):
     run_dir, reached = tmp_path_factory.mktemp("run"), 0
-    for lost, taken, world in attempts:
+    for lost, taken, world, with_names in attempts:
         first = max(reached - lost, 0)
         reached = first + taken
-        train(run_dir, config, steps=range(first, reached), world=world)
+        train(run_dir, config, steps=range(first, reached), world=world, with_names=with_names)
     found = audit(run_dir, config, completed_steps=reached)
     assert (found.faults, found.num_steps) == ([], reached)
     assert totals(found) == (BATCH * reached, 0, 0)
@@ -182,11 +211,10 @@ def test_a_record_without_a_readable_name_is_known_by_its_number(tmp_path):
     write_shard(tmp_path / "set" / "a.tar", [(str(i), record(text=f"{i}?").files) for i in range(4)])
     index = write_index(tmp_path / "set")
     config = config_of(SourceConfig(path=str(tmp_path / "set")))
-    train(tmp_path, config, steps=range(1))
+    train(tmp_path, config, steps=range(1), bad=["a.tar/2"])
     with (tmp_path / "set" / "a.tar").open("r+b") as file:
         file.seek(index.open(0).sidecar.span(2)[0])
         file.write(b"no header" * 60)
-    edit(tmp_path, lambda lines: lines[1]["ids"].remove("a.tar/2"))
     edit(tmp_path, lambda lines: lines[1].update(bad=["source 0, sample 2"]))
     found = audit(tmp_path, config)
     assert found.faults == []
@@ -199,7 +227,13 @@ def test_a_record_without_a_readable_name_is_known_by_its_number(tmp_path):
         (1, lambda lines: lines.pop(2), (10, 2, 0), [6, 7], "step 1: due but not used"),
         (1, lambda lines: lines.pop(), (10, 2, 0), [10, 11], "step 2: due but not used"),
         (0, lambda lines: lines[2].update(ids=lines[1]["ids"]), (10, 2, 2), [4, 5, 0, 1], "step 1: "),
-        (0, lambda lines: lines.append(lines[1]), (12, 0, 2), [0, 1], "step 0: used but not due (source 0)"),
+        (
+            0,
+            lambda lines: lines.insert(1, lines[1]),
+            (12, 0, 2),
+            [0, 1],
+            "step 0: used but not due (source 0)",
+        ),
         (
             0,
             lambda lines: lines[3]["ids"].extend(["elsewhere.tar/1", "train-000000.tar/none"]),
@@ -210,13 +244,56 @@ def test_a_record_without_a_readable_name_is_known_by_its_number(tmp_path):
     ],
 )
 def test_deviations_are_counted_and_named(config, tmp_path, rank, change, expected, samples, reason):
-    train(tmp_path, config, steps=range(3), world=2)
+    train(tmp_path, config, steps=range(3), world=2, with_names=True)
     edit(tmp_path, change, rank=rank)
     found, name = audit(tmp_path, config, completed_steps=3), expected_ids(config)
     assert totals(found) == expected
     assert [fault.id for fault in found.faults] == [name(s) if isinstance(s, int) else s for s in samples]
     assert all(fault.reason.startswith(reason) for fault in found.faults)
     assert format_verdict(found) == f"3 steps in 1 attempt: {len(samples)} faults"
+
+
+OTHERS = ["other samples than those at its positions", "due but not used", "due but not used"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "reasons"),
+    [
+        (lambda lines: lines[2].update(crc32=1), (10, 2, 0), OTHERS),
+        (lambda lines: lines[2].update(used=pack_positions([5, 6])), (10, 2, 0), OTHERS),
+        (
+            lambda lines: lines.insert(2, {**lines[2], "step": 0}),
+            (12, 0, 2),
+            ["used but not due (source 0)"] * 2,
+        ),
+        (lambda lines: lines.append(lines[1]), (12, 0, 0), ["is logged after step 2"]),
+    ],
+)
+def test_positions_and_names_are_compared_with_the_order(config, tmp_path, change, expected, reasons):
+    train(tmp_path, config, steps=range(3), world=2)
+    edit(tmp_path, change)
+    found = audit(tmp_path, config, completed_steps=3)
+    assert totals(found) == expected
+    pairs = zip(found.faults, reasons, strict=True)
+    assert all(reason in fault.reason for fault, reason in pairs)
+
+
+def test_logs_are_read_in_blocks_without_a_descriptor_each(config, tmp_path, monkeypatch):
+    train(tmp_path, config, steps=range(6), world=4)
+    monkeypatch.setattr(records, "BLOCK_BYTES", 100)
+    before = len(os.listdir("/dev/fd"))
+    readers = [records.read_lines(log_of(tmp_path, rank)) for rank in range(4)]
+    started = [next(reader) for reader in readers]
+    assert len(os.listdir("/dev/fd")) == before
+    whole = [b"".join([first, *reader]) for first, reader in zip(started, readers, strict=True)]
+    assert whole == [log_of(tmp_path, rank).read_bytes() for rank in range(4)]
+
+
+def test_an_audit_ends_at_too_many_faults(config, tmp_path, monkeypatch):
+    train(tmp_path, config, steps=range(2))
+    monkeypatch.setattr("vico_pl.audit.MAX_FAULTS", 9)
+    found = audit(tmp_path, config, completed_steps=1000)
+    assert (found.num_steps, len(found.faults)) == (5, 12)
 
 
 def test_a_last_step_that_only_some_ranks_wrote_is_one_not_taken(config, tmp_path):
@@ -227,9 +304,9 @@ def test_a_last_step_that_only_some_ranks_wrote_is_one_not_taken(config, tmp_pat
 
 def test_it_does_not_matter_which_rank_uses_a_sample(config, tmp_path):
     train(tmp_path, config, steps=range(2), world=2)
-    first, second = (read_log(tmp_path, rank)[1]["ids"] for rank in range(2))
-    edit(tmp_path, lambda lines: lines[1].update(ids=second[1:]), rank=0)
-    edit(tmp_path, lambda lines: lines[1].update(ids=[*first, second[0]]), rank=1)
+    first, second = (read_log(tmp_path, rank)[1] for rank in range(2))
+    edit(tmp_path, lambda lines: lines[1].update(second), rank=0)
+    edit(tmp_path, lambda lines: lines[1].update(first), rank=1)
     assert audit(tmp_path, config, completed_steps=2).faults == []
 
 

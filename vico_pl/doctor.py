@@ -24,8 +24,7 @@ from vico_pl.evaluation.questions import describe
 from vico_pl.model.families.folder import check_tensors, open_folder, own_tensors
 from vico_pl.model.families.hub import is_hub_id
 from vico_pl.model.flops import build_without_weights
-from vico_pl.planning.memory import GIB
-from vico_pl.planning.plan import Plan, build_plan
+from vico_pl.planning.plan import GIB, Plan, build_plan
 from vico_pl.planning.sources import find_config
 from vico_pl.prepare import complete_config
 from vico_pl.stages import STAGES

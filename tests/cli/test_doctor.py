@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vico_pl import doctor
-from vico_pl.planning.memory import GIB
+from vico_pl.planning.plan import GIB
 from vico_pl.prepare import prepare_run
 
 Usage = namedtuple("Usage", "total used free")

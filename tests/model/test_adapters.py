@@ -4,20 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.tiny import tiny_model, tiny_spec
+from tests.support.tiny import experts, tiny_model, tiny_spec
 from vico_pl.config import RunConfig
 from vico_pl.model.adapters import LoraConfig, adapters_merged, adapters_off, add_adapters, own_parameters
 from vico_pl.model.families.folder import load_model, save_model
 from vico_pl.stages.pretrain import PretrainStage
 
 LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-EXPERTS = {
-    **tiny_spec().language,
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-}
+EXPERTS = experts()
 
 
 @pytest.fixture(params=[tiny_spec().language, EXPERTS], ids=["dense", "experts"])

@@ -3,21 +3,13 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support.tiny import TILE, WIDTH, batch_of, encoded_sample, tiny_model, tiny_spec
+from tests.support.tiny import TILE, batch_of, encoded_sample, intern_vit, tiny_model, tiny_spec
 from vico_pl.model.blocks import checkpoint_blocks, compile_blocks, find_blocks
 from vico_pl.model.vision import VisionEncoder
 
 TIMM = {"image_size": TILE, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": ""}
 TIMM_STAGES = {"image_size": TILE, "timm_model_name": "convnext_atto", "timm_pool": ""}
-INTERNVL = {
-    "model_type": "internvl_vision",
-    "image_size": [TILE, TILE],
-    "patch_size": [8, 8],
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-}
+INTERNVL = intern_vit(num_hidden_layers=3)
 PLAIN = {**tiny_spec().vision, "layers": 3}
 
 

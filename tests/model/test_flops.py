@@ -2,22 +2,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.support.tiny import tiny_spec
+from tests.support.tiny import intern_vit, tiny_spec
 from vico_pl.model.flops import build_without_weights, count_flops
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.sources import RELEASED
 
 TERA = 1e12
 SMALL_VISION = {
-    "intern_vit": {
-        "model_type": "internvl_vision",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 56,
-        "patch_size": 14,
-    },
+    "intern_vit": intern_vit(intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=56)
+    | {"patch_size": 14},
     "open_clip": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
     "timm": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "", "image_size": 64},
     "timm without attention": {

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.support.tiny import WIDTH, tiny_spec
+from tests.support.tiny import WIDTH, tiny_model
 from vico_pl.model.language import (
     Prefixes,
-    build_language_model,
     check_flash_attention,
     run_packed,
     set_packed_attention,
@@ -23,13 +22,7 @@ LENGTHS = [3, 7, 1, 5]
 
 @pytest.fixture
 def language():
-    torch.manual_seed(0)
-    model = build_language_model(tiny_spec().language).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=0.2)
-    return model
+    return tiny_model(router_heads=None).language
 
 
 def embeddings(lengths, *, seed=1):
@@ -96,21 +89,17 @@ def flash_calls(monkeypatch):
         bounds = {"cu_seqlens_q": cu_seqlens_q.tolist(), "cu_seqlens_k": cu_seqlens_k.tolist()}
         calls.append({"q": q, "k": k, "v": v, "causal": causal, **bounds, **rest})
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        alone = []
-        splits = ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
-        for one_q, one_k, one_v in zip(
-            *(x.transpose(0, 1).split(bounds.diff().tolist(), dim=1) for x, bounds in splits), strict=True
-        ):
-            queries, keys = one_q.shape[1], one_k.shape[1]
-            mask = torch.ones(queries, keys, dtype=torch.bool).tril(
-                keys - queries
-            )  # as the package aligns it
-            alone.append(
-                scaled_dot_product_attention(
-                    one_q, one_k, one_v, attn_mask=mask, scale=softmax_scale, enable_gqa=True
-                )
-            )
-        return torch.cat(alone, dim=1).transpose(0, 1)  # S heads width
+        splits = [
+            x.transpose(0, 1).split(bounds.diff().tolist(), dim=1)
+            for x, bounds in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+        ]
+
+        def attend(q, k, v):
+            num_queries, num_keys = q.shape[1], k.shape[1]
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+
+        return torch.cat(list(map(attend, *splits)), dim=1).transpose(0, 1)  # S heads width
 
     package = ModuleType("flash_attn")
     package.flash_attn_varlen_func, package.__spec__ = varlen, ModuleSpec("flash_attn", None)
@@ -148,7 +137,8 @@ def test_flash_attention_is_given_half_precision_under_autocast(language, flash_
     assert {flash_calls[0][name].dtype for name in "qkv"} == {torch.bfloat16}
 
 
-def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
+def test_flash_attention_is_refused_where_it_cannot_run(flash_calls, monkeypatch):
+    check_flash_attention(torch.device("cuda"))
     with pytest.raises(
         ValueError, match=r"runs on CUDA devices, but this run is on cpu; set model\.attention=sdpa"
     ):
@@ -156,10 +146,6 @@ def test_flash_attention_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr("vico_pl.model.language.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="flash-attn is not installed; pip install flash-attn"):
         check_flash_attention(torch.device("cuda"))
-
-
-def test_flash_attention_is_welcome_on_a_gpu_that_has_the_package(flash_calls):
-    check_flash_attention(torch.device("cuda"))
 
 
 @pytest.mark.gpu

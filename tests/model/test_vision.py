@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.support.tiny import TILE, WIDTH, tiny_spec
+from tests.support.tiny import TILE, WIDTH, intern_vit, tiny_spec
 from vico_pl.model.vision import VisionEncoder
 
 CONFIG = tiny_spec().vision
@@ -117,15 +117,7 @@ def test_weights_are_never_fetched(monkeypatch):
 
 # --- towers of transformers ---------------------------------------------------------------------------------
 
-INTERNVIT = {
-    "model_type": "internvl_vision",
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": TILE,
-    "patch_size": 8,
-}
+INTERNVIT = intern_vit()
 
 
 def test_internvit_drops_the_class_token_and_sees_pixels_with_the_statistics_of_imagenet():

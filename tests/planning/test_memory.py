@@ -3,23 +3,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.tiny import tiny_spec
 from vico_pl.config import load_config
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning.memory import (
-    Layout,
-    RunMemory,
-    draw_batch,
-    measure_memory,
+    DeviceRules,
+    MemoryMeter,
     num_bytes,
     ready,
     stage_on_meta,
     step_terms,
     trained_parameters,
 )
-from vico_pl.planning.sources import MicroBatch, ModelShape, find_model
+from vico_pl.planning.plan import Layout, RunMemory, measure_memory
+from vico_pl.planning.sources import MicroBatch, ModelShape, draw_batch, find_model
 from vico_pl.stages import build_stage
 
 MICRO_BATCH = MicroBatch(num_samples=2, tiles=3, text_tokens=20, response_tokens=8)
@@ -182,3 +183,46 @@ def test_drawn_samples_have_the_sizes_they_should(placeholder_id):
     assert batch.sample_lengths.tolist() == [23, 23]
     assert batch.response_mask.sum() == 16
     assert not batch.response_mask[batch.input_ids == placeholder_id].any()
+
+
+FLOAT = 4  # bytes
+
+
+def meta(*shape, grad=False):
+    return torch.empty(shape, device="meta", requires_grad=grad)
+
+
+def test_attention_keeps_no_table_of_all_pairs():
+    heads, length, width = 2, 512, 8
+    with MemoryMeter() as meter, DeviceRules(None, meter):
+        query = meta(1, heads, length, width, grad=True)
+        output = scaled_dot_product_attention(query, query, query)
+    assert output.shape == query.shape
+    assert meter.peak < heads * length**2 * FLOAT / 4
+
+
+def test_mixed_precision_casts_a_weight_once():
+    weight, given = meta(64, 64, grad=True), meta(8, 64)
+    with MemoryMeter([weight, given]) as meter, DeviceRules(torch.bfloat16, meter):
+        outputs = [linear(given, weight) for _ in range(3)]
+    assert {output.dtype for output in outputs} == {torch.bfloat16}
+    assert meter.at_peak["weights as autocast has them"] == 64 * 64 * 2
+
+
+def test_each_byte_belongs_to_the_part_that_made_it():
+    class Network(nn.Module):
+        def inner(self):
+            return meta(3)
+
+        def outer(self):
+            return self.inner(), meta(2)
+
+    network = Network()
+    with MemoryMeter() as meter:
+        meter.watch(network, "inner", part="inner")
+        meter.watch(network, "outer", part="outer")
+        kept = [network.outer(), network.inner(), meta(1)]
+        with meter.part("named"):
+            kept.append(meta(4))
+    del kept
+    assert meter.at_peak == {"outer": 5 * FLOAT, "inner": 3 * FLOAT, "loss": FLOAT, "named": 4 * FLOAT}

@@ -8,8 +8,8 @@ from vico_pl.config import load_config
 from vico_pl.model.families.folder import save_model
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.planning import plan as planning
-from vico_pl.planning.memory import GIB, Layout, RunMemory
-from vico_pl.planning.plan import GPUS, USABLE, Gpu, build_plan, format_plan, smallest_layout
+from vico_pl.planning.plan import GIB, Layout, RunMemory, build_plan, format_plan, smallest_layout
+from vico_pl.planning.sources import GPUS, USABLE, Gpu
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.joinpath("recipes").rglob("*.yaml"))

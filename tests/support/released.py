@@ -8,6 +8,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 
+from tests.support.tiny import batch_of
+from vico_pl.model.language import run_packed
+from vico_pl.types import EncodedSample
+
 WIDTH, LANGUAGE_WIDTH, LAYERS, HEADS, VOCAB = 32, 48, 2, 4, 320
 TILE, PATCH = 56, 14  # 16 patches per tile: 4 vision tokens at ratio 4, 1 at ratio 16
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>"]
@@ -51,6 +55,9 @@ LANGUAGE_CONFIG = {
     "use_cache": False,
     "transformers_version": "4.52.4",
 }
+# What a mixture of experts has otherwise.
+MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
+MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def official_config(*, flash=False, **changes):
@@ -254,3 +261,27 @@ def write_native(folder, *, seed=0) -> InternVLForConditionalGeneration:
 def folder_tensors(folder: Path):
     """All tensors of a folder, whatever its shards."""
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def image_sample(seed, *, images):
+    """Text around images of so many tiles each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, placeholder = [3], qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
+    for num_tiles in images:
+        ids += [*[placeholder] * num_tiles, *torch.randint(0, 260, (3,), generator=generator).tolist()]
+    total = sum(images)
+    return EncodedSample(
+        id=str(seed),
+        tiles=torch.randint(0, 256, (total, 3, TILE, TILE), generator=generator, dtype=torch.uint8),
+        tiles_per_image=list(images),
+        input_ids=torch.tensor([*ids, 4]),
+        response_mask=torch.arange(len(ids) + 1) == len(ids),
+    )
+
+
+def logits_of(model, *samples):
+    """The logits of each sample at full tokens."""
+    batch = batch_of(*samples)
+    spliced = model.splice_batch(batch, model.encode_tiles(batch.tiles), model.full_ratios(batch))
+    hidden = run_packed(model.language, spliced.embeddings, spliced.segment_lengths)
+    return (hidden @ model.head.T).split(spliced.segment_lengths)

@@ -84,6 +84,18 @@ def encoded_sample(seed, *, images=(1,), answers=(3,)):
     )
 
 
+def intern_vit(**changes):
+    """The configuration of a small InternViT."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {"model_type": "internvl_vision", **sizes, "image_size": TILE, "patch_size": 8, **changes}
+
+
+def experts(**changes):
+    """The configuration of a small mixture of experts."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return {**tiny_spec().language, "model_type": "qwen3_moe", **sizes, **changes}
+
+
 def mixed_samples():
     """Samples with one tile, several images, text only and several turns."""
     return [

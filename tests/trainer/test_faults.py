@@ -23,6 +23,9 @@ from tests.support.runs import audit, differing, finish, metrics, newest_step, r
 from tests.support.tiny import record
 from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.callbacks.guards import StepSeed
+from vico_pl.callbacks.records import unpack_positions
+from vico_pl.config import load_config
+from vico_pl.data.module import build_order, open_sources
 from vico_pl.data.shards.reader import RecordReader, write_index, write_shard
 from vico_pl.prepare import is_finished
 
@@ -325,8 +328,14 @@ def test_shards_that_vanish_are_counted_and_asked_for(case, runs, tmp_path):
     write_index(shards)
     model = {"path": str(runs / "pretrain" / "model"), "ratios": [4, 16]}
     case = replace(case, recipe=recipe(tmp_path, "consistency", shards, model=model))
+    config = load_config(case.recipe, [])
+    order = build_order(config.data, open_sources(config.data), seed=config.seed)
     running = case.start_until(step=2, before=slow_steps)
-    gone = {name for name in names if name not in (run_dir / "samples-rank-0.jsonl").read_text()}
+    logged = (run_dir / "samples-rank-0.jsonl").read_text().splitlines()[1:]
+    used = {
+        order(position).sample for line in logged for position in unpack_positions(json.loads(line)["used"])
+    }
+    gone = {name for number, name in enumerate(names) if number not in used}
     for name in sorted(gone)[-3:]:
         (shards / name).rename(shards / f"{name}.gone")
     assert running.wait() == [0], running.said()

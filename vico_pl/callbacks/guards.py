@@ -105,7 +105,7 @@ class StepSeed(L.Callback):
         self._seed = seed
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Seed the generator; connectors and router do not draw from it (see `model/dropout.py`)."""
+        """Seed the generator; connectors and router do not draw from it (see `model/connector.py`)."""
         entropy = [self._seed, trainer.global_step, trainer.global_rank, 1]  # 1: the ratio draw has 0
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 

@@ -6,11 +6,15 @@ import platform
 import subprocess
 import sys
 import time
+from base64 import b64decode, b64encode
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from operator import sub
 from pathlib import Path
 from typing import Any
+from zlib import compress, crc32, decompress
 
 import lightning as L
 import torch
@@ -21,6 +25,8 @@ from vico_pl.files import append_json
 from vico_pl.types import BadRecord, RankBatch
 
 SAMPLE_LOG = "samples-rank-{rank}.jsonl"
+ATTEMPT = b'{"attempt"'  # the start of a line of `SampleLog` where an attempt starts
+BLOCK_BYTES = 65_536  # that are read of a log at a time
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -185,10 +191,11 @@ def _commit() -> str | None:
 class SampleLog(L.Callback):
     """Logs the samples of each step of a rank in `SAMPLE_LOG` of `folder`, for `vico audit`.
 
-        {"attempt": 1, "from_step": 4, "world": 2}                 the run started or resumed at step 4
-        {"step": 4, "ids": ["a.tar/7", "a.tar/3"], "bad": [...]}   samples of a step, and bad records if any
+        {"attempt": 1, "from_step": 4, "world": 2}    the run started or resumed at step 4
+        {"step": 4, "used": "eNozNlIwVDAFAAO6AQw=", "crc32": 1685046178, "bad": ["a.tar/7"]}
 
-    Ranks do not wait for each other.
+    A step has the positions of its samples in the order of the run (`pack_positions`: here 32, 33, 38), the
+    checksum of their names, and the names of bad records if any. Ranks do not wait for each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -199,14 +206,18 @@ class SampleLog(L.Callback):
         self._step = trainer.global_step
         attempt = trainer.strategy.broadcast(self._num_attempts())
         path = self._path(trainer.global_rank)
-        is_truncated = any(not last.endswith(b"\n") for last in deque(_lines(path), maxlen=1))
+        is_truncated = any(not last.endswith(b"\n") for last in deque(read_lines(path), maxlen=1))
         line = {"attempt": attempt, "from_step": self._step, "world": trainer.world_size}
         append_json(path, line, before=b"\n" if is_truncated else b"")
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: Any, out: Any, batch: RankBatch, *_: Any) -> None:
         """Write the samples of the step."""
+        batches = (zip(each.positions, each.ids, strict=True) for each in batch.micro_batches)
+        samples = sorted(sample for of_batch in batches for sample in of_batch if sample[1])  # no dummies
+        used = pack_positions([position for position, _ in samples])
+        line = {"step": self._step, "used": used, "crc32": checksum(name for _, name in samples)}
         bad = {"bad": [record.id for record in batch.bad_records]} if batch.bad_records else {}
-        append_json(self._path(trainer.global_rank), {"step": self._step, "ids": batch.ids, **bad})
+        append_json(self._path(trainer.global_rank), line | bad)
         self._step += 1
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
@@ -216,13 +227,45 @@ class SampleLog(L.Callback):
 
     def _num_attempts(self) -> int:
         """Count in the log of rank 0, which took part in all of them."""
-        return sum(line.startswith(b'{"attempt"') for line in _lines(self._path(0)))
+        return sum(line.startswith(ATTEMPT) for line in read_lines(self._path(0)))
 
     def _path(self, rank: int) -> Path:
         return self._folder / SAMPLE_LOG.format(rank=rank)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    if path.exists():
+def pack_positions(positions: list[int]) -> str:
+    """Return rising positions as text: the first and the gaps between them, compressed, in base64.
+
+    >>> unpack_positions(pack_positions([32, 33, 38]))
+    [32, 33, 38]
+    """
+    gaps = map(sub, positions, [0, *positions])
+    return b64encode(compress(" ".join(map(str, gaps)).encode(), level=9)).decode()
+
+
+def unpack_positions(packed: str) -> list[int]:
+    """Return the positions in a text of `pack_positions`.
+
+    Raises:
+        ValueError, zlib.error: the text is damaged.
+    """
+    positions = list(accumulate(map(int, decompress(b64decode(packed)).split())))
+    if min(positions, default=0) < 0:
+        raise ValueError(f"position {min(positions)}; expected 0 or more")
+    return positions
+
+
+def checksum(names: Iterable[str]) -> int:
+    """Return the CRC-32 of names in their order."""
+    return crc32("\n".join(names).encode(errors="surrogateescape"))
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, none if it does not exist; no descriptor stays open between blocks."""
+    start, lines = 0, [b""] if path.exists() else []
+    while lines:
         with path.open("rb") as file:
-            yield from file
+            file.seek(start)
+            lines = file.readlines(BLOCK_BYTES)
+            start = file.tell()
+        yield from lines

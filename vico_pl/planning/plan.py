@@ -1,58 +1,97 @@
-"""The plan of a recipe: memory, operations and hours, from configurations alone; as text and as JSON."""
+"""The plan of a recipe: memory, operations and hours, from configurations alone; as text and as JSON.
+
+Weights, gradients and optimizer state are counted from parameters, the tensors of a micro-batch while the
+stage's own step runs on `meta`. Those tensors are freed before the optimizer steps, which needs temporaries:
+the larger of the two counts.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
+
+from torch import Tensor
 
 from vico_pl.config import RunConfig
 from vico_pl.model.adapters import own_parameters
+from vico_pl.model.blocks import split_units
 from vico_pl.model.flops import count_flops
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.planning.memory import (
-    GIB,
-    Layout,
-    RunMemory,
-    Terms,
-    measure_memory,
-    shared_parameters,
-    stage_on_meta,
+from vico_pl.planning.memory import Terms, num_bytes, stage_on_meta, step_terms, trained_parameters
+from vico_pl.planning.sources import (
+    GPUS,
+    Gpu,
+    MicroBatch,
+    ModelShape,
+    find_model,
+    largest_micro_batch,
+    read_samples,
 )
-from vico_pl.planning.sources import MicroBatch, ModelShape, find_model, largest_micro_batch, read_samples
 from vico_pl.stages import STAGES
+from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import PARTS
 
+GIB = 2**30
 WORLDS = (2, 4, 8)  # numbers of GPUs that are shown under FSDP
 MAX_WORLD = 64  # the largest number of GPUs that is tried
 MFU = 0.4  # fraction of a GPU's peak that large runs reach
-USABLE = 0.92  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation take the rest
-ONE_GPU, DDP = Layout(), Layout(world=2)  # under DDP each GPU holds the same, however many there are
 SMALL_GIB = 0.01  # terms that are smaller in every layout are left out of tables, not of sums
 CHECKPOINTING = {False: "no_activation_checkpointing", True: "activation_checkpointing"}  # in figures
 
 
-class Gpu(NamedTuple):
-    """A GPU by NVIDIA's data sheet, its speed without sparsity."""
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The number of GPUs of a run, and whether FSDP shards the models."""
 
-    memory_gib: float  # as the driver reports it, a little less than the name says
-    half_tflops: float  # bfloat16 and float16 on tensor cores
-    full_tflops: float  # float32 without TF32
+    world: int = 1
+    sharded: bool = False  # FSDP; otherwise DDP, or one GPU
 
-    def tflops(self, precision: str) -> float:
-        """Return the peak at one of Lightning's precisions."""
-        return self.full_tflops if precision.startswith("32") else self.half_tflops
-
-    @property
-    def usable_gib(self) -> float:
-        """What a run may take of the memory."""
-        return self.memory_gib * USABLE
+    def __str__(self) -> str:
+        if self.world == 1:
+            return "1 GPU"
+        return f"FSDP x{self.world}" if self.sharded else "DDP"
 
 
-GPUS = {
-    "L40S": Gpu(44.4, 362.0, 91.6),
-    "A100-80": Gpu(79.2, 312.0, 19.5),
-    "H100-80": Gpu(79.1, 989.0, 67.0),
-    "H200": Gpu(139.8, 989.0, 67.0),
-}
+@dataclass(frozen=True, kw_only=True)
+class RunMemory:
+    """The memory of a run in bytes, before a strategy divides it among GPUs."""
+
+    weights: Terms  # policy and reference
+    shared: float  # weights of the policy that the reference uses too, unless they are sharded
+    gradients: float
+    optimizer: float
+    largest: float  # the largest trained weight
+    micro_batch: Terms  # alive at the peak of a micro-batch's step
+    unit: float  # the largest unit (block, router) that FSDP gathers
+    root: float  # what is in no unit: embeddings, head, connectors
+
+    def per_gpu(self, layout: Layout, *, foreach: bool = True) -> Terms:
+        """Return what each GPU holds.
+
+        DDP copies all gradients into buckets that it sends. FSDP keeps 1/world of weights, gradients and
+        optimizer state, but gathers what computes: the running block and the next one; the gradients of the
+        running block; and what is in no block, for the whole micro-batch.
+        """
+        fraction = 1 / layout.world if layout.sharded else 1.0
+        terms = {name: size * fraction for name, size in self.weights.items()}
+        if layout.sharded and self.shared:  # a part can be sharded for one model only
+            terms["reference weights"] += self.shared * fraction
+        terms |= {"gradients": self.gradients * fraction, "optimizer": self.optimizer * fraction}
+        if layout.world > 1 and layout.sharded:
+            terms["gathered by FSDP"] = (2 * self.unit + self.root) * (1 - fraction) + self.unit
+        elif layout.world > 1:
+            terms["buckets of DDP"] = self.gradients
+        # On GPUs AdamW takes the roots of all second averages at once; on the CPU one's, and a quotient.
+        temporaries = self.gradients * fraction if foreach else 2 * self.largest
+        if temporaries > sum(self.micro_batch.values()):
+            return {**terms, "optimizer's temporaries": temporaries}
+        return {**terms, **self.micro_batch}
+
+    def gib(self, layout: Layout) -> float:
+        """Return the sum of what each GPU holds, in GiB."""
+        return sum(self.per_gpu(layout).values()) / GIB
+
+
+ONE_GPU, DDP = Layout(), Layout(world=2)  # under DDP each GPU holds the same, however many there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +151,33 @@ def build_plan(config: RunConfig, *, shape: str | None = None, mfu: float = MFU)
     }
     shared = sum(p.numel() for p in shared_parameters(stage))
     return Plan(config=config, figures=figures, shared_parameters=shared, mfu=mfu)
+
+
+def measure_memory(config: RunConfig, shape: ModelShape, micro_batch: MicroBatch) -> RunMemory:
+    """Measure the memory of a run by running the step of one micro-batch on `meta`."""
+    stage = stage_on_meta(config, shape)
+    policy, networks, trained = stage.trained_model(), stage.sharded_models(), trained_parameters(stage)
+    whole = num_bytes({id(p): p for network in networks for p in network.parameters()}.values())
+    of_policy, gradients = num_bytes(policy.parameters()), num_bytes(trained)
+    units = [unit for network in networks for unit in split_units(network)]
+    sizes = {id(unit): num_bytes(unit.parameters()) for unit in units}  # models may share a unit
+    return RunMemory(
+        weights={"policy weights": of_policy, "reference weights": whole - of_policy},
+        shared=num_bytes(shared_parameters(stage)),
+        gradients=gradients,
+        optimizer=2 * gradients,  # AdamW keeps two averages of each gradient, in the dtype of the weight
+        largest=max(num_bytes([parameter]) for parameter in trained),
+        micro_batch=step_terms(stage, micro_batch, precision=config.trainer.precision),
+        unit=max(sizes.values()),
+        root=whole - sum(sizes.values()),
+    )
+
+
+def shared_parameters(stage: Stage) -> list[Tensor]:
+    """Return the frozen parameters that the policy and another model share."""
+    policy, *others = stage.sharded_models()
+    frozen = {id(parameter) for parameter in policy.parameters() if not parameter.requires_grad}
+    return [p for model in others for p in model.parameters() if id(p) in frozen]
 
 
 def _num_gpus(config: RunConfig) -> int | None:

@@ -1,14 +1,15 @@
-"""The shape of a recipe's model and the mean size of its samples, without downloads or weights."""
+"""What a plan starts from, without downloads or weights: GPUs, the shape of a model, the size of samples."""
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from vico_pl.data.collate import collate
 from vico_pl.data.module import DataConfig
 from vico_pl.data.shards.index import INDEX_NAME, open_sidecar, parse_entries, side_index_path
 from vico_pl.data.shards.locations import parse_source
@@ -18,11 +19,13 @@ from vico_pl.files import read_json
 from vico_pl.model.families.base import CONFIG_NAME
 from vico_pl.model.families.folder import read_shape
 from vico_pl.model.families.hub import is_hub_id, split_revision
-from vico_pl.model.vlm import ModelSpec, open_clip_config
+from vico_pl.model.vlm import ModelSpec, VisionLanguageModel, open_clip_config
 from vico_pl.stages.settings import ModelConfig
 from vico_pl.tokens import SPECIAL_TOKENS
+from vico_pl.types import Batch, EncodedSample
 
 TEXT_TOKENS, TILES = 200.0, 5  # of a sample whose shards are not here; half of the text is response
+USABLE = 0.92  # fraction of a GPU's memory: the CUDA context, NCCL and fragmentation take the rest
 MAX_MEASURED = 20_000  # samples of a source whose sizes are averaged
 
 
@@ -58,6 +61,31 @@ RELEASED = {
 }
 # Language models that recipes start from, as released.
 LANGUAGE = {"Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tie_word_embeddings=True)}
+
+
+class Gpu(NamedTuple):
+    """A GPU by NVIDIA's data sheet, its speed without sparsity."""
+
+    memory_gib: float  # as the driver reports it, a little less than the name says
+    half_tflops: float  # bfloat16 and float16 on tensor cores
+    full_tflops: float  # float32 without TF32
+
+    def tflops(self, precision: str) -> float:
+        """Return the peak at one of Lightning's precisions."""
+        return self.full_tflops if precision.startswith("32") else self.half_tflops
+
+    @property
+    def usable_gib(self) -> float:
+        """What a run may take of the memory."""
+        return self.memory_gib * USABLE
+
+
+GPUS = {
+    "L40S": Gpu(44.4, 362.0, 91.6),
+    "A100-80": Gpu(79.2, 312.0, 19.5),
+    "H100-80": Gpu(79.1, 989.0, 67.0),
+    "H200": Gpu(139.8, 989.0, 67.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,3 +231,19 @@ def largest_micro_batch(
     fitting = min(limits.max_tiles // tiles, limits.max_tokens // length, rank_samples)
     response = min(max(round(sample.response_tokens), 1), text - 1)
     return MicroBatch(num_samples=max(fitting, 1), tiles=tiles, text_tokens=text, response_tokens=response)
+
+
+def draw_batch(model: VisionLanguageModel, micro_batch: MicroBatch) -> Batch:
+    """Return a batch of identical samples with tiles on `meta`."""
+    size = model.vision.tile_size
+    text = torch.zeros(micro_batch.text_tokens, dtype=torch.int64) + (model.spec.placeholder_id == 0)
+    tiles = torch.full((micro_batch.tiles,), model.spec.placeholder_id)
+    length = micro_batch.tiles + micro_batch.text_tokens
+    sample = EncodedSample(
+        id="drawn",
+        tiles=torch.empty(micro_batch.tiles, 3, size, size, dtype=torch.uint8, device="meta"),
+        tiles_per_image=[micro_batch.tiles],
+        input_ids=torch.cat([text[:1], tiles, text[1:]]),
+        response_mask=torch.arange(length) >= length - micro_batch.response_tokens,
+    )
+    return collate([sample] * micro_batch.num_samples)

@@ -19,11 +19,9 @@ from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import release
-from vico_pl.model.branches import branch_states
-from vico_pl.model.connector import FULL_RATIO
-from vico_pl.model.dropout import set_keys, tile_keys
+from vico_pl.model.connector import FULL_RATIO, set_keys, tile_keys
 from vico_pl.model.flops import ModelFlops
-from vico_pl.model.reference import FrozenReference
+from vico_pl.model.reference import FrozenReference, branch_states
 from vico_pl.model.router import at_threshold, compress_probability
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.base import Stage, StepResult, prepare_blocks

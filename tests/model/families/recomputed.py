@@ -7,8 +7,8 @@ from torch.nn import functional
 class Recomputed:
     """Parts of a model, computed step by step from its raw official tensors."""
 
-    def __init__(self, tensors, config):
-        self.tensors, self.vision = tensors, config["vision_config"]
+    def __init__(self, tensors, config=None):
+        self.tensors, self.vision = tensors, config and config["vision_config"]
 
     def linear(self, name, x):
         return functional.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
@@ -75,15 +75,15 @@ class Recomputed:
         x = functional.gelu(self.linear("mlp2.1", self.norm("mlp2.0", self.shuffle(features, 0.25))))
         return self.linear("mlp2.7", functional.gelu(self.linear("mlp2.4", x)))
 
-    def gates(self, features, layers=(1, 2, 2, 2)):
-        """P(compress) and P(keep), with the attention layers that really run."""
+    def gates(self, features, layers=(1, 2, 2, 2), heads=16):
+        """Logits of compress and keep, with the attention layers that really run."""
         query = self.tensors["pooling_before_gating.query_token"].expand(len(features), 1, -1)
         for i in layers:
             name = f"pooling_before_gating.attn{i}"
             weights = self.tensors[f"{name}.in_proj_weight"].chunk(3)
             biases = self.tensors[f"{name}.in_proj_bias"].chunk(3)
             q, k, v = (
-                functional.linear(x, w, b).unflatten(-1, (16, -1)).transpose(1, 2)
+                functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
                 for x, w, b in zip((query, features, features), weights, biases, strict=True)
             )
             mixed = (
@@ -94,4 +94,4 @@ class Recomputed:
         for i in range(1, 5):
             inner = functional.gelu(self.linear(f"gating.block{i}.0", x))
             x = x + self.norm(f"gating.block{i}.5", self.linear(f"gating.block{i}.3", inner))
-        return self.linear("gating.gate.1", self.norm("gating.gate.0", x)).softmax(-1)
+        return self.linear("gating.gate.1", self.norm("gating.gate.0", x))

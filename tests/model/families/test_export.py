@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoImageProcessor, InternVLForConditionalG
 
 from tests.support.released import (
     LANGUAGE_CONFIG,
+    MIXTURE,
     folder_tensors,
     official_config,
     official_shapes,
@@ -23,8 +24,6 @@ from vico_pl.model.vlm import VisionLanguageModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:the folder will have no remote code")
 ROUTING = ("mlp2.", "pooling_before_gating.", "gating.")
-MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
-MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LANGUAGES = {"qwen3": LANGUAGE_CONFIG, "qwen3_moe": {**LANGUAGE_CONFIG, **MIXTURE}}
 
 

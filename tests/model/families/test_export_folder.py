@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -14,21 +15,13 @@ from tests.support.released import (
     write_native,
     write_official,
 )
-from tests.support.tiny import tiny_model, tiny_spec
+from tests.support.tiny import intern_vit, tiny_model, tiny_spec
 from vico_pl.files import read_json
 from vico_pl.model.families.base import CALIBRATION_NAME, CONFIG_NAME, PROCESSING_NAME
 from vico_pl.model.families.folder import LAYOUTS, export, load_model, open_folder, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the folder will have no remote code")
-INTERNVIT = {
-    "model_type": "internvl_vision",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 112,
-    "patch_size": 14,
-}
+INTERNVIT = intern_vit(image_size=112, patch_size=14)
 GPT = {"model_type": "gpt_neox", "num_attention_heads": 2, "num_hidden_layers": 1}
 GPT |= {key: tiny_spec().language[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
 
@@ -73,14 +66,11 @@ def test_a_model_that_a_layout_cannot_hold_is_refused(tmp_path, layouts, spec, m
         assert_refused(tmp_path / "in", tmp_path / "out", message, layout=layout)
 
 
-def test_flash_wants_a_calibrated_model(tmp_path, ours):
+def test_an_unknown_layout_is_refused_and_flash_wants_a_calibrated_model(tmp_path, ours):
+    expected = "layout is 'gguf'; expected one of ours, flash, internvl, hf"
+    assert_refused(ours, tmp_path / "out", expected, layout="gguf")
     (ours / CALIBRATION_NAME).unlink()
     assert_refused(ours, tmp_path / "out", "run 'vico calibrate' first", layout="flash")
-
-
-def test_a_layout_that_is_not_known_is_refused_with_those_that_are(tmp_path, flash):
-    expected = "layout is 'gguf'; expected one of ours, flash, internvl, hf"
-    assert_refused(flash, tmp_path / "out", expected, layout="gguf")
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, flash):
@@ -101,9 +91,7 @@ def test_tensors_that_do_not_fit_are_reported_before_anything_is_written(tmp_pat
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_counts_as_complete_only_with_its_weights(tmp_path, ours, layout, monkeypatch):
-    def full_disk(*_, **__):
-        raise OSError("No space left on device")
-
+    full_disk = mock.Mock(side_effect=OSError("No space left on device"))
     monkeypatch.setattr("vico_pl.model.families.base.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export(ours, tmp_path / "out", layout=layout)
@@ -166,18 +154,15 @@ def test_a_template_names_no_remote_code_in_our_layout(tmp_path, flash, template
     assert load_model(tmp_path / "out").spec == load_model(flash).spec
 
 
-def test_a_template_without_configuration_is_refused(tmp_path, flash, template):
-    (template / CONFIG_NAME).unlink()
-    message = f"{template}: no config.json; --template takes a released model folder"
-    assert_refused(flash, tmp_path / "out", message, layout="flash", template=template)
-
-
-def test_a_template_of_another_family_is_refused(tmp_path, flash, template):
+def test_a_template_of_another_family_or_without_configuration_is_refused(tmp_path, flash, template):
     tokenizer = read_json(template / "tokenizer.json")
     (context,) = [token for token in tokenizer["added_tokens"] if token["content"] == "<IMG_CONTEXT>"]
     context["id"] += 100
     (template / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = "take the template of the same family"
+    assert_refused(flash, tmp_path / "out", message, layout="flash", template=template)
+    (template / CONFIG_NAME).unlink()
+    message = f"{template}: no config.json; --template takes a released model folder"
     assert_refused(flash, tmp_path / "out", message, layout="flash", template=template)
 
 

@@ -5,11 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.released import TILE, folder_tensors, qwen_tokenizer, write_native
-from tests.support.tiny import batch_of
+from tests.support.released import TILE, folder_tensors, image_sample, logits_of, qwen_tokenizer, write_native
 from vico_pl.model.families.folder import load_model, open_folder
-from vico_pl.model.language import run_packed
-from vico_pl.types import EncodedSample
 
 PLACEHOLDER = qwen_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
 
@@ -33,22 +30,6 @@ def edit_config(folder, change):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def sample(seed, *, images):
-    """Text around images of so many tiles each."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = [3]
-    for num_tiles in images:
-        ids += [*[PLACEHOLDER] * num_tiles, *torch.randint(0, 260, (3,), generator=generator).tolist()]
-    total = sum(images)
-    return EncodedSample(
-        id=str(seed),
-        tiles=torch.randint(0, 256, (total, 3, TILE, TILE), generator=generator, dtype=torch.uint8),
-        tiles_per_image=list(images),
-        input_ids=torch.tensor([*ids, 4]),
-        response_mask=torch.arange(len(ids) + 1) == len(ids),
-    )
-
-
 def their_logits(model, sample):
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -57,17 +38,10 @@ def their_logits(model, sample):
     return model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
 
 
-def our_logits(model, *samples):
-    batch = batch_of(*samples)
-    spliced = model.splice_batch(batch, model.encode_tiles(batch.tiles), model.full_ratios(batch))
-    hidden = run_packed(model.language, spliced.embeddings, spliced.segment_lengths)
-    return (hidden @ model.head.T).split(spliced.segment_lengths)
-
-
 @torch.no_grad()
 def test_logits_are_those_of_transformers(native):
-    samples = [sample(1, images=(3, 1)), sample(2, images=()), sample(3, images=(2,))]
-    ours = our_logits(load_model(native[0]), *samples)
+    samples = [image_sample(1, images=(3, 1)), image_sample(2, images=()), image_sample(3, images=(2,))]
+    ours = logits_of(load_model(native[0]), *samples)
     for mine, one in zip(ours, samples, strict=True):
         torch.testing.assert_close(mine, their_logits(native[1], one), rtol=0, atol=1e-5)
 

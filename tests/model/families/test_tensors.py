@@ -90,13 +90,6 @@ def test_an_interrupted_write_leaves_the_older_weights_whole(tmp_path, monkeypat
     assert_holds(tmp_path, TENSORS)
 
 
-def test_an_index_that_names_an_absent_shard_is_refused(tmp_path):
-    write_tensors(TENSORS, tmp_path, max_bytes=80)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    expected = f": {INDEX_NAME} names model-00002-of-00003.safetensors, which is absent; fetch it again"
-    assert refusal(tmp_path) == expected
-
-
 @pytest.mark.parametrize(
     "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": []}}', "\xff"]
 )
@@ -106,10 +99,14 @@ def test_a_damaged_index_is_refused(tmp_path, content):
     assert refusal(tmp_path).startswith(f"/{INDEX_NAME}: no readable index of weights (")
 
 
-def test_pickled_weights_are_not_read(tmp_path):
-    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
-    expected = f": pickled weights may run code; save them as {WEIGHTS_NAME}"
+def test_absent_and_pickled_weights_are_refused(tmp_path):
+    write_tensors(TENSORS, tmp_path, max_bytes=80)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    expected = f": {INDEX_NAME} names model-00002-of-00003.safetensors, which is absent; fetch it again"
     assert refusal(tmp_path) == expected
+    (tmp_path / INDEX_NAME).unlink()
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    assert refusal(tmp_path) == f": pickled weights may run code; save them as {WEIGHTS_NAME}"
 
 
 def test_pickled_weights_beside_others_are_passed_over(tmp_path):
