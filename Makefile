@@ -252,7 +252,10 @@ docs-serve: $(INSTALLED) ## Show the documentation in a browser, rebuilt at ever
 bench: $(INSTALLED) ## Measure speed and memory against their goals: about 13 minutes, 10 GiB of memory
 	for name in kl labels step scaling monitoring inference data start; do $(BIN)/python benchmarks/$$name.py; done
 
-.PHONY: structure
+.PHONY: gpu-check structure
+gpu-check: $(INSTALLED) ## Measure all that needs a GPU, on one GPU: under 8 minutes
+	@$(BIN)/python benchmarks/gpu.py
+
 structure: $(INSTALLED) ## Print how large the code is, as CONTRIBUTING.md shows it
 	@$(BIN)/python benchmarks/structure.py
 

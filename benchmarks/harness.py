@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 FOLDER = Path(__file__).parent
 ALL = "make bench"  # the command behind figures at the usual settings
 SUMMARY = "summary.json"
+ONE_THREAD = "one thread used, no GPU"
 
 Figures = dict[str, dict[str, float | None]]  # name -> {"measured", "goal"}; no goal: only reported
 Goals = Mapping[str, "Goal | None"]
@@ -139,14 +140,16 @@ def write(
     tables: Callable[[dict[str, Any]], str],
     command: str = ALL,
     packages: Sequence[str] = (),
+    used: str = ONE_THREAD,
     output: Path = FOLDER / "results",
     page: Path = FOLDER / "README.md",
 ) -> dict[str, Any]:
     """Write the results of a benchmark; returns the content of results/NAME.json.
 
-    `tables` formats that content as Markdown. Versions of `packages` are recorded too.
+    `tables` formats that content as Markdown. Versions of `packages` are recorded too, and what was `used` of
+    the machine.
     """
-    content = {**_origin(command, packages), "figures": figures, **details}
+    content = {**_origin(command, packages, used), "figures": figures, **details}
     output.mkdir(parents=True, exist_ok=True)
     _write_json(output / f"{name}.json", content)
     _write_json(output / SUMMARY, summarise(output))
@@ -157,10 +160,9 @@ def write(
 def summarise(folder: Path) -> dict[str, Any]:
     """Gather the figures of all benchmarks that have results in a folder."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != SUMMARY]
-    newest = max(results, key=lambda result: result["date"])
     return {
-        "machine": newest["machine"],
-        "date": newest["date"],
+        "machine": "; ".join(dict.fromkeys(result["machine"] for result in results)),
+        "date": max(result["date"] for result in results),
         "command": "; ".join(dict.fromkeys(result["command"] for result in results)),
         "versions": {name: v for result in results for name, v in result["versions"].items()},
         "figures": {name: figure for result in results for name, figure in result["figures"].items()},
@@ -212,19 +214,19 @@ def installed(package: str) -> str | None:
         return None
 
 
-def machine() -> str:
-    """Describe the processor and memory."""
+def machine(used: str = ONE_THREAD) -> str:
+    """Describe the processor and memory, and what is used of the machine."""
     found = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     processor = found[1].strip() if found else platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, {gib:.0f} GiB, one thread used, no GPU"
+    return f"{processor}, {os.cpu_count()} cores, {gib:.0f} GiB, {used}"
 
 
-def _origin(command: str, packages: Sequence[str]) -> dict[str, Any]:
+def _origin(command: str, packages: Sequence[str], used: str) -> dict[str, Any]:
     known = {name: installed(name) for name in ("torch", "vico-pl", *packages)}
     versions = {"python": platform.python_version(), **{k: v for k, v in known.items() if v}}
     return {
-        "machine": machine(),
+        "machine": machine(used),
         "date": datetime.now(tz=UTC).date().isoformat(),
         "command": command,
         "versions": versions,

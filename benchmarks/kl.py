@@ -91,7 +91,8 @@ def draw_inputs(shape: Shape) -> Inputs:
 @torch.no_grad()
 def run_floor(given: Inputs, shape: Shape) -> None:
     """Do the four matrix products of a live reference and a trained head, and nothing else."""
-    logits, others = (torch.empty(min(shape.chunk, shape.tokens), shape.vocab) for _ in range(2))
+    size = min(shape.chunk, shape.tokens), shape.vocab
+    logits, others = given.states.new_empty(size), given.states.new_empty(size)
     to_states, to_head = torch.empty_like(given.states), torch.zeros_like(given.head)
     for start in range(0, shape.tokens, shape.chunk):
         rows = slice(start, start + shape.chunk)
@@ -185,7 +186,9 @@ def measure_apart(name: str, shape: Shape) -> dict[str, float]:
 # --- Rounding error -----------------------------------------------------------------------------------------
 
 
-def rounding_errors(*, tokens: int = 64, vocab: int = 32_000, width: int = 1024) -> dict[str, float]:
+def rounding_errors(
+    *, tokens: int = 64, vocab: int = 32_000, width: int = 1024, device: str = "cpu"
+) -> dict[str, float]:
     """Return relative errors of the value and gradients for bfloat16 states and heads near `KL_NATS` a token.
 
     The truth is float64 on the same bfloat16 numbers. `logits_bf16_*` is what logits rounded to bfloat16, as
@@ -196,6 +199,7 @@ def rounding_errors(*, tokens: int = 64, vocab: int = 32_000, width: int = 1024)
     reference = torch.randn(tokens, width, generator=generator).bfloat16()
     step = math.sqrt(2 * KL_NATS) * torch.randn(tokens, width, generator=generator)  # KL is half its variance
     states = (reference.float() + step).bfloat16()
+    states, head, reference = (tensor.to(device) for tensor in (states, head, reference))
     exact = _whole_kl(*(tensor.double() for tensor in (states, head, reference)))
     ours = _with_gradients(states, head, lambda s, h: consistency_kl(s, h, reference, head))
     rounded = _whole_kl(states, head, reference)

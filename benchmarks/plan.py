@@ -9,7 +9,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from vico_pl.planning.memory import ready, trained_parameters
 from vico_pl.planning.plan import GIB, Layout, measure_memory
 from vico_pl.planning.sources import MicroBatch, ModelShape, draw_batch
 from vico_pl.stages import build_stage
+from vico_pl.stages.settings import ModelConfig
 
 GOALS = {"plan_memory_error": Goal(0.10)}
 SPEC = ModelSpec(
@@ -55,6 +56,7 @@ SPEC = ModelSpec(
     router_heads=8,
     placeholder_id=5,
 )
+SHAPE = ModelShape(name="this benchmark", spec=SPEC, dtype=torch.float32)
 CASES: dict[str, dict[str, Any]] = {
     "stage 1": {"stage": "consistency"},
     "stage 1, activation checkpointing": {"stage": "consistency", "checkpointing": True, "num_samples": 12},
@@ -105,38 +107,61 @@ class RandomModels:
 
     same_weights = False
 
+    def __init__(self, shape: ModelShape, config: ModelConfig) -> None:
+        """Remember the shape of both; the policy has what the recipe adds."""
+        self._shape, self._config = shape, config
+
     def policy(self) -> VisionLanguageModel:
         """Return the model to train."""
-        return VisionLanguageModel(SPEC)
+        heads = self._shape.spec.router_heads or self._config.router_heads
+        return self._build(replace(self._shape.spec, ratios=self._config.ratios, router_heads=heads))
 
     def reference(self) -> VisionLanguageModel:
         """Return the reference model."""
-        return VisionLanguageModel(SPEC)
+        return self._build(self._shape.spec)
+
+    def _build(self, spec: ModelSpec) -> VisionLanguageModel:
+        model = VisionLanguageModel(spec).to(self._shape.dtype)
+        if model.router is not None:
+            model.router.float()  # as a randomly initialised one
+        return model
 
 
 def train(case: str, micro_batch: MicroBatch) -> None:
-    """Build the stage of a case with weights and run a micro-batch as in the middle of a run.
+    """Build the stage of a case with weights and run a micro-batch as in the middle of a run."""
+    build_step(recipe(case), SHAPE, micro_batch)()
+
+
+def build_step(
+    config: RunConfig, shape: ModelShape, micro_batch: MicroBatch, *, device: str = "cpu"
+) -> Callable[[], None]:
+    """Build a stage with random weights; returns what runs a micro-batch as in the middle of a run.
 
     The optimizer has its averages by then, and an earlier micro-batch of the same step left its gradients.
     """
-    config = recipe(case)
-    stage = ready(build_stage(config, RandomModels()))
+    with torch.device(device):  # weights are drawn where they stay
+        stage = ready(build_stage(config, RandomModels(shape, config.model))).to(device)
     trained = trained_parameters(stage)
     optimizer = build_optimizer(stage.named_parameters(), config.optim, num_steps=2)["optimizer"]
     for parameter in trained:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     drawn = draw_batch(stage.trained_model(), micro_batch)
-    batch = replace(drawn, tiles=torch.zeros(drawn.tiles.shape, dtype=torch.uint8))
-    stage.step(batch).loss_sum.backward()
-    optimizer.step()
+    batch = replace(drawn, tiles=torch.zeros(drawn.tiles.shape, dtype=torch.uint8)).to(torch.device(device))
+    lowered = config.trainer.precision == "bf16-mixed"
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=lowered):
+            stage.step(batch).loss_sum.backward()  # inside, as Lightning runs both
+        optimizer.step()
+
+    return step
 
 
 def predict(case: str, micro_batch: MicroBatch) -> dict[str, float]:
     """Return the prediction for a case, in MiB by term."""
     config = recipe(case)
-    shape = ModelShape(name="this benchmark", spec=SPEC, dtype=torch.float32)
-    terms = measure_memory(config, shape, micro_batch).per_gpu(Layout(), foreach=False)
+    terms = measure_memory(config, SHAPE, micro_batch).per_gpu(Layout(), foreach=False)
     return {name: size / GIB * 1024 for name, size in terms.items()}
 
 

@@ -13,12 +13,12 @@ from tests.support.scripts import BENCHMARKS, load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling, monitoring, start = (
-    load_benchmark(name)
-    for name in (
-        *("harness", "kl", "data", "data_pipeline", "data_images", "data_shuffle"),
-        *("models", "labels", "step", "inference", "scaling", "monitoring", "start"),
-    )
+harness, kl, labels, step, inference, scaling, monitoring, start, gpu = map(
+    load_benchmark,
+    ("harness", "kl", "labels", "step", "inference", "scaling", "monitoring", "start", "gpu"),
+)
+data, pipeline, images, shuffle, models = map(
+    load_benchmark, ("data", "data_pipeline", "data_images", "data_shuffle", "models")
 )
 RESULTS, PAGE = BENCHMARKS / "results", BENCHMARKS / "README.md"
 RECORDED = sorted(path.stem for path in RESULTS.glob("*.json") if path.name != harness.SUMMARY)
@@ -194,3 +194,45 @@ def test_a_set_of_any_size_is_opened_as_one_of_many_ranks(tmp_path, monkeypatch)
     assert 0 < found["opened"] < found["assigned"]
     assert start.figures(details["rounds"]) == details["figures"]
     assert start.tables(details) in page
+
+
+def test_without_a_gpu_the_check_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main([]) == 2
+    assert re.fullmatch(r"PyTorch sees no CUDA GPU; [^.\n]+\.\n", capsys.readouterr().err)
+
+
+def test_a_dry_run_of_the_gpu_check_measures_all_and_writes_nothing(monkeypatch, capsys):
+    resume = {"steps": 40, "stopped_at": 2, "difference": 0.0}  # takes processes of its own: see below
+    monkeypatch.setattr(gpu, "measure_resume", lambda _: resume)
+    before = PAGE.read_text()
+    assert gpu.main(["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for figure in ("gpu_stage_1_tokens_per_s", "gpu_stage_2_tokens_per_s", "gpu_kl_time_over_naive"):
+        assert re.search(rf"`{figure}` \| \d", printed)
+    assert "`gpu_failures` | 0.0 | <= 0" in printed
+    assert "| skipped: model.attention is 'flash'" in printed
+    assert PAGE.read_text() == before
+    assert not (RESULTS / "gpu.json").exists()
+
+
+def test_what_fails_on_a_gpu_is_reported_and_the_rest_measured(monkeypatch, capsys):
+    def out_of_memory(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu, "measure_resume", out_of_memory)
+    monkeypatch.setattr(gpu, "run_tests", lambda _: {"passed": 3, "failed": 1, "skipped": 0})
+    monkeypatch.setattr(gpu, "measure_step", out_of_memory)
+    assert gpu.main(["--dry-run"]) == 1
+    printed = capsys.readouterr().out
+    assert "`gpu_failures` | 6 | <= 0" in printed, "a test, four steps and the resumed run"
+    assert "| stage 2 | failed: RuntimeError: out of memory |" in printed
+    assert "`gpu_kl_time_over_naive`" in printed
+
+
+@pytest.mark.slow
+def test_the_gpu_check_resumes_a_stopped_run():
+    found = gpu.measure_resume(gpu.dry_size())
+    assert 0 < found["stopped_at"] < found["steps"]
+    assert found["difference"] == 0

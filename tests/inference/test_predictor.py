@@ -157,3 +157,10 @@ def test_only_a_routed_first_token_runs_the_router(predictor):
     assert not ran
     predictor.first_token(sample, torch.tensor([4]), routes=True)
     assert ran == [1]
+
+
+def test_an_image_is_routed_by_one_pass_of_the_router(predictor):
+    ran = []
+    predictor.model.router.register_forward_hook(lambda *_: ran.append(1))
+    predictor.prepare([torch.zeros(3, 32, 32, dtype=torch.uint8)])
+    assert ran == [1]

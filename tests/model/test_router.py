@@ -28,6 +28,30 @@ def test_it_computes_what_the_released_models_compute(router):
     torch.testing.assert_close(router(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_fused_attention_gives_the_same_logits_without_gradients_only(router):
+    x = features()
+    expected = router(x).detach()
+    before = router.state_dict()
+    router.fuse()
+    assert router.state_dict().keys() == before.keys(), "checkpoints stay as they are"
+    assert torch.equal(router(x), expected), "training"
+    with torch.no_grad():
+        fused = router(x)
+        torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(fused, expected), "the two ways round differently"
+        assert router(x[:0]).shape == (0, 2)
+
+
+def test_a_wide_router_is_not_fused(monkeypatch):
+    monkeypatch.setattr("vico_pl.model.router.MAX_FUSED_WIDTH", WIDTH - 1)
+    torch.manual_seed(0)
+    module, x = ResolutionRouter(WIDTH, num_heads=HEADS).eval(), features()
+    with torch.no_grad():
+        expected = module(x)
+        module.fuse()
+        assert torch.equal(module(x), expected)
+
+
 def test_parameters_have_the_names_and_shapes_of_released_checkpoints(router):
     assert {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()} == dict(
         router_shapes(WIDTH)

@@ -127,6 +127,31 @@ def test_micro_batches_are_labelled_together_in_the_order_of_the_run_however_the
     assert torch.allclose(split.window.values, whole.window.values, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_kept", [0, 1, 2])
+def test_features_that_are_not_kept_are_computed_again_with_the_same_result(monkeypatch, num_kept):
+    samples = mixed_samples()
+    micro_batches = [collate([samples[n]], positions=[n]) for n in (3, 0, 2)]
+
+    def train(stage):
+        encoded, encode = [], stage.policy.model.encode_tiles
+        monkeypatch.setattr(
+            stage.policy.model, "encode_tiles", lambda tiles: encoded.append(1) or encode(tiles)
+        )
+        losses = []
+        for result in stage.results(micro_batches):
+            result.loss_sum.backward()
+            losses.append(result.loss_sum.detach())
+        return [*losses, *(p.grad for p in stage.router.parameters() if p.requires_grad)], len(encoded)
+
+    expected, times = train(stage_of())
+    assert times == 3, "once each"
+    bytes_each = 4 * 48 * 16 * 32  # float32, default max_tiles, patches, width
+    monkeypatch.setattr(router_module, "KEPT_BYTES", num_kept * bytes_each)
+    found, times = train(stage_of())
+    assert times == 3 + 3 - num_kept
+    assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -34,7 +34,7 @@ from vico_pl.model.families.base import PROCESSING_NAME, FolderContents
 from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.families.hub import local_folder
 from vico_pl.model.language import run_packed
-from vico_pl.model.router import RoutingRule, choose_ratios, compress_probability
+from vico_pl.model.router import ResolutionRouter, RoutingRule, choose_ratios, compress_probability
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
 from vico_pl.types import Batch, EncodedSample, Sample, TiledSample
@@ -82,6 +82,8 @@ class Predictor:
         ):
             if found != expected:
                 raise ValueError(f"{folder}: {name} is {found!r}; its tower and tokenizer have {expected}")
+        if isinstance(network.router, ResolutionRouter):
+            network.router.fuse()
         encoder = ChatEncoder(tokenizer, chat, network.tokens_per_full_tile, network.max_positions)
         rule = contents.rule
         return cls(folder=folder, model=network, tokenizer=tokenizer, tiling=tiling, chat=encoder, rule=rule)
@@ -115,11 +117,17 @@ class Predictor:
             raise ValueError(f"{self.folder}: the router gives NaN or infinity; train or export it again")
         return logits
 
-    def choose_ratios(self, features: Float[Tensor, "T P C"]) -> Int64[Tensor, " T"]:
-        """Choose a ratio for each tile of a sample; full tokens if there is no router or no calibration."""
+    def choose_ratios(
+        self, features: Float[Tensor, "T P C"], logits: Float[Tensor, "T K"] | None = None
+    ) -> Int64[Tensor, " T"]:
+        """Choose a ratio for each tile of a sample; full tokens if there is no router or no calibration.
+
+        `logits` are those of the router, if it has run already.
+        """
         if self.model.router is None or self.rule is None or not len(features):
             return torch.full((len(features),), self.model.ratios[0])
-        return choose_ratios(self.router_logits(features), ratios=self.model.ratios, rule=self.rule)
+        logits = self.router_logits(features) if logits is None else logits
+        return choose_ratios(logits, ratios=self.model.ratios, rule=self.rule)
 
     @torch.no_grad()
     def route(self, image: Any) -> ImageRouting:
@@ -196,10 +204,13 @@ class Predictor:
         start, found = self._now(), [pixels(image) for image in images]
         sample = tile_sample(Sample(id=name, images=found, turns=[], metadata={}), self.tiling)
         features, lengths = self.encode(sample.tiles), sample.tiles_per_image
-        chosen = self.choose_ratios(features) if ratios is None else self._fixed_ratios(sample, ratios)
+        logits = self.router_logits(features) if self.model.router is not None and found else None
+        chosen = (
+            self.choose_ratios(features, logits) if ratios is None else self._fixed_ratios(sample, ratios)
+        )
         scores: Sequence[list[float] | None] = [None] * len(found)
-        if self.model.router is not None and found:
-            scores = [p.tolist() for p in compress_probability(self.router_logits(features)).split(lengths)]
+        if logits is not None:
+            scores = [p.tolist() for p in compress_probability(logits).split(lengths)]
         grids = (choose_grid(x.shape[2], x.shape[1], self.tiling.per_image(len(found))) for x in found)
         routings = [
             ImageRouting(

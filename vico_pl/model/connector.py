@@ -86,7 +86,8 @@ class Connectors(nn.Module):
             chosen = (ratios == int(name)).nonzero().squeeze(1)
             # In training all take part, so that no gradient is missing; without tiles too, for the width.
             if len(chosen) or self.training or not len(ratios):
-                set_keys(connector, None if keys is None else keys[chosen])
+                if self.training:  # there is no dropout otherwise
+                    set_keys(connector, None if keys is None else keys[chosen])
                 tokens = connector(features[chosen])
                 pieces.append(tokens.flatten(0, 1))
                 within = torch.arange(tokens.shape[1], device=ratios.device)

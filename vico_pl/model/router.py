@@ -6,7 +6,7 @@ From its logits to a ratio leads our rule, or that of released models.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,6 +18,7 @@ from vico_pl.model.connector import TileDropout
 DEFAULT_ROUTER = "vir"
 NEVER = 1.1  # a threshold above every probability: every tile keeps full tokens
 RELEASED_HEADS = 16  # attention heads of the routers in released checkpoints
+MAX_FUSED_WIDTH = 256  # above it multiplications, not the number of operations, are what a router costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class ResolutionRouter(nn.Module):
             self.pooling_before_gating.update({f"attn{i}": attention, f"norm{i}": nn.LayerNorm(width)})
         self.gating = nn.ModuleDict({f"block{i}": _block(width) for i in range(1, 5)})
         self.gating["gate"] = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_ratios))
+        self._fused: tuple[_Fused, _Fused] | None = None  # of the two attention layers that run
         self.requires_grad_()
 
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T K"]:
@@ -54,11 +56,26 @@ class ResolutionRouter(nn.Module):
         pooling = self.pooling_before_gating
         features = features.detach().to(pooling.query_token.dtype)  # float32 while it is trained
         state = pooling.query_token.expand(len(features), -1)  # T C
+        fused = None if torch.is_grad_enabled() else self._fused
         for i in (1, 2, 2, 2):
-            state = pooling[f"norm{i}"](_attend(pooling[f"attn{i}"], state, features))
+            if fused is None:
+                attended = _attend(pooling[f"attn{i}"], state, features)
+            else:
+                attended = _attend_fused(fused[i - 1], state, features)
+            state = pooling[f"norm{i}"](attended)
         for i in range(1, 5):
             state = state + self.gating[f"block{i}"](state)
         return self.gating["gate"](state)
+
+    def fuse(self) -> None:
+        """Prepare inference: multiply matrices of attention that only ever follow each other.
+
+        The logits are equal but for rounding, from half as many operations. The weights of attention must not
+        change afterwards. Routers wider than `MAX_FUSED_WIDTH` stay as they are.
+        """
+        pooling = self.pooling_before_gating
+        if pooling.query_token.shape[1] <= MAX_FUSED_WIDTH:
+            self._fused = _fuse(pooling["attn1"]), _fuse(pooling["attn2"])
 
     def requires_grad_(self, requires_grad: bool = True) -> "ResolutionRouter":  # noqa: FBT001, FBT002
         """Turn training on or off; what never runs stays off, as DDP would wait for its gradients."""
@@ -83,6 +100,38 @@ def _attend(
     probes = torch.einsum("thd,hdc->thc", heads, wk.view(shape))
     pooled = scaled_dot_product_attention(probes, features, features, scale=heads.shape[-1] ** -0.5)  # T H C
     return layer.out_proj(torch.einsum("thc,hdc->thd", pooled, wv.view(shape)).flatten(1) + bv)
+
+
+class _Fused(NamedTuple):
+    """An attention layer for single queries as two matrices: before and after the features are weighted."""
+
+    to_probes: Float[Tensor, "HC C"]  # with the scale of the softmax
+    probes_bias: Float[Tensor, " HC"]
+    to_output: Float[Tensor, "C HC"]
+    output_bias: Float[Tensor, " C"]
+
+
+@torch.no_grad()
+def _fuse(layer: nn.MultiheadAttention) -> _Fused:
+    shape, out = (layer.num_heads, -1, layer.embed_dim), layer.out_proj
+    wq, wk, wv = (weight.view(shape) for weight in layer.in_proj_weight.chunk(3))  # H d C
+    bq, _, bv = layer.in_proj_bias.chunk(3)
+    scale = wq.shape[1] ** -0.5
+    return _Fused(
+        torch.einsum("hdc,hdk->hkc", wq, wk).flatten(0, 1) * scale,
+        torch.einsum("hd,hdk->hk", bq.view(shape[:2]), wk).flatten() * scale,
+        torch.einsum("ohd,hdc->ohc", out.weight.unflatten(1, shape[:2]), wv).flatten(1),
+        linear(bv, out.weight, out.bias),
+    )
+
+
+def _attend_fused(
+    layer: _Fused, query: Float[Tensor, "T C"], features: Float[Tensor, "T P C"]
+) -> Float[Tensor, "T C"]:
+    """Return what `_attend` gives, but for rounding."""
+    probes = linear(query, layer.to_probes, layer.probes_bias).unflatten(1, (-1, query.shape[1]))  # T H C
+    pooled = torch.bmm(torch.bmm(probes, features.mT).softmax(-1), features)
+    return linear(pooled.flatten(1), layer.to_output, layer.output_bias)
 
 
 def _block(width: int) -> nn.Sequential:

@@ -32,6 +32,7 @@ from vico_pl.types import Batch
 
 COMPRESS, KEEP = 0, 1  # router targets, as in published checkpoints
 THRESHOLDS = (0.3, 0.5, 0.7)  # of P(compress), at which tokens and loss are validated
+KEPT_BYTES = 2**30  # of patch features between the labels of micro-batches and training on them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +143,21 @@ class RouterStage(Stage):
         return len(batch.sample_tiles)
 
     def results(self, micro_batches: list[Batch]) -> Iterator[StepResult]:
-        """Label the tiles of all micro-batches of all ranks, then classify those of each micro-batch."""
-        seen = [self._look(micro_batch) for micro_batch in micro_batches]
+        """Label the tiles of all micro-batches of all ranks, then classify those of each micro-batch.
+
+        Patch features are kept for as many micro-batches as `KEPT_BYTES` allow, the same number on each rank;
+        those of the others are computed twice.
+        """
+        vision = self.policy.model.vision
+        largest = 4 * self.run.data.micro_batch.max_tiles * vision.num_patches * vision.width  # in float32
+        num_kept = KEPT_BYTES // largest
+        seen = [self._look(batch, keep=number < num_kept) for number, batch in enumerate(micro_batches)]
         self._remember(micro_batches, [ratios for _, ratios in seen])
         threshold = self.window.threshold()
-        for micro_batch, (features, ratios) in zip(micro_batches, seen, strict=True):
-            yield self._classify(micro_batch, features, ratios, threshold)
+        for batch in micro_batches:
+            kept, ratios = seen.pop(0)
+            features = self._encode(batch) if kept is None else kept
+            yield self._classify(batch, features, ratios, threshold)
 
     def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
         """Return what the router says of each tile, its loss ratio, and tokens and loss when it is obeyed.
@@ -155,10 +165,12 @@ class RouterStage(Stage):
         Policy and reference are frozen: loss ratios are computed at the first validation and kept.
         """
         model, tiles = self.policy.model, batch.sample_tiles
+        features: Tensor | None
         if place in self._loss_ratios:
             features = model.encode_tiles(batch.tiles)
         else:
             features, loss_ratios = self._look(batch)
+            assert features is not None
             self._loss_ratios[place] = loss_ratios[tiles].cpu()
         scores, target = compress_probability(self.router(features)), self.reference.response_states(batch)
         figures: dict[str, Mean | Tensor] = {}
@@ -205,8 +217,10 @@ class RouterStage(Stage):
         return found
 
     @torch.no_grad()
-    def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
-        """Return the patch features and the loss ratio of every tile."""
+    def _look(
+        self, batch: Batch, *, keep: bool = True
+    ) -> tuple[Float[Tensor, "T P C"] | None, Float[Tensor, " T"]]:
+        """Return the patch features, unless they are not to be kept, and the loss ratio of every tile."""
         features = self.policy.model.encode_tiles(batch.tiles)
         ratios = tile_loss_ratios(
             self.policy.model,
@@ -219,7 +233,13 @@ class RouterStage(Stage):
         )
         for model in self.sharded_models():
             release(model)
-        return features, ratios
+        return features if keep else None, ratios
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch) -> Float[Tensor, "T P C"]:
+        features = self.policy.model.encode_tiles(batch.tiles)
+        release(self.policy.model)
+        return features
 
     def _most_groups(self, number: int) -> int:
         """Return the largest number of branch groups of any rank: with sharded weights all run as many."""
