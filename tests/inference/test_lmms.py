@@ -23,7 +23,6 @@ if not IS_INSTALLED:
             **dict.fromkeys(("GenerationResult", "Instance", "TokenCounts"), object)
         ),
         "lmms_eval.api.model": Mock(lmms=object),
-        "lmms_eval.models.registry_v2": Mock(ModelManifest=object),
         "lmms_eval.utils": Mock(),
     }
 
