@@ -11,9 +11,9 @@ from tests.support.tiny import encoded_image, tiny_spec
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.evaluation import questions
+from vico_pl.evaluation.baselines import fastv_answers
 from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
 from vico_pl.evaluation.questions import Measure, open_questions
-from vico_pl.evaluation.untrained import fastv_answers
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import NEVER, RoutingRule
 
@@ -286,10 +286,15 @@ def test_untrained_arms_are_evaluated_when_named_at_the_budget_of_the_router(
 
 
 def test_untrained_arms_that_cannot_run_are_refused(predictor, answered, tmp_path):
-    gpt2 = {**tiny_spec().language, "model_type": "gpt2", "vocab_size": len(predictor.tokenizer)}
-    other = Predictor.load(write_model_folder(tmp_path / "gpt2", threshold=0.5, language=gpt2))
-    with pytest.raises(ValueError, match="the language model is gpt2; FastV needs one of llama"):
-        evaluate(open_questions(other, answered), seed=0, arms=["fastv"])
+    windows = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    for changes, reason in (
+        ({"model_type": "gpt2"}, "model is gpt2; FastV needs one of"),
+        (windows, "windows"),
+    ):
+        language = {**tiny_spec().language, "vocab_size": len(predictor.tokenizer), **changes}
+        other = Predictor.load(write_model_folder(tmp_path / reason, threshold=0.5, language=language))
+        with pytest.raises(ValueError, match=reason):
+            evaluate(open_questions(other, answered), seed=0, arms=["fastv"])
     records = [(key, {**files, "json": without_skills(files["json"])}) for key, files in records_of(answered)]
     plain = open_questions(predictor, write_set(tmp_path / "plain", records))
     with pytest.raises(ValueError, match=r"plain: arm 'average_pooling' needs answers to score; .*--metric"):
