@@ -12,13 +12,14 @@ import torch
 
 from vico_pl.callbacks.records import software
 from vico_pl.evaluation.answering import (
+    MEAN,
     EvalQuestion,
     Group,
     Ratios,
     Result,
-    answer_group,
     full_tokens,
-    score_answers,
+    mean_scores,
+    score_tables,
 )
 from vico_pl.evaluation.baselines import (
     AT_BUDGET,
@@ -31,7 +32,6 @@ from vico_pl.evaluation.baselines import (
     score_tiles,
     time_first_tokens,
 )
-from vico_pl.evaluation.metrics import MEAN, mean_scores, score_tables
 from vico_pl.evaluation.questions import Measure, QuestionSet
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.connector import FULL_RATIO
@@ -217,7 +217,7 @@ def _answer(
                 first_token = partial(questions.predictor.first_token, routes=arm == "router")
                 outcomes[setting].first_token_ms = time_first_tokens(first_token, group, chosen[setting])
         if reference is not None:
-            _ask_reference(reference, questions.measure, group, found.reference)
+            _ask_reference(replace(questions, predictor=reference), group, found.reference)
         if "router" in settings:
             pair = results[settings["full"]], results[settings["router"]]
             found.examples.extend(_examples(group, chosen[settings["router"]], *pair))
@@ -226,18 +226,18 @@ def _answer(
     return found
 
 
-def _ask_reference(reference: Predictor, measure: Measure, group: Group, outcome: Outcome) -> None:
+def _ask_reference(questions: QuestionSet, group: Group, outcome: Outcome) -> None:
     """Score another model at full tokens; it agrees with itself."""
-    if measure == Measure.SCORES:
-        features = [reference.encode(sample.tiles) for sample in group.samples]
-        own = replace(group, features=features)
-        (results,) = score_answers(own, answer_group(reference, own, [full_tokens(own)]))
+    reference, full = questions.predictor, full_tokens(group)
+    if questions.measure == Measure.SCORES:
+        own = replace(group, features=[reference.encode(sample.tiles) for sample in group.samples])
+        (results,) = questions.grade(own, [full])
         outcome.scores += [result.score for result in results]
     else:
         outcome.scores += [1.0] * len(group.questions)
     if group.first == 0:
         first_token = partial(reference.first_token, routes=False)
-        outcome.first_token_ms = time_first_tokens(first_token, group, full_tokens(group))
+        outcome.first_token_ms = time_first_tokens(first_token, group, full)
 
 
 def _examples(
