@@ -57,7 +57,6 @@ def test_the_entry_point_is_there():
     ("messages", "images", "texts"),
     [
         pytest.param([user(image(1), text(" How many? "))], [1], ["<image>\nHow many?"], id="one image"),
-        pytest.param([user(text("2 + 2?"))], [], ["2 + 2?"], id="text only"),
         pytest.param(
             [user(text("From"), image(1), text("to"), image(2), text("?"))],
             [1, 2],
@@ -193,10 +192,8 @@ def test_requests_get_the_answers_that_the_predictor_gives_alone(chat_class, tmp
             "full_vision_tokens": answer.full_vision_tokens,
         }
     assert len({result.text for result in results}) > 2
-    assert any(
-        0 < r.token_counts.to_dict()["vision_tokens"] < r.token_counts.to_dict()["full_vision_tokens"]
-        for r in results
-    )
+    counts = [result.token_counts.to_dict() for result in results]
+    assert any(0 < count["vision_tokens"] < count["full_vision_tokens"] for count in counts)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -218,12 +215,9 @@ def test_the_task_on_the_page_scores_what_the_benchmark_says(
     )
     assert 0 < score < 1
     assert results["results"]["glyphs"]["exact_match,none"] == pytest.approx(score)
-    samples = results["samples"]["glyphs"]
-    assert len(samples) == len(Path("runs/lmms/questions.jsonl").read_text().splitlines())
-    assert all(
-        s["token_counts"][0]["vision_tokens"] * 4 == s["token_counts"][0]["full_vision_tokens"]
-        for s in samples
-    )
+    counts = [sample["token_counts"][0] for sample in results["samples"]["glyphs"]]
+    assert len(counts) == len(Path("runs/lmms/questions.jsonl").read_text().splitlines())
+    assert all(count["vision_tokens"] * 4 == count["full_vision_tokens"] for count in counts)
 
 
 @pytest.mark.filterwarnings("ignore")
