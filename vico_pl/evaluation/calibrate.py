@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vico_pl.evaluation.answering import MEAN, OVERALL, full_tokens, score_tables
+from vico_pl.evaluation.answering import MEAN, OVERALL, score_tables
 from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
@@ -58,12 +58,9 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
     Raises:
         ValueError: the set has no image, or nothing is right at full tokens.
     """
-    predictor = questions.predictor
-    scores, right = [], 0.0
-    for group in questions.groups(title="scoring tiles"):
+    predictor, scores = questions.predictor, []
+    for group in questions.checked_groups():
         scores += [compress_probability(predictor.router_logits(features)) for features in group.features]
-        right += sum(result.score for result in questions.grade(group, [full_tokens(group)])[0])
-    questions.check(num_tiles=sum(map(len, scores)), right=right)
     candidates = (threshold_for(scores, compressed_fraction=f, halfway=True) for f in COMPRESSED_FRACTIONS)
     thresholds = list(dict.fromkeys(min(NEVER, threshold) for threshold in candidates))
     choices = [at_threshold(scores, threshold, ratios=predictor.model.ratios) for threshold in thresholds]

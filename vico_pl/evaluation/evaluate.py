@@ -147,17 +147,15 @@ def _known_arms(predictor: Predictor) -> list[str]:
 @torch.no_grad()
 def _score_tiles(questions: QuestionSet, *, seed: int, arms: Sequence[str] | None) -> dict[str, TileScores]:
     """Score the tiles of the whole set as the arms do; all but the router's scores become ranks."""
-    predictor, right = questions.predictor, 0.0
+    predictor = questions.predictor
     possible = ["router", *SCORED] if "router" in _known_arms(predictor) else [*SCORED]
     if len(predictor.model.ratios) == 1:
         possible = ["random"]
     needed = possible if arms is None else ["router", "random", *arms]
     scores: dict[str, TileScores] = {arm: [] for arm in possible if arm in needed}
-    for group in questions.groups(title="scoring tiles"):
+    for group in questions.checked_groups():
         for arm, of_set in scores.items():
             of_set += score_tiles(arm, predictor, group, seed=seed)
-        right += sum(result.score for result in questions.grade(group, [full_tokens(group)])[0])
-    questions.check(num_tiles=sum(map(len, scores["random"])), right=right)
     return {arm: of_set if arm == "router" else ranked(of_set) for arm, of_set in scores.items()}
 
 
