@@ -11,14 +11,7 @@ from tests.support.folders import log_probabilities, tiled
 from tests.support.tiny import TILE
 from vico_pl.data.chat import ChatConfig
 from vico_pl.data.tiling import TilingConfig, choose_grid
-from vico_pl.evaluation.baselines import (
-    oracle_scores,
-    pixel_detail_scores,
-    random_scores,
-    ranked,
-    router_scores,
-    shrunken_tilings,
-)
+from vico_pl.evaluation.baselines import ranked, score_tiles, shrunken_tilings
 from vico_pl.evaluation.questions import read_groups, scored_questions
 
 
@@ -29,30 +22,26 @@ def group(predictor):
     return next(read_groups(predictor, samples, partial(scored_questions, metric=None)))
 
 
-def test_every_arm_scores_every_tile(predictor, group):
-    for scores in (
-        router_scores(predictor, group),
-        random_scores(group, seed=0),
-        pixel_detail_scores(group),
-        oracle_scores(predictor, group),
-    ):
-        assert [len(s) for s in scores] == [5, 0, 3]
-        assert torch.cat(scores).isfinite().all()
-        assert not torch.cat(scores).requires_grad
+@pytest.mark.parametrize("arm", ["router", "random", "pixel_detail", "oracle"])
+def test_every_arm_scores_every_tile(predictor, group, arm):
+    scores = score_tiles(arm, predictor, group, seed=0)
+    assert [len(s) for s in scores] == [5, 0, 3]
+    assert torch.cat(scores).isfinite().all()
+    assert not torch.cat(scores).requires_grad
 
 
 def test_router_scores_are_the_routers_probabilities(predictor, group):
     with torch.no_grad():
         logits = predictor.model.router(predictor.model.encode_tiles(group.samples[0].tiles))
-    torch.testing.assert_close(router_scores(predictor, group)[0], logits.softmax(-1)[:, 0])
+    scores = score_tiles("router", predictor, group, seed=0)
+    torch.testing.assert_close(scores[0], logits.softmax(-1)[:, 0])
 
 
-def test_random_scores_are_those_of_the_seed(group):
-    first, again, other = (torch.cat(random_scores(group, seed=seed)) for seed in (5, 5, 6))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    later = replace(group, first=32)
-    assert not torch.equal(first, torch.cat(random_scores(later, seed=5))), "groups do not repeat each other"
+def test_random_scores_are_those_of_the_seed_and_groups_do_not_repeat_each_other(predictor, group):
+    of_seed = [(group, 5), (group, 5), (group, 6), (replace(group, first=32), 5)]
+    lots = [torch.cat(score_tiles("random", predictor, *one, seed=seed)).tolist() for *one, seed in of_seed]
+    assert lots[0] == lots[1]
+    assert lots[0] not in lots[2:]
 
 
 def test_pixel_detail_compresses_the_blank_before_the_faint_before_the_busy(predictor, group):
@@ -60,7 +49,7 @@ def test_pixel_detail_compresses_the_blank_before_the_faint_before_the_busy(pred
     checks = (ramp % 2) * 255
     blank = torch.full((3, TILE, TILE), 200, dtype=torch.uint8)
     sample = replace(group.samples[0], tiles=torch.stack([checks, blank, ramp, ramp.mT, checks.mT]))
-    (scores,) = pixel_detail_scores(replace(group, samples=[sample]))
+    (scores,) = score_tiles("pixel_detail", predictor, replace(group, samples=[sample]), seed=0)
     assert scores.argsort(descending=True, stable=True).tolist() == [1, 2, 3, 0, 4]
     assert scores[2] == scores[3], "rows and columns count alike"
     assert scores[1] == 0
@@ -81,7 +70,7 @@ def harm_by_hand(predictor, sample):
 
 @torch.no_grad()
 def test_oracle_ranks_tiles_by_the_harm_of_compressing_them(predictor, group):
-    scores = oracle_scores(predictor, group)
+    scores = score_tiles("oracle", predictor, group, seed=0)
     for place in (0, 2):
         harm = harm_by_hand(predictor, group.samples[place])
         ranks = scores[place].argsort(descending=True).tolist()
@@ -92,11 +81,9 @@ def test_oracle_ranks_tiles_by_the_harm_of_compressing_them(predictor, group):
 
 def test_oracle_takes_conversations_of_any_length(predictor, group):
     """Evaluation data is not held against the limit of training."""
-    chat = replace(predictor.chat, config=ChatConfig(max_tokens=5))
-    assert torch.equal(
-        torch.cat(oracle_scores(replace(predictor, chat=chat), group)),
-        torch.cat(oracle_scores(predictor, group)),
-    )
+    short = replace(predictor, chat=replace(predictor.chat, config=ChatConfig(max_tokens=5)))
+    scores = [torch.cat(score_tiles("oracle", one, group, seed=0)) for one in (predictor, short)]
+    assert torch.equal(*scores)
 
 
 def test_ranks_keep_the_order_and_have_no_ties():

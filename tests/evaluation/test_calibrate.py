@@ -38,22 +38,15 @@ def test_the_cheapest_point_that_keeps_the_accuracy_is_chosen():
     assert chosen(*curve, retention=0.995) == 0.9
 
 
-def test_full_tokens_are_kept_where_no_compressed_point_keeps_the_accuracy():
+def test_one_skill_may_fall_a_little_below_the_mean_but_not_far_else_full_tokens_are_kept():
+    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 0.9 * GROUP_SLACK)) == 0.5
+    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * GROUP_SLACK)) == NEVER
     assert chosen(point(0.9, 0.8, mean=0.9), point(0.0, 0.25, mean=0.1)) == NEVER
 
 
-def test_one_skill_may_fall_a_little_below_the_mean_but_not_far():
-    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 0.9 * GROUP_SLACK)) == 0.5
-    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * GROUP_SLACK)) == NEVER
-
-
 def test_within_a_budget_the_most_accurate_point_is_chosen_and_of_equals_the_cheapest():
-    curve = [
-        point(0.9, 0.8, accuracy=0.95),
-        point(0.6, 0.5, accuracy=0.9),
-        point(0.5, 0.45, accuracy=0.9),
-        point(0.0, 0.25, accuracy=0.5),
-    ]
+    costs = ((0.9, 0.8, 0.95), (0.6, 0.5, 0.9), (0.5, 0.45, 0.9), (0.0, 0.25, 0.5))
+    curve = [point(threshold, fraction, accuracy=right) for threshold, fraction, right in costs]
     assert chosen(*curve, budget=0.5) == 0.5
     assert chosen(*curve, budget=0.8) == 0.9
     assert chosen(*curve, budget=0.25) == 0.0
@@ -132,12 +125,6 @@ def annotated(question, answer, *, skill=None):
     return {"json": json.dumps({"conversations": turns, "skills": [skill]}).encode()}
 
 
-def test_a_set_without_images_cannot_calibrate(predictor, tmp_path):
-    folder = write_set(tmp_path / "set", [("0", annotated("Who?", "me", skill="ocr"))])
-    with pytest.raises(ValueError, match="no image to calibrate or evaluate on"):
-        measure_curve(open_questions(predictor, folder))
-
-
 @pytest.mark.parametrize(("answer", "measure"), [("me", Measure.ANSWERS), ("", Measure.OWN)])
 def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, answer, measure):
     pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
@@ -156,12 +143,19 @@ def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, a
     assert cheaper.token_fraction <= 0.6
 
 
-@pytest.mark.parametrize("budget", [None, 0.6])
-def test_a_model_that_is_never_right_cannot_be_calibrated(predictor, tmp_path, budget):
+def test_what_cannot_be_calibrated_is_refused(predictor, answered, tmp_path):
+    text = write_set(tmp_path / "text", [("0", annotated("Who?", "me", skill="ocr"))])
     files = {"png": encoded_image("PNG", size=(64, 64)), **annotated("<image>\nWho?", "no: zz", skill="ocr")}
-    questions = open_questions(predictor, write_set(tmp_path / "set", [(f"{i}", files) for i in range(4)]))
-    with pytest.raises(ValueError, match=r"set: 0 % right at full tokens"):
-        calibrate(questions, retention=0.9, budget=budget)
+    wrong = write_set(tmp_path / "wrong", [(f"{i}", files) for i in range(4)])
+    bare = Predictor.load(write_model_folder(tmp_path / "model", router_heads=None))
+    for session, data, reason in (
+        (predictor, text, "no image to calibrate or evaluate on"),
+        (predictor, wrong, "wrong: 0 % right at full tokens"),
+        (bare, answered, "has no router"),
+    ):
+        for budget in (None, 0.6):
+            with pytest.raises(ValueError, match=reason):
+                calibrate(open_questions(session, data), retention=0.9, budget=budget)
 
 
 @pytest.mark.parametrize("run", [calibrate, evaluate])
@@ -170,12 +164,6 @@ def test_a_router_of_nan_is_refused(predictor, answered, run):
         predictor.model.router.gating.gate[1].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="the router gives NaN or infinity"):
         run(open_questions(predictor, answered), **({"retention": 0.9} if run is calibrate else {"seed": 0}))
-
-
-def test_a_model_without_router_cannot_be_calibrated(tmp_path, answered):
-    folder = write_model_folder(tmp_path / "model", router_heads=None)
-    with pytest.raises(ValueError, match="has no router"):
-        measure_curve(open_questions(Predictor.load(folder), answered))
 
 
 def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(predictor, answered):

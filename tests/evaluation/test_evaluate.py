@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from tests.support.tiny import encoded_image, tiny_spec
 from vico_pl.data.shards.reader import RecordReader, read_index
 from vico_pl.data.shards.tars import scan_boundaries
 from vico_pl.evaluation import questions
+from vico_pl.evaluation.baselines import fastv_answers
 from vico_pl.evaluation.evaluate import PARETO_FRACTIONS, evaluate
 from vico_pl.evaluation.questions import Measure, open_questions
-from vico_pl.evaluation.untrained import fastv_answers
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.router import NEVER, RoutingRule
 
@@ -41,18 +40,9 @@ def test_the_report_is_plain_json_with_the_keys_of_the_contract(report, model_fo
     assert (made_with["command"], made_with["date"]) == ("vico eval it", date.today().isoformat())
     assert torch.__version__.startswith(made_with["torch"])
     assert report["arms"].keys() == ARMS
+    costs = {"vision_tokens_per_image", "token_fraction", "first_token_ms", "prefill_gflops", "kv_cache_mib"}
     for arm in report["arms"].values():
-        assert arm.keys() == {
-            "vision_tokens_per_image",
-            "token_fraction",
-            "accuracy",
-            "accuracy_ci",
-            "retention",
-            "retention_ci",
-            "first_token_ms",
-            "prefill_gflops",
-            "kv_cache_mib",
-        }
+        assert arm.keys() == {*costs, "accuracy", "accuracy_ci", "retention", "retention_ci"}
         for name in ("accuracy", "retention"):
             assert arm[name].keys() == arm[f"{name}_ci"].keys() == COLUMNS
             for column, (low, high) in arm[f"{name}_ci"].items():
@@ -152,12 +142,9 @@ def test_examples_show_what_was_asked_answered_and_compressed(predictor, answere
         sample = samples[example.question.sample]
         assert len(sample.tiles) >= 4 or example.loss > 0
         with torch.no_grad():
-            assert (
-                example.ratios == predictor.choose_ratios(predictor.model.encode_tiles(sample.tiles)).tolist()
-            )
-        asked = dict(
-            zip((t.text for t in sample.turns[::2]), (t.text for t in sample.turns[1::2]), strict=True)
-        )
+            assert example.ratios == predictor.choose_ratios(predictor.encode(sample.tiles)).tolist()
+        texts = [turn.text for turn in sample.turns]
+        asked = dict(zip(texts[::2], texts[1::2], strict=True))
         spent = [4 / ratio for ratio in example.ratios]
         assert example.token_fraction == pytest.approx(sum(spent) / len(spent))
         (text,), (expected,) = example.question.prompt, example.question.answers
@@ -191,9 +178,8 @@ def test_a_set_of_very_few_samples_is_evaluated_too(predictor, answered, tmp_pat
 def test_a_router_that_keeps_or_compresses_everything_is_evaluated_too(
     predictor, answered, threshold, fraction
 ):
-    report, _ = evaluate(
-        open_questions(replace(predictor, rule=RoutingRule(threshold=threshold)), answered), seed=0
-    )
+    predictor = replace(predictor, rule=RoutingRule(threshold=threshold))
+    report, _ = evaluate(open_questions(predictor, answered), seed=0)
     for arm in ("router", "random", "pixel_detail", "oracle"):
         assert report["arms"][arm]["token_fraction"] == fraction
 
@@ -219,23 +205,19 @@ def test_samples_with_several_images_in_any_turn_and_with_none_are_evaluated(pre
     assert {example.question.sample for example in examples} <= {3}, "the gallery draws single images"
 
 
-def refusal(predictor, folder):
-    with pytest.raises(ValueError, match=r".+") as caught:
-        evaluate(open_questions(predictor, Path(folder)), seed=0)
-    return str(caught.value)
-
-
 def test_what_cannot_be_evaluated_is_refused(predictor, answered, tmp_path):
-    assert "no such folder of shards" in refusal(predictor, tmp_path / "absent")
     text = write_set(tmp_path / "text", [("0", {"json": annotation(["Who?", "me"], ["ocr"])})])
-    assert f"{text}: no image to calibrate or evaluate on" in refusal(predictor, text)
     image = encoded_image("PNG", size=(32, 32))
     files = {"png": image, "json": annotation(["<image>A?", "no: such answer"], ["ocr"])}
     wrong = write_set(tmp_path / "wrong", [("0", files)])
-    assert f"{wrong}: 0 % right at full tokens" in refusal(predictor, wrong)
-    questions = open_questions(predictor, answered)
-    with pytest.raises(ValueError, match=r"no arm 'magic'; this model has full, all_compressed, router, .*"):
-        evaluate(questions, seed=0, arms=["magic"])
+    for folder, arms, reason in (
+        (tmp_path / "absent", None, "no such folder of shards"),
+        (text, None, f"{text}: no image to calibrate or evaluate on"),
+        (wrong, None, f"{wrong}: 0 % right at full tokens"),
+        (answered, ["magic"], r"no arm 'magic'; this model has full, all_compressed, router, .*"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            evaluate(open_questions(predictor, folder), seed=0, arms=arms)
 
 
 def test_arms_can_be_chosen_and_keep_their_figures(predictor, answered, report):
@@ -286,10 +268,15 @@ def test_untrained_arms_are_evaluated_when_named_at_the_budget_of_the_router(
 
 
 def test_untrained_arms_that_cannot_run_are_refused(predictor, answered, tmp_path):
-    gpt2 = {**tiny_spec().language, "model_type": "gpt2", "vocab_size": len(predictor.tokenizer)}
-    other = Predictor.load(write_model_folder(tmp_path / "gpt2", threshold=0.5, language=gpt2))
-    with pytest.raises(ValueError, match="the language model is gpt2; FastV needs one of llama"):
-        evaluate(open_questions(other, answered), seed=0, arms=["fastv"])
+    windows = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    for changes, reason in (
+        ({"model_type": "gpt2"}, "model is gpt2; FastV needs one of"),
+        (windows, "windows"),
+    ):
+        language = {**tiny_spec().language, "vocab_size": len(predictor.tokenizer), **changes}
+        other = Predictor.load(write_model_folder(tmp_path / reason, threshold=0.5, language=language))
+        with pytest.raises(ValueError, match=reason):
+            evaluate(open_questions(other, answered), seed=0, arms=["fastv"])
     records = [(key, {**files, "json": without_skills(files["json"])}) for key, files in records_of(answered)]
     plain = open_questions(predictor, write_set(tmp_path / "plain", records))
     with pytest.raises(ValueError, match=r"plain: arm 'average_pooling' needs answers to score; .*--metric"):

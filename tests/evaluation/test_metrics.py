@@ -3,7 +3,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from vico_pl.evaluation.metrics import NUM_RESAMPLES, mean_scores, score_tables
+from vico_pl.evaluation.answering import NUM_RESAMPLES, mean_scores, score_tables
 
 SKILLS = ("perception", "reasoning", "ocr")
 
@@ -70,8 +70,9 @@ def test_intervals_equal_those_of_a_bootstrap_written_out(scores):
                 assert tables[arm][found][name] == pytest.approx(expected, abs=1e-6)
 
 
-def test_points_are_those_of_the_whole_set():
+def test_points_are_those_of_the_whole_set_and_arms_that_answer_alike_keep_exactly_everything():
     scores = random_scores(seed=1)
+    scores.correct["twin"] = scores.correct["full"].copy()
     everything = np.arange(len(scores.images))
     tables = scores.tables(seed=0)
     full = accuracy(scores, "full", everything)
@@ -79,16 +80,10 @@ def test_points_are_those_of_the_whole_set():
         own = accuracy(scores, arm, everything)
         assert tables[arm]["accuracy"] == pytest.approx(own, abs=1e-6)
         assert tables[arm]["retention"] == pytest.approx({k: v / full[k] for k, v in own.items()}, abs=1e-6)
-
-
-def test_arms_that_answer_alike_have_a_retention_of_exactly_one():
-    scores = random_scores()
-    correct = {"full": scores.correct["full"], "router": scores.correct["full"].copy()}
-    table = scores._replace(correct=correct).tables(seed=0)["router"]
+    twin = tables["twin"]
     for name in (*SKILLS, "mean", "overall"):
-        assert table["retention"][name] == 1
-        assert table["retention_ci"][name] == [1, 1]
-        assert table["accuracy_ci"][name][0] < table["accuracy_ci"][name][1]
+        assert (twin["retention"][name], twin["retention_ci"][name]) == (1, [1, 1])
+        assert twin["accuracy_ci"][name][0] < twin["accuracy_ci"][name][1]
 
 
 def test_scores_between_0_and_1_are_averaged_within_groups_before_groups():
@@ -105,17 +100,13 @@ def test_scores_between_0_and_1_are_averaged_within_groups_before_groups():
     assert mean_scores(scores.skills, scores.correct["router"].tolist()) == pytest.approx(accuracy)
 
 
-def test_retention_is_relative_to_the_baseline():
-    scores = {"full": [1.0, 0.0], "reference": [1.0, 1.0]}
+def test_retention_is_relative_to_the_baseline_and_none_where_that_is_never_right():
+    scores = {"full": [1.0, 0.0], "reference": [1.0, 1.0], "wrong": [0.0, 0.0]}
     tables = score_tables([0, 1], ["a", "a"], scores, baseline="reference", seed=0)
     assert (tables["full"]["retention"]["a"], tables["reference"]["retention"]["a"]) == (0.5, 1)
-
-
-def test_nothing_right_at_full_tokens_gives_no_retention_and_no_warning():
-    correct = {"full": np.zeros(4, bool), "router": np.ones(4, bool)}
-    table = Scores(np.arange(4), ["ocr"] * 4, correct).tables(seed=0)["router"]
-    assert (table["retention"]["ocr"], table["retention_ci"]["mean"]) == (None, None)
-    assert table["accuracy"]["mean"] == 1
+    table = score_tables([0, 1], ["a", "a"], scores, baseline="wrong", seed=0)["full"]
+    assert (table["retention"]["a"], table["retention_ci"]["mean"]) == (None, None)
+    assert table["accuracy"]["mean"] == 0.5
 
 
 def test_which_numbers_name_the_images_makes_no_difference():

@@ -82,10 +82,9 @@ def plots(page):
 def test_page_opens_with_the_headline_and_names_everything(report, tmp_path):
     page = write(report, tmp_path, gallery=[item()])
     assert page == write(report, tmp_path / "again", gallery=[item()]), "same report, same page"
-    assert (
-        "<h1>The router keeps 99.4\u00a0% of the accuracy with 44\u00a0% of the vision tokens.</h1>" in page
-    )
-    assert "Random tiles keep 71.2\u00a0% with 44\u00a0%." in page
+    spaced = page.replace("\u00a0", " ")
+    assert "<h1>The router keeps 99.4 % of the accuracy with 44 % of the vision tokens.</h1>" in spaced
+    assert "Random tiles keep 71.2 % with 44 %." in spaced
     arms, run = ["full tokens", "all compressed", "random"], ["runs/demo/model", "500 samples", "seed 3"]
     made_with = ["2000 resamples", "2026-11-25", "vico eval it --seed 3", "torch 2.15", Measure.SCORES]
     assert all(text in page for text in [*arms, *run, *made_with])
@@ -132,15 +131,12 @@ def test_plots_have_labels_the_ink_of_the_page_and_one_colour_per_arm(report, tm
     for arm in report["arms"]:
         style = ARMS[arm]
         assert all(style.colour in part for part in (pareto, retention, page[: page.index("<svg")]))
-
-
-def test_a_group_that_is_never_right_at_full_tokens_has_no_bar(report, tmp_path):
+    # A group that is never right at full tokens has no bar.
     for entry in report["arms"].values():
         for table in ("retention", "retention_ci"):
             entry[table]["reasoning"] = None
-    page = write(report, tmp_path)
-    assert "ocr" in plots(page)[1]
-    assert "reasoning" not in plots(page)[1]
+    _, retention = plots(write(report, tmp_path))
+    assert ("ocr" in retention, "reasoning" in retention) == (True, False)
 
 
 @pytest.mark.parametrize("groups", [1, 12])
@@ -159,11 +155,8 @@ def test_without_router_the_report_says_what_compressing_everything_costs(report
     report["arms"] = {arm: report["arms"][arm] for arm in ("full", "all_compressed")}
     report["pareto"] = []
     page = write(report, tmp_path).replace("\u00a0", " ")
-    full, compressed = (
-        "At full tokens the accuracy is 98.0 %.",
-        "All tiles compressed keep 51.2 % of it with 25 %.",
-    )
-    assert f"<h1>{full} {compressed}</h1>" in page
+    full = "At full tokens the accuracy is 98.0 %."
+    assert f"<h1>{full} All tiles compressed keep 51.2 % of it with 25 %.</h1>" in page
 
 
 def test_left_out_records_and_the_measure_are_named_below_the_table(report, tmp_path):

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 from tests.support.folders import fixed_tokenizer, full_ratios, tiled, write_model_folder
 from tests.support.tiny import WIDTH, tiny_model, tiny_spec
 from vico_pl.data.collate import collate
-from vico_pl.evaluation.untrained import fastv_answers, pooled_tokens, serving_cost, with_pooling
+from vico_pl.evaluation.baselines import fastv_answers, with_pooling
+from vico_pl.evaluation.evaluate import serving_cost
 from vico_pl.inference.predictor import Predictor
 
 SMALL = tiny_spec().language
@@ -36,27 +37,22 @@ def wide():
     return tiny_model(vision=vision, ratios=[4, 16, 64])
 
 
-@pytest.mark.parametrize(("ratio", "side"), [(4, 4), (16, 2), (64, 1)])
-def test_pooled_tokens_are_means_of_squares_row_by_row(wide, ratio, side):
-    features = torch.randn(3, 64, WIDTH)
-    full = wide.connectors.by_ratio["4"](features)
+def means_of_squares(tokens, side):
+    """The 4 x 4 tokens of a tile as `side` x `side` means, row by row, by hand."""
     step = 4 // side
-    blocks = [(row, column) for row in range(0, 4, step) for column in range(0, 4, step)]
-    expected = [
-        sum(full[:, 4 * (row + i) + column + j] for i in range(step) for j in range(step)) / step**2
-        for row, column in blocks
-    ]
-    torch.testing.assert_close(pooled_tokens(wide, features, ratio=ratio), torch.stack(expected, dim=1))
+    corners = [4 * row + column for row in range(0, 4, step) for column in range(0, 4, step)]
+    squares = [[corner + 4 * i + j for i in range(step) for j in range(step)] for corner in corners]
+    return torch.stack([tokens[square].mean(0) for square in squares])
 
 
 @torch.no_grad()
-def test_a_pooling_model_differs_where_tiles_are_compressed(wide):
+def test_a_pooling_model_averages_full_tokens_over_squares_where_tiles_are_compressed(wide):
     pooled, features, ratios = with_pooling(wide), torch.randn(3, 64, WIDTH), torch.tensor([16, 4, 64])
-    before = wide.connectors(features, ratios)[0]
+    before, full = wide.connectors(features, ratios)[0], wide.connectors.by_ratio["4"](features)
     tokens, counts = pooled.connectors(features, ratios)
     assert counts.tolist() == [4, 16, 1]
-    torch.testing.assert_close(tokens[:4], pooled_tokens(wide, features[:1], ratio=16)[0])
-    torch.testing.assert_close(tokens[20:], pooled_tokens(wide, features[2:], ratio=64)[0])
+    expected = [means_of_squares(of_tile, side) for of_tile, side in zip(full, (2, 4, 1), strict=True)]
+    torch.testing.assert_close(tokens, torch.cat(expected))
     assert torch.equal(tokens[4:20], before[4:20])
     assert torch.equal(wide.connectors(features, ratios)[0], before), "the model itself is as it was"
     assert (pooled.language, pooled.router) == (wide.language, wide.router)
@@ -130,21 +126,6 @@ def test_fastv_ends_where_the_turn_ends(predictor):
     check_that_all_kept_is_as_usual(predictor, SIZES[0])
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes", "keep_fraction", "reason"),
-    [
-        ("qwen3", {}, 1.5, "keep_fraction is 1.5; expected 0 to 1"),
-        ("gpt2", {}, 0.5, "the language model is gpt2; FastV needs one of llama"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, 0.5, "without sliding windows"),
-    ],
-)
-def test_what_fastv_cannot_run_is_refused(tmp_path, model_type, changes, keep_fraction, reason):
-    language = {**SMALL, "vocab_size": len(fixed_tokenizer()), "model_type": model_type, **changes}
-    predictor = Predictor.load(write_model_folder(tmp_path / "model", language=language))
-    with pytest.raises(ValueError, match=reason):
-        fastv_answers(predictor, tiled(predictor, (32, 32)), "A?", keep_fraction=keep_fraction)
-
-
 # --- Serving cost -------------------------------------------------------------------------------------------
 
 # By hand: a layer of the tiny model has 1024 + 512 + 512 + 1024 weights in attention, 3 x 32 x 48 in its MLP.
@@ -152,32 +133,30 @@ PER_TOKEN, PER_PAIR, HEAD = 2 * 7680, 2 * 2 * 32, 2 * 32 * 61  # of a layer, of 
 KEYS_AND_VALUES = 2 * 16 * 4  # bytes of a token in a layer, float32
 
 
+def cost(*layers):
+    """By hand: the cost of a prompt from its length in each layer."""
+    flops = sum(PER_TOKEN * n + PER_PAIR * n * (n + 1) / 2 for n in layers) + HEAD
+    return {
+        "prefill_gflops": pytest.approx(flops / 1e9, abs=1e-6),
+        "kv_cache_mib": pytest.approx(KEYS_AND_VALUES * sum(layers) / 2**20, abs=1e-6),
+    }
+
+
+def test_serving_cost_is_what_is_counted_and_cached_per_layer_and_averaged_over_prompts():
+    assert serving_cost(tiny_model(), [300], [400], [400]) == cost(700, 700)
+    deep = tiny_model(language={**SMALL, "num_hidden_layers": LAYERS})
+    assert serving_cost(deep, [300], [400], [200]) == cost(700, 700, 500, 500), "FastV drops after two layers"
+    one, other, both = (serving_cost(deep, *3 * [lengths]) for lengths in ([300], [700], [300, 700]))
+    assert both == {name: pytest.approx((one[name] + other[name]) / 2, abs=1e-6) for name in both}
+
+
 @torch.no_grad()
-def test_serving_cost_is_what_is_counted_and_cached():
-    model, cache = tiny_model(), DynamicCache()
-    flops, num_bytes = serving_cost(model, text_tokens=[3], vision_tokens=[4])
-    assert (flops, num_bytes) == (2 * (PER_TOKEN * 7 + PER_PAIR * 28) + HEAD, 2 * KEYS_AND_VALUES * 7)
-    counter = FlopCounterMode(display=False)
+def test_serving_cost_is_what_pytorch_counts_and_transformers_caches():
+    cache, counter = DynamicCache(), FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        model.language(inputs_embeds=torch.randn(1, 7, WIDTH), past_key_values=cache, logits_to_keep=1)
-    upper_half = 2 * PER_PAIR * (49 - 28)  # this kernel computes all pairs
-    assert counter.get_total_flops() == flops + upper_half
+        given = {"inputs_embeds": torch.randn(1, 700, WIDTH), "past_key_values": cache, "logits_to_keep": 1}
+        tiny_model().language(**given)
+    upper_half = 2 * PER_PAIR * (700 * 699 / 2)  # this kernel computes all pairs
+    assert (counter.get_total_flops() - upper_half) / 1e9 == cost(700, 700)["prefill_gflops"]
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    assert sum(tensor.nbytes for tensor in tensors) == num_bytes
-
-
-def test_serving_cost_of_fastv_has_two_layers_at_full_length():
-    model = tiny_model(language={**SMALL, "num_hidden_layers": LAYERS})
-    cost = serving_cost(model, text_tokens=[3], vision_tokens=[4], kept_tokens=[2])
-    full, kept = PER_TOKEN * 7 + PER_PAIR * 28, PER_TOKEN * 5 + PER_PAIR * 15
-    assert cost == (2 * full + 2 * kept + HEAD, KEYS_AND_VALUES * (2 * 7 + 2 * 5))
-    short = tiny_model()
-    assert serving_cost(short, text_tokens=[3], vision_tokens=[4], kept_tokens=[2]) == serving_cost(
-        short, text_tokens=[3], vision_tokens=[4]
-    ), "a model of two layers drops nothing"
-
-
-def test_serving_cost_is_a_mean_over_prompts():
-    flops, num_bytes = serving_cost(tiny_model(), text_tokens=[3, 1], vision_tokens=[4, 0])
-    assert flops == 2 * (PER_TOKEN * 4 + PER_PAIR * 14.5) + HEAD, "7 tokens with 28 pairs, and one token"
-    assert num_bytes == 2 * KEYS_AND_VALUES * 4
+    assert sum(tensor.nbytes for tensor in tensors) / 2**20 == cost(700, 700)["kv_cache_mib"]

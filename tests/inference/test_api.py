@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,21 +45,19 @@ def photo(size, seed=0):
 
 def asked():
     """Prompts of every sort: one image, none, several, several turns, marks inside the text."""
-    images = [photo((64, 64), 1), None, [photo((64, 32), 2), photo((32, 32), 3)], photo((32, 64), 4), []]
-    prompts = [
-        "What is A?",
-        "Who?",
-        "From <image> to <image>, what changed?",
-        ["<image>\nWhat is it?", "red", "Sure?"],
-        ["How many shapes?", "green", "What is the value of A?", "blue", "Why?"],
+    of_each = [
+        (photo((64, 64), 1), "What is A?"),
+        (None, "Who?"),
+        ([photo((64, 32), 2), photo((32, 32), 3)], "From <image> to <image>, what changed?"),
+        (photo((32, 64), 4), ["<image>\nWhat is it?", "red", "Sure?"]),
+        ([], ["How many shapes?", "green", "What is the value of A?", "blue", "Why?"]),
     ]
-    return images, prompts
+    return map(list, zip(*of_each, strict=True))
 
 
 def by_transformers(predictor, texts, images, ratios, max_new_tokens=MAX_NEW):
     """The answer of one conversation alone by transformers' own generate(), from embeddings."""
-    ids, embed = [], predictor.model.language.get_input_embeddings()
-    parts, features = [], []
+    embed, parts, features = predictor.model.language.get_input_embeddings(), [], []
     for image in images:
         tiles = tile_image(pixels(image), predictor.tiling.per_image(len(images)))
         features.append(predictor.model.encode_tiles(tiles))
@@ -166,9 +165,6 @@ def test_every_kind_of_image_gives_the_same_answer(endless, tmp_path):
     answers = [endless.generate(image, "What is A?", max_new_tokens=MAX_NEW)[0] for image in kinds]
     assert all(same(answers[0], answer) for answer in answers)
     assert all(torch.equal(pixels(image), read_image(path)) for image in kinds)
-
-
-def test_a_grey_array_is_an_image():
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert torch.equal(pixels(grey), torch.tensor(grey).expand(3, 3, 4))
 
@@ -203,12 +199,7 @@ def test_what_is_no_image_is_refused(image, found):
         (None, ["a", ["b", "c"]], {}, "prompt 1 has 2 turns; expected questions and answers in turn"),
         ("absent.png", "a", {}, "absent.png: no such file"),
         (b"no image", "a", {}, "image 'image' .8 bytes.: neither JPEG, PNG, WebP nor GIF"),
-        (
-            None,
-            "a",
-            {"temprature": 1.0},
-            "'temprature' is no option .*; did you mean 'temperature'",
-        ),
+        (None, "a", {"temprature": 1.0}, "'temprature' is no option .*; did you mean 'temperature'"),
         (None, "a", {"num_beams": 4}, "'num_beams' is no option of generation; expected one of temperature"),
         (None, "a", {"temperature": -1}, "temperature"),
         (None, "a", {"stop_strings": [""]}, r"stop_strings is \[''\]; expected a list of texts"),
@@ -216,12 +207,7 @@ def test_what_is_no_image_is_refused(image, found):
         (None, ["a", "b"], {"streamer": print}, "2 prompts with a streamer; expected one"),
         (None, ["a", "b"], {"ratios": [4]}, "ratios of 1 prompts for 2"),
         (None, ["a"], {"ratios": [[4]]}, r"prompt 0: ratios are \[4\]; expected one for each of 0 tiles"),
-        (
-            photo((32, 32)),
-            "a",
-            {"ratios": 9},
-            r"prompt 0: ratios are 9; .* 1 tiles, all in \[4, 16\]",
-        ),
+        (photo((32, 32)), "a", {"ratios": 9}, r"prompt 0: ratios are 9; .* 1 tiles, all in \[4, 16\]"),
         (None, "a " * 600, {}, "prompt 0: .* tokens at full vision tokens; the language model has 512"),
     ],
 )
@@ -231,11 +217,14 @@ def test_bad_input_is_refused_in_a_sentence(predictor, images, prompts, settings
     assert "\n" not in str(caught.value)
 
 
-def test_given_ratios_replace_those_of_the_router(endless):
+def test_given_ratios_replace_those_of_the_router_whose_released_rule_compares_tiles_of_one_prompt(endless):
     images = [photo((64, 64), 1), photo((32, 32), 2)]
     answers = endless.generate(images, ["A?", "B?"], ratios=[[4, 16, 16, 4, 16], 16], max_new_tokens=2)
     assert [answer.images[0].ratios for answer in answers] == [[4, 16, 16, 4, 16], [16]]
     assert [answer.vision_tokens for answer in answers] == [4 + 1 + 1 + 4 + 1, 1]
+    endless = replace(endless, rule=RoutingRule(threshold=0.0, relative_threshold=0.0))
+    answers = endless.generate(images, ["A?", "B?"], max_new_tokens=1)
+    assert [answer.images[0].ratios.count(4) for answer in answers] == [1, 1]  # the lowest of each
 
 
 def test_options_sample_and_a_seed_repeats(endless):
@@ -294,13 +283,6 @@ def test_an_answer_that_ends_says_so(predictor):
     answers = predictor.generate(photos, asked, max_new_tokens=20)
     assert [(answer.new_tokens, answer.finish_reason) for answer in answers] == expected
     assert min(expected)[0] < 20
-
-
-def test_a_rule_of_released_models_compares_the_tiles_of_one_prompt_alone(endless):
-    object.__setattr__(endless, "rule", RoutingRule(threshold=0.0, relative_threshold=0.0))
-    images = [photo((64, 64), 1), photo((32, 32), 2)]
-    answers = endless.generate(images, ["A?", "B?"], max_new_tokens=1)
-    assert [answer.images[0].ratios.count(4) for answer in answers] == [1, 1]  # the lowest of each
 
 
 def test_a_name_on_the_hub_is_one_sentence_without_network(monkeypatch):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.support.folders import full_ratios, tiled
+from tests.support.folders import tiled
 from vico_pl.data.collate import collate
 from vico_pl.inference.generate import prompt_texts
 from vico_pl.model.language import run_packed
@@ -42,14 +42,7 @@ def mixed(predictor):
         tiled(predictor, (32, 64), seed=5),
         tiled(predictor, (32, 32), (32, 32), (64, 64), seed=6),
     ]
-    questions = [
-        "What is A?",
-        "Who?",
-        "<image>\nHow many shapes are there?",
-        "Which?",
-        "What?",
-        "Why is it red?",
-    ]
+    questions = ["What is A?", "Who?", "<image>\nHow many shapes are there?", "Which?", "What?", "Why red?"]
     ratios = [
         torch.tensor(r, dtype=torch.int64)
         for r in ([4, 16, 16, 4, 16], [], [16], [16, 4, 4, 4], [4, 4, 16], [4, 16, 16])
@@ -65,26 +58,11 @@ def never_ends(predictor):
 
 
 @torch.no_grad()
-def test_ratios_and_pixels_and_the_question_each_make_a_difference(predictor):
-    never_ends(predictor)
-    one, other = tiled(predictor, (64, 64), seed=1), tiled(predictor, (64, 64), seed=7)
-    asked = [
-        (one, "What is A?", torch.tensor([4, 4, 4, 4, 4])),
-        (one, "What is A?", torch.tensor([16, 4, 16, 4, 4])),
-        (other, "What is A?", torch.tensor([4, 4, 4, 4, 4])),
-        (one, "Which letter is F?", torch.tensor([4, 4, 4, 4, 4])),
-    ]
-    ids = batched_ids(predictor, *(list(column) for column in zip(*asked, strict=True)))
-    assert len({tuple(row) for row in ids.tolist()}) == 4
-
-
-@torch.no_grad()
 def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(predictor, mixed):
     samples, questions, ratios = mixed
     for token in naive_ids(never_ends(predictor), samples[0], questions[0], ratios[0]):
-        predictor.model.head[predictor.tokenizer.eos_token_id] = (
-            1.5 * predictor.model.head[token]
-        )  # beats that token
+        # Beats that token.
+        predictor.model.head[predictor.tokenizer.eos_token_id] = 1.5 * predictor.model.head[token]
         alone = [naive_ids(predictor, *one) for one in zip(samples, questions, ratios, strict=True)]
         lengths = [len(ids) for ids in alone]
         if 1 < lengths[0] < max(lengths) == MAX_NEW:
@@ -93,23 +71,17 @@ def test_a_row_stops_at_the_end_of_its_turn_while_others_go_on(predictor, mixed)
     pad = predictor.tokenizer.pad_token_id
     expected = [ids + [pad] * (MAX_NEW - len(ids)) for ids in alone]
     assert batched_ids(predictor, samples, questions, ratios).tolist() == expected
-    texts = predictor.answer(
-        samples,
-        questions,
-        features=[predictor.model.encode_tiles(s.tiles) for s in samples],
-        ratios=ratios,
-        max_new_tokens=MAX_NEW,
-    )
+    given = {"features": [predictor.model.encode_tiles(s.tiles) for s in samples], "ratios": ratios}
+    texts = predictor.answer(samples, questions, **given, max_new_tokens=MAX_NEW)
     decode = predictor.tokenizer.decode
     assert texts == [decode(ids, skip_special_tokens=True).strip() for ids in alone]
     assert "<|im_end|>" not in texts[0]
 
 
 def test_training_time_attention_does_not_leak_into_generation(predictor, mixed):
-    samples, questions, ratios = mixed
-    first = batched_ids(predictor, samples, questions, ratios)
-    predictor.first_token(samples[0], ratios[0], routes=False)  # runs packed attention on the same model
-    assert torch.equal(batched_ids(predictor, samples, questions, ratios), first)
+    first = batched_ids(predictor, *mixed)
+    predictor.first_token(mixed[0][0], mixed[2][0], routes=False)  # runs packed attention on the same model
+    assert torch.equal(batched_ids(predictor, *mixed), first)
 
 
 def test_prompts_run_in_one_pass_without_padding_and_only_once(predictor, mixed):
@@ -129,9 +101,3 @@ def test_prompts_run_in_one_pass_without_padding_and_only_once(predictor, mixed)
     vision = sum(int((16 // r).sum()) - len(r) for r in ratios)
     total = sum(len(prompt.input_ids) for prompt in prompts) + vision
     assert seen == [(1, total), (6, 1), (6, 1), (6, 1)]
-
-
-def test_questions_and_samples_must_pair_up(predictor):
-    sample = tiled(predictor, (32, 32))
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        batched_ids(predictor, [sample, sample], ["Who?"], full_ratios(sample, sample))

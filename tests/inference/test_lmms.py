@@ -1,24 +1,35 @@
 """The plug-in for lmms-eval; tests that need lmms-eval itself skip without it."""
 
-import ast
-import importlib
 import json
+import sys
 import tomllib
+from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from PIL import Image
 
-import vico_pl
 from tests.support.folders import write_model_folder
 from tests.support.scripts import BENCHMARKS, load_benchmark
-from vico_pl.inference.lmms import generation_settings, manifest, read_messages
 from vico_pl.inference.predictor import Predictor
+
+IS_INSTALLED = find_spec("lmms_eval") is not None
+if not IS_INSTALLED:
+    sys.modules |= {
+        "lmms_eval.api.instance": Mock(
+            **dict.fromkeys(("GenerationResult", "Instance", "TokenCounts"), object)
+        ),
+        "lmms_eval.api.model": Mock(lmms=object),
+        "lmms_eval.utils": Mock(),
+    }
+
+from vico_pl.inference.lmms import generation_settings, manifest, read_messages  # noqa: E402 - after the stand-ins
 
 ROOT = BENCHMARKS.parent
 TASK = ROOT / "docs" / "lmms_eval" / "glyphs.yaml"
-CLASS = "vico_pl.inference.lmms_model.VicoChat"
 
 
 def image(number):
@@ -36,20 +47,16 @@ def user(*parts):
 # --- Without lmms-eval --------------------------------------------------------------------------------------
 
 
-def test_the_entry_point_and_the_class_it_names_are_there():
+def test_the_entry_point_is_there():
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    module, _, name = points["lmms_eval.models"]["vico_pl"].partition(":")
-    assert getattr(importlib.import_module(module), name) is manifest
-    path = Path(vico_pl.__file__).parents[1] / (CLASS.rpartition(".")[0].replace(".", "/") + ".py")
-    classes = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-    assert CLASS.rpartition(".")[2] in classes
+    point = EntryPoint("vico_pl", points["lmms_eval.models"]["vico_pl"], "lmms_eval.models")
+    assert point.load() is manifest
 
 
 @pytest.mark.parametrize(
     ("messages", "images", "texts"),
     [
         pytest.param([user(image(1), text(" How many? "))], [1], ["<image>\nHow many?"], id="one image"),
-        pytest.param([user(text("2 + 2?"))], [], ["2 + 2?"], id="text only"),
         pytest.param(
             [user(text("From"), image(1), text("to"), image(2), text("?"))],
             [1, 2],
@@ -135,7 +142,8 @@ def test_the_benchmark_writes_the_task_and_scores_it(model_folder, answered, tmp
 
 @pytest.fixture(scope="module")
 def chat_class():
-    pytest.importorskip("lmms_eval")
+    if not IS_INSTALLED:
+        pytest.skip("needs lmms-eval")
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     registry = ModelRegistryV2()
@@ -184,10 +192,8 @@ def test_requests_get_the_answers_that_the_predictor_gives_alone(chat_class, tmp
             "full_vision_tokens": answer.full_vision_tokens,
         }
     assert len({result.text for result in results}) > 2
-    assert any(
-        0 < r.token_counts.to_dict()["vision_tokens"] < r.token_counts.to_dict()["full_vision_tokens"]
-        for r in results
-    )
+    counts = [result.token_counts.to_dict() for result in results]
+    assert any(0 < count["vision_tokens"] < count["full_vision_tokens"] for count in counts)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -209,12 +215,9 @@ def test_the_task_on_the_page_scores_what_the_benchmark_says(
     )
     assert 0 < score < 1
     assert results["results"]["glyphs"]["exact_match,none"] == pytest.approx(score)
-    samples = results["samples"]["glyphs"]
-    assert len(samples) == len(Path("runs/lmms/questions.jsonl").read_text().splitlines())
-    assert all(
-        s["token_counts"][0]["vision_tokens"] * 4 == s["token_counts"][0]["full_vision_tokens"]
-        for s in samples
-    )
+    counts = [sample["token_counts"][0] for sample in results["samples"]["glyphs"]]
+    assert len(counts) == len(Path("runs/lmms/questions.jsonl").read_text().splitlines())
+    assert all(count["vision_tokens"] * 4 == count["full_vision_tokens"] for count in counts)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,11 +62,8 @@ def test_unreadable_processing_settings_are_refused_by_name(folder, content, exp
     "content",
     [
         "{}",
-        '{"threshold": null}',
-        '{"threshold": "low"}',
         "no",
-        '{"threshold": NaN}',
-        '{"threshold": 0.5, "relative_threshold": 7}',
+        *(f'{{"threshold": {t}}}' for t in ("null", '"low"', "NaN", '0.5, "relative_threshold": 7')),
     ],
 )
 def test_an_unreadable_calibration_is_refused_and_not_taken_for_none(folder, content):
@@ -74,20 +72,15 @@ def test_an_unreadable_calibration_is_refused_and_not_taken_for_none(folder, con
 
 
 @torch.no_grad()
-def test_without_calibration_every_tile_keeps_full_tokens(predictor):
-    features = predictor.model.encode_tiles(tiled(predictor, (64, 64)).tiles)
+def test_without_calibration_or_router_every_tile_keeps_full_tokens(predictor, tmp_path):
     assert predictor.rule is None
-    assert predictor.choose_ratios(features).tolist() == [4] * 5
-
-
-@torch.no_grad()
-def test_a_model_without_router_keeps_full_tokens_and_says_what_it_lacks(tmp_path):
     folder = write_model_folder(tmp_path / "model", router_heads=None, threshold=0.0)
-    predictor = Predictor.load(folder)
-    features = predictor.model.encode_tiles(tiled(predictor, (64, 32)).tiles)
-    assert predictor.choose_ratios(features).tolist() == [4, 4, 4]
+    bare = Predictor.load(folder)
+    for session in (predictor, bare):
+        features = session.model.encode_tiles(tiled(session, (64, 64)).tiles)
+        assert session.choose_ratios(features).tolist() == [4] * 5
     with pytest.raises(ValueError, match=f"{folder}: the model has no router; train one"):
-        predictor.router_logits(features)
+        bare.router_logits(features)
 
 
 def test_samples_are_cut_as_the_folder_says_and_bad_records_are_left_out(folder, tmp_path):
@@ -106,19 +99,14 @@ def test_samples_are_cut_as_the_folder_says_and_bad_records_are_left_out(folder,
 
 
 @pytest.mark.parametrize(
-    ("prompt", "num_images", "expected"),
+    ("prompt", "expected"),  # for none, one and two images
     [
-        ("How many?", 0, "How many?"),
-        ("How many?", 1, "<image>\nHow many?"),
-        ("How many?", 2, "<image>\n<image>\nHow many?"),
-        ("How many?\n<image>", 1, "How many?\n<image>"),
-        ("From <image> to <image>?", 2, "From <image> to <image>?"),
-        ("<image>\nHow many?", 2, "<image>\n<image>\nHow many?"),
-        ("<image>\nHow many?", 0, "How many?"),
+        ("How many?", ["How many?", "<image>\nHow many?", "<image>\n<image>\nHow many?"]),
+        ("How many?\n<image>", ["How many?", "How many?\n<image>", "<image>\n<image>\nHow many?"]),
     ],
 )
-def test_a_question_has_as_many_marks_as_images_and_keeps_its_own_places(prompt, num_images, expected):
-    assert prompt_texts(prompt, num_images=num_images) == [expected]
+def test_a_question_has_as_many_marks_as_images_and_keeps_its_own_places(prompt, expected):
+    assert [prompt_texts(prompt, num_images=number) for number in range(3)] == [[text] for text in expected]
 
 
 def first_token_by_hand(predictor, sample, question, ratios):
@@ -129,34 +117,21 @@ def first_token_by_hand(predictor, sample, question, ratios):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is it?"], ids=["one mark", "no mark"])
 @pytest.mark.parametrize("sizes", [(), ((32, 32),), ((64, 64), (32, 32))])
-def test_first_token_is_the_first_token_of_the_answer(predictor, sizes):
-    sample = tiled(predictor, *sizes, question="What colour is it?")
-    ratios = torch.tensor([16, 4, 4, 16, 4, 16])[: len(sample.tiles)]
-    predictor.model.language.set_attn_implementation("sdpa")
-    expected = first_token_by_hand(predictor, sample, sample.turns[0].text, ratios)
-    assert predictor.first_token(sample, ratios, routes=False) == expected
-
-
-def test_first_token_can_be_had_when_a_later_turn_brings_an_image(predictor):
-    sample = tiled(predictor, (32, 32), (32, 32), question="What is it?")
-    sample.turns[0] = type(sample.turns[0])(
-        role="human", text="<image>\nWhat is it?"
-    )  # the other one comes later
-    ratios = torch.tensor([4, 16])
-    token = predictor.first_token(sample, ratios, routes=True)
-    predictor.model.language.set_attn_implementation("sdpa")
-    assert token == first_token_by_hand(predictor, sample, "<image>\n<image>\nWhat is it?", ratios)
-
-
-def test_only_a_routed_first_token_runs_the_router(predictor):
+def test_first_token_is_the_first_token_of_the_answer_and_runs_the_router_if_routed(
+    predictor, sizes, question
+):
     ran = []
     predictor.model.router.register_forward_hook(lambda *_: ran.append(1))
-    sample = tiled(predictor, (32, 32))
-    predictor.first_token(sample, torch.tensor([4]), routes=False)
-    assert not ran
-    predictor.first_token(sample, torch.tensor([4]), routes=True)
-    assert ran == [1]
+    sample = tiled(predictor, *sizes)
+    sample = replace(sample, turns=[replace(sample.turns[0], text=question)])
+    ratios = torch.tensor([16, 4, 4, 16, 4, 16])[: len(sample.tiles)]
+    found = [predictor.first_token(sample, ratios, routes=routes) for routes in (False, True)]
+    assert len(ran) == 1
+    predictor.model.language.set_attn_implementation("sdpa")
+    expected = first_token_by_hand(predictor, sample, "<image>\n" * len(sizes) + "What is it?", ratios)
+    assert found == [expected, expected]
 
 
 def test_an_image_is_routed_by_one_pass_of_the_router(predictor):

@@ -144,25 +144,15 @@ def test_an_answer_with_an_image_mark_is_a_bad_record(predictor, source, tmp_pat
     assert sum("<image> in an answer of the model" in line for line in lines) == 5
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"max_new_tokens": 5}, "already holds a set of other annotations, images or settings"),
-        ({"prompt": "Why?"}, "already holds a set of other annotations, images or settings"),
-        ({"temperature": 0.5}, "already holds a set of other annotations, images or settings"),
-        ({"topp": 0.5}, "'topp' is no option of generation; did you mean 'top_p'?"),
-    ],
-)
-def test_a_set_of_other_settings_is_refused_and_the_same_is_returned(
-    predictor, source, tmp_path, change, complaint
-):
+def test_a_set_of_other_settings_is_refused_and_the_same_is_returned(predictor, source, tmp_path):
     settings = {"max_new_tokens": 2}
     first = generate_responses(predictor, source, tmp_path / "own", **settings)
     before = tree(tmp_path / "own")
     again = generate_responses(predictor, source, tmp_path / "own", **settings)
     assert (again[0].entries, again[1]) == (first[0].entries, first[1])
-    with pytest.raises(ValueError, match=complaint):
-        generate_responses(predictor, source, tmp_path / "own", **{**settings, **change})
+    for change in ({"max_new_tokens": 5}, {"prompt": "Why?"}, {"temperature": 0.5}):
+        with pytest.raises(ValueError, match="already holds a set of other annotations, images or settings"):
+            generate_responses(predictor, source, tmp_path / "own", **{**settings, **change})
     with pytest.raises(ValueError, match=r"source: holds tars but no build\.json, so another set"):
         generate_responses(predictor, tmp_path / "own", source, **settings)
     assert tree(tmp_path / "own") == before
@@ -174,12 +164,9 @@ def test_a_killed_command_is_completed_by_the_same(predictor, tmp_path):
     write_shard(tmp_path / "source" / "source-000000.tar", records)
     settings = {"max_new_tokens": 2, "batch_size": 2, "samples_per_shard": 10}
     generate_responses(predictor, tmp_path / "source", tmp_path / "whole" / "own", **settings)
-    output, options = (
-        tmp_path / "own",
-        ["--max-new-tokens", "2", "--batch-size", "2", "--samples-per-shard", "10"],
-    )
+    output = tmp_path / "own"
     command = [sys.executable, "-m", "vico_pl", "generate", predictor.folder, "--data", tmp_path / "source"]
-    command += ["--output", output, *options]
+    command += ["--output", output, "--max-new-tokens=2", "--batch-size=2", "--samples-per-shard=10"]
     first = output / "own-000001.idx"
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE) as process:
         while not first.exists():

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from vico_pl.evaluation.answering import Ratios, full_tokens
-from vico_pl.evaluation.metrics import MEAN, OVERALL, score_tables
+from vico_pl.evaluation.answering import MEAN, OVERALL, score_tables
 from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
@@ -59,16 +58,22 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
     Raises:
         ValueError: the set has no image, or nothing is right at full tokens.
     """
-    predictor = questions.predictor
-    scores, right = [], 0.0
-    for group in questions.groups(title="scoring tiles"):
+    predictor, scores = questions.predictor, []
+    for group in questions.checked_groups():
         scores += [compress_probability(predictor.router_logits(features)) for features in group.features]
-        right += sum(result.score for result in questions.grade(group, [full_tokens(group)])[0])
-    questions.check(num_tiles=sum(map(len, scores)), right=right)
     candidates = (threshold_for(scores, compressed_fraction=f, halfway=True) for f in COMPRESSED_FRACTIONS)
     thresholds = list(dict.fromkeys(min(NEVER, threshold) for threshold in candidates))
     choices = [at_threshold(scores, threshold, ratios=predictor.model.ratios) for threshold in thresholds]
-    tables = _tables(questions, choices)
+    images: list[int] = []
+    groups: list[str] = []
+    columns: dict[str, list[float]] = {str(number): [] for number in range(len(choices))}
+    for group in questions.groups(title="answering"):
+        images += [question.sample for question in group.questions]
+        groups += [question.group for question in group.questions]
+        graded = questions.grade(group, [ratios[group.positions] for ratios in choices])
+        for column, results in zip(columns.values(), graded, strict=True):
+            column += [result.score for result in results]
+    tables = score_tables(images, groups, columns, baseline="0", seed=0).values()
     tokens = [sum(vision_tokens(c, num_patches=predictor.model.vision.num_patches)) for c in choices]
     return [
         CalibrationPoint(
@@ -78,20 +83,6 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
         )
         for threshold, spent, table in zip(thresholds, tokens, tables, strict=True)
     ]
-
-
-def _tables(questions: QuestionSet, choices: Sequence[Ratios]) -> list[dict[str, Any]]:
-    images: list[int] = []
-    groups: list[str] = []
-    scores: list[list[float]] = [[] for _ in choices]
-    for group in questions.groups(title="answering"):
-        images += [question.sample for question in group.questions]
-        groups += [question.group for question in group.questions]
-        graded = questions.grade(group, [ratios[group.positions] for ratios in choices])
-        for column, results in zip(scores, graded, strict=True):
-            column += [result.score for result in results]
-    columns = {str(number): column for number, column in enumerate(scores)}
-    return list(score_tables(images, groups, columns, baseline="0", seed=0).values())
 
 
 def choose_point(

@@ -12,29 +12,30 @@ import torch
 
 from vico_pl.callbacks.records import software
 from vico_pl.evaluation.answering import (
+    MEAN,
     EvalQuestion,
     Group,
     Ratios,
     Result,
-    answer_group,
     full_tokens,
-    score_answers,
+    mean_scores,
+    score_tables,
 )
 from vico_pl.evaluation.baselines import (
     AT_BUDGET,
+    FASTV_LAYERS,
     Outcome,
     TileScores,
     at_budget,
-    check_untrained,
+    check_arms,
     ranked,
     score_tiles,
     time_first_tokens,
 )
-from vico_pl.evaluation.metrics import MEAN, mean_scores, score_tables
 from vico_pl.evaluation.questions import Measure, QuestionSet
-from vico_pl.evaluation.untrained import serving_cost
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.connector import FULL_RATIO
+from vico_pl.model.flops import head_width, language_costs
 from vico_pl.model.router import at_threshold, threshold_for, vision_tokens
 from vico_pl.model.vlm import VisionLanguageModel
 
@@ -100,11 +101,7 @@ def evaluate(
     if reference is not None and reference.tiling.tile_size != questions.predictor.tiling.tile_size:
         sizes = f"{reference.tiling.tile_size} px, of the model {questions.predictor.tiling.tile_size}"
         raise ValueError(f"{reference.folder}: its tiles are of {sizes}; expected the same")
-    known = _known_arms(questions.predictor)
-    if unknown := [arm for arm in arms or () if arm not in known]:
-        folder = questions.predictor.folder
-        raise ValueError(f"{folder}: no arm '{unknown[0]}'; this model has {', '.join(known)}")
-    check_untrained(questions, arms or ())
+    check_arms(questions, arms or (), known=_known_arms(questions.predictor))
     scores = _score_tiles(questions, seed=seed, arms=arms)
     settings = _arm_settings(scores, questions.predictor, arms=arms)
     pareto = _pareto_settings(scores) if arms is None else []
@@ -130,10 +127,12 @@ def evaluate(
         "reference": None if reference is None else str(reference.folder),
         "made_with": {"date": date.today().isoformat(), "command": command, **software()},
     }
-    models = dict.fromkeys(outcomes, questions.predictor.model)
-    if reference is not None:
-        models["reference"] = reference.model
-    costs = {arm: _serving(found, outcomes, arm, model=model) for arm, model in models.items()}
+    costs = {}
+    for arm, outcome in outcomes.items():
+        model = reference.model if reference is not None and arm == "reference" else questions.predictor.model
+        seen = outcomes["full" if arm == "fastv" else arm]
+        tokens = [[one.tokens[question.sample] for question in found.asked] for one in (seen, outcome)]
+        costs[arm] = serving_cost(model, found.text_tokens, *tokens)
     curves = {setting: found.outcomes[setting] for setting in pareto}
     examples = sorted(found.examples, key=lambda example: -example.loss)[:num_examples]
     return {**report, **_figures(found.asked, outcomes, costs, curves, seed=seed)}, examples
@@ -148,17 +147,15 @@ def _known_arms(predictor: Predictor) -> list[str]:
 @torch.no_grad()
 def _score_tiles(questions: QuestionSet, *, seed: int, arms: Sequence[str] | None) -> dict[str, TileScores]:
     """Score the tiles of the whole set as the arms do; all but the router's scores become ranks."""
-    predictor, right = questions.predictor, 0.0
+    predictor = questions.predictor
     possible = ["router", *SCORED] if "router" in _known_arms(predictor) else [*SCORED]
     if len(predictor.model.ratios) == 1:
         possible = ["random"]
     needed = possible if arms is None else ["router", "random", *arms]
     scores: dict[str, TileScores] = {arm: [] for arm in possible if arm in needed}
-    for group in questions.groups(title="scoring tiles"):
+    for group in questions.checked_groups():
         for arm, of_set in scores.items():
             of_set += score_tiles(arm, predictor, group, seed=seed)
-        right += sum(result.score for result in questions.grade(group, [full_tokens(group)])[0])
-    questions.check(num_tiles=sum(map(len, scores["random"])), right=right)
     return {arm: of_set if arm == "router" else ranked(of_set) for arm, of_set in scores.items()}
 
 
@@ -218,36 +215,27 @@ def _answer(
                 first_token = partial(questions.predictor.first_token, routes=arm == "router")
                 outcomes[setting].first_token_ms = time_first_tokens(first_token, group, chosen[setting])
         if reference is not None:
-            _ask_reference(reference, questions.measure, group, found.reference)
+            _ask_reference(replace(questions, predictor=reference), group, found.reference)
         if "router" in settings:
             pair = results[settings["full"]], results[settings["router"]]
             found.examples.extend(_examples(group, chosen[settings["router"]], *pair))
         found.asked.extend(group.questions)
-        found.text_tokens.extend(_count_text(questions.predictor, group))
+        found.text_tokens.extend(_text_tokens(questions.predictor, group))
     return found
 
 
-def _ask_reference(reference: Predictor, measure: Measure, group: Group, outcome: Outcome) -> None:
+def _ask_reference(questions: QuestionSet, group: Group, outcome: Outcome) -> None:
     """Score another model at full tokens; it agrees with itself."""
-    if measure == Measure.SCORES:
-        features = [reference.encode(sample.tiles) for sample in group.samples]
-        own = replace(group, features=features)
-        (results,) = score_answers(own, answer_group(reference, own, [full_tokens(own)]))
+    reference, full = questions.predictor, full_tokens(group)
+    if questions.measure == Measure.SCORES:
+        own = replace(group, features=[reference.encode(sample.tiles) for sample in group.samples])
+        (results,) = questions.grade(own, [full])
         outcome.scores += [result.score for result in results]
     else:
         outcome.scores += [1.0] * len(group.questions)
     if group.first == 0:
         first_token = partial(reference.first_token, routes=False)
-        outcome.first_token_ms = time_first_tokens(first_token, group, full_tokens(group))
-
-
-def _count_text(predictor: Predictor, group: Group) -> list[int]:
-    """Return how many tokens of each question's prompt are text; the others are one placeholder per tile."""
-    samples = [group.samples[question.sample - group.first] for question in group.questions]
-    return [
-        len(predictor.encode_prompt(sample, question.prompt).input_ids) - len(sample.tiles)
-        for sample, question in zip(samples, group.questions, strict=True)
-    ]
+        outcome.first_token_ms = time_first_tokens(first_token, group, full)
 
 
 def _examples(
@@ -274,17 +262,31 @@ def _examples(
     return sorted(spoilt, key=lambda example: -example.loss)[:SPOILT_PER_GROUP] + good[:EXAMPLES_PER_GROUP]
 
 
-def _serving(
-    found: Answered, outcomes: Mapping[str, Outcome], arm: str, *, model: VisionLanguageModel
+def _text_tokens(predictor: Predictor, group: Group) -> list[int]:
+    """Return how many tokens of each question's prompt are text; the others are one placeholder per tile."""
+    samples = [group.samples[question.sample - group.first] for question in group.questions]
+    return [
+        len(predictor.encode_prompt(sample, question.prompt).input_ids) - len(sample.tiles)
+        for sample, question in zip(samples, group.questions, strict=True)
+    ]
+
+
+def serving_cost(
+    model: VisionLanguageModel, text_tokens: Sequence[int], seen: Sequence[int], kept: Sequence[int]
 ) -> dict[str, float]:
-    """Return what the prompt of a question costs on average; FastV drops after layers that see all tokens."""
-    seen, kept = outcomes["full" if arm == "fastv" else arm].tokens, outcomes[arm].tokens
-    flops, num_bytes = serving_cost(
-        model,
-        text_tokens=found.text_tokens,
-        vision_tokens=[seen[question.sample] for question in found.asked],
-        kept_tokens=[kept[question.sample] for question in found.asked],
-    )
+    """Return what the prompt of a question costs on average, without the vision encoder.
+
+    `seen` and `kept` are the vision tokens of each prompt in the layers before and after FastV drops some.
+    """
+    per_token, per_pair, flops = language_costs(model)  # the last: of the logits
+    config, cached = model.language.config, 0.0
+    early = min(1, FASTV_LAYERS / config.num_hidden_layers)
+    for share, vision in ((early, seen), (1 - early, kept)):
+        lengths = np.add(text_tokens, vision)
+        flops += share * float((per_token * lengths + per_pair * lengths * (lengths + 1) / 2).mean())
+        cached += share * float(lengths.mean())
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    num_bytes = cached * 2 * config.num_hidden_layers * heads * head_width(config) * model.head.element_size()
     return {"prefill_gflops": round(flops / 1e9, 6), "kv_cache_mib": round(num_bytes / 2**20, 6)}
 
 

@@ -101,12 +101,17 @@ class QuestionSet:
             return agreement(self.predictor, group, choices, reference=reference or self.predictor)
         return score_answers(group, answer_group(self.predictor, group, choices))
 
-    def check(self, *, num_tiles: int, right: float) -> None:
-        """Refuse a set from which nothing can be learnt about the router.
+    def checked_groups(self) -> Iterator[Group]:
+        """Yield the groups, for their tiles to be scored, and refuse a set from which nothing can be learnt.
 
         Raises:
-            ValueError: it has no tile, or the sum of all scores at full tokens is 0.
+            ValueError: at the end: the set has no tile, or the sum of all scores at full tokens is 0.
         """
+        num_tiles, right = 0, 0.0
+        for group in self.groups(title="scoring tiles"):
+            yield group
+            num_tiles += sum(map(len, group.features))
+            right += sum(result.score for result in self.grade(group, [full_tokens(group)])[0])
         if not num_tiles:
             raise ValueError(f"{self.name}: no image to calibrate or evaluate on")
         if not right:
