@@ -7,7 +7,7 @@ from statistics import mean
 import numpy as np
 
 from vico_pl.config import RunConfig
-from vico_pl.data.collate import MicroBatchLimits, SampleLoad, assign_to_ranks, split_into_micro_batches
+from vico_pl.data.collate import MicroBatchLimits, SampleLoad, assign
 from vico_pl.model.flops import count_flops
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.stages.consistency import ConsistencyStage
