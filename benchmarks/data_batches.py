@@ -1,6 +1,5 @@
 """Load balance of simulated ranks in stage 1: our assignment and others."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -58,7 +57,6 @@ TITLES = {
     "tokens": f"micro-batches of {PACK_TOKENS} tokens at drawn ratios, one each",
 }
 TABLE_RANKS, TABLE_SAMPLES, TABLE_DRAWS = (8, 64, 512), (4, 8, 16), 4  # samples per rank; steps of each
-MANY_RANKS = 1024  # at which assigning is timed
 
 Positions = list[list[int]]  # samples of each rank
 Efficiencies = dict[str, float]  # mean over maximum of the ranks' cost by way of assigning
@@ -76,7 +74,6 @@ class Sample:
 def measure_efficiency(*, steps: int) -> dict[str, Any]:
     """Return efficiencies, averaged over steps: of all ways by model, ours by model, samples and ranks."""
     costs = {size: cost_of(size) for size in LANGUAGE}
-    many = [sample.estimate for sample in draw_samples(costs["1b"], step=0, count=MANY_RANKS * SAMPLES)]
     return {
         "ways": {size: _efficiencies(cost, steps=steps) for size, cost in costs.items()},
         "shapes": [
@@ -85,7 +82,6 @@ def measure_efficiency(*, steps: int) -> dict[str, Any]:
             for size, cost in costs.items()
             for samples in TABLE_SAMPLES
         ],
-        "assigning_ms": _milliseconds(many),
     }
 
 
@@ -119,9 +115,6 @@ def efficiency_table(measured: dict[str, Any]) -> list[str]:
             for row in measured["shapes"]
         ),
         "",
-        f"Assigning {MANY_RANKS * SAMPLES:,} samples to {MANY_RANKS:,} ranks, sizes known, takes "
-        f"{measured['assigning_ms']:.0f} ms.",
-        "",
     ]
 
 
@@ -150,12 +143,6 @@ def _ours(cost: StageCost, *, ranks: int, samples: int) -> tuple[float, float]:
 def _mean_balances(drawn: Sequence[Sequence[Sample]], *, num_ranks: int) -> tuple[float, float]:
     in_sum, in_step = zip(*(_balances(samples, num_ranks) for samples in drawn), strict=True)
     return mean(in_sum), mean(in_step)
-
-
-def _milliseconds(loads: list[SampleLoad]) -> float:
-    start = time.perf_counter()
-    assign(loads, MicroBatchLimits(), num_ranks=MANY_RANKS)
-    return 1000 * (time.perf_counter() - start)
 
 
 def cost_of(size: str) -> StageCost:
