@@ -10,7 +10,6 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -70,6 +69,7 @@ def assign(
     )
     while (filled := _fill(number * num_ranks, loads, limits)) is None:
         number += 1
+    filled += [[] for _ in range(-len(filled) % num_ranks)]
     costs = [sum(loads[sample].cost for sample in samples) for samples in filled]
     by_cost = sorted(range(len(filled)), key=costs.__getitem__, reverse=True)
     assigned: list[list[list[int]]] = [[] for _ in range(num_ranks)]
@@ -77,9 +77,9 @@ def assign(
     for start in range(0, len(filled), num_ranks):
         # The rank with the least so far gets the most expensive one, so that sums match too.
         ranks = sorted(range(num_ranks), key=totals.__getitem__)
-        for rank, index in zip_longest(ranks, by_cost[start : start + num_ranks]):
-            assigned[rank].append([] if index is None else filled[index])
-            totals[rank] += 0.0 if index is None else costs[index]
+        for rank, index in zip(ranks, by_cost[start : start + num_ranks], strict=True):
+            assigned[rank].append(filled[index])
+            totals[rank] += costs[index]
     return assigned
 
 
