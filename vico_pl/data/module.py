@@ -105,7 +105,7 @@ class DataModule(L.LightningDataModule):
         cost: SampleCost | None = None,
         max_positions: int | None = None,
     ) -> None:
-        """Open the shards. Samples are assigned to ranks by `cost`; default: tokens at full vision tokens.
+        """Open the shards. Samples are assigned by `cost`; default: tokens at full vision tokens.
 
         Samples of more tokens than `max_positions`, those of the language model, are bad records.
         """
