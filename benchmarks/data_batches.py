@@ -56,7 +56,8 @@ TITLES = {
     "contiguous": f"{SAMPLES} neighbours each",
     "tokens": f"micro-batches of {PACK_TOKENS} tokens at drawn ratios, one each",
 }
-TABLE_RANKS, TABLE_SAMPLES = (8, 64, 512), (4, 8, 16)  # samples per rank; a fifth of the steps
+# Of the second table, which takes a fifth of the steps; samples per rank.
+TABLE_RANKS, TABLE_SAMPLES = (8, 64, 512), (4, 8, 16)
 
 Positions = list[list[int]]  # samples of each rank
 Efficiencies = dict[str, float]  # mean over maximum of the ranks' cost by way of assigning
