@@ -228,6 +228,7 @@ def tables(content: dict[str, Any]) -> str:
         ),
         "",
         f"Two ranks reach {over_ceiling(rounds):.2f} of what two runs side by side do.",
+        *content.get("remarks", []),  # on recorded measurements, if circumstances differed
     ]
     return "\n".join(lines) + "\n"
 
