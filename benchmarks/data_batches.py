@@ -1,13 +1,15 @@
-"""Load balance of 64 simulated ranks in stage 1: our assignment and others."""
+"""Load balance of simulated ranks in stage 1: our assignment and others."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
 from vico_pl.config import RunConfig
-from vico_pl.data.collate import MicroBatchLimits, SampleLoad, assign_to_ranks, split_into_micro_batches
+from vico_pl.data.collate import MicroBatchLimits, SampleLoad, assign, keep_limits
 from vico_pl.model.flops import count_flops
 from vico_pl.model.vlm import ModelSpec
 from vico_pl.stages.consistency import ConsistencyStage
@@ -47,62 +49,83 @@ LANGUAGE = {
     },
 }
 TITLES = {
-    "dealt": "assigned by cost as estimated from the index",
-    "dealt_exactly": "assigned by cost as it will be",
-    "dealt_in_step": "assigned by estimated cost, ranks waiting after each micro-batch (sharded models)",
+    "in_sum": "assigned by cost as estimated from the index",
+    "in_sum_exactly": "assigned by cost as it will be",
+    "in_step": "assigned by estimated cost, ranks waiting after each micro-batch (sharded models)",
+    "in_step_exactly": "assigned by cost as it will be, ranks waiting after each micro-batch",
     "contiguous": f"{SAMPLES} neighbours each",
     "tokens": f"micro-batches of {PACK_TOKENS} tokens at drawn ratios, one each",
 }
+# Of the second table, which takes a fifth of the steps; samples per rank.
+TABLE_RANKS, TABLE_SAMPLES = (8, 64, 512), (4, 8, 16)
 
-Hands = list[list[int]]  # samples of each rank
+Positions = list[list[int]]  # samples of each rank
+Efficiencies = dict[str, float]  # mean over maximum of the ranks' cost by way of assigning
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Cost of a sample, and its estimate from the shard index."""
+    """Load of a sample, and its estimate from the shard index."""
 
-    cost: float  # FLOP
-    estimate: float  # FLOP
-    tiles: int
-    full_tokens: int  # at full vision tokens
+    load: SampleLoad  # cost in FLOP
+    estimate: SampleLoad
     drawn_tokens: int  # at drawn ratios
 
 
-def measure_efficiency(*, steps: int) -> dict[str, dict[str, float]]:
-    """Return mean over maximum of the ranks' cost by model and assignment, averaged over steps."""
-    return {size: _efficiencies(size, steps=steps) for size in LANGUAGE}
+def measure_efficiency(*, steps: int) -> dict[str, Any]:
+    """Return efficiencies, averaged over steps: of all ways by model, ours by model, samples and ranks."""
+    costs = {size: cost_of(size) for size in LANGUAGE}
+    return {
+        "ways": {size: _efficiencies(cost, steps=steps) for size, cost in costs.items()},
+        "shapes": [
+            {"size": size, "samples": samples}
+            | {str(n): _ours(cost, ranks=n, samples=samples, steps=max(1, steps // 5)) for n in TABLE_RANKS}
+            for size, cost in costs.items()
+            for samples in TABLE_SAMPLES
+        ],
+    }
 
 
-def efficiency_figures(measured: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Return the efficiency of our assignment."""
-    return {f"parallel_efficiency_{RANKS}_{size}": ways["dealt"] for size, ways in measured.items()}
+def efficiency_figures(measured: dict[str, Any]) -> dict[str, float]:
+    """Return the efficiency of our assignment, if ranks wait once per step or after each micro-batch."""
+    ways: dict[str, Efficiencies] = measured["ways"]
+    return {
+        f"parallel_efficiency_{RANKS}_{size}{suffix}": found[way]
+        for way, suffix in (("in_sum", ""), ("in_step", "_in_step"))
+        for size, found in ways.items()
+    }
 
 
-def efficiency_table(measured: dict[str, dict[str, float]]) -> list[str]:
-    """Return the table of assignments."""
-    sizes = list(measured)
+def efficiency_table(measured: dict[str, Any]) -> list[str]:
+    """Return the tables of assignments, and of ours by shape."""
+    ways: dict[str, Efficiencies] = measured["ways"]
     return [
-        f"| {RANKS} ranks, mean over maximum of their cost | {' | '.join(size.upper() for size in sizes)} |",
-        "|---" * (1 + len(sizes)) + "|",
+        f"| {RANKS} ranks, mean over maximum of their cost | {' | '.join(size.upper() for size in ways)} |",
+        "|---" * (1 + len(ways)) + "|",
         *(
-            f"| {title} | {' | '.join(f'{100 * measured[size][way]:.1f} %' for size in sizes)} |"
+            f"| {title} | {' | '.join(f'{100 * found[way]:.1f} %' for found in ways.values())} |"
             for way, title in TITLES.items()
+        ),
+        "",
+        f"| our assignment: per step / per micro-batch | {' | '.join(f'{n} ranks' for n in TABLE_RANKS)} |",
+        "|---" * (1 + len(TABLE_RANKS)) + "|",
+        *(
+            f"| {row['size'].upper()}, {row['samples']} samples per rank | "
+            + " | ".join(f"{100 * row[str(n)][0]:.1f} / {100 * row[str(n)][1]:.1f} %" for n in TABLE_RANKS)
+            + " |"
+            for row in measured["shapes"]
         ),
         "",
     ]
 
 
-def _efficiencies(size: str, *, steps: int) -> dict[str, float]:
-    cost = cost_of(size)
-    drawn = [draw_samples(cost, step=step) for step in range(steps)]
+def _efficiencies(cost: StageCost, *, steps: int) -> Efficiencies:
+    drawn = [draw_samples(cost, step=step, count=RANKS * SAMPLES) for step in range(steps)]
+    exact = [[replace(sample, estimate=sample.load) for sample in samples] for samples in drawn]
+    ours, at_best = (_mean_balances(each, num_ranks=RANKS) for each in (drawn, exact))
     return {
-        "dealt": mean(
-            _balance(samples, assign_to_ranks([s.estimate for s in samples], RANKS)) for samples in drawn
-        ),
-        "dealt_exactly": mean(
-            _balance(samples, assign_to_ranks([s.cost for s in samples], RANKS)) for samples in drawn
-        ),
-        "dealt_in_step": mean(_balance_in_step(samples) for samples in drawn),
+        **dict(zip(("in_sum", "in_step"), ours, strict=True)),
+        **dict(zip(("in_sum_exactly", "in_step_exactly"), at_best, strict=True)),
         "contiguous": mean(_balance(samples, _neighbours(len(samples))) for samples in drawn),
         "tokens": mean(
             _balance(samples, micro_batches)
@@ -110,6 +133,16 @@ def _efficiencies(size: str, *, steps: int) -> dict[str, float]:
             for micro_batches in _packs_by_tokens(samples)
         ),
     }
+
+
+def _ours(cost: StageCost, *, ranks: int, samples: int, steps: int) -> tuple[float, float]:
+    drawn = [draw_samples(cost, step=step, count=ranks * samples) for step in range(steps)]
+    return _mean_balances(drawn, num_ranks=ranks)
+
+
+def _mean_balances(drawn: Sequence[Sequence[Sample]], *, num_ranks: int) -> tuple[float, float]:
+    in_sum, in_step = zip(*(_balances(samples, num_ranks) for samples in drawn), strict=True)
+    return mean(in_sum), mean(in_step)
 
 
 def cost_of(size: str) -> StageCost:
@@ -120,12 +153,12 @@ def cost_of(size: str) -> StageCost:
     return ConsistencyStage.cost(run, count_flops(spec))
 
 
-def draw_samples(cost: StageCost, *, step: int) -> list[Sample]:
+def draw_samples(cost: StageCost, *, step: int, count: int) -> list[Sample]:
     """Draw the samples of a step: a single image each, text of lognormal length.
 
     The estimate of the text's tokens is off, as it is in a run.
     """
-    chance, count = np.random.default_rng(step), RANKS * SAMPLES
+    chance = np.random.default_rng(step)
     tiles = chance.choice(list(TILES), size=count, p=list(TILES.values()))
     texts = np.clip(chance.lognormal(np.log(180), 0.9, size=count), 20, 3000).astype(int)
     estimates = texts * chance.lognormal(0, ESTIMATE_SPREAD, size=count)
@@ -134,41 +167,36 @@ def draw_samples(cost: StageCost, *, step: int) -> list[Sample]:
 
 
 def _sample(cost: StageCost, position: int, tiles: int, text: int, estimate: int) -> Sample:
-    tokens, drawn = text + TEMPLATE_TOKENS, cost.ratios_at(position, [tiles])
-    return Sample(
-        cost=cost(position, [tiles], tokens),
-        estimate=cost(position, [tiles], estimate),
-        tiles=tiles,
-        full_tokens=tokens + tiles * TOKENS_PER_TILE[RATIOS[0]],
-        drawn_tokens=tokens + sum(TOKENS_PER_TILE[ratio] for ratio in drawn),
+    load, estimated = (
+        SampleLoad(cost(position, [tiles], tokens), tiles, tokens + tiles * TOKENS_PER_TILE[RATIOS[0]])
+        for tokens in (text + TEMPLATE_TOKENS, estimate)
     )
+    drawn = sum(TOKENS_PER_TILE[ratio] for ratio in cost.ratios_at(position, [tiles]))
+    return Sample(load=load, estimate=estimated, drawn_tokens=text + TEMPLATE_TOKENS + drawn)
 
 
-def _balance(samples: Sequence[Sample], assigned: Hands) -> float:
-    loads = [sum(samples[index].cost for index in rank_positions) for rank_positions in assigned]
-    return mean(loads) / max(loads)
+def _balance(samples: Sequence[Sample], assigned: Positions) -> float:
+    costs = [sum(samples[index].load.cost for index in positions) for positions in assigned]
+    return mean(costs) / max(costs)
 
 
-def _balance_in_step(samples: Sequence[Sample]) -> float:
-    """Return the balance if all ranks wait after each micro-batch."""
-    assigned = assign_to_ranks([sample.estimate for sample in samples], RANKS)
-    micro_batches = [_pack_costs([samples[index] for index in rank_positions]) for rank_positions in assigned]
-    turns = max(map(len, micro_batches))
-    slowest = [max(costs[turn] for costs in micro_batches if turn < len(costs)) for turn in range(turns)]
-    return mean(map(sum, micro_batches)) / sum(slowest)
+def _balances(samples: Sequence[Sample], num_ranks: int) -> tuple[float, float]:
+    """Return the balance of our assignment if ranks wait once per step, and after each micro-batch."""
+    limits = MicroBatchLimits()
+    costs = []
+    for planned in assign([sample.estimate for sample in samples], limits, num_ranks=num_ranks):
+        loads = {index: samples[index].load for index in chain(*planned)}
+        micro_batches = keep_limits(planned, loads, limits)
+        costs.append([sum(loads[index].cost for index in micro_batch) for micro_batch in micro_batches])
+    mean_cost = mean(map(sum, costs))
+    return mean_cost / max(map(sum, costs)), mean_cost / sum(map(max, zip_longest(*costs, fillvalue=0.0)))
 
 
-def _pack_costs(samples: Sequence[Sample]) -> list[float]:
-    loads = [SampleLoad(sample.cost, sample.tiles, sample.full_tokens) for sample in samples]
-    micro_batches = split_into_micro_batches(loads, MicroBatchLimits())
-    return [sum(loads[index].cost for index in micro_batch) for micro_batch in micro_batches]
-
-
-def _neighbours(count: int) -> Hands:
+def _neighbours(count: int) -> Positions:
     return [list(range(start, start + count // RANKS)) for start in range(0, count, count // RANKS)]
 
 
-def _packs_by_tokens(samples: Sequence[Sample]) -> Iterator[Hands]:
+def _packs_by_tokens(samples: Sequence[Sample]) -> Iterator[Positions]:
     """Fill micro-batches first-fit, longest first; give each rank one, in random order; drop the rest."""
     micro_batches: list[list[int]] = []
     room: list[int] = []

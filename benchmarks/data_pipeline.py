@@ -137,8 +137,7 @@ def measure_padding(folder: Path, *, steps: int) -> dict[str, int]:
 def _micro_batches(batches: list[RankBatch]) -> Iterator[Batch]:
     longest = max(len(batch.micro_batches) for batch in batches)
     for batch in batches:
-        yield from batch.micro_batches
-        yield from [batch.dummy] * (longest - len(batch.micro_batches))
+        yield from batch.padded(longest)
 
 
 def _tokens(micro_batch: Batch) -> list[int]:

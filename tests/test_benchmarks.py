@@ -161,12 +161,14 @@ def test_routed_inference(monkeypatch):
     assert set(inference.figures(times, predicted=1.5, share=0.1)) == set(inference.GOALS)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_scaling_uses_the_same_samples_for_any_number_of_ranks(tmp_path, ranks):
-    words = scaling.command(tmp_path, tmp_path / "run", ranks)
+@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize("workload", scaling.WORKLOADS)
+def test_scaling_uses_the_same_samples_for_any_number_of_ranks(tmp_path, workload, strategy, ranks):
+    words = scaling.command(tmp_path, workload, tmp_path / "run", strategy)
     given = dict(word.split("=") for word in words if "=" in word)
     samples = int(given["data.batch_size"]) * int(given["trainer.max_steps"])
-    assert samples == 2 * scaling.SAMPLES * (scaling.WARM_UP + scaling.TIMED)
+    per_rank = scaling.WORKLOADS[workload].samples
+    assert samples == 2 * per_rank * (scaling.WARM_UP + scaling.TIMED)
     assert int(given["trainer.devices"]) == ranks
 
 

@@ -162,7 +162,8 @@ class RankBatch:
     def padded(self, count: int) -> list[Batch]:
         """Return the micro-batches, and dummies up to `count`, the largest number of any rank.
 
-        All ranks run the same number of micro-batches: gathering sharded weights is a collective.
+        Ranks plan the same number, but those whose samples were larger than estimated may need more. All run
+        as many, as gathering sharded weights is a collective.
         """
         return self.micro_batches + [self.dummy] * (count - len(self.micro_batches))
 

@@ -20,11 +20,13 @@ from vico_pl.data.module import (
     apply,
 )
 from vico_pl.data.shards.reader import read_index, write_index, write_shard
+from vico_pl.data.shards.tars import UNKNOWN_SIZE
 from vico_pl.data.tiling import TilingConfig
 from vico_pl.losses.consistency import consistency_kl
 
 BATCH = 12
 BAD_JSON = {"json": b"{"}
+ONE_TILE = TilingConfig(tile_size=32, max_tiles=1)
 QUESTION_ONLY = b'{"conversations": [{"from": "human", "value": "<image>\\nWhat?"}]}'
 TEXT = record(text="How many days has a leap year?", answer="366", files={"jpg": None}).files
 
@@ -79,10 +81,10 @@ def samples(share):
 
 @settings(max_examples=30)
 @given(world=st.integers(1, 15), step=st.integers(0, 10**6))
-def test_ranks_deal_every_global_batch_among_them(module, world, step):
+def test_ranks_divide_every_global_batch_among_them(module, world, step):
     ranks = [RankBatches(module, first_step=0, rank=rank, world=world) for rank in range(world)]
-    dealt = sorted(position for rank in ranks for position in rank.rank_positions(step)[0])
-    assert dealt == list(range(step * BATCH, (step + 1) * BATCH))
+    assigned = sorted(position for rank in ranks for position in rank.rank_positions(step)[0])
+    assert assigned == list(range(step * BATCH, (step + 1) * BATCH))
 
 
 def test_ranks_get_like_amounts_of_work(shards, tokenizer):
@@ -93,12 +95,43 @@ def test_ranks_get_like_amounts_of_work(shards, tokenizer):
         assert max(work) - min(work) <= 0.1 * max(work)
 
 
-def test_ranks_make_as_many_micro_batches_as_the_one_with_most(shards, tokenizer):
-    limits = MicroBatchLimits(max_tiles=9)
-    module = data_module(shards, tokenizer, batch_size=18, micro_batch=limits)
+@pytest.fixture
+def many(shards, tokenizer):
+    """Batches that need two or more micro-batches on each of three ranks."""
+    return data_module(shards, tokenizer, batch_size=18, micro_batch=MicroBatchLimits(max_tiles=9))
+
+
+def test_ranks_run_micro_batches_of_similar_cost_at_the_same_time(many):
     for step in range(6):
-        counts = [len(share.micro_batches) for share in of_all_ranks(module, world=3, first_step=step)]
-        assert min(counts) == max(counts) >= 2
+        ranks = [share.micro_batches for share in of_all_ranks(many, world=3, first_step=step)]
+        tokens = [
+            [len(b.input_ids) + 3 * b.num_tiles for b in together] for together in zip(*ranks, strict=True)
+        ]
+        assert len(tokens) >= 2
+        assert sum(map(max, tokens)) <= 1.15 * sum(map(sum, tokens)) / 3
+
+
+def test_a_bad_record_leaves_its_micro_batch_lighter_and_shifts_no_other(faulty, tokenizer):
+    limits = MicroBatchLimits(max_tiles=1)
+    module = data_module(faulty, tokenizer, batch_size=4, tiling=ONE_TILE, micro_batch=limits)
+    order = [module.order(position).sample for position in range(4)]
+    for rank in (RankBatches(module, rank=rank, world=2) for rank in range(2)):
+        positions, planned = rank.rank_positions(0)
+        share = rank.rank_batch(positions, planned)
+        good = [[p for p in batch if order[p] in (0, 3)] or [-1] for batch in planned]
+        assert [batch.positions for batch in share.micro_batches] == good
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_limits_hold_where_estimates_are_wrong_or_unknown(many, monkeypatch, world):
+    expected = global_batches(many, world=1, num_steps=2)
+    monkeypatch.setattr(type(many.indexes[0]), "size_of", lambda *_: UNKNOWN_SIZE)
+    ranks = [RankBatches(many, rank=rank, world=world) for rank in range(world)]
+    assert {len(rank.rank_positions(0)[1]) for rank in ranks} == {1}
+    found = [next(iter(rank)) for rank in ranks]
+    assert all(b.num_tiles <= 9 or b.num_samples == 1 for share in found for b in share.micro_batches)
+    assert min(len(share.micro_batches) for share in found) > 1
+    assert global_batches(many, world=world, num_steps=2) == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -47,13 +47,17 @@ class WeightTimesTokens(Stage):
 
 
 class Others:
-    """Ranks beside this one, whose facts are known."""
+    """Ranks beside this one, whose counts and numbers of micro-batches are known."""
 
-    def __init__(self, *facts):
-        self.world, self._facts = 1 + len(facts), facts
+    def __init__(self, *others):
+        self.world, self._others = 1 + len(others), others
+
+    def sums_and_largest(self, counts, number):
+        sums = {name: value + sum(other[name] for other in self._others) for name, value in counts.items()}
+        return sums, max([number, *(other["num_micro_batches"] for other in self._others)])
 
     def gather(self, value):
-        return [value, *self._facts] if "num_samples" in value else [value] * self.world
+        return [value] * self.world
 
 
 class Watched(L.Callback):
@@ -78,7 +82,7 @@ class Watched(L.Callback):
         self.outputs = outputs
 
 
-def facts(**known):
+def other(**known):
     return {"num_micro_batches": 1, "num_items": 0, "num_samples": 0, "num_bad": 0, "stop": 0, **known}
 
 
@@ -115,7 +119,7 @@ def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
     first, second = encoded_sample(1, answers=(3,)), encoded_sample(2, answers=(9,))
     whole = Watched(rank_batch(batch_of(first, second)))
     ranks = [
-        Watched(rank_batch(batch_of(sample)), facts(num_items=others))
+        Watched(rank_batch(batch_of(sample)), other(num_items=others))
         for sample, others in ((first, 9), (second, 3))
     ]
     mean_gradient = sum(rank.gradient for rank in ranks) / 2  # as DDP computes it
@@ -125,7 +129,7 @@ def test_any_split_over_ranks_gives_the_gradient_of_the_whole_batch():
 
 def test_a_rank_with_fewer_micro_batches_runs_dummies_that_change_nothing():
     batch = batch_of(encoded_sample(1, answers=(3,)))
-    alone, beside = Watched(rank_batch(batch)), Watched(rank_batch(batch), facts(num_micro_batches=3))
+    alone, beside = Watched(rank_batch(batch)), Watched(rank_batch(batch), other(num_micro_batches=3))
     assert len(beside.stage.events) == 3 + 2
     assert beside.gradient == pytest.approx(2 * alone.gradient)  # halved by the mean over two ranks
 
@@ -138,8 +142,8 @@ def test_a_step_without_anything_to_learn_from_is_zero():
 
 def test_callbacks_are_reported_of_all_ranks():
     bad = [BadRecord(id="a", reason="b")] * 2
-    others = facts(num_samples=6, num_bad=1, stop=1)
-    found = Watched(rank_batch(batch_of(encoded_sample(1)), bad=bad), others)
+    beside = other(num_samples=6, num_bad=1, stop=1)
+    found = Watched(rank_batch(batch_of(encoded_sample(1)), bad=bad), beside)
     norm = pytest.approx(abs(found.gradient))
     expected = {"num_samples": 9, "num_bad": 3, "grad_norm": norm, "stop": 1}
     assert {name: found.outputs[name] for name in expected} == expected
@@ -156,12 +160,14 @@ def test_a_step_with_a_non_finite_gradient_changes_no_weight_and_counts(value, m
     assert not math.isfinite(found.outputs["grad_norm"])
 
 
-def test_a_rank_that_lost_another_says_so_in_a_sentence(monkeypatch):
+@pytest.mark.parametrize("exchange", [lambda ranks: ranks.gather(1), lambda ranks: ranks.largest(1)])
+def test_a_rank_that_lost_another_says_so_in_a_sentence(monkeypatch, exchange):
     def closed(*_, **__):
         raise RuntimeError("Connection closed by peer\nand more of that")
 
     monkeypatch.setattr(distributed, "new_group", lambda **_: None)
-    monkeypatch.setattr(distributed, "all_gather_object", closed)
+    for collective in ("all_gather_object", "all_reduce"):
+        monkeypatch.setattr(distributed, collective, closed)
     expected = r"another rank has ended \(Connection closed by peer\); see its log for the reason"
     with pytest.raises(ConnectionError, match=expected):
-        Ranks(2).gather(1)
+        exchange(Ranks(2))

@@ -17,14 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from vico_pl.data.chat import ChatConfig, ChatEncoder
-from vico_pl.data.collate import (
-    MicroBatchLimits,
-    SampleCost,
-    SampleLoad,
-    assign_to_ranks,
-    collate,
-    split_into_micro_batches,
-)
+from vico_pl.data.collate import MicroBatchLimits, SampleCost, SampleLoad, assign, collate, keep_limits
 from vico_pl.data.decode import ImageLimits, bad_record, decode_record, with_caption
 from vico_pl.data.order import EvenOrder, SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
@@ -114,7 +107,7 @@ class DataModule(L.LightningDataModule):
         cost: SampleCost | None = None,
         max_positions: int | None = None,
     ) -> None:
-        """Open the shards. Samples are assigned to ranks by `cost`; default: tokens at full vision tokens.
+        """Open the shards. Samples are assigned by `cost`; default: tokens at full vision tokens.
 
         Samples of more tokens than `max_positions`, those of the language model, are bad records.
         """
@@ -204,40 +197,42 @@ class RankBatches(IterableDataset[RankBatch]):
         for step in range(self.first_step + worker, num_steps, num_workers):
             yield self.rank_batch(*self.rank_positions(step))
 
-    def rank_positions(self, step: int) -> tuple[list[int], int]:
-        """Return this rank's positions of a step, and how many micro-batches to make of them at least.
+    def rank_positions(self, step: int) -> tuple[list[int], list[list[int]]]:
+        """Return this rank's positions of a step, and its micro-batches of them as planned by estimates.
 
-        All ranks compute the same assignment from the same estimates, so each knows the largest number of
-        micro-batches of any rank.
+        All ranks compute the same assignment. One rank waits for no other, so it plans nothing: it makes its
+        micro-batches of what it has read.
         """
         size = self.config.batch_size
         positions = range(step * size, min((step + 1) * size, self.num_positions))
         if self.world == 1:
-            return list(positions), 1
-        loads = [self._estimate(position) for position in positions]
-        assigned = assign_to_ranks([load.cost for load in loads], self.world)
-        split = partial(split_into_micro_batches, limits=self.config.micro_batch)
-        num_micro_batches = max(len(split([loads[index] for index in indices])) for indices in assigned)
-        return [positions[index] for index in assigned[self.rank]], num_micro_batches
+            return list(positions), []
+        loads = list(map(self._estimate, positions))
+        assigned = assign(loads, self.config.micro_batch, num_ranks=self.world)[self.rank]
+        planned = [[positions[index] for index in samples] for samples in assigned]
+        return sorted(itertools.chain(*planned)), planned
 
-    def rank_batch(self, positions: Sequence[int], min_micro_batches: int = 1) -> RankBatch:
-        """Read samples and batch them, in at least `min_micro_batches` if there are enough.
+    def rank_batch(self, positions: Sequence[int], planned: Sequence[Sequence[int]] = ()) -> RankBatch:
+        """Read samples and batch them, if possible as planned.
 
         Every micro-batch has a tile and every rank batch a micro-batch, if necessary the dummy sample's, so
         that all ranks run the same parts of the model. The dummy adds nothing to the gradients.
         """
         items = list(wds.DataPipeline(partial(iter, positions), *self.stages))
-        good = [(position, item) for position, item in items if isinstance(item, EncodedSample)]
-        loads = [self._load(p, s.tiles_per_image, len(s.input_ids) - len(s.tiles)) for p, s in good]
+        good = {position: item for position, item in items if isinstance(item, EncodedSample)}
+        loads = {
+            position: self._load(position, sample.tiles_per_image, len(sample.input_ids) - len(sample.tiles))
+            for position, sample in good.items()
+        }
         micro_batches = []
-        for chosen in split_into_micro_batches(loads, self.config.micro_batch, at_least=min_micro_batches):
-            members = [good[index] for index in chosen]
-            if not any(loads[index].tiles for index in chosen):
-                members.append((-1, self.dummy))
-            micro_batches.append(collate([item for _, item in members], positions=[p for p, _ in members]))
-        alone = collate([self.dummy], positions=[-1])
+        for chosen in keep_limits(planned, loads, self.config.micro_batch) or [[]]:
+            has_tile = any(loads[position].tiles for position in chosen)
+            members = chosen if has_tile else [*chosen, -1]
+            samples = [good.get(position, self.dummy) for position in members]
+            micro_batches.append(collate(samples, positions=members))
         bad = [replace(item, source=self._source(p)) for p, item in items if isinstance(item, BadRecord)]
-        return RankBatch(micro_batches=micro_batches or [alone], bad_records=bad, dummy=alone)
+        dummy = collate([self.dummy], positions=[-1])
+        return RankBatch(micro_batches=micro_batches, bad_records=bad, dummy=dummy)
 
     def _source(self, position: int) -> str:
         return str(self.indexes[self.order(position).source].folder)

@@ -238,9 +238,8 @@ class Stage(L.LightningModule):
         Returns what callbacks need, the same on all ranks: `num_samples`, of these `num_bad`, `grad_norm`,
         `num_left_out`, and `stop`: how many ranks were asked to.
         """
-        facts = self.ranks.gather(self._facts(rank_batch))
-        totals = {name: sum(rank[name] for rank in facts) for name in facts[0]}
-        num_micro_batches = max(rank["num_micro_batches"] for rank in facts)
+        counts, number = self._counts(rank_batch), len(rank_batch.micro_batches)
+        totals, num_micro_batches = self.ranks.sums_and_largest(counts, number)
         micro_batches = rank_batch.padded(num_micro_batches)
         metrics: list[Figures] = []
         for index, result in enumerate(self.results(micro_batches)):
@@ -261,7 +260,7 @@ class Stage(L.LightningModule):
 
     def validation_step(self, rank_batch: RankBatch, number: int, dataloader_idx: int = 0) -> Any:
         """Return the figures of each micro-batch; `stages/validation.py` combines them."""
-        num_micro_batches = max(self.ranks.gather(len(rank_batch.micro_batches)))
+        num_micro_batches = self.ranks.largest(len(rank_batch.micro_batches))
         figures = []
         for index, micro_batch in enumerate(rank_batch.padded(num_micro_batches)):
             figures.append(self.validate(micro_batch, place=(dataloader_idx, number, index)))
@@ -279,10 +278,9 @@ class Stage(L.LightningModule):
             (state,), (optimizer,) = checkpoint["optimizer_states"], self.trainer.optimizers
             checkpoint["optimizer_states"] = [numbered_by_module(state, optimizer, self)]
 
-    def _facts(self, rank_batch: RankBatch) -> dict[str, int]:
-        """Return what other ranks need to know of this rank's part of a step."""
+    def _counts(self, rank_batch: RankBatch) -> dict[str, int]:
+        """Return what is added up over ranks in a step."""
         return {
-            "num_micro_batches": len(rank_batch.micro_batches),
             "num_items": sum(map(self.num_items, rank_batch.micro_batches)),
             "num_samples": len(rank_batch.ids) + len(rank_batch.bad_records),
             "num_bad": len(rank_batch.bad_records),

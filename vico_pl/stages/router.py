@@ -243,7 +243,7 @@ class RouterStage(Stage):
 
     def _most_groups(self, number: int) -> int:
         """Return the largest number of branch groups of any rank: with sharded weights all run as many."""
-        return max(self.ranks.gather(number)) if self.is_sharded else number
+        return self.ranks.largest(number) if self.is_sharded else number
 
     def _remember(self, micro_batches: list[Batch], ratios: list[Tensor]) -> None:
         """Add the finite loss ratios of all ranks to the window, in sample order: the same on each."""

@@ -50,7 +50,7 @@ class Validation(L.Callback):
         Raises:
             StopIteration: which Lightning's loop takes for the end of the data.
         """
-        if any(stage.ranks.gather(stage.stop_requested)):
+        if stage.ranks.largest(int(stage.stop_requested)):
             self._forget()
             raise StopIteration
 
