@@ -250,7 +250,7 @@ docs-serve: $(INSTALLED) ## Show the documentation in a browser, rebuilt at ever
 # --- Benchmarks ------------------------------------------------------------------------------------------------
 
 bench: $(INSTALLED) ## Measure speed and memory against their goals: about 13 minutes, 10 GiB of memory
-	for name in kl labels step scaling monitoring inference data; do $(BIN)/python benchmarks/$$name.py; done
+	for name in kl labels step scaling monitoring checkpoints inference data; do $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: structure
 structure: $(INSTALLED) ## Print how large the code is, as CONTRIBUTING.md shows it

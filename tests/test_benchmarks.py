@@ -12,11 +12,11 @@ from tests.support.scripts import BENCHMARKS, load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling, monitoring = (
+harness, kl, data, pipeline, images, shuffle, models, labels, step, inference, scaling, monitoring, saving = (
     load_benchmark(name)
     for name in (
         *("harness", "kl", "data", "data_pipeline", "data_images", "data_shuffle"),
-        *("models", "labels", "step", "inference", "scaling", "monitoring"),
+        *("models", "labels", "step", "inference", "scaling", "monitoring", "checkpoints"),
     )
 )
 RESULTS, PAGE = BENCHMARKS / "results", BENCHMARKS / "README.md"
@@ -183,3 +183,12 @@ def test_monitoring_times_what_it_watches_and_restores_it():
         assert monitoring.consistency.grouped(["a"], torch.ones(2), [2])["a"].weight == 2
     assert taken["loss per ratio"] > 0
     assert monitoring.consistency.grouped is original
+
+
+def test_saving_a_sharded_checkpoint_is_measured_both_ways():
+    found = saving.figures({way: saving.measure(way, 64) for way in saving.WAYS})
+    assert {name: figure["goal"] for name, figure in found.items()} == {
+        "checkpoint_rank0_peak_over_shard": 0.25,
+        "checkpoint_gathered_peak_over_shard": None,
+    }
+    assert all(figure["measured"] >= 0 for figure in found.values())

@@ -9,6 +9,7 @@ Any number of ranks reads it, with or without sharding: tensors are named by par
 """
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class ShardedStrategy(ModelParallelStrategy):
             if self.is_global_zero:
                 remove(temporary)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
         """Load this rank's part of a folder, or of a file that an earlier version or one process wrote.
 
         Raises:
@@ -75,7 +76,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         if path.is_file():
-            return super().load_checkpoint(path, weights_only=weights_only)
+            return super().load_checkpoint(path, *args, **settings)
         checkpoint, reader = _read_meta(path), FileSystemReader(path)
         known = reader.read_metadata().state_dict_metadata
         weights = {n: t for n, t in get_model_state_dict(self._stage).items() if _WEIGHT + n in known}
@@ -118,7 +119,9 @@ def read_checkpoint(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and (optimizer or name.startswith(_WEIGHT))
     }
-    load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
+        load(tensors, storage_reader=reader, no_dist=True)
     checkpoint["state_dict"], state = {}, {}
     for key, tensor in tensors.items():
         if key.startswith(_WEIGHT):
