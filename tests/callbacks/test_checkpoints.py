@@ -14,7 +14,10 @@ from vico_pl.callbacks.sharded import ShardedStrategy
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch, writer):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=2**20))
-    state = {"state_dict": {"a": torch.zeros(2**19)}, "optimizer_states": []}
+    state = {
+        "state_dict": {"a": torch.zeros(2**19)},
+        "optimizer_states": [{"state": {"a": {"b": torch.zeros(3)}}, "param_groups": []}],
+    }
     expected = r"0\.0 GiB are free and a checkpoint needs 0\.0; make room, or lower trainer\.keep_checkpoints"
     with pytest.raises(ValueError, match=expected):
         writer.save_checkpoint(state, tmp_path / "step.ckpt")
