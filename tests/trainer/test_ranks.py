@@ -249,3 +249,23 @@ def test_a_damaged_folder_is_skipped(tmp_path, sharded_run, damage):
         part.unlink()
     with pytest.warns(UserWarning, match=rf"{newest} is skipped: it cannot be read \(.*{part.name}"):
         assert newest_checkpoint(run_dir).name == "step-00000004.ckpt"
+
+
+def fail_to_write(rank):
+    """Let the second rank find the disk full when it writes its part."""
+    write = sharded.FileSystemWriter.write_data
+
+    def fail(*args):
+        if rank == 1:
+            raise OSError("No space left on device")
+        return write(*args)
+
+    sharded.FileSystemWriter.write_data = fail
+
+
+def test_a_rank_that_cannot_write_its_part_ends_all_with_one_sentence(runs, tmp_path):
+    settings = [*EXACT, "trainer.strategy=fsdp"]
+    started = start(runs / "pretrain.yaml", tmp_path, *settings, ranks=2, before=fail_to_write)
+    assert started.wait() == [2, 2], started.said()
+    assert "could not be written (No space left on device); the previous checkpoint is" in started.said()
+    assert not list((tmp_path / "checkpoints").iterdir())
