@@ -249,8 +249,8 @@ docs-serve: $(INSTALLED) ## Show the documentation in a browser, rebuilt at ever
 
 # --- Benchmarks ------------------------------------------------------------------------------------------------
 
-bench: $(INSTALLED) ## Measure speed and memory against their goals: about 13 minutes, 10 GiB of memory
-	for name in kl labels step scaling monitoring inference data start; do $(BIN)/python benchmarks/$$name.py; done
+bench: $(INSTALLED) ## Measure speed and memory against their goals: about 16 minutes, 10 GiB of memory
+	for name in kl labels step scaling monitoring checkpoints inference data start; do $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: gpu-check structure
 gpu-check: $(INSTALLED) ## Measure all that needs a GPU, on one GPU: under 8 minutes

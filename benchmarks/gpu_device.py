@@ -23,8 +23,14 @@ from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops, count_flops
 from vico_pl.model.language import check_flash_attention
 from vico_pl.planning.plan import GIB, Layout, measure_memory
-from vico_pl.planning.plan import USABLE
-from vico_pl.planning.sources import MicroBatch, ModelShape, SampleShape, find_model, largest_micro_batch
+from vico_pl.planning.sources import (
+    USABLE,
+    MicroBatch,
+    ModelShape,
+    SampleShape,
+    find_model,
+    largest_micro_batch,
+)
 from vico_pl.stages import STAGES
 
 ROOT = Path(__file__).parents[1]

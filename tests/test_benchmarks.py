@@ -13,9 +13,9 @@ from tests.support.scripts import BENCHMARKS, load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-harness, kl, labels, step, inference, scaling, monitoring, start, gpu = map(
+harness, kl, labels, step, inference, scaling, monitoring, start, gpu, saving = map(
     load_benchmark,
-    ("harness", "kl", "labels", "step", "inference", "scaling", "monitoring", "start", "gpu"),
+    ("harness", "kl", "labels", "step", "inference", "scaling", "monitoring", "start", "gpu", "checkpoints"),
 )
 data, pipeline, images, shuffle, models = map(
     load_benchmark, ("data", "data_pipeline", "data_images", "data_shuffle", "models")
@@ -238,3 +238,12 @@ def test_the_gpu_check_resumes_a_stopped_run():
     found = gpu.measure_resume(gpu.dry_size())
     assert 0 < found["stopped_at"] < found["steps"]
     assert found["difference"] == 0
+
+
+def test_saving_a_sharded_checkpoint_is_measured_both_ways():
+    found = saving.figures({way: saving.measure(way, 64) for way in saving.WAYS})
+    assert {name: figure["goal"] for name, figure in found.items()} == {
+        "checkpoint_rank0_peak_over_shard": 0.25,
+        "checkpoint_gathered_peak_over_shard": None,
+    }
+    assert all(figure["measured"] >= 0 for figure in found.values())

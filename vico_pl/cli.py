@@ -246,7 +246,7 @@ def export(
     from vico_pl.model.families.folder import export as write
     from vico_pl.model.families.hub import local_folder
 
-    if model.endswith(".ckpt"):
+    if model.rstrip("/").endswith(".ckpt"):  # a file, or a folder
         from vico_pl.trainer import export_checkpoint
 
         if layout not in (None, "ours") or template is not None or dtype != "stored":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,44 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        publish(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a file or folder to disk and rename it to `path`, replacing what is there.
+
+    Only a file can replace a file in one step. A folder is first renamed to `.NAME.replaced`, from which
+    `restore_replaced` brings it back if the process is killed in between.
+    """
+    for file in (*temporary.glob("*"), temporary):
+        _sync(file)
+    replaced = path.with_name(f".{path.name}.replaced")
+    if path.is_dir() or (path.exists() and temporary.is_dir()):
+        remove(replaced)
+        path.replace(replaced)
+    temporary.replace(path)
+    _sync(path.parent)
+    remove(replaced)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Bring back what killed processes were replacing, unless its replacement is there."""
+    for replaced in folder.glob(".*.replaced"):
+        path = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if path.exists():
+            remove(replaced)
+        else:
+            replaced.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +29,7 @@ from vico_pl.callbacks.checkpoints import (
 from vico_pl.callbacks.dashboard import Dashboard
 from vico_pl.callbacks.loggers import build_logger
 from vico_pl.callbacks.records import BadRecordLog, EnvironmentLog, SampleLog, StepProgressBar
+from vico_pl.callbacks.sharded import ShardedStrategy, read_checkpoint
 from vico_pl.callbacks.speed import Speed
 from vico_pl.config import RunConfig, load_config
 from vico_pl.data.module import DataModule
@@ -191,13 +192,8 @@ def _strategy(config: TrainerConfig) -> str | Strategy:
     if config.strategy != "fsdp":
         return config.strategy
     per_node = int(config.devices) if config.devices != "auto" else max(torch.cuda.device_count(), 1)
-    # One file, gathered on the first rank, which any number of ranks can load.
-    return ModelParallelStrategy(
-        data_parallel_size=per_node * config.num_nodes,
-        tensor_parallel_size=1,
-        save_distributed_checkpoint=False,
-        timeout=timeout,
-    )
+    ranks = per_node * config.num_nodes
+    return ShardedStrategy(data_parallel_size=ranks, tensor_parallel_size=1, timeout=timeout)
 
 
 def _fit(trainer: L.Trainer, stage: Stage, data: DataModule, *, checkpoint: Path | None) -> None:
@@ -239,7 +235,7 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     config = load_config(recipe, [])
     models = FolderModels(config)
     stage = build_stage(config, models)
-    checkpoint = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    checkpoint = read_checkpoint(path, optimizer=False)
     stage.on_load_checkpoint(checkpoint)
     stage.load_state_dict(checkpoint["state_dict"], strict=stage.strict_loading, assign=True)
     model = stage.trained_model()

@@ -7,15 +7,20 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from tests.callbacks.steps import StageLog, TrainerAt
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
+from vico_pl.callbacks.sharded import ShardedStrategy
 
 
-def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):
+@pytest.mark.parametrize("writer", [AtomicCheckpointIO(), ShardedStrategy()])
+def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch, writer):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=2**20))
-    state = {"state_dict": {"a": torch.zeros(2**19)}, "optimizer_states": [{"b": [torch.zeros(3)]}]}
+    state = {
+        "state_dict": {"a": torch.zeros(2**19)},
+        "optimizer_states": [{"state": {"a": {"b": torch.zeros(3)}}, "param_groups": []}],
+    }
     expected = r"0\.0 GiB are free and a checkpoint needs 0\.0; make room, or lower trainer\.keep_checkpoints"
     with pytest.raises(ValueError, match=expected):
-        AtomicCheckpointIO().save_checkpoint(state, tmp_path / "step.ckpt")
+        writer.save_checkpoint(state, tmp_path / "step.ckpt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,3 +99,31 @@ def test_what_killed_attempts_left_over_is_removed_and_nothing_else(tmp_path):
 def test_the_account_of_what_is_kept_outlives_other_settings(tmp_path):
     one, other = (StepCheckpoint(tmp_path, every=every, keep=keep) for every, keep in ((2, 2), (100, 3)))
     assert one.state_key == other.state_key
+
+
+def test_a_file_replaces_a_damaged_folder_of_its_name(tmp_path):
+    path = tmp_path / "checkpoints" / "step-00000010.ckpt"
+    path.mkdir(parents=True)
+    (path / "meta.pt").write_bytes(b"damaged")
+    assert save(tmp_path, 10) == path == newest_checkpoint(tmp_path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_a_killed_process_was_replacing_comes_back(tmp_path):
+    """Unless the new one is already there."""
+    for name in (".best.ckpt.replaced", ".step-00000010.ckpt.replaced", "step-00000010.ckpt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "from").write_text(name)
+    assert begin(tmp_path, at=0) == {"best.ckpt", "step-00000010.ckpt"}
+    assert (tmp_path / "best.ckpt" / "from").read_text() == ".best.ckpt.replaced"
+    assert (tmp_path / "step-00000010.ckpt" / "from").read_text() == "step-00000010.ckpt"
+
+
+def test_a_folder_is_removed_as_a_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "step-00000010.ckpt"
+    folder.mkdir()
+    monkeypatch.setattr("shutil.rmtree", lambda path: pytest.fail(path.name))
+    with pytest.raises(pytest.fail.Exception, match=r"\.step-00000010\.ckpt\.removed\.partial"):
+        AtomicCheckpointIO().remove_checkpoint(folder)
+    monkeypatch.undo()
+    assert begin(tmp_path, at=0) == set()  # killed in between, the next start removes the rest

@@ -1,6 +1,7 @@
 """Runs of several real processes, and runs resumed with another number of ranks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import torch
 
 from tests.support import runs as running
 from tests.support.runs import audit, break_run, differing, metrics, run, start, weights
-from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.callbacks import sharded
+from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from vico_pl.callbacks.sharded import read_checkpoint
+from vico_pl.files import remove
 from vico_pl.prepare import is_finished
+from vico_pl.trainer import export_checkpoint
 
 EXACT = ["seed=3", "model.dropout=0.3"]
 ADAPTED = [
@@ -141,7 +146,7 @@ def go_on_from(run_dir, *, step):
     """Remove what a run wrote after a checkpoint."""
     for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
         if path.name > f"step-{step:08d}.ckpt":
-            path.unlink()
+            remove(path)
     (run_dir / "model" / "config.json").unlink(missing_ok=True)
 
 
@@ -161,7 +166,7 @@ def test_adapters_and_recomputation_go_on_sharded_and_back(
     go_on_from(changing, step=2)
     finish(recipe, changing, *settings, ranks=2, strategy="fsdp")
     stay_near(changing, alone, loss=loss)
-    checkpoint = torch.load(newest_checkpoint(changing), weights_only=True)
+    checkpoint = read_checkpoint(newest_checkpoint(changing))
     (optimizer,) = checkpoint["optimizer_states"]
     saved = [checkpoint["state_dict"], *optimizer["state"].values()]
     assert {tensor.dtype for tensors in saved for tensor in tensors.values()} == {torch.float32}
@@ -170,3 +175,97 @@ def test_adapters_and_recomputation_go_on_sharded_and_back(
     stay_near(changing, alone, loss=loss)
     assert apart(changing, alone, start=runs / "pretrain") < weight
     assert audit(changing).faults == []
+
+
+def die_before_meta(_):
+    """Kill the first rank in its second save, once all ranks have written their parts."""
+    die_at_the_second_call("_finish")
+
+
+def die_before_the_rename(_):
+    """Kill it once the folder is complete."""
+    die_at_the_second_call("publish")
+
+
+def die_at_the_second_call(name):
+    calls, function = iter(range(1000)), getattr(sharded, name)
+
+    def act(*args):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        function(*args)
+
+    setattr(sharded, name, act)
+
+
+@pytest.fixture(scope="module")
+def sharded_run(runs, tmp_path_factory):
+    """The folder of a run that two ranks have finished."""
+    folder = tmp_path_factory.mktemp("sharded") / "run"
+    finish(runs / "pretrain.yaml", folder, ranks=2, strategy="fsdp")
+    return folder
+
+
+@pytest.mark.parametrize("moment", [die_before_meta, die_before_the_rename])
+def test_a_folder_whose_save_was_killed_never_appears(runs, tmp_path, moment):
+    recipe, killed = runs / "pretrain.yaml", tmp_path / "killed"
+    settings = [*EXACT, "trainer.strategy=fsdp"]
+    started = start(recipe, killed, *settings, ranks=2, before=moment)
+    started.wait(supervised=True)
+    names = {path.name for path in (killed / "checkpoints").iterdir()}
+    assert names == {"step-00000002.ckpt", "last.ckpt", ".step-00000004.ckpt.partial"}
+    assert newest_checkpoint(killed).name == "step-00000002.ckpt"
+    finish(recipe, killed, ranks=2, strategy="fsdp")
+    assert not list((killed / "checkpoints").glob(".*"))
+
+
+def test_a_folder_and_a_file_of_its_content_resume_alike_bit_for_bit(runs, tmp_path):
+    """One process reads what two wrote, and two what one wrote, as earlier versions did."""
+    recipe, run_dir = runs / "consistency.yaml", tmp_path / "run"
+    finish(recipe, run_dir, ranks=2, strategy="fsdp")
+    expected, folder = weights(run_dir), newest_checkpoint(run_dir)
+    assert folder.is_dir()
+    export_checkpoint(folder, tmp_path / "exported" / "model")
+    assert differing(tmp_path / "exported", run_dir) == set()
+    go_on_from(run_dir, step=4)
+    path = newest_checkpoint(run_dir)
+    AtomicCheckpointIO().save_checkpoint(read_checkpoint(path), path)
+    assert path.is_file()
+    finish(recipe, run_dir, ranks=2, strategy="fsdp")
+    assert weights(run_dir).keys() == expected.keys()
+    assert {
+        name for name, tensor in weights(run_dir).items() if not torch.equal(tensor, expected[name])
+    } == set()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no meta.pt"])
+def test_a_damaged_folder_is_skipped(tmp_path, sharded_run, damage):
+    run_dir = shutil.copytree(sharded_run, tmp_path / "run", symlinks=True)
+    newest = newest_checkpoint(run_dir)
+    part = newest / ("meta.pt" if damage == "no meta.pt" else "__1_0.distcp")
+    if damage == "truncated":
+        os.truncate(part, part.stat().st_size - 1)
+    else:
+        part.unlink()
+    with pytest.warns(UserWarning, match=rf"{newest} is skipped: it cannot be read \(.*{part.name}"):
+        assert newest_checkpoint(run_dir).name == "step-00000004.ckpt"
+
+
+def fail_to_write(rank):
+    """Let the second rank find the disk full when it writes its part."""
+    write = sharded.FileSystemWriter.write_data
+
+    def fail(*args):
+        if rank == 1:
+            raise OSError("No space left on device")
+        return write(*args)
+
+    sharded.FileSystemWriter.write_data = fail
+
+
+def test_a_rank_that_cannot_write_its_part_ends_all_with_one_sentence(runs, tmp_path):
+    settings = [*EXACT, "trainer.strategy=fsdp"]
+    started = start(runs / "pretrain.yaml", tmp_path, *settings, ranks=2, before=fail_to_write)
+    assert started.wait() == [2, 2], started.said()
+    assert "could not be written (No space left on device); the previous checkpoint is" in started.said()
+    assert not list((tmp_path / "checkpoints").iterdir())

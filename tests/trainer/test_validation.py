@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.runs import STEPS, audit, break_run, differing, finish, metrics, run, start
 from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.callbacks.sharded import read_checkpoint
 from vico_pl.prepare import is_finished
 from vico_pl.stages.base import Stage
 from vico_pl.stages.validation import Validation
@@ -168,6 +169,21 @@ def test_the_best_checkpoint_is_kept_and_survives_a_resume(runs, shards, tmp_pat
     assert (tmp_path / "best" / "config.json").read_bytes() == (
         tmp_path / "model" / "config.json"
     ).read_bytes()
+
+
+def test_the_best_checkpoint_of_sharded_weights_is_replaced_and_exported(runs, shards, tmp_path):
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    settings = [*validating(shards, every=1), "trainer.max_steps=3", "trainer.strategy=fsdp"]
+    settings += ["trainer.best_metric=val/held/kl_ratio_16", "trainer.best_mode=min"]
+    finish(runs / "consistency.yaml", tmp_path, *settings, ranks=2)
+    assert best.is_dir()
+    values = {step: figures["val/held/kl_ratio_16"] for step, figures in validations(tmp_path).items()}
+    state = read_checkpoint(best)
+    assert state["global_step"] == min(values, key=values.get) > 1  # so it has been replaced
+    assert "optimizer_states" not in state
+    export_checkpoint(best, tmp_path / "best")
+    assert is_finished(tmp_path)
+    assert not list(best.parent.glob(".*"))
 
 
 def test_an_unknown_metric_ends_the_run_at_the_first_validation_with_the_known_ones(runs, shards, tmp_path):

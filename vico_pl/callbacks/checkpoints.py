@@ -1,7 +1,6 @@
 """Atomic checkpoints, every n steps and at the last step before a run stops."""
 
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils._pytree import tree_leaves
 
-from vico_pl.files import atomic_path
+from vico_pl.callbacks.sharded import META, check_room, folder_fault, read_checkpoint
+from vico_pl.files import atomic_path, remove, restore_replaced
 
 # What torch and zipfile raise on truncated, empty or foreign files.
 _FAULTS = (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -44,6 +43,8 @@ class StepCheckpoint(ModelCheckpoint):
         """Remove what earlier, killed attempts left behind."""
         super().on_train_start(trainer, stage)
         folder = Path(str(self.dirpath))
+        if trainer.is_global_zero:
+            restore_replaced(folder)
         old = [
             path
             for path in folder.glob("step-*.ckpt")
@@ -89,7 +90,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name, syncs it to disk and renames it."""
+    """Writes a checkpoint under a temporary name, syncs it to disk and renames it; reads folders, too."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save; at any moment `path` is either the old checkpoint or the new one.
@@ -102,13 +103,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(checkpoint, path.parent)
+        check_room(checkpoint, path.parent)
         try:
             with atomic_path(path) as temporary:
                 torch.save(checkpoint, temporary)
         except (OSError, RuntimeError) as error:
             reason = f"{path} could not be written ({error})"
             raise ValueError(f"{reason}; the previous checkpoint is intact") from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Load a file, or a folder that sharded ranks wrote."""
+        if Path(path).is_dir():
+            return read_checkpoint(Path(path))
+        return super().load_checkpoint(path, *args, **settings)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file, or a folder as a whole: killed in between, it leaves none under its name."""
+        path = Path(path)
+        if path.is_dir() and path.suffix != ".partial":
+            path = path.replace(path.with_name(f".{path.name}.removed.partial"))
+        remove(path)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -123,18 +137,12 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def checkpoint_fault(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None; tensors stay on disk."""
+    folder = path.is_dir()
     try:
-        state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        fault = folder_fault(path) if folder else None
+        state = torch.load(path / META if folder else path, mmap=True, weights_only=True, map_location="cpu")
     except _FAULTS as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
+    if fault is not None:
+        return fault
     return None if isinstance(state, dict) and "global_step" in state else "it has no training state"
-
-
-def _check_room(checkpoint: dict[str, Any], folder: Path) -> None:
-    needed = sum(leaf.nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder}: {free / 2**30:.1f} GiB are free and a checkpoint needs {needed / 2**30:.1f}; "
-            "make room, or lower trainer.keep_checkpoints; the same command resumes from the previous one"
-        )

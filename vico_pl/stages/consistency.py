@@ -149,7 +149,7 @@ class ConsistencyStage(Stage):
         """Leave out frozen weights that the model folder holds: with adapters, most of a checkpoint."""
         super().on_save_checkpoint(checkpoint)
         for name in self._frozen_names():
-            checkpoint["state_dict"].pop(name, None)  # with sharded weights only the first rank has any
+            checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add them from the model as it was read; sharded weights load without them."""
