@@ -8,6 +8,7 @@
 Any number of ranks reads it, with or without sharding: tensors are named by parameter.
 """
 
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -30,8 +31,16 @@ from torch.utils._pytree import tree_leaves
 
 from vico_pl.files import publish, remove
 
-META = "meta.pt"
+META, INDEX = "meta.pt", ".metadata"
 _WEIGHT, _OPTIMIZER = "weight/", "optimizer/"
+# What torch's index of a folder, a pickle, is made of besides dtypes; anything else could run code.
+_TORCH = "torch.distributed.checkpoint."
+_INDEX_NAMES = {
+    *((f"{_TORCH}metadata", name) for name in ("ChunkStorageMetadata", "Metadata", "MetadataIndex")),
+    *((f"{_TORCH}metadata", name) for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata")),
+    *((f"{_TORCH}metadata", "_MEM_FORMAT_ENCODING"), (f"{_TORCH}filesystem", "_StorageInfo")),
+    *(("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout")),
+}
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -135,11 +144,22 @@ def read_checkpoint(path: Path, *, optimizer: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
+class _IndexReader(pickle.Unpickler):
+    """Reads an index without running code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what an index may name."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _INDEX_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}, which no index of torch does")
+
+
 def folder_fault(path: Path) -> str | None:
     """Return which file of a checkpoint folder is missing or truncated, or None.
 
     Raises:
-        OSError: there is no meta.pt; other errors of `torch.load`: it is damaged.
+        OSError: there is no meta.pt or index; UnpicklingError and others of `torch.load`: it is damaged.
     """
     files = torch.load(path / META, weights_only=True)["files"]
     for name, size in files.items():
@@ -148,6 +168,8 @@ def folder_fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}"
+    with (path / INDEX).open("rb") as index:
+        _IndexReader(index).load()
     return None
 
 
