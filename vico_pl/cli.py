@@ -142,7 +142,8 @@ def calibrate(
     model: Model,
     data: Data,
     retention: Annotated[
-        float, Option(min=0, max=1, help="Fraction of the full-token accuracy to keep.")
+        float,
+        Option(min=0, max=1, help="Fraction of the full-token accuracy to keep, with 97.5 % certainty."),
     ] = 0.995,
     budget: Annotated[
         float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
@@ -176,6 +177,9 @@ def calibrate(
     if chosen.threshold == NEVER and budget is None:
         kept = f"no threshold keeps {retention:.2%} of the accuracy, so nothing is compressed"
     echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")
+    if record["promising"] is not None:
+        fewer, number = record["promising"]["token_fraction"], record["promising"]["images_needed"]
+        echo(f"{fewer:.1%} may keep it, too: about {number} images, not {chosen.num_images}, would show it")
     echo(f"accuracy: {questions.measure}; {written} is written")
     echo(f"Next: vico eval {model} --data SHARDS, with held-out shards that no threshold was chosen on")
 

@@ -6,7 +6,14 @@ import torch
 from tests.support.folders import router_probabilities, write_model_folder, write_set
 from tests.support.tiny import encoded_image
 from vico_pl.data.shards.reader import RecordReader, read_index
-from vico_pl.evaluation.calibrate import GROUP_SLACK, CalibrationPoint, calibrate, choose_point, measure_curve
+from vico_pl.evaluation.calibrate import (
+    GROUP_SLACK,
+    CalibrationPoint,
+    calibrate,
+    choose_point,
+    find_promising,
+    measure_curve,
+)
 from vico_pl.evaluation.evaluate import evaluate
 from vico_pl.evaluation.questions import Measure, open_questions
 from vico_pl.files import write_json
@@ -15,12 +22,13 @@ from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.router import NEVER, RoutingRule
 
 
-def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None):
+def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None, low=None):
     kept = {"perception": mean, "reasoning": None, "ocr": mean if ocr is None else ocr, "mean": mean}
     kept["overall"] = 0.0  # does not count
     right = {skill: accuracy if accuracy is not None else value for skill, value in kept.items()}
-    tables = {"accuracy": right, "retention": kept, "retention_ci": dict.fromkeys(kept)}
-    return CalibrationPoint(threshold=threshold, token_fraction=fraction, **tables)
+    intervals = {**dict.fromkeys(kept), "mean": [mean if low is None else low, 1.0]}
+    tables = {"accuracy": right, "retention": kept, "retention_ci": intervals}
+    return CalibrationPoint(threshold=threshold, token_fraction=fraction, num_images=100, **tables)
 
 
 FULL = point(NEVER, 1.0)
@@ -36,6 +44,17 @@ def test_the_cheapest_point_that_keeps_the_accuracy_is_chosen():
     assert chosen(*reversed(curve)) == 0.5
     assert chosen(*curve, retention=0.98) == 0.2
     assert chosen(*curve, retention=0.995) == 0.9
+
+
+def test_the_lower_end_of_the_interval_must_keep_the_accuracy_and_more_images_may_narrow_it():
+    safe, promising = point(0.5, 0.5, mean=0.997, low=0.991), point(0.2, 0.3, mean=0.994, low=0.986)
+    curve = [FULL, safe, promising, point(0.1, 0.25, mean=0.98)]
+    assert choose_point(curve, retention=0.99) == safe
+    # Half the width of the interval, for which four times as many images are needed.
+    found = find_promising(curve, safe, retention=0.99)
+    assert found == {"threshold": 0.2, "token_fraction": 0.3, "images_needed": pytest.approx(400, abs=1)}
+    assert find_promising([FULL, safe], safe, retention=0.99) is None
+    assert choose_point([FULL, promising], retention=0.99) == FULL
 
 
 def test_one_skill_may_fall_a_little_below_the_mean_but_not_far_else_full_tokens_are_kept():
@@ -130,12 +149,12 @@ def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, a
     pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
     records = [(f"{i}", {"png": p, **annotated("<image>", answer)}) for i, p in enumerate(pictures)]
     questions = open_questions(predictor, write_set(tmp_path / "set", records))
-    wanted = sorted(point.retention["mean"] for point in measure_curve(questions))[-3]
+    wanted = sorted(point.retention_ci["mean"][0] for point in measure_curve(questions))[-3]
     chosen, record = calibrate(questions, retention=wanted)
     assert record["measure"] == measure
-    kept = [point["retention"]["mean"] for point in record["curve"]]
+    kept = [point["retention_ci"]["mean"][0] for point in record["curve"]]
     assert kept[0] == 1 > wanted > kept[-1] > 0
-    fractions = {p["token_fraction"] for p in record["curve"] if p["retention"]["mean"] >= wanted}
+    fractions = {p["token_fraction"] for p in record["curve"] if p["retention_ci"]["mean"][0] >= wanted}
     assert chosen.token_fraction == min(fractions) < 1
     low, high = chosen.retention_ci["mean"]
     assert low < chosen.retention["mean"] < high

@@ -46,7 +46,7 @@ def test_as_many_samples_are_asked_as_the_recipe_says(tmp_path, model_folder, an
     assert header == "| sample | question | expected | full | ratio_16 |"
     _, _, expected, full, _ = rows[0].strip("| ").split(" | ")
     assert expected == full
-    assert len({row.split(" | ")[0] for row in rows}) == 2
+    assert len({row.split(" | ")[0] for row in rows}) == len(rows) == 2
 
 
 def test_no_answers_are_asked_of_a_set_that_wants_none(tmp_path, model_folder, answered):
@@ -61,6 +61,8 @@ def test_an_unknown_metric_shows_before_the_first_step(tmp_path, model_folder):
 
 
 def test_texts_cannot_break_the_table():
-    question = EvalQuestion(sample=0, group="", metric="", prompt=("Who?", "I", "a|b?\nc"), answers=())
+    question = EvalQuestion(
+        sample=0, group="", metric="", prompt=("Who?", "I", "<image>\na|b?\nc"), answers=()
+    )
     *_, row = format_rows([Row("x", question, {"full": "yes\n"})]).splitlines()
     assert row == "| x | a/b? c | - | yes |"

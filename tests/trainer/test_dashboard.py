@@ -31,6 +31,7 @@ def test_a_run_shows_its_layout_and_its_tiles(watched):
     events = shown(watched)
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert layout.index(b"Is it working?") < layout.index(b"Is it fast?")
+    assert b"by source" not in layout  # there is only one
     answers = events.Tensors("val/held/answers/text_summary")
     assert len(answers) == 2  # step 4, and the last one
     is_router = load_config(watched / "config.yaml", []).stage == "router"

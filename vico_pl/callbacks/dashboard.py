@@ -58,10 +58,12 @@ class Dashboard(L.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, stage: Any) -> None:
-        """Arrange the charts of the tab "Custom scalars"."""
+        """Arrange the charts of the tab "Custom scalars"; one by source only if there are several."""
+        has_sources = trainer.datamodule.source_of(0) is not None  # type: ignore[attr-defined]
+        own = {c: names for c, names in stage.charts.items() if has_sources or "_source_" not in names[0]}
         layout = {
             category: {chart: ["Multiline", names] for chart, names in charts.items()}
-            for category, charts in {"Is it working?": stage.charts, **SHARED_CHARTS}.items()
+            for category, charts in {"Is it working?": own, **SHARED_CHARTS}.items()
         }
         for writer in writers(trainer):
             writer.add_custom_scalars(layout)

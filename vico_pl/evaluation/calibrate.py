@@ -1,5 +1,6 @@
 """Choose the router's threshold: as few vision tokens as the required accuracy allows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class CalibrationPoint:
     accuracy: dict[str, float | None]
     retention: dict[str, float | None]  # accuracy over that of full tokens
     retention_ci: dict[str, list[float] | None]  # 95 % interval over images
+    num_images: int  # with questions
 
 
 def calibrate(
@@ -48,7 +50,8 @@ def calibrate(
         "budget": budget,
     }
     points = {"chosen": asdict(chosen), "curve": [asdict(point) for point in curve]}
-    return chosen, {"threshold": chosen.threshold, **made_with, **points}
+    promising = None if budget is not None else find_promising(curve, chosen, retention=retention)
+    return chosen, {"threshold": chosen.threshold, **made_with, **points, "promising": promising}
 
 
 @torch.no_grad()
@@ -79,6 +82,7 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
         CalibrationPoint(
             threshold=threshold,
             token_fraction=spent / tokens[0],
+            num_images=len(set(images)),
             **{name: table[name] for name in ("accuracy", "retention", "retention_ci")},
         )
         for threshold, spent, table in zip(thresholds, tokens, tables, strict=True)
@@ -88,15 +92,41 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
 def choose_point(
     curve: Sequence[CalibrationPoint], *, retention: float, budget: float | None = None
 ) -> CalibrationPoint:
-    """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`."""
+    """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
+
+    The lower end of the interval must keep it. Of points that keep it by their mean alone, the cheapest is
+    often one that these images favour: others would find less.
+    """
     if budget is None:
         return min((p for p in curve if _keeps(p, retention)), key=lambda point: point.token_fraction)
     within = [point for point in curve if point.token_fraction <= budget]
     return max(within, key=lambda point: (point.accuracy[MEAN] or 0.0, -point.token_fraction))
 
 
+def find_promising(
+    curve: Sequence[CalibrationPoint], chosen: CalibrationPoint, *, retention: float
+) -> dict[str, float] | None:
+    """Return the cheapest point that keeps `retention` by its mean, and how many images would show that.
+
+    The half-width of an interval falls with the root of the number of images. None: no such point is cheaper
+    than the chosen one.
+    """
+    found = [p for p in curve if (p.retention[MEAN] or 0.0) > retention and _keeps_groups(p, retention)]
+    best = min(found, key=lambda point: point.token_fraction, default=chosen)
+    mean, interval = best.retention[MEAN], best.retention_ci[MEAN]
+    if best.token_fraction >= chosen.token_fraction or mean is None or interval is None:
+        return None
+    times = (mean - interval[0]) / (mean - retention)
+    needed = math.ceil(best.num_images * times**2)
+    return {"threshold": best.threshold, "token_fraction": best.token_fraction, "images_needed": needed}
+
+
 def _keeps(point: CalibrationPoint, retention: float) -> bool:
-    kept = {name: value for name, value in point.retention.items() if value is not None}
-    groups = [value for name, value in kept.items() if name not in (MEAN, OVERALL)]
-    is_kept = MEAN in kept and kept[MEAN] >= retention and min(groups) >= retention - GROUP_SLACK
+    interval = point.retention_ci[MEAN]
+    is_kept = interval is not None and interval[0] >= retention and _keeps_groups(point, retention)
     return point.threshold == NEVER or is_kept
+
+
+def _keeps_groups(point: CalibrationPoint, retention: float) -> bool:
+    groups = (v for name, v in point.retention.items() if name not in (MEAN, OVERALL) and v is not None)
+    return min(groups) >= retention - GROUP_SLACK

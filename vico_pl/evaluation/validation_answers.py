@@ -10,6 +10,7 @@ import torch
 import webdataset as wds
 
 from vico_pl.callbacks.dashboard import writers
+from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.module import RankBatches, ValidationConfig
 from vico_pl.data.order import EvenOrder
 from vico_pl.evaluation.answering import EvalQuestion, answer_group, full_tokens
@@ -19,7 +20,7 @@ from vico_pl.inference.predictor import Predictor
 from vico_pl.stages.figures import Mean, add_up, means
 from vico_pl.types import TiledSample
 
-NUM_SHOWN = 4  # questions of each set
+NUM_SHOWN = 4  # samples of each set, whose first questions are shown
 FULL = "full"
 
 
@@ -69,7 +70,7 @@ class ValidationAnswers(L.Callback):
                 )
 
     def _ask(self, trainer: Any, stage: Any, number: int) -> tuple[dict[str, Mean], list[Row]]:
-        """Return the scores of this rank's answers, and the answers."""
+        """Return the scores of this rank's answers, and the first answers about each sample."""
         data = trainer.datamodule
         predictor = Predictor(
             folder=Path(trainer.default_root_dir),
@@ -93,7 +94,9 @@ class ValidationAnswers(L.Callback):
                     scores.append(
                         {f"score_{name}": Mean(score(text, right), 1) for name, text in said.items()}
                     )
-                rows.append(Row(group.samples[question.sample - group.first].id, question, said))
+                sample = group.samples[question.sample - group.first].id
+                if not rows or rows[-1].sample != sample:
+                    rows.append(Row(sample, question, said))
         return add_up(scores), rows
 
     def _samples(self, trainer: Any, number: int) -> Iterator[TiledSample]:
@@ -121,6 +124,7 @@ def format_rows(rows: Sequence[Row]) -> str:
     header = ("sample", "question", "expected", *rows[0].said)
     lines = [header, ("---",) * len(header)]
     for sample, question, said in rows:
-        lines.append((sample, question.prompt[-1], *(question.answers[:1] or ["-"]), *said.values()))
+        text = question.prompt[-1].replace(IMAGE_TOKEN, "")
+        lines.append((sample, text, *(question.answers[:1] or ["-"]), *said.values()))
     cells = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
