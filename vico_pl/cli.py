@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found faults, 2 invalid input.
 import shlex
 import shutil
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -266,6 +267,7 @@ def export(
 
 def main() -> None:
     """Run the command; invalid input ends with one sentence and exit code 2."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
     except (ValueError, OSError) as error:

@@ -83,7 +83,6 @@ def train(config: RunConfig) -> Path | None:
 
 def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path | None]:
     run_dir, stage_class = Path(config.run_dir), STAGES[config.stage]
-    _keep_quiet()
     L.seed_everything(config.seed, verbose=False)
     for problem in stage_class.doubtful_settings(config):
         rank_zero_warn(problem)
@@ -130,6 +129,7 @@ def build_trainer(config: RunConfig, stop: guards.StopSignals) -> L.Trainer:
     Raises:
         ValueError: the machine cannot do what the recipe asks for.
     """
+    _keep_quiet()
     try:
         return _build_trainer(config, Path(config.run_dir), stop)
     except (MisconfigurationException, ModuleNotFoundError) as error:  # what Lightning raises for hardware

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from vico_pl import doctor
 from vico_pl.planning.plan import GIB
 from vico_pl.prepare import prepare_run
+from vico_pl.trainer import CHATTER
 
 Usage = namedtuple("Usage", "total used free")
 MACHINE = ["python", "packages", "devices", "memory", "/dev/shm"]
@@ -41,9 +42,10 @@ def problems(findings, recipe):
     return lambda *overrides: findings(recipe(), *overrides)["problem"]
 
 
-def test_a_sound_machine_and_recipe_have_no_problem(findings, recipe):
+def test_a_sound_machine_and_recipe_have_no_problem_and_nobody_else_speaks(findings, recipe, caplog):
     assert [list(names) for names in findings().values()] == [[*MACHINE, "slurm"], []]
     assert [list(names) for names in findings(recipe()).values()] == [[*MACHINE, *RECIPE], []]
+    assert not [message for message in caplog.messages if message.startswith(CHATTER)]
 
 
 def test_held_out_data_are_looked_at_before_training(findings, answered, tmp_path):
