@@ -31,15 +31,21 @@ def test_a_folder_reads_as_the_file_of_one_process(folder):
     assert checkpoint["state_dict"]["b"].dtype == torch.bfloat16
 
 
-class Command:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
+def calling(module, name):
+    """A pickle that calls a function with the command to make a file."""
+    words = [pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode() for word in (module, name)]
+    argument = pickle.SHORT_BINUNICODE + bytes([14]) + b"touch executed"
+    call = b"".join([*words, pickle.STACK_GLOBAL, argument, pickle.TUPLE1, pickle.REDUCE])
+    return pickle.PROTO + b"\x04" + call + pickle.STOP
 
 
+@pytest.mark.parametrize(
+    ("module", "name"), [("os", "system"), ("torch.distributed.checkpoint.metadata", "os.system")]
+)
 @pytest.mark.parametrize("size_is_known", [True, False])
-def test_an_index_that_would_run_a_command_is_a_fault(folder, monkeypatch, size_is_known):
+def test_an_index_that_would_run_a_command_is_a_fault(folder, monkeypatch, size_is_known, module, name):
     monkeypatch.chdir(folder.parent)
-    content = pickle.dumps(Command())
+    content = calling(module, name)
     (folder / INDEX).write_bytes(content)
     if size_is_known:
         meta = torch.load(folder / META)

@@ -33,13 +33,11 @@ from vico_pl.files import publish, remove
 
 META, INDEX = "meta.pt", ".metadata"
 _WEIGHT, _OPTIMIZER = "weight/", "optimizer/"
-# What torch's index of a folder, a pickle, is made of besides dtypes; anything else could run code.
-_TORCH = "torch.distributed.checkpoint."
+# What torch's index of a folder, a pickle, is made of besides dtypes and the classes of its own module.
+_INDEX_MODULE = "torch.distributed.checkpoint.metadata"
 _INDEX_NAMES = {
-    *((f"{_TORCH}metadata", name) for name in ("ChunkStorageMetadata", "Metadata", "MetadataIndex")),
-    *((f"{_TORCH}metadata", name) for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata")),
-    *((f"{_TORCH}metadata", "_MEM_FORMAT_ENCODING"), (f"{_TORCH}filesystem", "_StorageInfo")),
-    *(("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout")),
+    *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
+    *(("torch", "Size"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
 }
 
 
@@ -150,7 +148,8 @@ class _IndexReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return what an index may name."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _INDEX_NAMES:
+        is_own = module == _INDEX_MODULE and "." not in name  # "os.system" would be what it imports
+        if is_dtype or is_own or (module, name) in _INDEX_NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}, which no index of torch does")
 
