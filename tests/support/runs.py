@@ -23,6 +23,7 @@ import vico_pl.trainer
 from tests.support.tiny import TILE
 from vico_pl.audit import audit_run
 from vico_pl.callbacks.checkpoints import newest_checkpoint
+from vico_pl.callbacks.guards import StepSeed
 from vico_pl.config import load_config
 from vico_pl.prepare import prepare_run
 from vico_pl.stages import build_stage
@@ -84,6 +85,28 @@ def metrics(run_dir, *, timed=False):
     points = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     hidden = () if timed else ("speed/", "memory/")
     return [{k: v for k, v in point.items() if not k.startswith(hidden)} for point in points]
+
+
+def before_each_step(action):
+    """Call `action(trainer, stage)` before each step of a process."""
+    seed = StepSeed.on_train_batch_start
+
+    def act_then_seed(callback, trainer, stage, *rest):
+        action(trainer, stage)
+        seed(callback, trainer, stage, *rest)
+
+    StepSeed.on_train_batch_start = act_then_seed
+
+
+def slow_steps(_):
+    """Slow down steps, so that a signal can arrive within one."""
+    before_each_step(lambda *_: time.sleep(0.05))
+
+
+def slow_steps_of_a_group(rank):
+    """Do so with data workers, which hold the lock of the run, killable together with the rank."""
+    os.setpgid(0, 0)
+    slow_steps(rank)
 
 
 def watch_steps(monkeypatch, before_step):

@@ -19,10 +19,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.runs import audit, differing, finish, metrics, newest_step, recipe, start, steps_taken
+from tests.support.runs import (
+    audit,
+    before_each_step,
+    differing,
+    finish,
+    metrics,
+    newest_step,
+    recipe,
+    slow_steps,
+    slow_steps_of_a_group,
+    start,
+    steps_taken,
+)
 from tests.support.tiny import record
 from vico_pl.callbacks.checkpoints import newest_checkpoint
-from vico_pl.callbacks.guards import StepSeed
 from vico_pl.callbacks.records import unpack_positions
 from vico_pl.config import load_config
 from vico_pl.data.module import build_order, open_sources
@@ -92,27 +103,6 @@ def unbroken(runs, tmp_path_factory):
 def case(runs, unbroken, tmp_path, record_property):
     path, run_dir = runs / "consistency.yaml", tmp_path / "run"
     return Case(recipe=path, run_dir=run_dir, unbroken=unbroken, record=record_property)
-
-
-def before_each_step(action):
-    """Call `action(trainer, stage)` before each step of a process."""
-    seed = StepSeed.on_train_batch_start
-
-    def act_then_seed(callback, trainer, stage, *rest):
-        action(trainer, stage)
-        seed(callback, trainer, stage, *rest)
-
-    StepSeed.on_train_batch_start = act_then_seed
-
-
-def slow_steps(_):
-    """Slow down steps, so that a signal can arrive within one."""
-    before_each_step(lambda *_: time.sleep(0.05))
-
-
-def slow_steps_of_a_group(rank):
-    os.setpgid(0, 0)
-    slow_steps(rank)
 
 
 def endless_steps_of_a_group(_):

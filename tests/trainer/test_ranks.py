@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from tests.support import runs as running
-from tests.support.runs import audit, break_run, differing, metrics, run, start, weights
+from tests.support.runs import (
+    audit,
+    break_run,
+    differing,
+    metrics,
+    run,
+    slow_steps_of_a_group,
+    start,
+    weights,
+)
 from vico_pl.callbacks import sharded
 from vico_pl.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from vico_pl.callbacks.sharded import read_checkpoint
@@ -77,11 +86,6 @@ def test_any_number_of_ranks_gives_the_run_of_one(runs, alone, tmp_path, stage, 
     assert audit(several).faults == []
 
 
-def lead_a_group(_):
-    """Make data workers, which hold the lock of the run, killable together with the rank."""
-    os.setpgid(0, 0)
-
-
 @pytest.mark.parametrize(
     "strategies",
     [
@@ -96,7 +100,7 @@ def test_a_killed_run_is_finished_by_other_numbers_of_ranks_and_workers(runs, tm
     run(recipe, f"run_dir={unbroken}", *EXACT, length)
     for step, ranks, workers, strategy in zip((2, 6), (2, 1), (1, 2), strategies[:2], strict=True):
         parallel = [f"data.num_workers={workers}", f"trainer.strategy={strategy}"]
-        running = start(recipe, changed, *EXACT, length, *parallel, ranks=ranks, before=lead_a_group)
+        running = start(recipe, changed, *EXACT, length, *parallel, ranks=ranks, before=slow_steps_of_a_group)
         running.wait_for_checkpoint(step=step)
         for rank in running.ranks:
             os.killpg(rank.pid, signal.SIGKILL)
