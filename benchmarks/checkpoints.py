@@ -38,16 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     script = Path(__file__)
     measured = {way: harness.measure_apart(script, way, f"--width={given.width}") for way in WAYS}
     details = {"parameters": LAYERS * given.width**2, "ways": measured}
-    written = harness.write(
+    harness.publish(
         "checkpoints",
+        given,
         figures=figures(measured),
         details=details,
         tables=tables,
         packages=["lightning"],
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(written))
 
 
 def measure(way: str, width: int) -> dict[str, float]:

@@ -9,7 +9,6 @@
     data_batches.py     load balance of simulated ranks
 """
 
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
@@ -184,17 +183,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     warnings.simplefilter("ignore")
     measured = measure(size)
-    content = harness.write(
+    harness.publish(
         "data",
+        given,
         figures=figures(measured),
         details={"size": asdict(size), **measured},
         tables=tables,
         command=command(size),
         packages=PACKAGES,
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(content))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ recipes; the consistency loss against other implementations; and a run that is s
 `--dry-run` runs the same code, much smaller, on the CPU; nothing that it measures is worth reading.
 """
 
+import argparse
 import shutil
 import signal
 import subprocess
@@ -248,11 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write["packages"] = ["lightning", "transformers", "liger-kernel", "flash-attn"]
     if given.dry_run:
         with _copy_of(given.page) as (output, page):
-            written = harness.write("gpu", **write, output=output, page=page)
+            harness.publish("gpu", argparse.Namespace(output=output, page=page), **write)
     else:
-        used = f"one {torch.cuda.get_device_name()}"
-        written = harness.write("gpu", **write, used=used, output=given.output, page=given.page)
-    sys.stdout.write(tables(written))
+        harness.publish("gpu", given, **write, used=f"one {torch.cuda.get_device_name()}")
     return 1 if failures(details) else 0
 
 

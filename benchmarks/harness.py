@@ -132,8 +132,9 @@ def figures_of(measured: Mapping[str, float], goals: Goals) -> Figures:
     return {name: {"measured": _rounded(value), "goal": values[name]} for name, value in measured.items()}
 
 
-def write(
+def publish(
     name: str,
+    given: argparse.Namespace,
     *,
     figures: Figures,
     details: Mapping[str, Any],
@@ -141,20 +142,19 @@ def write(
     command: str = ALL,
     packages: Sequence[str] = (),
     used: str = ONE_THREAD,
-    output: Path = FOLDER / "results",
-    page: Path = FOLDER / "README.md",
-) -> dict[str, Any]:
-    """Write the results of a benchmark; returns the content of results/NAME.json.
+) -> None:
+    """Write results/NAME.json, its part of the summary and its tables on the page, and print the tables.
 
-    `tables` formats that content as Markdown. Versions of `packages` are recorded too, and what was `used` of
-    the machine.
+    `given` are the arguments of `parser`. `tables` formats the content of the file as Markdown. Versions of
+    `packages` are recorded too, and what was `used` of the machine.
     """
     content = {**_origin(command, packages, used), "figures": figures, **details}
-    output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / f"{name}.json", content)
-    _write_json(output / SUMMARY, summarise(output))
-    write_table(page, name, tables(content))
-    return content
+    given.output.mkdir(parents=True, exist_ok=True)
+    _write_json(given.output / f"{name}.json", content)
+    _write_json(given.output / SUMMARY, summarise(given.output))
+    table = tables(content)
+    write_table(given.page, name, table)
+    sys.stdout.write(table)
 
 
 def summarise(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ connectors, splice and language model are timed. It runs the code of `vico gener
 never ends its answer.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -225,16 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predictor = open_predictor()
     predicted, share = predicted_speedup(predictor.model.spec), router_share(internvl_8b())
     times = measure(predictor, ROUNDS)
-    details = harness.write(
+    harness.publish(
         "inference",
+        given,
         figures=figures(times, predicted=predicted, share=share),
         details={"predicted_speedup": predicted, "router_share": share, "cpu_s": times},
         tables=tables,
         packages=["transformers"],
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(details))
 
 
 if __name__ == "__main__":

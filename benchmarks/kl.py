@@ -336,17 +336,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     errors = rounding_errors(tokens=min(64, shape.tokens), vocab=min(32_000, shape.vocab))
     rounds = measure_rounds(shape, rounds=given.rounds)
-    details = harness.write(
+    harness.publish(
         "kl",
+        given,
         figures=figures(rounds, errors, shape),
         details={"shape": asdict(shape), "rounds": rounds, "errors": errors},
         tables=tables,
         command=command(shape, rounds=given.rounds),
         packages=["liger-kernel"],
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(details))
 
 
 if __name__ == "__main__":

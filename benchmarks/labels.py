@@ -4,7 +4,6 @@ Operations are counted, at the shape of InternVL3.5-1B; time is measured on a sm
 of stage 2. The baseline `label_ratios` is leave-one-out in its simplest form.
 """
 
-import sys
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -162,16 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     operations = [count_operations(tiles) for tiles in (5, 13)]
     timing = measure_time(tiles=TIMED_TILES, rounds=ROUNDS)
-    details = harness.write(
+    harness.publish(
         "labels",
+        given,
         figures=figures(operations, timing),
         details={"operations": operations, "timing": timing},
         tables=tables,
         packages=["transformers"],
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(details))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Runs with and without it differ by less than the noise of any machine, so each f
 called: the callback of speed and memory, the sums per ratio and source, and what is logged every tenth step.
 """
 
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -51,16 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = measure(Path(folder), given.steps)
     details = {"steps": given.steps, "validations": -(-given.steps // VALIDATE_EVERY), "seconds": seconds}
-    written = harness.write(
+    harness.publish(
         "monitoring",
+        given,
         figures=figures(details),
         details=details,
         tables=tables,
         packages=["lightning"],
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(written))
 
 
 def measure(folder: Path, steps: int) -> dict[str, float]:

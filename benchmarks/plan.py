@@ -214,16 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = compare(list(CASES))
     measured = {"plan_memory_error": max(abs(error(result)) for result in cases.values())}
     figures = harness.figures_of(measured, GOALS)
-    written = harness.write(
+    harness.publish(
         "plan",
+        given,
         figures=figures,
         details={"cases": cases},
         tables=tables,
         command="python benchmarks/plan.py",
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(written))
 
 
 if __name__ == "__main__":

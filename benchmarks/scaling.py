@@ -87,16 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prepare(Path(folder))
         rounds = [measure(Path(folder), number) for number in range(given.rounds)]
     details = {"rounds": rounds}
-    written = harness.write(
+    harness.publish(
         "scaling",
+        given,
         figures=figures(rounds),
         details=details,
         tables=tables,
         packages=["lightning"],
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(written))
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------

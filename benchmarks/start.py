@@ -45,15 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_set(Path(folder), shards=given.shards, samples=given.samples)
         rounds = [harness.measure_apart(__file__, folder) for _ in range(given.rounds)]
     details = {"shards": given.shards, "samples": given.samples, "rounds": rounds}
-    written = harness.write(
+    harness.publish(
         "start",
+        given,
         figures=figures(rounds),
         details=details,
         tables=tables,
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(written))
 
 
 def write_set(folder: Path, *, shards: int, samples: int) -> None:

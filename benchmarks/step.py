@@ -211,16 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for what, sizes in SWEEPS.items()
         },
     }
-    written = harness.write(
+    harness.publish(
         "step",
+        given,
         figures=figures(details),
         details=details,
         tables=tables,
         packages=["transformers"],
-        output=given.output,
-        page=given.page,
     )
-    sys.stdout.write(tables(written))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from vico_pl.evaluation.answering import NUM_RESAMPLES, mean_scores, score_tables
+from vico_pl.evaluation.metrics import NUM_RESAMPLES, mean_scores, score_tables
 
 SKILLS = ("perception", "reasoning", "ocr")
 

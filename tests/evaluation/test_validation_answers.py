@@ -66,3 +66,13 @@ def test_texts_cannot_break_the_table():
     )
     *_, row = format_rows([Row("x", question, {"full": "yes\n"})]).splitlines()
     assert row == "| x | a/b? c | - | yes |"
+
+
+@pytest.mark.filterwarnings("ignore:.*bad records are left out:UserWarning")
+def test_samples_that_the_run_cannot_use_are_not_asked_about_and_texts_are(tmp_path, model_folder, answered):
+    long = record(key="0", text="<image>\n" + "Why? " * 3000, skills=["ocr"])
+    text = record(key="1", text="Who?", skills=["ocr"], files={"jpg": None})
+    usable = record(key="2", skills=["ocr"])
+    mixed = write_set(tmp_path / "mixed", [(each.key, each.files) for each in (long, text, usable)])
+    found = scores_of(run_dir_of(tmp_path, "router", model_folder, answered, path=str(mixed)))
+    assert found.keys() == {"score_full", "score_routed"}

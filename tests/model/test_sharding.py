@@ -18,7 +18,8 @@ from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import shard_model, whole_state
-from vico_pl.model.reference import FrozenReference, branch_states
+from vico_pl.model.branches import branch_states
+from vico_pl.model.reference import FrozenReference
 from vico_pl.optim import clip_gradients
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
 from vico_pl.stages.figures import Ranks

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vico_pl.evaluation.answering import MEAN, OVERALL, score_tables
+from vico_pl.evaluation.metrics import MEAN, OVERALL, score_tables
 from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens

@@ -12,14 +12,11 @@ import torch
 
 from vico_pl.callbacks.records import software
 from vico_pl.evaluation.answering import (
-    MEAN,
     EvalQuestion,
     Group,
     Ratios,
     Result,
     full_tokens,
-    mean_scores,
-    score_tables,
 )
 from vico_pl.evaluation.baselines import (
     AT_BUDGET,
@@ -32,6 +29,7 @@ from vico_pl.evaluation.baselines import (
     score_tiles,
     time_first_tokens,
 )
+from vico_pl.evaluation.metrics import MEAN, mean_scores, score_tables
 from vico_pl.evaluation.questions import Measure, QuestionSet
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.connector import FULL_RATIO

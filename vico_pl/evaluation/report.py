@@ -19,8 +19,9 @@ from matplotlib.ticker import PercentFormatter
 from vico_pl.data.decode import IMAGE_TOKEN
 from vico_pl.data.shards.preview import render
 from vico_pl.data.tiling import choose_grid, tile_image
-from vico_pl.evaluation.answering import MEAN, NUM_RESAMPLES, Result
+from vico_pl.evaluation.answering import Result
 from vico_pl.evaluation.evaluate import RoutedExample
+from vico_pl.evaluation.metrics import MEAN, NUM_RESAMPLES
 from vico_pl.evaluation.questions import Measure, QuestionSet
 from vico_pl.files import atomic_path
 from vico_pl.inference.predictor import Predictor

@@ -18,7 +18,7 @@ from vico_pl.evaluation.questions import read_groups, scored_questions
 from vico_pl.evaluation.scorers import SCORERS
 from vico_pl.inference.predictor import Predictor
 from vico_pl.stages.figures import Mean, add_up, means
-from vico_pl.types import TiledSample
+from vico_pl.types import EncodedSample, TiledSample
 
 NUM_SHOWN = 4  # samples of each set, whose first questions are shown
 FULL = "full"
@@ -100,16 +100,20 @@ class ValidationAnswers(L.Callback):
         return add_up(scores), rows
 
     def _samples(self, trainer: Any, number: int) -> Iterator[TiledSample]:
-        """Read this rank's share of the samples that are asked about: bad records are left out."""
+        """Read this rank's share of the samples that are asked about.
+
+        Bad records are left out, also those that are too long for the run.
+        """
         data, rank, world = trainer.datamodule, trainer.global_rank, trainer.world_size
         held_out = data.held_out[number]
         count = min(self._sets[number].answers, held_out.order.count)
         chosen = EvenOrder(size=held_out.order.count, count=count)
         positions = [chosen(place).sample for place in range(rank, count, world)]
-        batches = RankBatches(data, rank=rank, world=world, held_out=held_out)
-        for _, sample in wds.DataPipeline(partial(iter, positions), *batches.stages[:-1]):
-            if isinstance(sample, TiledSample):
-                yield sample
+        *stages, encode = RankBatches(data, rank=rank, world=world, held_out=held_out).stages
+        for item in wds.DataPipeline(partial(iter, positions), *stages):
+            ((_, encoded),) = encode([item])
+            if isinstance(encoded, EncodedSample):
+                yield item[1]
 
 
 def _questions(sample: TiledSample, position: int) -> list[EvalQuestion]:

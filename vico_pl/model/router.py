@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from vico_pl.model.connector import TileDropout
+from vico_pl.model.dropout import TileDropout
 
 DEFAULT_ROUTER = "vir"
 NEVER = 1.1  # a threshold above every probability: every tile keeps full tokens

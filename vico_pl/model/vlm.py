@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vico_pl.errors import check_settings
 from vico_pl.model.adapters import NewTokens
-from vico_pl.model.connector import FULL_RATIO, Connectors, tile_keys
+from vico_pl.model.connector import FULL_RATIO, Connectors
+from vico_pl.model.dropout import tile_keys
 from vico_pl.model.language import build_language_model, run_packed
 from vico_pl.model.router import DEFAULT_ROUTER, build_router
 from vico_pl.model.vision import VisionEncoder

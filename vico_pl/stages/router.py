@@ -19,9 +19,11 @@ from torchmetrics.functional.classification import binary_accuracy, binary_auroc
 from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import release
-from vico_pl.model.connector import FULL_RATIO, set_keys, tile_keys
+from vico_pl.model.branches import branch_states
+from vico_pl.model.connector import FULL_RATIO
+from vico_pl.model.dropout import set_keys, tile_keys
 from vico_pl.model.flops import ModelFlops
-from vico_pl.model.reference import FrozenReference, branch_states
+from vico_pl.model.reference import FrozenReference
 from vico_pl.model.router import at_threshold, compress_probability
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.base import Stage, StepResult, prepare_blocks
@@ -150,14 +152,16 @@ class RouterStage(Stage):
         """
         vision = self.policy.model.vision
         largest = 4 * self.run.data.micro_batch.max_tiles * vision.num_patches * vision.width  # in float32
-        num_kept = KEPT_BYTES // largest
-        seen = [self._look(batch, keep=number < num_kept) for number, batch in enumerate(micro_batches)]
+        seen: list[tuple[Tensor | None, Tensor]] = []
+        for number, batch in enumerate(micro_batches):
+            features, ratios = self._look(batch)
+            seen.append((features if number < KEPT_BYTES // largest else None, ratios))
+            del features
         self._remember(micro_batches, [ratios for _, ratios in seen])
         threshold = self.window.threshold()
         for batch in micro_batches:
             kept, ratios = seen.pop(0)
-            features = self._encode(batch) if kept is None else kept
-            yield self._classify(batch, features, ratios, threshold)
+            yield self._classify(batch, self._encode(batch) if kept is None else kept, ratios, threshold)
 
     def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
         """Return what the router says of each tile, its loss ratio, and tokens and loss when it is obeyed.
@@ -165,12 +169,10 @@ class RouterStage(Stage):
         Policy and reference are frozen: loss ratios are computed at the first validation and kept.
         """
         model, tiles = self.policy.model, batch.sample_tiles
-        features: Tensor | None
         if place in self._loss_ratios:
             features = model.encode_tiles(batch.tiles)
         else:
             features, loss_ratios = self._look(batch)
-            assert features is not None
             self._loss_ratios[place] = loss_ratios[tiles].cpu()
         scores, target = compress_probability(self.router(features)), self.reference.response_states(batch)
         figures: dict[str, Mean | Tensor] = {}
@@ -217,10 +219,8 @@ class RouterStage(Stage):
         return found
 
     @torch.no_grad()
-    def _look(
-        self, batch: Batch, *, keep: bool = True
-    ) -> tuple[Float[Tensor, "T P C"] | None, Float[Tensor, " T"]]:
-        """Return the patch features, unless they are not to be kept, and the loss ratio of every tile."""
+    def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
+        """Return the patch features and the loss ratio of every tile."""
         features = self.policy.model.encode_tiles(batch.tiles)
         ratios = tile_loss_ratios(
             self.policy.model,
@@ -233,7 +233,7 @@ class RouterStage(Stage):
         )
         for model in self.sharded_models():
             release(model)
-        return features if keep else None, ratios
+        return features, ratios
 
     @torch.no_grad()
     def _encode(self, batch: Batch) -> Float[Tensor, "T P C"]:
