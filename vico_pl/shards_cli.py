@@ -27,6 +27,9 @@ def glyphs(
     read_fraction: Annotated[
         float, Option(help="Fraction of images that are text pages to transcribe.")
     ] = 0.0,
+    read_pairs: Annotated[int, Option(min=1, help="Most pairs of letter and digit on such a page.")] = 16,
+    layout: Annotated[str, Option(help="free: content anywhere; aligned: a tile for each thing.")] = "free",
+    shift: Annotated[str, Option(help="none, or for tests: fonts, sizes or damage.")] = "none",
     samples_per_shard: Annotated[int, Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
     """Generate GlyphDocs, the data set of the demo.
@@ -37,10 +40,13 @@ def glyphs(
     from vico_pl.data.shards.build import build_glyphs
 
     config = GlyphsConfig(
+        layout=layout,
+        shift=shift,
         max_tiles=max_tiles,
         questions_per_image=questions,
         comparisons_per_image=comparisons,
         read_fraction=read_fraction,
+        read_pairs=read_pairs,
     )
     size = {"num_samples": num_samples, "samples_per_shard": samples_per_shard}
     _print_totals(output, build_glyphs(output, config, seed=seed, **size))

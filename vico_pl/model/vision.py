@@ -124,11 +124,11 @@ def _open_clip_tower(config: dict[str, Any]) -> Tower:
     if ":" in str(config.get("timm_model_name")):  # timm would fetch the description of a tower
         found = f"timm_model_name is '{config['timm_model_name']}'"
         raise ValueError(f"vision tower: {found}; expected the name of a model of timm, without a source")
-    quick_gelu = config.pop("quick_gelu", False)
+    quick_gelu, stage = config.pop("quick_gelu", False), config.pop("timm_stage", -1)
     clip = open_clip.CLIP(embed_dim=8, vision_cfg=config, text_cfg=_NO_TEXT, quick_gelu=quick_gelu)
     module: Any = clip.visual
     if "timm_model_name" in config:
-        width, patch_size = _prepare_timm(module, config["image_size"])
+        width, patch_size = _prepare_timm(module, config["image_size"], stage=stage)
     elif isinstance(config.get("layers"), int) and not config.get("attentional_pool"):
         # The pooled image embedding is not used, so what makes it would never be trained.
         module.proj = None
@@ -140,9 +140,11 @@ def _open_clip_tower(config: dict[str, Any]) -> Tower:
     return Tower(module, _last_intermediates, *sizes, *pixels)
 
 
-def _prepare_timm(module: Any, image_size: int) -> tuple[int, int]:
-    """Drop what pools the grid, fit the grid to the tile; returns width and patch size."""
+def _prepare_timm(module: Any, image_size: int, *, stage: int) -> tuple[int, int]:
+    """Drop what pools the grid and what follows the stage, fit the grid; returns width and patch size."""
     trunk = module.trunk
+    if stage != -1:
+        trunk.prune_intermediate_layers([stage])
     trunk.reset_classifier(0, global_pool="")
     module.head = nn.Identity()
     for unused in ("fc_norm", "final_conv", "head"):  # ConvNeXt's head has a norm
@@ -150,7 +152,7 @@ def _prepare_timm(module: Any, image_size: int) -> tuple[int, int]:
             setattr(trunk, unused, nn.Identity())
     if hasattr(trunk, "set_input_size"):
         trunk.set_input_size(image_size)
-    last = trunk.feature_info[-1]
+    last = trunk.feature_info[stage]
     return last["num_chs"], last["reduction"]
 
 

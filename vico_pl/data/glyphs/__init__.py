@@ -1,0 +1,102 @@
+"""GlyphDocs, the data set of the demo: images generated from a seed, with questions and their answers.
+
+Pixel detail is not meaning: text, shapes and textures all have edges, and only some of them are asked
+about. Questions come in three skills: *perception* (the colour of a shape), *reasoning* (count the shapes,
+compare two values) and *ocr* (the digit beside a letter, or all text of a page). `free` pages have their
+content anywhere, `aligned` ones have a tile for each thing.
+"""
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+from PIL import Image
+
+from vico_pl.data.glyphs import aligned, free
+from vico_pl.data.glyphs.scene import choose_questions, question_words, reading_questions
+from vico_pl.errors import check_settings
+
+__all__ = ["GlyphsConfig", "draw_records", "question_words"]
+
+GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
+LAYOUTS = ("aligned", "free")
+SHIFTS = ("none", "fonts", "sizes", "damage")  # of free pages, for tests: never train on the last three
+NOISE = 14  # standard deviation in grey levels, shift: damage
+DAMAGED_QUALITY = 30  # of JPEG, shift: damage
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlyphsConfig:
+    """What GlyphDocs images to draw."""
+
+    layout: str = "aligned"
+    shift: str = "none"  # away from what is trained on: other fonts, other sizes, or noise and strong JPEG
+    max_tiles: int = 6  # without the thumbnail, 1 to 6
+    questions_per_image: int = 8
+    comparisons_per_image: int = 1  # at most so many of the questions ask which of two values is greater
+    # Curriculum: the fraction of images that are one tile of text with the single request to read it, and
+    # how many pairs of a letter and its digit such a text has at most.
+    read_fraction: float = 0.0
+    read_pairs: int = 16
+
+    def __post_init__(self) -> None:
+        check_settings(
+            "glyphs",
+            self,
+            layout=(self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+            shift=(self.shift in SHIFTS, f"one of {', '.join(SHIFTS)}"),
+            max_tiles=(1 <= self.max_tiles <= 6, "1 to 6"),
+            questions_per_image=(self.questions_per_image >= 1, "at least 1"),
+            comparisons_per_image=(self.comparisons_per_image >= 0, "0 or more"),
+            read_pairs=(self.read_pairs >= 1, "at least 1"),
+            read_fraction=(0 <= self.read_fraction <= 1, "0 to 1"),
+        )
+
+
+def draw_records(
+    config: GlyphsConfig, *, seed: int, start: int, count: int
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield `count` records from position `start` on; record i depends on (config, seed, i) alone."""
+    for position in range(start, start + count):
+        rng = np.random.default_rng([seed, position])
+        reads = bool(rng.random() < config.read_fraction)
+        grids = [grid for grid in GRIDS if math.prod(grid) <= config.max_tiles]
+        if config.layout == "free":
+            grid = grids[rng.integers(len(grids))]
+            image, scene = (
+                free.draw_reading_page(rng, max_pairs=config.read_pairs)
+                if reads
+                else free.draw_page(rng, grid, shift=config.shift)
+            )
+        elif reads:
+            image, scene = aligned.draw_reading_tile(rng)
+        else:
+            image, scene = aligned.draw_tiles(rng, grids[rng.integers(len(grids))])
+        limits = {"count": config.questions_per_image, "comparisons": config.comparisons_per_image}
+        questions = reading_questions(scene) if reads else choose_questions(rng, scene, **limits)
+        texts = [text for question in questions for text in (question.text, question.answer)]
+        texts[0] = f"<image>\n{texts[0]}"
+        turns = [{"from": role, "value": text} for role, text in zip(cycle(("human", "gpt")), texts)]
+        skills = [question.skill for question in questions]
+        annotation = {"conversations": turns, "skills": skills}
+        if scene.kinds:
+            annotation["tile_kinds"] = scene.kinds
+        content = json.dumps(annotation, separators=(",", ":")).encode()
+        yield (
+            f"{position:08d}",
+            {"jpg": _encode(rng, image, is_damaged=config.shift == "damage"), "json": content},
+        )
+
+
+def _encode(rng: np.random.Generator, image: Image.Image, *, is_damaged: bool) -> bytes:
+    if is_damaged:
+        pixels = np.asarray(image, np.float64)
+        noisy = pixels + NOISE * rng.standard_normal(pixels.shape)
+        image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=DAMAGED_QUALITY if is_damaged else 92)
+    return jpeg.getvalue()
