@@ -21,6 +21,7 @@ from vico_pl.evaluation.answering import (
 from vico_pl.evaluation.baselines import (
     AT_BUDGET,
     FASTV_LAYERS,
+    GREEDY,
     Outcome,
     TileScores,
     at_budget,
@@ -90,9 +91,9 @@ def evaluate(
     """Evaluate arms at the router's budget; return the content of report.json and examples to show.
 
     Without a calibrated router the arms are full tokens and all tiles compressed. `arms` names those to
-    evaluate next to full tokens, without curves; `average_pooling` and `fastv` are evaluated only if named.
-    `reference` is a further model, at full tokens, which retention is then relative to. `command` is kept
-    in the report.
+    evaluate next to full tokens, without curves; `greedy_oracle`, `average_pooling` and `fastv` are evaluated
+    only if named. `reference` is a further model, at full tokens, which retention is then relative to.
+    `command` is kept in the report.
 
     Raises:
         ValueError: there is no such arm, the model or the set does not allow it, there is nothing to evaluate
@@ -141,7 +142,7 @@ def evaluate(
 def _known_arms(predictor: Predictor) -> list[str]:
     arms = ["full"] if len(predictor.model.ratios) == 1 else ["full", "all_compressed"]
     is_routed = predictor.rule is not None and predictor.model.router is not None
-    return [*arms, *(["router", *SCORED, *AT_BUDGET] if is_routed else [])]
+    return [*arms, *(["router", *SCORED, GREEDY, *AT_BUDGET] if is_routed else [])]
 
 
 @torch.no_grad()
@@ -153,7 +154,7 @@ def _score_tiles(questions: QuestionSet, *, seed: int, arms: Sequence[str] | Non
         possible = ["random"]
     needed = possible if arms is None else ["router", "random", *arms]
     fitted = ["oracle"] if "statistics" in needed else []  # to whose ranks statistics are fitted
-    scores: dict[str, TileScores] = {arm: [] for arm in possible if arm in {*needed, *fitted}}
+    scores: dict[str, TileScores] = {arm: [] for arm in (*possible, GREEDY) if arm in {*needed, *fitted}}
     for group in questions.checked_groups():
         for arm, of_set in scores.items():
             if arm != "statistics":
