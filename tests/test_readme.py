@@ -20,6 +20,7 @@ PAGES = [
     ROOT / "data" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "README.md",
+    ROOT / "recipes" / "smollm2" / "README.md",
 ]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OPTIONAL = re.compile(r"\s\[([^\]]*)\]")  # [--budget 0.5], but not the brackets of key=[value]

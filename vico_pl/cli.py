@@ -194,7 +194,9 @@ def eval_(
     metric: Metric = None,
     arm: Annotated[
         list[str] | None,
-        Option(help="Arm next to full tokens; repeatable. Default: all but fastv, average_pooling."),
+        Option(
+            help="Arm next to full tokens; repeatable. Default: all but greedy_oracle, fastv and pooling."
+        ),
     ] = None,
     reference: Annotated[
         str | None, Option(help="Further model, asked at full tokens: retention is relative to it.")

@@ -138,7 +138,7 @@ def agreement(
     for place, sample in enumerate(group.samples):
         chosen = [tuple(ratios[place].tolist()) for ratios in choices]
         unique = list(dict.fromkeys(chosen))
-        kl = _kl_at(predictor, sample, group.features[place], unique, reference=reference)
+        kl = kl_at(predictor, sample, group.features[place], unique, reference=reference)
         known = dict(zip(unique, kl.neg().exp().tolist(), strict=True))
         for column, ratios in zip(columns, chosen, strict=True):
             column.append(Result("", known[ratios]))
@@ -146,7 +146,7 @@ def agreement(
 
 
 @torch.no_grad()
-def _kl_at(
+def kl_at(
     predictor: Predictor,
     sample: TiledSample,
     features: Float[Tensor, "t P C"],

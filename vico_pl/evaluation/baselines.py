@@ -26,6 +26,7 @@ from vico_pl.evaluation.answering import (
     max_new_tokens,
     score_answers,
 )
+from vico_pl.evaluation.greedy import greedy_scores
 from vico_pl.evaluation.questions import Measure, QuestionSet
 from vico_pl.inference.generate import Prompt
 from vico_pl.inference.predictor import Predictor
@@ -39,6 +40,7 @@ from vico_pl.tokens import TURN_END, token_id
 from vico_pl.types import TiledSample
 
 UNTRAINED = ("average_pooling", "fastv")  # arms that are evaluated only when named
+GREEDY = "greedy_oracle"  # chooses tiles by a score and is also evaluated only when named
 AT_BUDGET = ("downsample", *UNTRAINED)  # arms that spend what the router does, but not by choosing tiles
 TIMED_SAMPLES = 12
 FASTV_LAYERS = 2  # that see all vision tokens
@@ -64,7 +66,7 @@ def score_tiles(arm: str, predictor: Predictor, group: Group, *, seed: int) -> T
     `random` draws uniform noise, a router without knowledge. `pixel_detail` is minus the mean absolute
     difference of neighbouring pixels. `oracle` is minus the loss ratio of each tile, which uses the responses
     of the conversation; the model at full tokens is its own reference. `router` is what the calibrated rule
-    compares with its threshold.
+    compares with its threshold. `greedy_oracle`: see `greedy`.
     """
     if arm == "random":
         generator = torch.Generator().manual_seed(seed + group.first)
@@ -74,6 +76,8 @@ def score_tiles(arm: str, predictor: Predictor, group: Group, *, seed: int) -> T
             -(tiles.diff(dim=3).abs().mean((1, 2, 3)) + tiles.diff(dim=2).abs().mean((1, 2, 3)))
             for tiles in (sample.tiles.float() for sample in group.samples)
         ]
+    if arm == GREEDY:
+        return greedy_scores(predictor, group)
     if arm == "oracle":
         model, encoded = predictor.model, [encode_conversation(predictor, one) for one in group.samples]
         batch, features = collate(encoded).to(predictor.device), torch.cat(group.features)

@@ -21,6 +21,7 @@ from vico_pl.evaluation.answering import (
 from vico_pl.evaluation.baselines import (
     AT_BUDGET,
     FASTV_LAYERS,
+    GREEDY,
     Outcome,
     TileScores,
     at_budget,
@@ -31,13 +32,15 @@ from vico_pl.evaluation.baselines import (
 )
 from vico_pl.evaluation.metrics import MEAN, mean_scores, score_tables
 from vico_pl.evaluation.questions import Measure, QuestionSet
+from vico_pl.evaluation.statistics import statistics_scores
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import head_width, language_costs
 from vico_pl.model.router import at_threshold, threshold_for, vision_tokens
 from vico_pl.model.vlm import VisionLanguageModel
 
-SCORED = ("random", "pixel_detail", "oracle")  # arms that choose tiles by a score, besides the router
+# Arms that choose tiles by a score, besides the router.
+SCORED = ("random", "pixel_detail", "statistics", "oracle")
 PARETO_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 1.0)  # of tiles compressed
 SPOILT_PER_GROUP, EXAMPLES_PER_GROUP = 4, 2
 EXAMPLE_TILES = 4  # at least, where routing spoils nothing: fewer show little of a choice
@@ -46,7 +49,7 @@ EXAMPLE_TILES = 4  # at least, where routing spoils nothing: fewer show little o
 class Setting(NamedTuple):
     """A way to choose tiles: compress those whose score reaches a threshold."""
 
-    scores: str  # router, random, pixel_detail or oracle
+    scores: str  # router or one of SCORED
     threshold: float
 
 
@@ -88,9 +91,9 @@ def evaluate(
     """Evaluate arms at the router's budget; return the content of report.json and examples to show.
 
     Without a calibrated router the arms are full tokens and all tiles compressed. `arms` names those to
-    evaluate next to full tokens, without curves; `average_pooling` and `fastv` are evaluated only if named.
-    `reference` is a further model, at full tokens, which retention is then relative to. `command` is kept
-    in the report.
+    evaluate next to full tokens, without curves; `greedy_oracle`, `average_pooling` and `fastv` are evaluated
+    only if named. `reference` is a further model, at full tokens, which retention is then relative to.
+    `command` is kept in the report.
 
     Raises:
         ValueError: there is no such arm, the model or the set does not allow it, there is nothing to evaluate
@@ -139,7 +142,7 @@ def evaluate(
 def _known_arms(predictor: Predictor) -> list[str]:
     arms = ["full"] if len(predictor.model.ratios) == 1 else ["full", "all_compressed"]
     is_routed = predictor.rule is not None and predictor.model.router is not None
-    return [*arms, *(["router", *SCORED, *AT_BUDGET] if is_routed else [])]
+    return [*arms, *(["router", *SCORED, GREEDY, *AT_BUDGET] if is_routed else [])]
 
 
 @torch.no_grad()
@@ -150,10 +153,14 @@ def _score_tiles(questions: QuestionSet, *, seed: int, arms: Sequence[str] | Non
     if len(predictor.model.ratios) == 1:
         possible = ["random"]
     needed = possible if arms is None else ["router", "random", *arms]
-    scores: dict[str, TileScores] = {arm: [] for arm in possible if arm in needed}
+    fitted = ["oracle"] if "statistics" in needed else []  # to whose ranks statistics are fitted
+    scores: dict[str, TileScores] = {arm: [] for arm in (*possible, GREEDY) if arm in {*needed, *fitted}}
     for group in questions.checked_groups():
         for arm, of_set in scores.items():
-            of_set += score_tiles(arm, predictor, group, seed=seed)
+            if arm != "statistics":
+                of_set += score_tiles(arm, predictor, group, seed=seed)
+    if "statistics" in scores:
+        scores["statistics"] = statistics_scores(questions, ranked(scores["oracle"]), seed=seed)
     return {arm: of_set if arm == "router" else ranked(of_set) for arm, of_set in scores.items()}
 
 

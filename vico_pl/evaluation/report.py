@@ -62,7 +62,13 @@ ARMS = {  # in the order of the table
     "reference": ArmStyle("reference", "#6b4c9a", "P", "another model, every tile at full tokens"),
     "router": ArmStyle("router", "#0072b2", "o", "the trained router chooses"),
     "oracle": ArmStyle("oracle", "#009e73", "D", "chooses by the measured harm to the known answers"),
+    "greedy_oracle": ArmStyle(
+        "greedy oracle", "#117733", "d", "chooses by the harm that a tile adds to those before it"
+    ),
     "pixel_detail": ArmStyle("pixel detail", "#d55e00", "s", "tiles with the most edges keep full tokens"),
+    "statistics": ArmStyle(
+        "statistics", "#882255", "h", "as colour, edges and place of tiles predict the oracle"
+    ),
     "downsample": ArmStyle("downsample", "#56b4e9", "v", "a smaller image, all of its tiles at full tokens"),
     "average_pooling": ArmStyle(
         "average pooling", "#8c510a", "p", "full tokens, averaged where it compresses"
