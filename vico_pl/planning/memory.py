@@ -81,6 +81,9 @@ class _ModelsOnMeta:
     def reference(self) -> VisionLanguageModel:
         return self._build(self.shape.spec)
 
+    def rule(self) -> None:
+        return None  # no tile is routed, see `stage_on_meta`
+
     def _build(self, spec: ModelSpec) -> VisionLanguageModel:
         model = build_without_weights(spec).to(DTYPES[self.config.frozen_dtype] or self.shape.dtype).eval()
         if model.router is not None:
