@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Settings for `vico train`; under `make test`, further arguments for pytest.
 ARGS ?=
-# Your own recipe for train-stage1 and train-router; without one they run the embedded default.
+# Your own recipe for train-stage1, train-router and train-routed; without one they run the embedded default.
 RECIPE ?=
 # Folder of the demo. ARGS become part of its name, so that another seed gets a run of its own:
 # make demo ARGS="seed=1" uses runs/demo-seed=1.
@@ -45,13 +45,14 @@ DEMO_SHARDS := $(foreach part,train calibration val,$(SHARDS)/$(part)/index.json
 CONSISTENCY := $(RUN)/consistency/model/config.json
 ROUTER := $(RUN)/router/model/config.json
 CALIBRATION := $(RUN)/router/model/calibration.json
+ROUTED := $(RUN)/routed/model/config.json
 REPORT := $(RUN)/report/report.json
 BASE := data/base/model.safetensors
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Targets that are not files, even if a file or folder of that name exists.
-.PHONY: help env demo base train-stage1 train-router shards data tests test check
+.PHONY: help env demo base train-stage1 train-router train-routed shards data tests test check
 .PHONY: coverage format lint types docs docs-serve tensorboard bench clean clean-all
 
 help: ## List the targets
@@ -129,17 +130,23 @@ $(CALIBRATION): $(ROUTER) | $(SHARDS)/calibration/index.json
 $(REPORT): $(CALIBRATION) | $(SHARDS)/val/index.json
 	$(VICO) eval $(RUN)/router/model --data $(SHARDS)/val --output $(RUN)/report
 
+# Not part of the demo. Its model is to be calibrated again.
+$(ROUTED): $(CALIBRATION) | $(INSTALLED) $(SHARDS)/train/index.json $(SHARDS)/calibration/index.json
+	$(call train,recipes/demo/routed.yaml,$(RUN)/routed,model.path=$(RUN)/router/model)
+
 ifeq ($(strip $(RECIPE)),)
 train-stage1: $(CONSISTENCY)
 train-router: $(ROUTER)
-train-stage1 train-router:
+train-routed: $(ROUTED)
+train-stage1 train-router train-routed:
 	@echo "The trained model is in $(<D); training curves: make tensorboard"
 else
-train-stage1 train-router: $(INSTALLED)
+train-stage1 train-router train-routed: $(INSTALLED)
 	$(VICO) train $(RECIPE) $(if $(filter file,$(origin RUN)),,run_dir=$(RUN)) $(ARGS)
 endif
 train-stage1: ## Train stage 1, consistency: the demo's, or RECIPE=FILE.yaml ARGS="key=value ..."
 train-router: ## Train stage 2, the resolution router: the demo's, or RECIPE=FILE.yaml ARGS="key=value ..."
+train-routed: ## Train stage 3, consistency at routed ratios: the demo's, or RECIPE=FILE.yaml ARGS="key=value ..."
 
 # --- On a cluster ----------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from vico_pl.model.families.folder import load_model
 from vico_pl.model.language import KeyValues, Prefixes, run_packed
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.router import loss_ratio, tile_loss_ratios
+from vico_pl.stages.labels import loss_ratio, tile_loss_ratios
 from vico_pl.types import Batch
 
 ENOUGH = 0.95  # rank correlation below which an approximation is not offered
@@ -83,7 +83,9 @@ class Ratios:
     def of(self, batch: Batch) -> dict[str, Tensor]:
         """Return the exact loss ratios of one sample, and the approximate ones."""
         features = self.policy.encode_tiles(batch.tiles)
-        exact = tile_loss_ratios(self.policy, self.reference, batch, features, mode="tile", epsilon=EPSILON)
+        exact = tile_loss_ratios(self.policy, self.reference, batch, features, mode="tile", epsilon=EPSILON)[
+            :, -1
+        ]
         target = self.reference.response_states(batch)
         full = self._loss(self._states(batch, features, self.policy.full_ratios(batch)), target)
         frozen = torch.stack([self._loss(s, target) for s in frozen_states(self.policy, batch, features)])

@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.vlm import VisionLanguageModel, splice
-from vico_pl.stages import router as stage_labels
+from vico_pl.stages import labels as stage_labels
 from vico_pl.types import Batch
 
 GOALS = {
@@ -94,7 +94,8 @@ def our_ratios(policy: VisionLanguageModel, reference: FrozenReference, batch: B
     """Return the same as stage 2 does, features included."""
     with torch.no_grad():
         features = policy.encode_tiles(batch.tiles)
-    return stage_labels.tile_loss_ratios(policy, reference, batch, features, mode="tile", epsilon=EPSILON)
+    found = stage_labels.tile_loss_ratios(policy, reference, batch, features, mode="tile", epsilon=EPSILON)
+    return found[:, 0]
 
 
 def count_operations(num_tiles: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What the pages need from MkDocs beyond its plugins: source code next to formulas, and links out of docs/.
 
-`<!-- source: vico_pl/stages/router.py loss_ratio -->` in a page becomes the present code of that function,
+`<!-- source: vico_pl/stages/labels.py loss_ratio -->` in a page becomes the present code of that function,
 and `<!-- settings -->` the tables of all settings, whose meanings are the comments next to their fields.
 """
 

@@ -24,8 +24,8 @@ class SymmetricStage(ConsistencyStage):
 
     def step(self, batch: Batch) -> StepResult:
         """Return the loss, summed over the response tokens of a micro-batch, and what else to log."""
-        ratios = self.draw_ratios(batch)  # (T,): 4 or 16 for each tile
         features = self.model.encode_tiles(batch.tiles)  # (T, P, C)
+        ratios = self.draw_ratios(batch, features)  # (T,): 4 or 16 for each tile
         policy = self.model.response_states(batch, features, ratios)  # (R, D)
         reference = self.reference.response_states(batch, policy_features=features)  # (R, D) at full tokens
         sides = policy, self.model.head, reference, self.reference.head

@@ -156,7 +156,14 @@ def test_a_stage_is_trained_after_what_it_needs_in_the_given_run_folder(tmp_path
     assert plan[0].startswith(STEPS[0])
 
 
-@pytest.mark.parametrize("target", ["train-stage1", "train-router"])
+def test_stage_three_follows_calibration_and_is_no_part_of_the_demo(tmp_path, folders):
+    plan = planned(tmp_path, folders, "train-routed", "ARGS=seed=1")
+    settings = "run_dir=RUN/routed model.path=RUN/router/model seed=1"
+    assert plan[-2:] == [STEPS[5], f"train recipes/demo/routed.yaml {settings}"]
+    assert not any("routed" in line for line in planned(tmp_path, folders, "demo"))
+
+
+@pytest.mark.parametrize("target", ["train-stage1", "train-router", "train-routed"])
 def test_your_own_recipe_is_trained_alone(target):
     plan = vico_commands(make("-n", target, "RECIPE=mine.yaml", "ARGS=seed=1 optim.lr=2"))
     assert [line.split() for line in plan] == [["train", "mine.yaml", "seed=1", "optim.lr=2"]]

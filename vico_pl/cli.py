@@ -61,7 +61,7 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
 
     config = prepare_run(recipe, overrides or [])
     model, reference = f"{config.run_dir}/model", config.model.reference or config.model.path
-    next_step = STAGES[config.stage].next_step.format(model=model, reference=reference)
+    next_step = STAGES[config.stage].what_next(config).format(model=model, reference=reference)
     if is_finished(Path(config.run_dir)):
         echo(f"{config.run_dir} is finished: its model is {model}\nNext: {next_step}")
         return

@@ -14,7 +14,7 @@ from vico_pl.data.shards.locations import without_secrets
 from vico_pl.files import atomic_path
 from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyConfig
-from vico_pl.stages.router import RouterConfig
+from vico_pl.stages.labels import RouterConfig
 from vico_pl.stages.settings import TRAINABLE_PARTS, RunSettings
 
 # Settings that change no result, so that a run may resume with other values.

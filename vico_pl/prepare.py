@@ -22,6 +22,7 @@ from vico_pl.data.glyphs import question_words
 from vico_pl.model.families.folder import load_model, open_folder
 from vico_pl.model.families.hub import local_folder, pinned
 from vico_pl.model.flops import build_without_weights
+from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel, assemble_model, open_clip_config
 from vico_pl.stages import STAGES
 from vico_pl.stages.settings import DTYPES, ModelConfig
@@ -130,6 +131,12 @@ class FolderModels:
                 f"{ratios}): it becomes its own reference; set model.reference to the model it was made from"
             )
         return load_model(self._reference_folder, dtype=DTYPES[self.run.model.frozen_dtype])
+
+    def rule(self) -> RoutingRule | None:
+        """Return the rule by which the model to start from is routed; None: it has no calibrated router."""
+        path = self.run.model.path
+        contents = None if path is None else open_folder(local_folder(path)).contents
+        return None if contents is None or contents.spec.router_heads is None else contents.rule
 
     def trained(self, state: dict[str, Tensor]) -> VisionLanguageModel:
         """Return the trained model in one piece, from weights that were sharded over ranks."""

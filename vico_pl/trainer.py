@@ -38,6 +38,7 @@ from vico_pl.model.adapters import adapters_merged
 from vico_pl.model.blocks import whole_state
 from vico_pl.model.families.folder import save_model
 from vico_pl.model.flops import count_flops
+from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.prepare import FolderModels
 from vico_pl.stages import STAGES, build_stage
@@ -108,7 +109,7 @@ def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path
         state = whole_state(model) if stage.is_sharded else None
         if trainer.is_global_zero:
             whole = model if state is None else models.trained(state)
-            _write_model(whole, tokenizer, config, run_dir / "model")
+            _write_model(whole, tokenizer, config, run_dir / "model", rule=stage.rule)
     return trainer, run_dir / "model"
 
 
@@ -240,16 +241,23 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     stage.load_state_dict(checkpoint["state_dict"], strict=stage.strict_loading, assign=True)
     model = stage.trained_model()
     model.language.tie_weights()  # loading replaced one of the two
-    _write_model(model, models.tokenizer, config, folder)
+    _write_model(model, models.tokenizer, config, folder, rule=stage.rule)
 
 
 def _write_model(
-    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    folder: Path,
+    *,
+    rule: RoutingRule | None,
 ) -> None:
     tokenizer.save_pretrained(folder)
     processing = {"tiling": asdict(config.data.tiling), "chat": asdict(config.data.chat)}
     with adapters_merged(model):
-        save_model(model, folder, processing=processing)  # last: its configuration marks a finished run
+        save_model(
+            model, folder, processing=processing, rule=rule
+        )  # last: its configuration marks a finished run
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from tests.support.folders import tiled
 from vico_pl.model.router import (
     NEVER,
     RoutingRule,
-    at_threshold,
+    at_thresholds,
     choose_ratios,
     compress_probability,
     routing_scores,
@@ -85,7 +85,7 @@ def test_the_released_rule_is_reproduced(logits, relative, absolute):
     rule = RoutingRule(threshold=absolute, relative_threshold=relative)
     chosen = choose_ratios(logits, ratios=[4, 16], rule=rule).tolist()
     assert chosen == released_decisions(logits.double(), relative=relative, absolute=absolute)
-    scores = routing_scores(logits, rule)
+    scores = routing_scores(logits, rule)[:, 0]
     assert chosen == torch.where(scores >= absolute, 16, 4).tolist()
 
 
@@ -111,13 +111,25 @@ def scores(*of_samples):
 def test_a_threshold_compresses_the_given_fraction_of_all_tiles(fraction, compressed):
     given = scores([0.1, 0.9], [0.4], [0.6])
     threshold = threshold_for(given, compressed_fraction=fraction)
-    chosen = torch.cat(at_threshold(given, threshold, ratios=[4, 16]))
+    chosen = torch.cat(at_thresholds(given, [threshold], ratios=[4, 16]))
     assert int((chosen == 16).sum()) == compressed
     ranked = sorted(torch.cat(given).tolist(), reverse=True)
     assert {float(s) for s in torch.cat(given)[chosen == 16]} == set(ranked[:compressed])
 
 
+def test_each_coarser_ratio_may_have_a_threshold_and_a_tile_a_score_for_each():
+    settings = {"ratios": [4, 16, 64]}
+    ranks = scores([0.2, 0.6, 0.9], [])
+    chosen = [r.tolist() for r in at_thresholds(ranks, [0.8, 0.5], **settings)]
+    assert chosen == [[4, 16, 64], []]
+    straight = [r.tolist() for r in at_thresholds(ranks, [0.5], **settings)]
+    assert straight == [[4, 64, 64], []]  # one threshold for both
+    cumulative = scores([[0.1, 0.2], [0.1, 0.6], [0.5, 0.7]])  # of 64, and of 16 or 64
+    assert [r.tolist() for r in at_thresholds(cumulative, [0.5], **settings)] == [[4, 16, 64]]
+    assert threshold_for(cumulative, compressed_fraction=0.5) == pytest.approx(0.5)  # of six scores three
+
+
 def test_tiles_of_equal_score_are_treated_alike():
     given = scores([0.5, 0.5], [0.5, 0.1])
     threshold = threshold_for(given, compressed_fraction=0.25)
-    assert [r.tolist() for r in at_threshold(given, threshold, ratios=[4, 16])] == [[16, 16], [16, 4]]
+    assert [r.tolist() for r in at_thresholds(given, [threshold], ratios=[4, 16])] == [[16, 16], [16, 4]]

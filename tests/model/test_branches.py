@@ -41,7 +41,7 @@ def test_states_of_branches_are_those_of_whole_passes(dtype, tolerance, max_toke
     model, batch = tiny_model().to(dtype), batch_of(*all_samples())
     with torch.no_grad():
         features = model.encode_tiles(batch.tiles)
-        found = branch_states(model, batch, features, ratio=16, max_tokens=max_tokens)
+        found = branch_states(model, batch, features, ratios=[16], max_tokens=max_tokens)
         full = model.response_states(batch, features, model.full_ratios(batch))
     assert torch.equal(found.full, full)
     for tile in range(batch.num_tiles):
@@ -64,7 +64,7 @@ def run_lengths(model, batch, **settings):
     model.language.base_model.register_forward_pre_hook(
         lambda _, __, given: seen.append(given["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    branch_states(model, batch, model.encode_tiles(batch.tiles), ratio=16, **settings)
+    branch_states(model, batch, model.encode_tiles(batch.tiles), ratios=[16], **settings)
     return seen
 
 

@@ -122,7 +122,7 @@ def build_router_stage(*, tied):
 
 
 def learn(stage, micro_batches):
-    with patch("vico_pl.stages.router.branch_states", partial(branch_states, max_tokens=1)):  # a tile each
+    with patch("vico_pl.stages.labels.branch_states", partial(branch_states, max_tokens=1)):  # a tile each
         for result in stage.results(micro_batches):
             (result.loss_sum * stage.ranks.world).backward()  # ranks are averaged
 

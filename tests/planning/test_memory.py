@@ -55,6 +55,9 @@ class RandomModels:
     def reference(self):
         return VisionLanguageModel(self.specs[-1])
 
+    def rule(self):
+        return None
+
 
 def real_peak(stage, micro_batch):
     """The most bytes that PyTorch's allocator held at a time during a step with real weights on the CPU."""

@@ -2,13 +2,14 @@ import copy
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from tests.support.tiny import batch_of, encoded_sample, mixed_samples, tiny_model
 from vico_pl.config import RunConfig
 from vico_pl.data.collate import collate
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.router import RoutingRule, choose_ratios
 from vico_pl.stages.consistency import ConsistencyConfig, ConsistencyStage
 from vico_pl.stages.settings import ModelConfig
 
@@ -85,6 +86,98 @@ def test_the_loss_is_kl_of_the_reference_at_full_tokens_from_the_policy_at_drawn
     assert result.loss_sum.item() == pytest.approx(naive_loss(stage, samples, ratios, **settings), rel=1e-4)
     total, count = result.metrics["vision_tokens/fraction"]
     assert (total.item(), count) == (pytest.approx((4 / ratios).sum().item()), 7)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_the_weight_of_cross_entropy_moves_the_loss_from_the_reference_to_the_data(weight):
+    stage, batch = stage_of(tiny_model(1), tiny_model(2), cross_entropy=weight), batch_of(*mixed_samples())
+    kl = stage_of(tiny_model(1), tiny_model(2)).step(batch).loss_sum.item()
+    states = stage.model.response_states(
+        batch, stage.model.encode_tiles(batch.tiles), stage.draw_ratios(batch)
+    )
+    targets = batch.input_ids[batch.response_mask]
+    of_data = cross_entropy(states @ stage.model.head.T, targets, reduction="sum").item()
+    assert abs(of_data - kl) > 1
+    result = stage.step(batch)
+    assert result.loss_sum.item() == pytest.approx((1 - weight) * kl + weight * of_data, rel=1e-5)
+    for name, value in (("kl", kl), ("cross_entropy", of_data)):
+        total, count = result.metrics[f"consistency/{name}"]
+        assert (total.item(), count) == (pytest.approx(value, rel=1e-5), batch.num_response_tokens)
+
+
+def test_settings_of_the_kl_have_no_effect_on_cross_entropy_alone():
+    config = ConsistencyConfig(cross_entropy=1.0, temperature=2.0, reverse_kl=True)
+    run = RunConfig(stage="consistency", run_dir="x", consistency=config)
+    found = [text for text in ConsistencyStage.doubtful_settings(run) if "cross-entropy" in text]
+    assert [text.split()[0] for text in found] == ["consistency.temperature", "consistency.reverse_kl"]
+
+
+# --- Stage 3 ------------------------------------------------------------------------------------------------
+
+
+class Models:
+    """A policy, its reference and the rule by which it is routed."""
+
+    same_weights = True
+
+    def __init__(self, rule):
+        self._rule = rule
+
+    def policy(self):
+        return tiny_model(1)
+
+    def reference(self):
+        return tiny_model(2)
+
+    def rule(self):
+        return self._rule
+
+
+def routed_stage(rule, **config):
+    config = ConsistencyConfig(ratio_draw="routed", **config)
+    run = RunConfig(stage="consistency", run_dir="x", model=ModelConfig(path="MODEL"), consistency=config)
+    return ConsistencyStage.build(run, Models(rule))
+
+
+@pytest.mark.parametrize("relative", [None, 0.3])
+def test_the_frozen_router_chooses_the_ratios_as_in_inference(relative):
+    samples, model = mixed_samples(), tiny_model(1)
+    with torch.no_grad():
+        logits = [model.router(model.encode_tiles(sample.tiles)) for sample in samples]
+    scores = torch.cat(logits).softmax(-1)[:, 0].sort().values
+    threshold = scores[3:5].mean().item()  # between two: no rounding decides
+    rule = RoutingRule(threshold=threshold, relative_threshold=relative)
+    expected = torch.cat([choose_ratios(own, ratios=[4, 16], rule=rule) for own in logits])
+    assert set(expected.tolist()) == {4, 16}
+    stage, batch = routed_stage(rule).train(), batch_of(*samples)  # dropout of the router stays off
+    stage.model.set_dropout(0.5)
+    stage.model.connectors.eval()
+    features = stage.model.encode_tiles(batch.tiles)
+    for _ in range(3):
+        assert torch.equal(stage.draw_ratios(batch, features), expected)
+    assert stage.model.router.training
+    result = stage.step(batch)
+    loss = naive_loss(stage, samples, expected, temperature=1, reverse=False)
+    assert result.loss_sum.item() == pytest.approx(loss, rel=1e-4)
+    assert result.metrics["vision_tokens/fraction"].total.item() == (4 / expected).sum().item()
+    result.loss_sum.backward()
+    assert all(p.grad is None and not p.requires_grad for p in stage.model.router.parameters())
+    found = stage.eval().validate(batch, place=(0,))
+    assert found["kl_routed"].total.item() == pytest.approx(loss, rel=1e-4)
+    one = stage.compressed_ratios(stage.model.encode_tiles(samples[0].tiles))["routed"]
+    assert torch.equal(one, expected[: len(one)])
+
+
+def test_without_a_calibrated_router_nothing_can_be_routed():
+    with pytest.raises(ValueError, match=r"MODEL: consistency\.ratio_draw is 'routed'.*run 'vico calibrate'"):
+        routed_stage(None)
+
+
+def test_a_routed_sample_is_planned_at_full_tokens_and_its_model_calibrated_again():
+    run = routed_stage(RoutingRule(threshold=0.5)).run
+    assert ConsistencyStage.ratios_at(run, 7, [2, 1]) == [4, 4, 4]
+    assert ConsistencyStage.what_next(run).startswith("vico calibrate {model} ")
+    assert ConsistencyStage.what_next(stage_of().run) == ConsistencyStage.next_step
 
 
 def test_kernel_liger_is_given_the_same_sides_and_settings(monkeypatch):

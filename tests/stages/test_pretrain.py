@@ -5,7 +5,8 @@ from torch.nn.functional import cross_entropy
 
 from tests.support.tiny import batch_of, encoded_sample, tiny_model
 from vico_pl.config import RunConfig
-from vico_pl.stages.pretrain import PretrainStage, response_cross_entropy
+from vico_pl.losses.cross_entropy import response_cross_entropy
+from vico_pl.stages.pretrain import PretrainStage
 
 RUN = RunConfig(stage="pretrain", run_dir="x")
 

@@ -10,9 +10,17 @@ from vico_pl.data.collate import collate
 from vico_pl.model.reference import FrozenReference
 from vico_pl.stages import router as router_module
 from vico_pl.stages.figures import Ranks, combine
-from vico_pl.stages.router import RouterConfig, RouterStage, mean_per_sample, tile_loss_ratios
+from vico_pl.stages.labels import (
+    RouterConfig,
+    mean_per_sample,
+    router_targets,
+    soft_targets,
+    tile_loss_ratios,
+)
+from vico_pl.stages.router import RouterStage
 
 EPSILON = 1e-3
+THREE = [4, 16, 64]
 LABEL_MODES = pytest.mark.parametrize("mode", ["tile", "image"])
 
 
@@ -36,7 +44,7 @@ def ratios_of(policy, reference, *samples, mode="tile"):
 def test_the_loss_is_cross_entropy_against_labels_below_the_percentile():
     stage, batch = stage_of(percentile=40.0), batch_of(*mixed_samples())
     policy, result = stage.trained_model(), stage.step(batch)
-    ratios = ratios_of(policy, stage.reference, *mixed_samples())
+    ratios = ratios_of(policy, stage.reference, *mixed_samples())[:, 0]
     threshold = ratios.double().quantile(0.4).item()
     targets = torch.tensor([0 if ratio < threshold else 1 for ratio in ratios.tolist()])  # 0: compress
     assert 0 < targets.sum() < 7
@@ -55,7 +63,7 @@ def test_the_loss_is_cross_entropy_against_labels_below_the_percentile():
     [([0.0, 1.0, 2.0, 3.0], 1.0), ([3.0, 2.0, 1.0, 0.0], 0.0), ([0.0, 2.0, 1.0, 3.0], 0.75)],
 )
 def test_auroc_is_whether_tiles_to_keep_rank_above_tiles_to_compress(monkeypatch, scores, auroc):
-    stage, keep, labels = stage_of(), torch.tensor(scores).float(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    stage, keep, labels = stage_of(), torch.tensor(scores).float(), torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: labels)
     stage.router.forward = lambda _: torch.stack([-keep, keep], dim=1).requires_grad_()
     found = stage.step(batch_of(encoded_sample(1, images=(4,)))).metrics
@@ -77,7 +85,7 @@ def test_there_are_no_labels_before_min_history():
 
 
 def test_loss_ratios_that_are_not_finite_are_left_out_and_counted(monkeypatch):
-    stage, ratios = stage_of(), torch.tensor([1.0, float("nan"), 3.0, float("inf")])
+    stage, ratios = stage_of(), torch.tensor([[1.0], [float("nan")], [3.0], [float("inf")]])
     monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: ratios)
     result = stage.step(batch_of(encoded_sample(1, images=(4,))))
     assert (stage.num_left_out, result.num_items, int(stage.window.seen)) == (2, 2, 2)
@@ -152,16 +160,75 @@ def test_features_that_are_not_kept_are_computed_again_with_the_same_result(monk
     assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
 
 
+def test_a_model_without_router_is_refused():
+    with pytest.raises(ValueError, match=r"the model has no router; set model\.router_heads"):
+        stage_of(tiny_model(router_heads=None))
+
+
+@pytest.mark.parametrize("softness", [0.0, 0.5])
+def test_of_three_ratios_the_coarsest_harmless_one_is_learned(softness):
+    policy = three_ratios()
+    stage, batch = stage_of(policy, label_softness=softness), batch_of(*mixed_samples())
+    result, ratios = stage.step(batch), ratios_of(policy, stage.reference, *mixed_samples())
+    thresholds = ratios.quantile(0.5, dim=0).tolist()
+    targets = router_targets(ratios, thresholds)
+    assert set(targets.tolist()) == {0, 1, 2}
+    soft = soft_targets(ratios, thresholds, softness=softness) if softness else targets
+    logits, found = stage.router(policy.encode_tiles(batch.tiles)), result.metrics
+    loss = cross_entropy(logits, soft, reduction="sum").item()
+    assert result.loss_sum.item() == pytest.approx(loss, rel=1e-5)
+    assert [found[f"router/threshold_{r}"].total for r in (64, 16)] == pytest.approx(thresholds, rel=1e-5)
+    chosen = logits.argmax(1)
+    assert found["router/accuracy"] == ((chosen == targets).sum(), 7)  # always of hard targets
+    assert torch.equal(found["targets"], (targets == 2).long())
+    assert found["router/compressed_fraction"] == ((chosen < 2).sum(), 7)
+    fractions = torch.tensor([1 / 16, 1 / 4, 1])[chosen]
+    assert found["router/token_fraction"].total.item() == pytest.approx(fractions.sum().item())
+
+
+def test_of_three_ratios_validation_compares_the_choice_with_the_labels():
+    stage, batch = stage_of(three_ratios()), batch_of(*mixed_samples())
+    with torch.no_grad():
+        figures = stage.validate(batch, place=(0,))
+    ratios = ratios_of(stage.trained_model(), stage.reference, *mixed_samples())
+    targets = router_targets(ratios, ratios.quantile(0.5, dim=0).tolist())
+    chosen = stage.router(stage.trained_model().encode_tiles(batch.tiles)).argmax(1)
+    found = stage.summary(figures)
+    assert found["accuracy"] == pytest.approx((chosen == targets).float().mean().item())
+    assert {"auroc", "kl_at_0.5", "token_fraction_at_0.3"} <= found.keys()
+
+
+def test_the_rule_tolerance_labels_from_the_first_step():
+    policy = tiny_model(1)
+    stage = stage_of(policy, label_rule="tolerance", tolerance=0.02, min_history=100)
+    ratios, found = (
+        ratios_of(policy, stage.reference, *mixed_samples()),
+        stage.step(batch_of(*mixed_samples())),
+    )
+    assert found.metrics["targets"].tolist() == (ratios[:, 0] >= 1.02).long().tolist()
+    assert 0 < found.metrics["targets"].sum() < 7
+    assert (found.num_items, int(stage.window.seen)) == (7, 0)  # nothing to remember
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "without_effect"),
     [
-        ({"router_heads": None}, r"the model has no router; set model\.router_heads"),
-        ({"ratios": [4]}, r"model\.ratios is \[4\]; stage router labels the choice between two"),
+        ({}, []),
+        ({"tolerance": 0.5}, ["tolerance"]),
+        ({"label_rule": "tolerance", "window": 9, "min_history": 2}, ["window", "min_history"]),
     ],
 )
-def test_models_it_cannot_train_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        stage_of(tiny_model(**changes))
+def test_settings_of_the_other_rule_cause_a_warning(changes, without_effect):
+    run = RunConfig(stage="router", run_dir="x", router=RouterConfig(**changes))
+    label_rule = RouterConfig(**changes).label_rule
+    expected = [f"router.{n} has no effect: router.label_rule is {label_rule}" for n in without_effect]
+    assert [text for text in RouterStage.doubtful_settings(run) if "router." in text] == expected
+
+
+def three_ratios(seed=1):
+    """Tiles of 64 patches, which become 16, 4 or 1 vision tokens."""
+    vision = {"image_size": 32, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16}
+    return tiny_model(seed, ratios=THREE, vision=vision)
 
 
 # --- Loss ratios --------------------------------------------------------------------------------------------
@@ -191,32 +258,35 @@ def naive_sample_loss(policy, reference, sample, ratios):
 
 
 def naive_ratios(policy, reference, samples, mode):
-    """Loss ratios from one forward pass per tile, each sample and each tile by itself."""
+    """Loss ratios from one forward pass per tile and ratio, each sample and each tile by itself."""
     found = []
     for sample in samples:
         full = torch.full((len(sample.tiles),), 4)
         without = naive_sample_loss(policy, reference, sample, full)
         for tile in range(len(full)):
-            ratios = torch.full_like(full, 16) if mode == "image" else full.clone()
-            ratios[tile] = 16
-            found.append(
-                (naive_sample_loss(policy, reference, sample, ratios) + EPSILON) / (without + EPSILON)
-            )
+            found.append([])
+            for ratio in reversed(policy.ratios[1:]):
+                ratios = torch.full_like(full, ratio) if mode == "image" else full.clone()
+                ratios[tile] = ratio
+                loss = naive_sample_loss(policy, reference, sample, ratios)
+                found[-1].append((loss + EPSILON) / (without + EPSILON))
     return torch.tensor(found, dtype=policy.head.dtype)
 
 
 @LABEL_MODES
+@pytest.mark.parametrize("num_ratios", [2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_loss_ratios_equal_those_of_every_tile_run_alone(policy, reference, mode, dtype, tolerance):
-    policy, reference = policy.to(dtype), reference.to(dtype)
+def test_loss_ratios_equal_those_of_every_tile_run_alone(mode, num_ratios, dtype, tolerance):
+    make = tiny_model if num_ratios == 2 else three_ratios
+    policy, reference = make(1).to(dtype), FrozenReference(make(2).to(dtype))
     silent = encoded_sample(5, images=(2,), answers=())
     samples = [*mixed_samples(), silent, encoded_sample(6, images=())]
     expected = naive_ratios(policy, reference, samples, mode)
-    assert expected.std() > 0.01, "the example tells tiles apart"
+    assert expected.std(0).min() > 0.01, "the example tells tiles apart"
     found = ratios_of(policy, reference, *samples, mode=mode)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert found[-2:].tolist() == [1.0, 1.0]  # without response, compressing changes nothing
-    assert len(set(found[:3].tolist())) == (1 if mode == "image" else 3)
+    assert (found[-2:] == 1).all()  # without response, compressing changes nothing
+    assert len(found[:3].unique(dim=0)) == (1 if mode == "image" else 3)
 
 
 @LABEL_MODES

@@ -57,7 +57,7 @@ def test_the_dummy_and_the_order_of_samples_count_for_nothing():
 def test_stage_two_scores_the_router_against_the_percentile_of_the_set(monkeypatch):
     """P(keep) is 0.2, 0.6, 0.4 and 0.9; the labels are compress, compress, keep, keep."""
     stage, keep = router_stage(), torch.tensor([0.2, 0.6, 0.4, 0.9])
-    labels = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    labels = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: labels)
     stage.router.forward = lambda _: torch.stack([(1 - keep).log(), keep.log()], dim=1)
     batch = batch_of(encoded_sample(1, images=(4,)))
@@ -91,7 +91,7 @@ def test_labels_are_computed_once_and_then_kept(monkeypatch):
 @pytest.mark.parametrize("labels", [[float("nan")] * 4, [1.0] * 4])
 def test_without_labels_or_with_a_single_one_there_is_no_auroc(monkeypatch, labels):
     stage = router_stage()
-    monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: torch.tensor(labels))
+    monkeypatch.setattr(router_module, "tile_loss_ratios", lambda *_, **__: torch.tensor(labels)[:, None])
     found = validate(stage, batch_of(encoded_sample(1, images=(4,))))
     assert "auroc" not in found
     assert ("accuracy" in found) == (labels[0] == 1)

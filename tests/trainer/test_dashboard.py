@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.support.runs import run
 from vico_pl.callbacks.dashboard import Labelled, Tile, draw_labels, draw_tiles, label, log_report
 from vico_pl.config import load_config
+from vico_pl.stages.labels import RouterConfig
 
 
 def shown(run_dir):
@@ -46,21 +47,30 @@ def test_a_run_shows_its_layout_and_its_tiles(watched):
 def test_labels_come_from_the_sets_own_percentile_and_denied_ones_have_the_largest_error():
     # The median of the finite loss ratios is 2: tiles from there on are labelled keep.
     ratios, scores = [1.0, 3.0, 2.0, 1.0, 9.0, float("nan")], [0.9, 0.95, 0.2, 0.3, 0.8, 1.0]
-    tiles = [Tile(0, i, score, ratio) for i, (score, ratio) in enumerate(zip(scores, ratios, strict=True))]
-    labelled, limit = label(tiles, percentile=50.0)
-    assert limit == 2
+    tiles = [Tile(0, i, score, [ratio]) for i, (score, ratio) in enumerate(zip(scores, ratios, strict=True))]
+    thresholds = RouterConfig(percentile=50.0).thresholds
+    labelled, limits = label(tiles, thresholds=thresholds)
+    assert limits == [2]
     assert [(one.tile.number, one.keep) for one in labelled] == list(
         enumerate([False, True, True, False, True])
     )
     assert [one.error for one in labelled] == pytest.approx([0.1, 0.95, 0.2, 0.7, 0.8])
-    assert label(tiles[-1:], percentile=50.0)[0] == []
+    assert label(tiles[-1:], thresholds=thresholds) == ([], [])
+
+
+def test_of_several_ratios_a_tile_is_kept_if_each_costs_too_much():
+    tiles = [Tile(0, i, 0.5, ratios) for i, ratios in enumerate([[9.0, 1.0], [1.0, 9.0], [9.0, 9.0]])]
+    labelled, limits = label(tiles, thresholds=lambda _: [3.0, 2.0])
+    assert [one.keep for one in labelled] == [False, False, True]
+    histogram, _ = draw_labels(labelled, limits).axes
+    assert [line.get_xdata()[0] for line in histogram.lines] == [3.0, 2.0]
 
 
 def test_the_reliability_curve_has_a_point_for_each_bin_that_has_tiles():
     # P(keep) 0.9 and 0.95 share a bin, of which one of two is labelled keep.
     said, keep = [0.1, 0.9, 0.95], [False, True, False]
-    labelled = [Labelled(Tile(0, 0, 1 - p, 1.0 + k), k) for p, k in zip(said, keep, strict=True)]
-    _, axes = draw_labels(labelled, 1.5).axes
+    labelled = [Labelled(Tile(0, 0, 1 - p, [1.0 + k]), k) for p, k in zip(said, keep, strict=True)]
+    _, axes = draw_labels(labelled, [1.5]).axes
     assert axes.lines[1].get_xydata().tolist() == [pytest.approx([0.1, 0]), pytest.approx([0.925, 0.5])]
 
 

@@ -15,6 +15,8 @@ from vico_pl.callbacks.checkpoints import newest_checkpoint
 from vico_pl.callbacks.guards import StopSignals
 from vico_pl.config import load_config
 from vico_pl.data.shards.reader import write_index, write_shard
+from vico_pl.files import read_json, write_json
+from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.folder import load_model
 from vico_pl.prepare import FolderModels, is_finished, prepare_run
 from vico_pl.tokens import load_tokenizer
@@ -36,6 +38,21 @@ def test_consistency_trains_everything_and_the_router_stage_the_router_alone(run
     assert any(name.startswith("connectors.by_ratio.16.") for name in changed)
     changed = differing(runs / "router", runs / "consistency")
     assert {name.split(".")[0] for name in changed} == {"router"}
+
+
+def test_stage_three_trains_the_policy_at_the_routers_choice_and_hands_both_on(runs, tmp_path):
+    model = shutil.copytree(runs / "router" / "model", tmp_path / "model")
+    overrides = [f"run_dir={tmp_path}/routed", f"model.path={model}", "consistency.ratio_draw=routed"]
+    overrides += [f"model.reference={runs}/pretrain/model"]
+    with pytest.raises(ValueError, match="needs a calibrated router"):
+        run(runs / "consistency.yaml", *overrides)
+    write_json({"threshold": 0.5, "curve": []}, model / CALIBRATION_NAME)
+    run(runs / "consistency.yaml", *overrides)
+    changed = {name.split(".")[0] for name in differing(tmp_path / "routed", model.parent)}
+    assert changed == {"vision", "connectors", "language"}
+    assert FolderModels(load_config(tmp_path / "routed" / "config.yaml", [])).rule().threshold == 0.5
+    kept = read_json(tmp_path / "routed" / "model" / CALIBRATION_NAME)
+    assert kept == {"threshold": 0.5, "relative_threshold": None}  # the curve was that of other weights
 
 
 def test_pretraining_learns(runs):

@@ -1,6 +1,6 @@
 """What TensorBoard shows besides curves: a first page of charts, and pictures of held-out tiles."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ class Tile(NamedTuple):
     position: int  # of its sample in the set
     number: int  # in its sample
     score: float  # P(compress)
-    loss_ratio: float
+    loss_ratios: list[float]  # a value per coarser ratio, coarsest first
 
 
 class Dashboard(L.Callback):
@@ -99,10 +100,10 @@ class Dashboard(L.Callback):
         step = trainer.global_step
         if tiles:
             _add_picture(writer, f"{tag}/routed_tiles", draw_routed(tiles, read), step)
-            labelled, limit = label(tiles, percentile=stage.config.percentile)
+            labelled, limits = label(tiles, thresholds=stage.config.thresholds)
             if labelled:
                 _add_picture(writer, f"{tag}/disagreements", draw_disagreements(labelled, read), step)
-                _add_picture(writer, f"{tag}/labels", draw_labels(labelled, limit), step)
+                _add_picture(writer, f"{tag}/labels", draw_labels(labelled, limits), step)
 
 
 class _Reader:
@@ -164,20 +165,25 @@ class Labelled(NamedTuple):
         return self.tile.score if self.keep else 1 - self.tile.score
 
 
-def label(tiles: Sequence[Tile], *, percentile: float) -> tuple[list[Labelled], float]:
-    """Label the tiles of a set by a percentile of their own loss ratios; returns the percentile too."""
-    finite = [tile for tile in tiles if np.isfinite(tile.loss_ratio)]
-    limit = float(np.percentile([tile.loss_ratio for tile in finite], percentile)) if finite else np.nan
-    return [Labelled(tile, tile.loss_ratio >= limit) for tile in finite], limit
+def label(
+    tiles: Sequence[Tile], *, thresholds: Callable[[Tensor], list[float]]
+) -> tuple[list[Labelled], list[float]]:
+    """Label the tiles of a set by the thresholds of their own loss ratios; returns these too."""
+    finite = [tile for tile in tiles if np.isfinite(tile.loss_ratios).all()]
+    limits = thresholds(torch.tensor([tile.loss_ratios for tile in finite])) if finite else []
+    return [Labelled(tile, bool((np.array(tile.loss_ratios) >= limits).all())) for tile in finite], limits
 
 
-def draw_labels(labelled: Sequence[Labelled], limit: float) -> Figure:
-    """Draw the distribution of loss ratios around their threshold, and how far P(keep) can be trusted."""
+def draw_labels(labelled: Sequence[Labelled], limits: Sequence[float]) -> Figure:
+    """Draw the distribution of loss ratios around their thresholds, and how far P(keep) can be trusted."""
     figure = Figure(figsize=(10, 4), dpi=80, layout="constrained")
     ratios, trust = figure.subplots(1, 2)
-    values = [one.tile.loss_ratio for one in labelled]
-    ratios.hist(values, bins=np.geomspace(min(values), max(values) * 1.001, 40), color=KEPT)
-    ratios.axvline(limit, color=COMPRESSED, label=f"threshold {limit:.3g}: labelled compress below it")
+    values = np.array([one.tile.loss_ratios for one in labelled])
+    bins = np.geomspace(values.min(), values.max() * 1.001, 40)
+    for number, limit in enumerate(limits):  # of the coarsest ratio first, the finest one in blue
+        colour = KEPT if number == len(limits) - 1 else "grey"
+        ratios.hist(values[:, number], bins=bins, color=colour, alpha=0.7)
+        ratios.axvline(limit, color=COMPRESSED, label=f"threshold {limit:.3g}: labelled compress below it")
     ratios.set(xscale="log", xlabel="factor of the loss under compression", ylabel="tiles")
     ratios.legend()
     keep, said = (np.array(v) for v in zip(*((o.keep, 1 - o.tile.score) for o in labelled), strict=True))
@@ -205,7 +211,7 @@ def draw_disagreements(labelled: Sequence[Labelled], read: _Reader) -> Figure:
     """Draw the tiles whose label the router denies most, framed by their label."""
     worst = sorted(labelled, key=lambda one: -one.error)[:NUM_DISAGREEMENTS]
     cells = [
-        (read(tile.position).tiles[tile.number], f"{tile.score:.2f}, loss x {tile.loss_ratio:.3g}", keep)
+        (read(tile.position).tiles[tile.number], f"{tile.score:.2f}, loss x {tile.loss_ratios[-1]:.3g}", keep)
         for tile, keep in worst
     ]
     title = "P(compress) and factor of the loss under compression; orange: labelled compress"

@@ -35,7 +35,7 @@ from vico_pl.model.flops import build_without_weights
 from vico_pl.model.reference import FrozenReference
 from vico_pl.model.router import NEVER, RoutingRule, routing_scores, vision_tokens
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.router import tile_loss_ratios
+from vico_pl.stages.labels import tile_loss_ratios
 from vico_pl.tokens import TURN_END, token_id
 from vico_pl.types import TiledSample
 
@@ -47,7 +47,7 @@ FASTV_LAYERS = 2  # that see all vision tokens
 FASTV_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")  # whose layers run one after the other as below
 _ATTENTION = "vico_fastv"  # the name by which transformers knows the function below
 
-TileScores = list[Float[Tensor, " _"]]  # one entry per sample
+TileScores = list[Float[Tensor, "_ ..."]]  # one entry per sample
 
 
 @dataclass
@@ -64,9 +64,10 @@ def score_tiles(arm: str, predictor: Predictor, group: Group, *, seed: int) -> T
     """Score the tiles of a group as an arm does.
 
     `random` draws uniform noise, a router without knowledge. `pixel_detail` is minus the mean absolute
-    difference of neighbouring pixels. `oracle` is minus the loss ratio of each tile, which uses the responses
-    of the conversation; the model at full tokens is its own reference. `router` is what the calibrated rule
-    compares with its threshold. `greedy_oracle`: see `greedy`.
+    difference of neighbouring pixels. `oracle` is minus the loss ratio of each tile, the mean over coarser
+    ratios, which uses the responses of the conversation; the model at full tokens is its own reference.
+    `router` is what the calibrated rule compares with its threshold: a column per coarser ratio.
+    `greedy_oracle`: see `greedy`.
     """
     if arm == "random":
         generator = torch.Generator().manual_seed(seed + group.first)
@@ -83,7 +84,7 @@ def score_tiles(arm: str, predictor: Predictor, group: Group, *, seed: int) -> T
         batch, features = collate(encoded).to(predictor.device), torch.cat(group.features)
         reference = FrozenReference(model)
         harm = tile_loss_ratios(model, reference, batch, features, mode="tile", epsilon=1e-6)
-        return list((-harm).cpu().split([len(sample.tiles) for sample in group.samples]))
+        return list((-harm.mean(1)).cpu().split([len(sample.tiles) for sample in group.samples]))
     rule = predictor.rule or RoutingRule(threshold=NEVER)
     return [routing_scores(predictor.router_logits(features), rule) for features in group.features]
 

@@ -10,8 +10,9 @@ import torch
 from vico_pl.evaluation.metrics import MEAN, OVERALL, score_tables
 from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
-from vico_pl.model.router import NEVER, at_threshold, compress_probability, threshold_for, vision_tokens
+from vico_pl.model.router import NEVER, at_thresholds, routing_scores, threshold_for, vision_tokens
 
+# Of tiles; with several coarser ratios, of the steps from each to the next.
 COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
 GROUP_SLACK = 0.01  # a single group may be this far below the required retention: few questions, noisy
 
@@ -20,7 +21,7 @@ GROUP_SLACK = 0.01  # a single group may be this far below the required retentio
 class CalibrationPoint:
     """The cost and accuracy of one threshold; tables have a value per group, `mean` and `overall`."""
 
-    threshold: float  # compress iff P(compress) is at least this
+    threshold: float  # a tile gets the coarsest ratio of which P(it or a coarser one) is at least this
     token_fraction: float  # vision tokens over those of full tokens
     accuracy: dict[str, float | None]
     retention: dict[str, float | None]  # accuracy over that of full tokens
@@ -56,17 +57,19 @@ def calibrate(
 
 @torch.no_grad()
 def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
-    """Score the questions of a set at thresholds that compress from no tile to all.
+    """Score the questions of a set at thresholds that compress from no tile to all, to the coarsest ratio.
+
+    `COMPRESSED_FRACTIONS` of the scores reach them, of which a tile has one per coarser ratio.
 
     Raises:
         ValueError: the set has no image, or nothing is right at full tokens.
     """
     predictor, scores = questions.predictor, []
     for group in questions.checked_groups():
-        scores += [compress_probability(predictor.router_logits(features)) for features in group.features]
+        scores += [routing_scores(predictor.router_logits(features)) for features in group.features]
     candidates = (threshold_for(scores, compressed_fraction=f, halfway=True) for f in COMPRESSED_FRACTIONS)
     thresholds = list(dict.fromkeys(min(NEVER, threshold) for threshold in candidates))
-    choices = [at_threshold(scores, threshold, ratios=predictor.model.ratios) for threshold in thresholds]
+    choices = [at_thresholds(scores, [threshold], ratios=predictor.model.ratios) for threshold in thresholds]
     images: list[int] = []
     groups: list[str] = []
     columns: dict[str, list[float]] = {str(number): [] for number in range(len(choices))}

@@ -36,7 +36,7 @@ from vico_pl.evaluation.statistics import statistics_scores
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import head_width, language_costs
-from vico_pl.model.router import at_threshold, threshold_for, vision_tokens
+from vico_pl.model.router import at_thresholds, threshold_for, vision_tokens
 from vico_pl.model.vlm import VisionLanguageModel
 
 # Arms that choose tiles by a score, besides the router.
@@ -47,10 +47,10 @@ EXAMPLE_TILES = 4  # at least, where routing spoils nothing: fewer show little o
 
 
 class Setting(NamedTuple):
-    """A way to choose tiles: compress those whose score reaches a threshold."""
+    """A way to choose ratios: a tile gets the coarsest one whose threshold its score reaches."""
 
     scores: str  # router or one of SCORED
-    threshold: float
+    thresholds: tuple[float, ...]  # of the coarser ratios, coarsest first; or one for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,14 @@ def evaluate(
     check_arms(questions, arms or (), known=_known_arms(questions.predictor))
     scores = _score_tiles(questions, seed=seed, arms=arms)
     settings = _arm_settings(scores, questions.predictor, arms=arms)
-    pareto = _pareto_settings(scores) if arms is None else []
+    pareto = (
+        _pareto_settings(scores, num_ratios=len(questions.predictor.model.ratios)) if arms is None else []
+    )
     found = _answer(questions, scores, settings, pareto, reference=reference)
     outcomes = {arm: found.outcomes[setting] for arm, setting in settings.items()}
     if "router" in settings:
-        threshold, ratios = settings["router"].threshold, questions.predictor.model.ratios
-        routed = at_threshold(scores["router"], threshold, ratios=ratios)
+        thresholds, ratios = settings["router"].thresholds, questions.predictor.model.ratios
+        routed = at_thresholds(scores["router"], thresholds, ratios=ratios)
         for arm in ("downsample",) if arms is None else [arm for arm in AT_BUDGET if arm in arms]:
             outcomes[arm] = at_budget(questions, arm, routed, outcomes, reference=reference)
     if reference is not None:
@@ -167,29 +169,41 @@ def _score_tiles(questions: QuestionSet, *, seed: int, arms: Sequence[str] | Non
 def _arm_settings(
     scores: Mapping[str, TileScores], predictor: Predictor, *, arms: Sequence[str] | None
 ) -> dict[str, Setting]:
-    """Give every arm the threshold at which it compresses as many tiles as the router does."""
+    """Give every arm the thresholds at which it gives as many tiles as the router does to each ratio."""
     any_scores = next(iter(scores))
-    settings = {"full": Setting(any_scores, math.inf)}
+    settings = {"full": Setting(any_scores, (math.inf,))}
     if len(predictor.model.ratios) > 1:
-        settings["all_compressed"] = Setting(any_scores, 0.0)
+        settings["all_compressed"] = Setting(any_scores, (0.0,))
     if "router" in scores and predictor.rule is not None:
         threshold = predictor.rule.threshold
-        fraction = float((torch.cat(scores["router"]) >= threshold).double().mean())
+        fractions = (torch.cat(scores["router"]) >= threshold).double().mean(0).tolist()
         for arm, of_set in scores.items():
-            settings[arm] = Setting(arm, threshold_for(of_set, compressed_fraction=fraction))
-        settings["router"] = Setting("router", threshold)
+            settings[arm] = Setting(arm, _thresholds_for(of_set, fractions))
+        settings["router"] = Setting("router", (threshold,))
     needed = ["full", *(arms or ()), *(["router"] if {*AT_BUDGET} & {*(arms or ())} else ())]
     return {arm: s for arm, s in settings.items() if arms is None or arm in needed}
 
 
-def _pareto_settings(scores: Mapping[str, TileScores]) -> list[Setting]:
+def _pareto_settings(scores: Mapping[str, TileScores], *, num_ratios: int) -> list[Setting]:
+    """Sweep `PARETO_FRACTIONS` of the router's scores: a tile has one per coarser ratio.
+
+    Other arms have a score per tile. A fraction f of the tiles is compressed, f of these go on to the second
+    coarser ratio, and so on.
+    """
     swept = [
-        Setting(arm, threshold_for(of_set, compressed_fraction=fraction))
+        Setting(
+            arm,
+            _thresholds_for(of_set, [f] if arm == "router" else [f**n for n in range(num_ratios - 1, 0, -1)]),
+        )
         for arm, of_set in scores.items()
-        for fraction in PARETO_FRACTIONS
-        if len(scores) > 1  # else the model has one ratio
+        for f in PARETO_FRACTIONS
+        if num_ratios > 1
     ]
     return list(dict.fromkeys(swept))  # in a small set two fractions may be the same number of tiles
+
+
+def _thresholds_for(scores: TileScores, fractions: Sequence[float]) -> tuple[float, ...]:
+    return tuple(threshold_for(scores, compressed_fraction=fraction) for fraction in fractions)
 
 
 def _answer(
@@ -203,7 +217,7 @@ def _answer(
     """Ask every question in every setting, group by group."""
     model = questions.predictor.model
     choices = {
-        setting: at_threshold(scores[setting.scores], setting.threshold, ratios=model.ratios)
+        setting: at_thresholds(scores[setting.scores], setting.thresholds, ratios=model.ratios)
         for setting in [*settings.values(), *pareto]
     }
     tokens = {s: vision_tokens(chosen, num_patches=model.vision.num_patches) for s, chosen in choices.items()}
@@ -323,7 +337,7 @@ def _figures(
         "pareto": [
             {
                 "arm": setting.scores,
-                "threshold": setting.threshold if math.isfinite(setting.threshold) else None,
+                "threshold": setting.thresholds[-1] if math.isfinite(setting.thresholds[-1]) else None,
                 "token_fraction": round(sum(outcome.tokens) / full_tokens, 5),
                 "accuracy_mean": mean_scores(groups, outcome.scores)[MEAN],
             }

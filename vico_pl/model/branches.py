@@ -1,14 +1,14 @@
-"""Hidden states with one tile compressed, for every tile: the input of per-tile router labels.
+"""Hidden states with one tile compressed, for every tile and ratio: the input of per-tile router labels.
 
 Tokens before a tile do not depend on it, so each sample runs once at full tokens. A branch is the rest of
-the sample with tile b compressed; it continues from the keys and values of the tokens before b:
+the sample with tile b compressed by a ratio; it continues from the keys and values of the tokens before b:
 
     at full tokens   system a a a a b b b b question response
     branch of b                     b       question response
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -40,7 +40,7 @@ class BranchStates:
 
     full: Float[Tensor, "R D"]  # every tile at full tokens
     branches: Float[Tensor, "RB D"]  # all response tokens of a tile's sample, that tile compressed
-    response_branch: Int64[Tensor, " RB"]  # the tile
+    response_branch: Int64[Tensor, " RB"]  # the branch: tiles at the first ratio, then at the next
     response_origin: Int64[Tensor, " RB"]  # the response token
 
 
@@ -49,46 +49,48 @@ def branch_states(
     batch: Batch,
     features: Float[Tensor, "T P C"],
     *,
-    ratio: int,
+    ratios: Sequence[int],
     max_tokens: int = MAX_TOKENS,
     num_groups: Callable[[int], int] = int,
 ) -> BranchStates:
-    """Run a batch at full tokens, and every branch with its tile at `ratio`.
+    """Run a batch at full tokens, and every branch with its tile at each of the ratios.
 
     Branches run in groups of at most `max_tokens` tokens; a longer branch is a group of its own. `num_groups`
     maps the number of groups to how many must run, the same on all ranks; extra groups run one dummy token.
     """
     kept: KeyValues = {}
-    full_ratios, size = policy.full_ratios(batch), policy.vision.num_patches // ratio
+    full_ratios = policy.full_ratios(batch)
     spliced = policy.splice_batch(batch, features, full_ratios)
     text, positions = spliced.embeddings, spliced.response_positions
     full = run_packed(policy.language, text, spliced.segment_lengths, keep=kept)[positions]
-    compressed, _ = policy.connectors(features, torch.full_like(full_ratios, ratio))
-    tiles = compressed.to(text.dtype).unflatten(0, (-1, size))
-    branches = list(_branch_per_tile(spliced, batch, full_length=policy.tokens_per_full_tile))
-    groups = list(_groups([size + branch.tail.stop - branch.tail.start for branch in branches], max_tokens))
+    tiles: list[Tensor] = []
+    for ratio in ratios:
+        compressed, _ = policy.connectors(features, torch.full_like(full_ratios, ratio))
+        tiles += compressed.to(text.dtype).unflatten(0, (-1, policy.vision.num_patches // ratio))
+    branches = list(_branch_per_tile(spliced, batch, full_length=policy.tokens_per_full_tile)) * len(ratios)
+    lengths = [len(t) + b.tail.stop - b.tail.start for t, b in zip(tiles, branches, strict=True)]
+    groups = list(_groups(lengths, max_tokens))
     idle = num_groups(len(groups)) - len(groups)  # asked before any runs: others may wait for this answer
     states = [full[:0]]
     for group in groups:
         chosen = branches[group]
         parts = [torch.cat([tile, text[b.tail]]) for tile, b in zip(tiles[group], chosen, strict=True)]
-        lengths = list(map(len, parts))
         prefixes = Prefixes(
             kept=kept,
             starts=[branch.start for branch in chosen],
             lengths=[branch.prefix_length for branch in chosen],
         )
-        hidden = run_packed(policy.language, torch.cat(parts), lengths, prefixes=prefixes)
-        for branch, own in zip(chosen, hidden.split(lengths), strict=True):
-            states += [full[branch.before], own[positions[branch.after] - branch.tail.start + size]]
+        hidden = run_packed(policy.language, torch.cat(parts), lengths[group], prefixes=prefixes)
+        for branch, tile, own in zip(chosen, tiles[group], hidden.split(lengths[group]), strict=True):
+            states += [full[branch.before], own[positions[branch.after] - branch.tail.start + len(tile)]]
     for _ in range(idle):
         run_packed(policy.language, text[:1], [1])
     origins = [range(branch.before.start, branch.after.stop) for branch in branches]
     return BranchStates(
         full=full,
         branches=torch.cat(states),
-        response_branch=positions.new_tensor([tile for tile, of_tile in enumerate(origins) for _ in of_tile]),
-        response_origin=positions.new_tensor([number for of_tile in origins for number in of_tile]),
+        response_branch=positions.new_tensor([branch for branch, own in enumerate(origins) for _ in own]),
+        response_origin=positions.new_tensor([number for own in origins for number in own]),
     )
 
 

@@ -165,16 +165,21 @@ def build_router(name: str, width: int, *, num_ratios: int, num_heads: int) -> n
 
 def compress_probability(logits: Float[Tensor, "T K"]) -> Float[Tensor, " T"]:
     """Return P(compress): the probability of any ratio coarser than full tokens."""
-    return _coarser_scores(logits)[:, -1]
+    return routing_scores(logits)[:, -1]
 
 
-def routing_scores(logits: Float[Tensor, "T K"], rule: RoutingRule) -> Float[Tensor, " T"]:
-    """Return for each tile of one sample the score that the rule compares with its threshold.
+def routing_scores(logits: Float[Tensor, "T K"], rule: RoutingRule | None = None) -> Float[Tensor, "T K-1"]:
+    """Return for each ratio except full tokens, coarsest first, the probability of it or a coarser one.
 
-    It is P(compress). Under the rule of released models a tile must also lie above a quantile of its
-    sample's tiles, or its score is -1: a single tile equals its quantile and is never compressed.
+    Under the rule of released models a tile must also lie above a quantile of the tiles, those of one sample,
+    or its score is -1: a single tile equals its quantile and is never compressed.
     """
-    return _coarser_scores(logits, rule)[:, -1]
+    scores = logits.softmax(-1).cumsum(-1)[:, :-1]
+    if rule is None or rule.relative_threshold is None or not len(scores):
+        return scores
+    # In float32 and strictly above, as released code compares.
+    is_above = scores > torch.quantile(scores.float(), rule.relative_threshold, dim=0)
+    return torch.where(is_above, scores, -1.0)
 
 
 def choose_ratios(
@@ -191,28 +196,38 @@ def choose_ratios(
     >>> choose_ratios(logits, ratios=[4, 16], rule=RoutingRule(threshold=0.1, relative_threshold=0.5))
     tensor([16,  4])
     """
-    passed = _coarser_scores(logits, rule) >= rule.threshold
-    return torch.tensor(ratios, device=logits.device)[passed.sum(-1)]  # 0 passed: full tokens
+    return at_thresholds([routing_scores(logits, rule)], [rule.threshold], ratios=ratios)[0]
 
 
-def at_threshold(
-    scores: Sequence[Float[Tensor, " _"]], threshold: float, *, ratios: list[int]
+def at_thresholds(
+    scores: Sequence[Float[Tensor, "_ ..."]], thresholds: Sequence[float], *, ratios: list[int]
 ) -> list[Int64[Tensor, " _"]]:
-    """Compress the tiles whose score reaches the threshold to the coarsest ratio."""
-    return [torch.where(score >= threshold, ratios[-1], ratios[0]) for score in scores]
+    """Give each tile the coarsest ratio whose score reaches its threshold, else full tokens.
+
+    Tiles have a score per coarser ratio, coarsest first, or one for all; so have ratios their thresholds.
+
+    >>> at_thresholds([torch.tensor([0.2, 0.6, 0.9])], [0.8, 0.5], ratios=[4, 16, 64])
+    [tensor([ 4, 16, 64])]
+    """
+    found = []
+    for of_sample in scores:
+        columns = of_sample if of_sample.ndim > 1 else of_sample[:, None]
+        passed = (columns >= columns.new_tensor(thresholds)).expand(-1, len(ratios) - 1)
+        found.append(torch.tensor(ratios, device=columns.device)[passed.sum(-1)])  # 0 passed: full tokens
+    return found
 
 
 def threshold_for(
-    scores: Sequence[Float[Tensor, " _"]], *, compressed_fraction: float, halfway: bool = False
+    scores: Sequence[Float[Tensor, "_ ..."]], *, compressed_fraction: float, halfway: bool = False
 ) -> float:
-    """Return the threshold that this fraction of all tiles reaches: the lowest score among them.
+    """Return the threshold that this fraction of all scores reaches: the lowest score among them.
 
     With `halfway` it lies between that score and the next lower one, or is 0 if every tile reaches it.
 
     >>> threshold_for([torch.tensor([0.1, 0.9]), torch.tensor([0.4, 0.6])], compressed_fraction=0.5)
     0.6000000238418579
     """
-    ranked = torch.cat(list(scores)).sort(descending=True).values
+    ranked = torch.cat(list(scores)).flatten().sort(descending=True).values
     count = round(compressed_fraction * len(ranked))
     if count == 0:
         return math.inf
@@ -224,13 +239,3 @@ def threshold_for(
 def vision_tokens(ratios: Sequence[Int64[Tensor, " _"]], *, num_patches: int) -> list[int]:
     """Return the vision tokens of each sample."""
     return [int((num_patches // of_sample).sum()) for of_sample in ratios]
-
-
-def _coarser_scores(logits: Float[Tensor, "T K"], rule: RoutingRule | None = None) -> Float[Tensor, "T K-1"]:
-    """Return for each ratio except full tokens the score of it or a coarser one, coarsest first."""
-    scores = logits.softmax(-1).cumsum(-1)[:, :-1]
-    if rule is None or rule.relative_threshold is None or not len(scores):
-        return scores
-    # In float32 and strictly above, as released code compares.
-    is_above = scores > torch.quantile(scores.float(), rule.relative_threshold, dim=0)
-    return torch.where(is_above, scores, -1.0)

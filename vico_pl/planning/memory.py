@@ -54,7 +54,7 @@ _ANSWERS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.unique: lambda given, **_: given.flatten()[:1],
     Tensor.unique_consecutive: lambda given, **_: (given, torch.arange(len(given), device="meta")),
     torch.bincount: lambda given, *, minlength: given.new_empty(minlength),
-    torch.quantile: lambda given, _: given.new_empty(()),
+    torch.quantile: lambda given, _, *, dim: given.new_empty(given.shape[1:]),
 }
 
 
@@ -80,6 +80,9 @@ class _ModelsOnMeta:
 
     def reference(self) -> VisionLanguageModel:
         return self._build(self.shape.spec)
+
+    def rule(self) -> None:
+        return None  # no tile is routed, see `stage_on_meta`
 
     def _build(self, spec: ModelSpec) -> VisionLanguageModel:
         model = build_without_weights(spec).to(DTYPES[self.config.frozen_dtype] or self.shape.dtype).eval()

@@ -20,6 +20,7 @@ from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.language import check_flash_attention, set_packed_attention
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.router import RoutingRule
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.optim import build_optimizer, check_schedule, clip_gradients, numbered_by_module, part_figures
 from vico_pl.stages.cost import Parts, SampleCounts, StageCost, trained_parts
@@ -42,6 +43,9 @@ class ModelSource(Protocol):
     def reference(self) -> VisionLanguageModel:
         """Return the model that the policy is compared with."""
 
+    def rule(self) -> RoutingRule | None:
+        """Return the rule by which the model to start from is routed; None: it has no calibrated router."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -63,6 +67,7 @@ class Stage(L.LightningModule):
     # What TensorBoard shows first: chart -> patterns of metric names.
     charts: ClassVar[Mapping[str, list[str]]] = {"loss on held-out data": ["val/.*/loss"]}
     reference: FrozenReference  # if it compares
+    rule: RoutingRule | None = None  # by which tiles are routed in training; the trained model keeps it
     ranks: Ranks
     stop_requested = False  # on this rank
     num_left_out = 0  # items of a step that were left out on all ranks, as no loss could be computed
@@ -109,6 +114,11 @@ class Stage(L.LightningModule):
             yield f"optim.warmup_steps is {warmup}: a run of {steps} steps never reaches optim.lr"
         if run.data.validation and not run.trainer.validate_every:
             yield "data.validation has no effect: trainer.validate_every is 0"
+
+    @classmethod
+    def what_next(cls, run: RunSettings) -> str:
+        """Return what to do with the trained model: `next_step`, unless a recipe needs another."""
+        return cls.next_step
 
     @classmethod
     def check_device(cls, run: RunSettings, device: torch.device) -> None:

@@ -12,26 +12,32 @@ from torch import Tensor
 
 from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import check_liger, consistency_kl, liger_kl_sum
+from vico_pl.losses.cross_entropy import response_cross_entropy
 from vico_pl.model.blocks import release
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
+from vico_pl.model.router import choose_ratios
+from vico_pl.model.vision import switched
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.stages.base import Stage, StepResult
+from vico_pl.stages.base import ModelSource, Stage, StepResult
 from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.figures import Figures, Mean, grouped
 from vico_pl.stages.settings import RunSettings, section_of
 from vico_pl.types import Batch
 
-RATIO_DRAWS = ("image", "tile", "mixed", "full")
+RATIO_DRAWS = ("image", "tile", "mixed", "full", "routed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig:
     """Settings of stage 1."""
 
-    # One ratio per image (the report), per tile, mixed (either with probability 1/2), or full tokens only.
+    # One ratio per image (the report), per tile, mixed (either with probability 1/2), full tokens only, or
+    # routed: as the calibrated router of model.path chooses, which stays frozen (stage 3).
     ratio_draw: str = "mixed"
+    # Weight w from 0 to 1: the loss is (1 - w) KL + w cross-entropy of the data's responses, for ablation.
+    cross_entropy: float = 0.0
     temperature: float = 1.0  # of both softmaxes
     reverse_kl: bool = False  # KL(policy || reference) instead, for ablation
     kernel: str = "native"  # of the loss: native, or liger (CUDA, needs the liger-kernel package)
@@ -42,6 +48,7 @@ class ConsistencyConfig:
             "consistency",
             self,
             ratio_draw=(self.ratio_draw in RATIO_DRAWS, f"one of {', '.join(RATIO_DRAWS)}"),
+            cross_entropy=(0 <= self.cross_entropy <= 1, "0 to 1"),
             temperature=(self.temperature > 0, "more than 0"),
             kernel=(self.kernel in ("native", "liger"), "native or liger"),
             chunk_size=(self.chunk_size >= 1, "1 or more"),
@@ -55,7 +62,7 @@ class ConsistencyStage(Stage):
     next_step = "vico train RECIPE model.path={model} model.reference={reference}, with one of stage router"
     draws_ratios = True
     charts = {  # noqa: RUF012
-        "KL on held-out data: compressing becomes cheaper": ["val/.*/kl(_ratio_.*)?$"],
+        "KL on held-out data: compressing becomes cheaper": ["val/.*/kl(_ratio_.*|_routed)?$"],
         "score of answers to held-out questions": ["val/.*/score_.*"],
         "KL by compression ratio": ["consistency/kl_ratio_.*"],
         "KL by source": ["consistency/kl_source_.*"],
@@ -75,6 +82,28 @@ class ConsistencyStage(Stage):
         settings = section_of(run, ConsistencyConfig)
         if settings.kernel == "liger" and settings.chunk_size != ConsistencyConfig().chunk_size:
             yield "consistency.chunk_size has no effect: kernel liger chooses how many logits exist at a time"
+        default = ConsistencyConfig()
+        for name in ("temperature", "reverse_kl", "kernel") if settings.cross_entropy == 1 else ():
+            if getattr(settings, name) != getattr(default, name):
+                yield f"consistency.{name} has no effect: the loss is cross-entropy alone"
+
+    @classmethod
+    def what_next(cls, run: RunSettings) -> str:
+        """Calibrate again after stage 3: the threshold was chosen for the weights before it."""
+        routed = section_of(run, ConsistencyConfig).ratio_draw == "routed"
+        return "vico calibrate {model} --data SHARDS, with held-out shards" if routed else cls.next_step
+
+    @classmethod
+    def build(cls, run: RunSettings, source: ModelSource) -> Stage:
+        """Build the stage for a run, in stage 3 with the rule by which the policy's tiles are routed."""
+        is_routed = section_of(run, ConsistencyConfig).ratio_draw == "routed"
+        rule = source.rule() if is_routed else None
+        if is_routed and rule is None:
+            needs = "consistency.ratio_draw is 'routed', which needs a calibrated router"
+            raise ValueError(f"{run.model.path}: {needs}; run 'vico calibrate' on a model of stage router")
+        stage = super().build(run, source)
+        stage.rule = rule
+        return stage
 
     @classmethod
     def check_device(cls, run: RunSettings, device: torch.device) -> None:
@@ -85,7 +114,10 @@ class ConsistencyStage(Stage):
 
     @classmethod
     def ratios_at(cls, run: RunSettings, position: int, tiles_per_image: Sequence[int]) -> Sequence[int]:
-        """Draw a ratio, uniformly, for each tile of the sample at a position, as `ratio_draw` says."""
+        """Draw a ratio, uniformly, for each tile of the sample at a position, as `ratio_draw` says.
+
+        With `routed` they are not known before the tiles are encoded: full tokens, the most that it can be.
+        """
         mode = section_of(run, ConsistencyConfig).ratio_draw
         return drawn_ratios(run.model.ratios, tiles_per_image, mode=mode, seed=run.seed, position=position)
 
@@ -101,21 +133,21 @@ class ConsistencyStage(Stage):
 
     def step(self, batch: Batch) -> StepResult:
         """Compare policy and reference on response tokens, of which both have the same number."""
-        ratios = self.draw_ratios(batch)
         features = self.model.encode_tiles(batch.tiles)
+        ratios = self.draw_ratios(batch, features)
         policy = self.model.response_states(batch, features, ratios)
         reference = self.reference.response_states(batch, policy_features=features)
-        loss = self._divergence(policy, reference)
+        kl = self._divergence(policy, reference)
         release(self.reference.model)
-        fraction = Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)
-        metrics = {"vision_tokens/fraction": fraction}
-        if loss.ndim:  # per token
+        metrics = {"vision_tokens/fraction": Mean((self.model.ratios[0] / ratios).sum(), batch.num_tiles)}
+        if kl.ndim:  # per token
             for names in (self._ratio_names(batch), self.sources(batch, "consistency/kl")):
-                metrics |= grouped(names, loss, batch.response_lengths)
-        return StepResult(loss_sum=loss.sum(), metrics=metrics)
+                metrics |= grouped(names, kl, batch.response_lengths)
+        loss, terms = self._loss(kl.sum(), policy, batch)
+        return StepResult(loss_sum=loss, metrics=metrics | terms)
 
     def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
-        """Return the loss with every tile at each ratio, and at ratios drawn for each tile.
+        """Return the KL with every tile at each ratio, and at ratios drawn for each tile; routed, if it is.
 
         These draws depend on the sample alone, not on the recipe, so that runs can be compared.
         """
@@ -129,19 +161,31 @@ class ConsistencyStage(Stage):
             policy = self.model.response_states(batch, features, ratios)
             return Mean(self._divergence(policy, reference).sum(), batch.num_response_tokens)
 
-        fractions = ratios[0] / drawn[batch.sample_tiles]
-        return {
-            "kl": loss(drawn),
-            **{f"kl_ratio_{ratio}": loss(torch.full_like(drawn, ratio)) for ratio in ratios},
-            "vision_token_fraction": Mean(fractions.sum(), len(fractions)),
-        }
+        choices = (
+            {"": drawn} if self.rule is None else {"": drawn, "_routed": self.draw_ratios(batch, features)}
+        )
+        figures = {f"kl_ratio_{ratio}": loss(torch.full_like(drawn, ratio)) for ratio in ratios}
+        for name, chosen in choices.items():
+            fractions = ratios[0] / chosen[batch.sample_tiles]
+            figures[f"kl{name}"] = loss(chosen)
+            figures[f"vision_token_fraction{name}"] = Mean(fractions.sum(), len(fractions))
+        return figures
 
     def compressed_ratios(self, features: Float[Tensor, "t P C"]) -> dict[str, Int64[Tensor, " t"]]:
-        """Compress every tile, by each ratio."""
-        return {f"ratio_{ratio}": torch.full((len(features),), ratio) for ratio in self.model.ratios[1:]}
+        """Compress every tile, by each ratio; or as the router chooses, if it does in training."""
+        found = {f"ratio_{ratio}": torch.full((len(features),), ratio) for ratio in self.model.ratios[1:]}
+        return found if self.rule is None else {**found, "routed": self._routed(features, [len(features)])}
 
-    def draw_ratios(self, batch: Batch) -> Int64[Tensor, " T"]:
-        """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others."""
+    def draw_ratios(
+        self, batch: Batch, features: Float[Tensor, "T P C"] | None = None
+    ) -> Int64[Tensor, " T"]:
+        """Draw a ratio for each tile of a batch; the draw of a sample does not depend on the others.
+
+        Draw `routed` needs the policy's patch features of the tiles.
+        """
+        if self.rule is not None:
+            assert features is not None
+            return self._routed(features, [sum(tiles) for tiles in batch.tiles_per_image])
         drawn = [ratio for ratios in self._ratios_per_sample(batch) for ratio in ratios]
         return torch.tensor(drawn, dtype=torch.int64).to(batch.tiles.device, non_blocking=True)
 
@@ -166,12 +210,35 @@ class ConsistencyStage(Stage):
             return liger_kl_sum(*sides, **settings)
         return consistency_kl(*sides, **settings, chunk_size=config.chunk_size)
 
+    def _loss(self, kl: Tensor, policy: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Mean]]:
+        """Return the loss from the sum of the KL, and its terms if there are two."""
+        weight = self.config.cross_entropy
+        if not weight:
+            return kl, {}
+        targets, chunk_size = batch.input_ids[batch.response_mask], self.config.chunk_size
+        of_data = response_cross_entropy(policy, self.model.head, targets, chunk_size=chunk_size)[0].sum()
+        sums = {"consistency/kl": kl, "consistency/cross_entropy": of_data}
+        terms = {name: Mean(value.detach(), batch.num_response_tokens) for name, value in sums.items()}
+        return (1 - weight) * kl + weight * of_data, terms
+
+    @torch.no_grad()
+    def _routed(self, features: Float[Tensor, "T P C"], lengths: list[int]) -> Int64[Tensor, " T"]:
+        """Return the router's choice for samples of so many tiles, as in inference: without dropout."""
+        assert self.model.router is not None
+        assert self.rule is not None
+        with switched(self.model.router.modules(), "training", to=False):
+            logits = self.model.router(features).float()
+        choose = partial(choose_ratios, ratios=self.model.ratios, rule=self.rule)
+        return torch.cat([choose(of_sample) for of_sample in logits.split(lengths)])
+
     def _ratios_per_sample(self, batch: Batch) -> list[Sequence[int]]:
         samples = zip(batch.positions, batch.tiles_per_image, strict=True)
         return [self.ratios_at(self.run, *sample) for sample in samples]
 
     def _ratio_names(self, batch: Batch) -> list[str | None]:
         """Return for each sample the metric of its ratio; not all of its tiles may have the same."""
+        if self.rule is not None:  # known on the device only
+            return [None] * batch.num_samples
         sets = map(set, self._ratios_per_sample(batch))
         return [f"consistency/kl_ratio_{found.pop() if len(found) == 1 else 'mixed'}" for found in sets]
 
@@ -190,7 +257,7 @@ def drawn_ratios(
     >>> drawn_ratios([4, 16], [3, 2], mode="image", seed=0, position=1)
     [16, 16, 16, 4, 4]
     """
-    if mode == "full":
+    if mode in ("full", "routed"):
         return [ratios[0]] * sum(tiles_per_image)
     chance = np.random.default_rng([seed, position + 1])  # + 1: the dummy's position is -1
     drawn: list[int] = []

@@ -5,84 +5,39 @@ equations 8 and 9).
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import chain
 from operator import itemgetter
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics.functional.classification import binary_accuracy, binary_auroc, binary_calibration_error
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from vico_pl.errors import check_settings
 from vico_pl.losses.consistency import consistency_kl
 from vico_pl.model.blocks import release
-from vico_pl.model.branches import branch_states
 from vico_pl.model.connector import FULL_RATIO
 from vico_pl.model.dropout import set_keys, tile_keys
 from vico_pl.model.flops import ModelFlops
 from vico_pl.model.reference import FrozenReference
-from vico_pl.model.router import at_threshold, compress_probability
+from vico_pl.model.router import at_thresholds, routing_scores
 from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.stages.base import Stage, StepResult, prepare_blocks
 from vico_pl.stages.cost import Parts, SampleCounts, forward_parts
 from vico_pl.stages.figures import Figures, Mean
+from vico_pl.stages.labels import (
+    RouterConfig,
+    SlidingWindow,
+    router_targets,
+    soft_targets,
+    tile_loss_ratios,
+)
 from vico_pl.stages.settings import DTYPES, RunSettings, section_of
 from vico_pl.types import Batch
 
-COMPRESS, KEEP = 0, 1  # router targets, as in published checkpoints
 THRESHOLDS = (0.3, 0.5, 0.7)  # of P(compress), at which tokens and loss are validated
 KEPT_BYTES = 2**30  # of patch features between the labels of micro-batches and training on them
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterConfig:
-    """Settings of stage 2."""
-
-    label_mode: str = "tile"  # compress one tile at a time, or all tiles of an image at once (the report)
-    percentile: float = 50.0  # of recent loss ratios; tiles below it get the target 0, compress
-    window: int = 4096  # number of recent loss ratios
-    min_history: int = 256  # loss ratios needed before the first labels
-    epsilon: float = 1e-3  # nats, added to both losses of a ratio
-
-    def __post_init__(self) -> None:
-        check_settings(
-            "router",
-            self,
-            label_mode=(self.label_mode in ("image", "tile"), "image or tile"),
-            percentile=(0 < self.percentile < 100, "between 0 and 100"),
-            epsilon=(self.epsilon > 0, "more than 0"),
-            min_history=(1 <= self.min_history <= self.window, f"1 to router.window ({self.window})"),
-        )
-
-
-class SlidingPercentile(nn.Module):
-    """The k-th percentile of the last `window` loss ratios; the window is part of checkpoints."""
-
-    values: Tensor
-    seen: Tensor
-
-    def __init__(self, config: RouterConfig) -> None:
-        super().__init__()
-        self._config = config
-        self.register_buffer("values", torch.zeros(config.window))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    def update(self, ratios: Float[Tensor, " n"]) -> None:
-        """Add loss ratios, the oldest ones fall out."""
-        window = len(self.values)
-        recent = ratios.detach().to(self.values)[-window:]
-        self.values.copy_(torch.cat([self.values, recent])[-window:])
-        self.seen += len(ratios)
-
-    def threshold(self) -> float | None:
-        """Return the percentile, or None while fewer than `min_history` ratios were seen."""
-        count = min(int(self.seen), len(self.values))
-        if count < self._config.min_history:
-            return None
-        return float(torch.quantile(self.values[-count:].float(), self._config.percentile / 100))
 
 
 class RouterStage(Stage):
@@ -97,18 +52,27 @@ class RouterStage(Stage):
         "KL on held-out data by threshold": ["val/.*/kl_at_.*"],
         "vision tokens on held-out data by threshold": ["val/.*/token_fraction_at_.*"],
         "calibration error and Brier score": ["val/.*/calibration_error", "val/.*/brier"],
-        "threshold of labels: settles as the window fills": ["router/threshold"],
+        "threshold of labels: settles as the window fills": ["router/threshold.*"],
     }
 
     def __init__(self, run: RunSettings, model: VisionLanguageModel, reference: FrozenReference) -> None:
         super().__init__(run, model, reference)
         if model.router is None:
             raise ValueError("the model has no router; set model.router_heads")
-        if len(model.ratios) != 2:
-            raise ValueError(f"model.ratios is {model.ratios}; stage router labels the choice between two")
         self.policy, self.config = FrozenReference(model), section_of(run, RouterConfig)
-        self.router, self.window = model.router.requires_grad_(), SlidingPercentile(self.config)
+        self.router, self.coarser = model.router.requires_grad_(), model.ratios[:0:-1]
+        self.window = SlidingWindow(self.config, num_coarser=len(self.coarser))
         self._loss_ratios: dict[tuple[int, ...], Tensor] = {}  # of validation tiles, which never change
+
+    @classmethod
+    def doubtful_settings(cls, run: RunSettings) -> Iterator[str]:
+        """Yield settings without effect, or probably mistaken."""
+        yield from super().doubtful_settings(run)
+        given, default = section_of(run, RouterConfig), RouterConfig()
+        of_rules = {"percentile": ("percentile", "window", "min_history"), "tolerance": ("tolerance",)}
+        for rule in of_rules.keys() - {given.label_rule}:
+            for name in (name for name in of_rules[rule] if getattr(given, name) != getattr(default, name)):
+                yield f"router.{name} has no effect: router.label_rule is {given.label_rule}"
 
     @classmethod
     def prepare(cls, model: VisionLanguageModel, run: RunSettings) -> VisionLanguageModel:
@@ -120,19 +84,20 @@ class RouterStage(Stage):
 
     @classmethod
     def cost_parts(cls, run: RunSettings, flops: ModelFlops, sample: SampleCounts) -> Parts:
-        """Count both models at full tokens, the policy with tiles compressed, and the router.
+        """Count both models at full tokens, the policy with tiles compressed by each ratio, and the router.
 
         Label mode `tile` runs a branch per tile over what follows it: half of the sample's tokens on average.
         Each comparison of policy and reference multiplies by both heads.
         """
         num_tiles, head = sum(sample.tiles.values()), sample.response_tokens * flops.head_per_token
         forward = forward_parts(flops, {FULL_RATIO: num_tiles}, sample.text_tokens)
-        once = sum(forward.values())
+        once, coarser = sum(forward.values()), run.model.ratios[1:]
         if section_of(run, RouterConfig).label_mode == "tile":
             compressed = num_tiles * (once - forward["vision"]) / 2 + 2 * num_tiles * head
+            compressed *= len(coarser)
         else:
-            coarse = forward_parts(flops, {run.model.ratios[-1]: num_tiles}, sample.text_tokens)
-            compressed = coarse["connectors"] + coarse["language"] + 2 * head
+            passes = [forward_parts(flops, {ratio: num_tiles}, sample.text_tokens) for ratio in coarser]
+            compressed = sum(coarse["connectors"] + coarse["language"] + 2 * head for coarse in passes)
         return {
             "reference": once + head,
             "policy at full tokens": once + 2 * head,
@@ -158,10 +123,10 @@ class RouterStage(Stage):
             seen.append((features if number < KEPT_BYTES // largest else None, ratios))
             del features
         self._remember(micro_batches, [ratios for _, ratios in seen])
-        threshold = self.window.threshold()
+        thresholds = self.window.thresholds()
         for batch in micro_batches:
             kept, ratios = seen.pop(0)
-            yield self._classify(batch, self._encode(batch) if kept is None else kept, ratios, threshold)
+            yield self._classify(batch, self._encode(batch) if kept is None else kept, ratios, thresholds)
 
     def validate(self, batch: Batch, *, place: tuple[int, ...]) -> Figures:
         """Return what the router says of each tile, its loss ratio, and tokens and loss when it is obeyed.
@@ -174,40 +139,43 @@ class RouterStage(Stage):
         else:
             features, loss_ratios = self._look(batch)
             self._loss_ratios[place] = loss_ratios[tiles].cpu()
-        scores, target = compress_probability(self.router(features)), self.reference.response_states(batch)
-        figures: dict[str, Mean | Tensor] = {}
+        logits, target = self.router(features), self.reference.response_states(batch)
+        scores, figures = routing_scores(logits), dict[str, Mean | Tensor]()
         for threshold in THRESHOLDS:
-            (ratios,) = at_threshold([scores], threshold, ratios=model.ratios)
+            (ratios,) = at_thresholds([scores], [threshold], ratios=model.ratios)
             states = model.response_states(batch, features, ratios)
             kl = consistency_kl(states, model.head, target, self.reference.head)
             figures[f"kl_at_{threshold}"] = Mean(kl.sum(), len(kl))
             fractions = model.ratios[0] / ratios[tiles]
             figures[f"token_fraction_at_{threshold}"] = Mean(fractions.sum(), len(tiles))
-        return {**figures, "scores": scores[tiles].cpu(), "loss_ratios": self._loss_ratios[place]}
+        said = {"scores": scores[tiles, -1].cpu(), "chosen": logits[tiles].argmax(-1).cpu()}
+        return {**figures, **said, "loss_ratios": self._loss_ratios[place]}
 
     def compressed_ratios(self, features: Float[Tensor, "t P C"]) -> dict[str, Int64[Tensor, " t"]]:
         """Compress the tiles of which the router finds that more probable."""
-        scores = compress_probability(self.router(features)).cpu()
-        return {"routed": at_threshold([scores], 0.5, ratios=self.policy.model.ratios)[0]}
+        scores = routing_scores(self.router(features)).cpu()
+        return {"routed": at_thresholds([scores], [0.5], ratios=self.policy.model.ratios)[0]}
 
     def summary(self, figures: Figures) -> dict[str, float]:
-        """Compare the router with the labels of the whole set: the threshold is its own percentile."""
-        values, ratios = (figures[name] for name in ("scores", "loss_ratios"))
+        """Compare the router with the labels of the whole set: a percentile is that of the set."""
+        values, chosen, ratios = (figures[name] for name in ("scores", "chosen", "loss_ratios"))
         assert isinstance(values, Tensor)
+        assert isinstance(chosen, Tensor)
         assert isinstance(ratios, Tensor)
-        found, finite = super().summary(figures), ratios.isfinite()
+        found, finite = super().summary(figures), ratios.isfinite().all(1)
         keep, ratios = 1 - values[finite], ratios[finite]
         if not len(keep):
             return found
-        targets = router_targets(ratios, float(torch.quantile(ratios, self.config.percentile / 100)))
+        targets = router_targets(ratios, self.config.thresholds(ratios))
+        kept = (targets == len(self.coarser)).long()
         found |= {
-            "accuracy": float(binary_accuracy(keep, targets)),
-            "calibration_error": float(binary_calibration_error(keep, targets)),
-            "brier": float((keep - targets).square().mean()),
+            "accuracy": float((chosen[finite] == targets).float().mean()),
+            "calibration_error": float(binary_calibration_error(keep, kept)),
+            "brier": float((keep - kept).square().mean()),
             "compressed_fraction": float((keep <= 0.5).float().mean()),
         }
-        if len(targets.unique()) == 2:
-            found["auroc"] = float(binary_auroc(keep, targets))
+        if len(kept.unique()) == 2:
+            found["auroc"] = float(binary_auroc(keep, kept))
         return found
 
     def logged(self, figures: Figures) -> dict[str, float]:
@@ -219,8 +187,8 @@ class RouterStage(Stage):
         return found
 
     @torch.no_grad()
-    def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, " T"]]:
-        """Return the patch features and the loss ratio of every tile."""
+    def _look(self, batch: Batch) -> tuple[Float[Tensor, "T P C"], Float[Tensor, "T J"]]:
+        """Return the patch features and the loss ratios of every tile."""
         features = self.policy.model.encode_tiles(batch.tiles)
         ratios = tile_loss_ratios(
             self.policy.model,
@@ -248,103 +216,42 @@ class RouterStage(Stage):
     def _remember(self, micro_batches: list[Batch], ratios: list[Tensor]) -> None:
         """Add the finite loss ratios of all ranks to the window, in sample order: the same on each."""
         here = [
-            (position, ratio)
+            (position, of_tile)
             for micro_batch, values in zip(micro_batches, ratios, strict=True)
-            for position, ratio in zip(micro_batch.tile_positions, values.tolist(), strict=True)
+            for position, of_tile in zip(micro_batch.tile_positions, values.tolist(), strict=True)
             if position >= 0
         ]
         everywhere = sorted(chain.from_iterable(self.ranks.gather(here)), key=itemgetter(0))
-        finite = [ratio for _, ratio in everywhere if math.isfinite(ratio)]
+        finite = [of_tile for _, of_tile in everywhere if all(map(math.isfinite, of_tile))]
         self.num_left_out = len(everywhere) - len(finite)
-        self.window.update(ratios[0].new_tensor(finite))
+        if self.config.label_rule == "percentile":
+            self.window.update(ratios[0].new_tensor(finite))
 
     def _classify(
-        self, batch: Batch, features: Tensor, ratios: Tensor, threshold: float | None
+        self, batch: Batch, features: Tensor, ratios: Tensor, thresholds: list[float] | None
     ) -> StepResult:
         set_keys(self.router, tile_keys(batch, seed=self.run.seed))
         logits = self.router(features)
-        if threshold is None:
+        if thresholds is None:
             return StepResult(loss_sum=0 * logits.sum(), num_items=0)
         tiles = torch.tensor(batch.sample_tiles, dtype=torch.int64, device=logits.device)
         if self.num_left_out:
-            tiles = tiles[ratios[tiles].isfinite()]
-        logits, targets = logits[tiles], router_targets(ratios[tiles], threshold)
-        loss = cross_entropy(logits, targets, reduction="sum")
-        chosen, count = logits.argmax(-1), len(targets)
+            tiles = tiles[ratios[tiles].isfinite().all(1)]
+        logits, ratios = logits[tiles], ratios[tiles]
+        targets, softness = router_targets(ratios, thresholds), self.config.label_softness
+        soft = soft_targets(ratios, thresholds, softness=softness).to(logits.dtype) if softness else targets
+        loss = cross_entropy(logits, soft, reduction="sum")
+        chosen, count, keep = logits.argmax(-1), len(targets), len(self.coarser)
+        fractions = targets.new_tensor([*self.coarser, FULL_RATIO])[chosen].reciprocal() * FULL_RATIO
+        # One threshold has no name of its own.
+        names = [f"_{ratio}" for ratio in self.coarser] if keep > 1 else [""]
         metrics = {
-            "router/threshold": Mean(threshold, 1),
+            **{f"router/threshold{n}": Mean(value, 1) for n, value in zip(names, thresholds, strict=True)},
             "router/accuracy": Mean((chosen == targets).sum(), count),
-            "router/compressed_fraction": Mean((chosen == COMPRESS).sum(), count),
-            "router/label_keep_fraction": Mean(targets.sum(), count),
-            "keep": logits.detach().softmax(-1)[:, KEEP],
-            "targets": targets,
+            "router/compressed_fraction": Mean((chosen != keep).sum(), count),
+            "router/token_fraction": Mean(fractions.sum(), count),
+            "router/label_keep_fraction": Mean((targets == keep).sum(), count),
+            "keep": logits.detach().softmax(-1)[:, keep],
+            "targets": (targets == keep).long(),
         }
         return StepResult(loss_sum=loss, metrics=metrics, num_items=count)
-
-
-@torch.no_grad()
-def tile_loss_ratios(
-    policy: VisionLanguageModel,
-    reference: FrozenReference,
-    batch: Batch,
-    features: Float[Tensor, "T P C"],
-    *,
-    mode: str,
-    epsilon: float,
-    num_groups: Callable[[int], int] = int,
-) -> Float[Tensor, " T"]:
-    """Return, per tile, the factor by which compressing it raises its sample's loss.
-
-    `mode` is `tile` (one tile at a time) or `image` (all at once); `epsilon`, in nats, is added to both
-    losses. Vision encoder and reference run once per sample. The policy's language model runs once at full
-    tokens and then, for each tile, over what follows it, in groups of tiles (see `branch_states`).
-    """
-    target, ratio = reference.response_states(batch), policy.ratios[-1]
-    tokens = torch.arange(len(target), device=target.device)
-    if mode == "image":
-        full_ratios = policy.full_ratios(batch)
-        full = policy.response_states(batch, features, full_ratios)
-        compressed = policy.response_states(batch, features, torch.full_like(full_ratios, ratio))
-        origin = torch.cat([tokens, tokens])
-    else:
-        found = branch_states(policy, batch, features, ratio=ratio, num_groups=num_groups)
-        full, compressed = found.full, found.branches
-        origin = torch.cat([tokens, found.response_origin])
-    order = origin.argsort(stable=True)  # by token: the reference's logits are computed once for each
-    states = torch.cat([full, compressed])[order]
-    kl = consistency_kl(states, policy.head, target, reference.head, reference_rows=origin[order])
-    kl = torch.empty_like(kl).index_copy_(0, order, kl)
-    before, after = kl[: len(tokens)], kl[len(tokens) :]
-    if mode == "image":
-        losses = mean_per_sample(after, batch)[batch.tile_to_sample]
-    else:
-        losses = _mean_by(found.response_branch, after, count=batch.num_tiles)
-    return loss_ratio(losses, mean_per_sample(before, batch)[batch.tile_to_sample], epsilon=epsilon)
-
-
-def mean_per_sample(per_token: Float[Tensor, " R"], batch: Batch) -> Float[Tensor, " B"]:
-    """Average a value of response tokens over each sample; 0 for a sample without response."""
-    samples = torch.arange(batch.num_samples, device=per_token.device)
-    owner = samples.repeat_interleave(batch.sample_lengths)[batch.response_mask]
-    return _mean_by(owner, per_token, count=batch.num_samples)
-
-
-def _mean_by(owner: Int64[Tensor, " R"], values: Float[Tensor, " R"], *, count: int) -> Float[Tensor, " _"]:
-    total = values.new_zeros(count).index_add_(0, owner, values)
-    return total / torch.bincount(owner, minlength=count).clamp(min=1)
-
-
-def loss_ratio(
-    compressed: Float[Tensor, "..."], full: Float[Tensor, "..."], *, epsilon: float
-) -> Float[Tensor, "..."]:
-    """Return the factor of the loss under compression: (compressed + epsilon) / (full + epsilon), in nats.
-
-    >>> loss_ratio(torch.tensor(0.3), torch.tensor(0.1), epsilon=0.1)
-    tensor(2.)
-    """
-    return (compressed + epsilon) / (full + epsilon)
-
-
-def router_targets(ratios: Float[Tensor, " T"], threshold: float) -> Int64[Tensor, " T"]:
-    """Return 0 (compress) where the loss ratio stays under the threshold, else 1 (keep)."""
-    return torch.where(ratios < threshold, COMPRESS, KEEP)

@@ -144,12 +144,18 @@ def load_model(
     return model.eval()
 
 
-def save_model(model: VisionLanguageModel, folder: Path, *, processing: Json | None = None) -> None:
+def save_model(
+    model: VisionLanguageModel,
+    folder: Path,
+    *,
+    processing: Json | None = None,
+    rule: RoutingRule | None = None,
+) -> None:
     """Write a model in our layout, the configuration last: a folder with a configuration is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     write_tensors({name: tensor.detach().cpu() for name, tensor in own_tensors(model).items()}, folder)
-    contents = FolderContents(spec=model.spec, processing=processing)
+    contents = FolderContents(spec=model.spec, processing=processing, rule=rule)
     write_json(OURS.write(folder, contents, str(model.head.dtype)), folder / CONFIG_NAME, indent=2)
 
 
