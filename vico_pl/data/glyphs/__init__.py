@@ -1,9 +1,8 @@
 """GlyphDocs, the data set of the demo: images generated from a seed, with questions and their answers.
 
-Pixel detail is not meaning: text, shapes and textures all have edges, and only some of them are asked
-about. Questions come in three skills: *perception* (the colour of a shape), *reasoning* (count the shapes,
-compare two values) and *ocr* (the digit beside a letter, or all text of a page). `free` pages have their
-content anywhere, `aligned` ones have a tile for each thing.
+Pixel detail is not meaning: text, symbols, shapes and textures all have edges, and only some are asked about.
+Questions come in three skills: *perception* (the colour of a shape), *reasoning* (count the shapes, compare
+two values) and *ocr* (the digit beside a letter, or all text of a page).
 """
 
 import io
@@ -16,15 +15,14 @@ from itertools import cycle
 import numpy as np
 from PIL import Image
 
-from vico_pl.data.glyphs import aligned, free
+from vico_pl.data.glyphs.pages import draw_page, draw_reading_page
 from vico_pl.data.glyphs.scene import choose_questions, question_words, reading_questions
 from vico_pl.errors import check_settings
 
 __all__ = ["GlyphsConfig", "draw_records", "question_words"]
 
 GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
-LAYOUTS = ("aligned", "free")
-SHIFTS = ("none", "fonts", "sizes", "damage")  # of free pages, for tests: never train on the last three
+SHIFTS = ("none", "fonts", "sizes", "damage")  # the last three are for tests, never to train on
 NOISE = 14  # standard deviation in grey levels, shift: damage
 DAMAGED_QUALITY = 30  # of JPEG, shift: damage
 
@@ -33,7 +31,6 @@ DAMAGED_QUALITY = 30  # of JPEG, shift: damage
 class GlyphsConfig:
     """What GlyphDocs images to draw."""
 
-    layout: str = "aligned"
     shift: str = "none"  # away from what is trained on: other fonts, other sizes, or noise and strong JPEG
     max_tiles: int = 6  # without the thumbnail, 1 to 6
     questions_per_image: int = 8
@@ -47,7 +44,6 @@ class GlyphsConfig:
         check_settings(
             "glyphs",
             self,
-            layout=(self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
             shift=(self.shift in SHIFTS, f"one of {', '.join(SHIFTS)}"),
             max_tiles=(1 <= self.max_tiles <= 6, "1 to 6"),
             questions_per_image=(self.questions_per_image >= 1, "at least 1"),
@@ -65,17 +61,11 @@ def draw_records(
         rng = np.random.default_rng([seed, position])
         reads = bool(rng.random() < config.read_fraction)
         grids = [grid for grid in GRIDS if math.prod(grid) <= config.max_tiles]
-        if config.layout == "free":
-            grid = grids[rng.integers(len(grids))]
-            image, scene = (
-                free.draw_reading_page(rng, max_pairs=config.read_pairs)
-                if reads
-                else free.draw_page(rng, grid, shift=config.shift)
-            )
-        elif reads:
-            image, scene = aligned.draw_reading_tile(rng)
+        grid = grids[rng.integers(len(grids))]
+        if reads:
+            image, scene = draw_reading_page(rng, max_pairs=config.read_pairs)
         else:
-            image, scene = aligned.draw_tiles(rng, grids[rng.integers(len(grids))])
+            image, scene = draw_page(rng, grid, shift=config.shift)
         limits = {"count": config.questions_per_image, "comparisons": config.comparisons_per_image}
         questions = reading_questions(scene) if reads else choose_questions(rng, scene, **limits)
         texts = [text for question in questions for text in (question.text, question.answer)]
@@ -83,8 +73,6 @@ def draw_records(
         turns = [{"from": role, "value": text} for role, text in zip(cycle(("human", "gpt")), texts)]
         skills = [question.skill for question in questions]
         annotation = {"conversations": turns, "skills": skills}
-        if scene.kinds:
-            annotation["tile_kinds"] = scene.kinds
         content = json.dumps(annotation, separators=(",", ":")).encode()
         yield (
             f"{position:08d}",

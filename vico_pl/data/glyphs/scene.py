@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ImageDraw
 
-TILE, CELL = 64, 16  # px; a cell becomes one vision token at ratio 4
+TILE = 64  # px
 COLOURS = {
     "red": (205, 30, 35),
     "green": (25, 150, 60),
@@ -35,11 +35,9 @@ class Question(NamedTuple):
 class Scene:
     """What an image shows; questions are made from it alone."""
 
-    grid: tuple[int, int] = (1, 1)  # rows, columns
-    kinds: list[str] = field(default_factory=list)  # of tiles, in the aligned layout
     shapes: dict[str, str] = field(default_factory=dict)  # shape -> colour
     values: dict[str, str] = field(default_factory=dict)  # letter -> digit, in reading order
-    letters: set[str] = field(default_factory=set)  # all that are used, also those that nobody asks about
+    letters: set[str] = field(default_factory=set)  # on the page, also those that nobody asks about
 
 
 def choose_questions(rng: Rng, scene: Scene, *, count: int, comparisons: int) -> list[Question]:
@@ -64,9 +62,6 @@ def question_words() -> list[str]:
 
 
 def _perception(scene: Scene) -> list[Question]:
-    """Ask for the colour of a single shape: the tiny model cannot learn which of two has which."""
-    if scene.kinds and len(scene.shapes) > 1:
-        return []
     return [Question("perception", f"What colour is the {s}?", c) for s, c in scene.shapes.items()]
 
 

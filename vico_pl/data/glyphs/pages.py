@@ -1,13 +1,12 @@
-"""The free layout of GlyphDocs: a page with text, shapes and textures at any pixel offset.
-
-Tile borders cut through all of them. What a page shows:
+"""Draw the pages of GlyphDocs: text, shapes and textures at any pixel offset, on grounds from white to dark.
 
     text      lines of letters with their digits, "K3", small or large, half of them on a panel of their own
     shape     small or large
-    texture   noise, stripes, checks, or a text of symbols that nothing is asked about
+    texture   noise, stripes, checks or blocks, grey or coloured
+    symbols   what looks like text and is never asked about
 
-Grounds go from white to dark, and most of a page is often empty. Large text and large shapes survive
-compression, small ones do not, so that neither colour nor edges nor contrast say which tiles matter.
+Tile borders cut through all of them, and most of a page is often empty. Large text and large shapes survive
+compression, small ones do not: neither colour nor edges nor contrast say which tiles matter.
 """
 
 import math
@@ -25,8 +24,8 @@ FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold
 OTHER_FONTS = ("DejaVuSerif", "STIXGeneralBol", "cmss10", "DejaVuSans-BoldOblique")  # shift: fonts
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # I and O are too much like 1 and 0
 SYMBOLS = "#%&*+=<>?/~$@"
-SMALL, LARGE = (11, 14), (24, 30)  # px, font sizes
-OTHER_SIZES = (9, 18)  # px, shift: sizes
+SMALL, LARGE = range(11, 15), range(24, 31)  # px, font sizes
+OTHER_SIZES = {SMALL: (9, 10, 16, 17), LARGE: (20, 21, 34, 36)}  # px, shift: sizes
 SMALL_SHAPE, LARGE_SHAPE = (7, 10), (17, 25)  # px, radii
 MAX_LINES = {SMALL: (4, 5), LARGE: (2, 2)}  # pairs per line, lines
 MAX_PAIRS = 16
@@ -65,7 +64,7 @@ class Page:
 
     def __init__(self, rng: Rng, grid: tuple[int, int], *, shift: str, is_plain: bool = False) -> None:
         self.rng, self.shift, self.is_plain = rng, shift, is_plain
-        self.scene = Scene(grid=grid)
+        self.scene = Scene()
         self.width, self.height = grid[1] * TILE, grid[0] * TILE
         self.ground, self.image = self._paint_ground()
         self.draw = ImageDraw.Draw(self.image)
@@ -130,7 +129,7 @@ def draw_reading_page(rng: Rng, *, max_pairs: int) -> tuple[Image.Image, Scene]:
             return page.image, page.scene
 
 
-def _paint_text(page: Page, sizes: tuple[int, int], *, max_pairs: int = MAX_PAIRS) -> None:
+def _paint_text(page: Page, sizes: range, *, max_pairs: int = MAX_PAIRS) -> None:
     """Draw pairs with unused letters, as many as there is room for."""
     text = _choose_text(page, sizes, limit=min(max_pairs, len(LETTERS) - len(page.scene.letters)))
     box = page.place(*text.size) if text else None
@@ -156,11 +155,11 @@ def _paint_symbols(page: Page) -> None:
         _write(page, text._replace(lines=lines), box)
 
 
-def _choose_text(page: Page, sizes: tuple[int, int], *, limit: int = MAX_PAIRS) -> Text | None:
+def _choose_text(page: Page, sizes: range, *, limit: int = MAX_PAIRS) -> Text | None:
     """Choose font, lines and pairs per line; None: not even one pair is possible."""
-    low, high = OTHER_SIZES if page.shift == "sizes" and sizes == SMALL else sizes
+    possible = OTHER_SIZES[sizes] if page.shift == "sizes" else sizes
     fonts = OTHER_FONTS if page.shift == "fonts" else FONTS
-    font = _font(str(page.rng.choice(fonts)), page.between((low, high)))
+    font = _font(str(page.rng.choice(fonts)), possible[page.between((0, len(possible) - 1))])
     wide, high = math.ceil(font.getlength("W8")), math.ceil(1.1 * font.size)
     pitch = wide + page.between((2, 4 + int(font.size) // 6)), high + page.between((0, 3))
     most = page.width // pitch[0], page.height // pitch[1]

@@ -1,0 +1,370 @@
+"""What each choice of the method is worth, on GlyphDocs of the free layout.
+
+    make study                          all tables, seeds 0, 1 and 2: many hours on 2 cores
+    make study TABLE="headline loss"    two of them
+    python benchmarks/study.py loss --seeds 3 4
+
+A table compares variants: settings of the demo's recipes that differ in one thing. Every variant is trained,
+calibrated and evaluated by the commands of the README. Runs are kept in runs/study and shared by all tables
+that need them; what was interrupted resumes. docs/study.md and results/study.json show all that is there.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from harness import FOLDER, machine, write_table
+from matplotlib.figure import Figure
+
+REPOSITORY = FOLDER.parent
+RUNS, SHARDS = REPOSITORY / "runs" / "study", REPOSITORY / "data" / "shards" / "study"
+PAGE, PICTURES, RESULTS = REPOSITORY / "docs" / "study.md", REPOSITORY / "docs", FOLDER / "results"
+SETS = {  # name -> what `vico shards glyphs` draws; none is that of the demo
+    "train": ["--num-samples", "5000", "--seed", "11"],
+    "calibration": ["--num-samples", "300", "--seed", "12"],
+    "val": ["--num-samples", "500", "--seed", "13"],
+    **{
+        shift: ["--num-samples", "300", "--seed", "14", "--shift", shift]
+        for shift in ("fonts", "sizes", "damage")
+    },
+}
+SHIFTS = ("fonts", "sizes", "damage")
+LIMITS = (0.30, 0.75)  # of the token fractions over which curves are compared
+BUDGETS = (0.30, 0.40, 0.50, 0.60, 0.75)
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Settings that differ from the demo's recipes, as `key=value`."""
+
+    name: str
+    consistency: tuple[str, ...] = ()
+    router: tuple[str, ...] = ()
+    routed: bool = False  # stage 3 follows, and another calibration
+
+    def folder(self, stage: str, seed: int) -> Path:
+        """Return the folder of a stage: the same for all variants that do the same up to it."""
+        settings = [self.consistency, self.router if stage != "consistency" else ()]
+        digest = hashlib.sha256(json.dumps([stage, *settings]).encode()).hexdigest()[:8]
+        return RUNS / f"{stage}-{digest}-{seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Variants to compare, and what the comparison is about."""
+
+    title: str
+    variants: Sequence[Variant] = field(default_factory=lambda: [DEFAULT])
+
+
+DEFAULT = Variant(name="default")
+RATIOS = "model.ratios=[4,16,64]"
+TABLES = {
+    "headline": Table(title="The default recipe"),
+    "ratio_draw": Table(
+        title="How stage 1 draws ratios",
+        variants=[
+            DEFAULT,
+            *(Variant(name=d, consistency=(f"consistency.ratio_draw={d}",)) for d in ("image", "tile")),
+        ],
+    ),
+    "loss": Table(
+        title="The loss of stage 1",
+        variants=[
+            DEFAULT,
+            Variant(name="reverse KL", consistency=("consistency.reverse_kl=true",)),
+            Variant(name="temperature 2", consistency=("consistency.temperature=2.0",)),
+            Variant(name="cross-entropy", consistency=("consistency.cross_entropy=1.0",)),
+            Variant(name="KL and cross-entropy", consistency=("consistency.cross_entropy=0.5",)),
+        ],
+    ),
+    "labels": Table(
+        title="The labels of stage 2",
+        variants=[
+            DEFAULT,
+            Variant(name="per image", router=("router.label_mode=image",)),
+            Variant(name="tolerance", router=("router.label_rule=tolerance",)),
+            Variant(name="soft targets", router=("router.label_softness=1.0",)),
+        ],
+    ),
+    "percentile": Table(
+        title="The percentile of loss ratios below which a tile is to be compressed",
+        variants=[
+            DEFAULT,
+            *(Variant(name=f"{k}", router=(f"router.percentile={k}",)) for k in (30, 40, 60, 70)),
+        ],
+    ),
+    "ratios": Table(
+        title="Two ratios or three",
+        variants=[DEFAULT, Variant(name="4, 16 and 64", consistency=(RATIOS,), router=(RATIOS,))],
+    ),
+    "routed": Table(
+        title="Stage 3, training on what the router chooses",
+        variants=[DEFAULT, Variant(name="with stage 3", routed=True)],
+    ),
+}
+
+
+# --- Running ------------------------------------------------------------------------------------------------
+
+
+def vico(*arguments: str | Path) -> None:
+    """Run the command line of the project.
+
+    Raises:
+        SystemExit: it failed, and has said why.
+    """
+    sys.stdout.flush()
+    done = subprocess.run(
+        [sys.executable, "-m", "vico_pl", *map(str, arguments)], cwd=REPOSITORY, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def draw_sets() -> None:
+    """Draw the shards that are not there yet."""
+    for name, settings in SETS.items():
+        if not (SHARDS / name / "index.json").exists():
+            vico("shards", "glyphs", "--output", SHARDS / name, "--layout", "free", *settings)
+
+
+def train(recipe: str, folder: Path, seed: int, settings: Sequence[str], model: Path | None = None) -> Path:
+    """Train, unless that is done; return the model folder."""
+    if not (folder / "model" / "config.json").exists():
+        given = [f"data.sources=[{{path: {SHARDS / 'train'}}}]", "data.validation=[]", f"seed={seed}"]
+        start = [f"model.path={model}"] if model else []
+        run = [f"run_dir={folder}", "trainer.validate_every=0"]
+        vico("train", f"recipes/demo/{recipe}.yaml", *run, *given, *start, *settings)
+    return folder / "model"
+
+
+def evaluate(model: Path, name: str, *options: str, report: str = "") -> Report:
+    """Evaluate a model on a set, unless that is done; return its report."""
+    folder = model.parent / f"report-{report or name}"
+    if not (folder / "report.json").exists():
+        vico("eval", model, "--data", SHARDS / name, "--output", folder, *options)
+    found: Report = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def run_variant(variant: Variant, seed: int) -> Path:
+    """Return the calibrated model of a variant."""
+    first = train("consistency", variant.folder("consistency", seed), seed, variant.consistency)
+    second = train("router", variant.folder("router", seed), seed, variant.router, first)
+    calibrate(second)
+    if not variant.routed:
+        return second
+    third = train("routed", variant.folder("routed", seed), seed, (), second)
+    calibrate(third)
+    return third
+
+
+def calibrate(model: Path) -> None:
+    """Calibrate on the set for it, unless that is done."""
+    done = model.parent / "calibrated"
+    if not done.exists():
+        vico("calibrate", model, "--data", SHARDS / "calibration")
+        done.touch()
+
+
+# --- Figures ------------------------------------------------------------------------------------------------
+
+
+def curve(report: Report, arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return token fractions and accuracies of a swept arm, in rising order."""
+    points = sorted((p["token_fraction"], p["accuracy_mean"]) for p in report["pareto"] if p["arm"] == arm)
+    tokens, accuracies = np.array(points).T
+    return tokens, accuracies
+
+
+def gap_closed(report: Report, arm: str = "router") -> float:
+    """Return which part of the area between the curves of random and oracle lies below that of an arm."""
+    grid = np.linspace(*LIMITS, 46)
+    area = {name: np.interp(grid, *curve(report, name)).mean() for name in ("random", "oracle", arm)}
+    return float((area[arm] - area["random"]) / (area["oracle"] - area["random"]))
+
+
+def at_budgets(report: Report, arm: str) -> dict[str, float]:
+    """Return the accuracy of an arm at token budgets, over that at full tokens."""
+    full = report["arms"]["full"]["accuracy"]["mean"]
+    values = np.interp(BUDGETS, *curve(report, arm)) / full
+    return {f"{budget:.2f}": round(float(value), 4) for budget, value in zip(BUDGETS, values, strict=True)}
+
+
+def row(report: Report) -> dict[str, float]:
+    """Return the figures of a run at the calibrated threshold."""
+    router = report["arms"]["router"]
+    skills = [v for name, v in router["retention"].items() if name not in ("mean", "overall")]
+    return {
+        "token_fraction": router["token_fraction"],
+        "retention_mean": router["retention"]["mean"],
+        "retention_min_skill": min(skills),
+        "oracle_gap_closed": round(gap_closed(report), 4),
+        "retention_at_half": at_budgets(report, "router")["0.50"],
+        "accuracy_full": report["arms"]["full"]["accuracy"]["mean"],
+    }
+
+
+def shifted(report: Report) -> dict[str, float]:
+    """Return what is kept on a set that nothing was trained or calibrated on."""
+    router, full = report["arms"]["router"], report["arms"]["full"]
+    return {
+        "token_fraction": router["token_fraction"],
+        "accuracy_full": full["accuracy"]["mean"],
+        "retention_mean": router["retention"]["mean"],
+    }
+
+
+def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return mean and 95 % interval over seeds of every figure."""
+    found: dict[str, Any] = {"seeds": len(rows)}
+    for key in rows[0]:
+        values = [one[key] for one in rows]
+        half = 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        found[key] = {"mean": round(mean(values), 4), "half_width": None if half is None else round(half, 4)}
+    return found
+
+
+# --- Output -------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "token_fraction": "tokens",
+    "retention_mean": "retention",
+    "retention_min_skill": "lowest skill",
+    "retention_at_half": "at half of the tokens",
+    "oracle_gap_closed": "closes of random to oracle",
+    "accuracy_full": "accuracy at full tokens",
+}
+
+
+def markdown(headings: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table with a row per name; a figure is a mean and its 95 % interval over seeds."""
+    lines = [f"| | {' | '.join(headings.values())} | seeds |", "|---" * (len(headings) + 2) + "|"]
+    for name, found in rows.items():
+        cells = []
+        for key in headings:
+            half = found[key]["half_width"]
+            cells.append(f"{100 * found[key]['mean']:.1f}" + (f" ± {100 * half:.1f}" if half else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} | {found['seeds']} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(report: Report, path: Path) -> None:
+    """Draw accuracy against tokens for all swept arms."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="vision tokens (% of full tokens)", ylabel="accuracy (%)")
+    for arm in dict.fromkeys(point["arm"] for point in report["pareto"]):
+        tokens, accuracies = curve(report, arm)
+        axes.plot(100 * tokens, 100 * accuracies, marker=".", label=arm.replace("_", " "))
+    axes.grid(alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def headline_table(reports: Mapping[int, Path]) -> tuple[str, dict[str, Any]]:
+    """Return the arms of the default recipe at the router's tokens and at budgets, and their figures."""
+    loaded = {seed: json.loads((path / "report.json").read_text()) for seed, path in reports.items()}
+    arms: dict[str, Any] = {}
+    for arm in next(iter(loaded.values()))["arms"]:
+        rows = [
+            {
+                "token_fraction": report["arms"][arm]["token_fraction"],
+                **{f"kept_{skill}": value for skill, value in report["arms"][arm]["retention"].items()},
+            }
+            for report in loaded.values()
+        ]
+        arms[arm] = summary(rows)
+    skills = [key for key in next(iter(arms.values())) if key.startswith("kept_") and key != "kept_overall"]
+    headings = {"token_fraction": "tokens", **{key: key.removeprefix("kept_") for key in skills}}
+    swept = list(dict.fromkeys(point["arm"] for point in next(iter(loaded.values()))["pareto"]))
+    budgets = {arm: summary([at_budgets(report, arm) for report in loaded.values()]) for arm in swept}
+    text = [
+        "Accuracy kept (%) at the tokens of the router; `full` and `all_compressed` spend their own:\n",
+        markdown(headings, arms),
+        "Accuracy kept (%) at token budgets, read off the curves:\n",
+        markdown({f"{b:.2f}": f"{100 * b:.0f} % of the tokens" for b in BUDGETS}, budgets),
+        "![Accuracy against vision tokens](study.png)\n",
+    ]
+    draw_curves(next(iter(loaded.values())), PICTURES / "study.png")
+    return "\n".join(text), {"arms": arms, "budgets": budgets}
+
+
+def build(name: str, seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Run what a table needs; return it as Markdown and as figures."""
+    found, per_seed, rows = {}, {}, []
+    for variant in TABLES[name].variants:
+        reports = {seed: evaluate(run_variant(variant, seed), "val") for seed in seeds}
+        rows = [row(report) for report in reports.values()]
+        found[variant.name] = summary(rows)
+        per_seed[variant.name] = [{"seed": seed, **one} for seed, one in zip(reports, rows, strict=True)]
+    text, figures = markdown(COLUMNS, found), {"variants": found, "runs": per_seed}
+    if name == "headline":
+        folders = {seed: run_variant(DEFAULT, seed).parent / "report-val" for seed in seeds}
+        more, arms = headline_table(folders)
+        text, figures = text + "\n" + more, {**figures, **arms}
+    return text, figures
+
+
+def build_shift(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Return what is kept under each shift."""
+    options = ["--arm", "router", "--arm", "random"]
+    models = [run_variant(DEFAULT, seed) for seed in seeds]
+    found = {
+        shift: summary([shifted(evaluate(model, shift, *options)) for model in models]) for shift in SHIFTS
+    }
+    headings = {name: COLUMNS[name] for name in ("token_fraction", "accuracy_full", "retention_mean")}
+    return markdown(headings, found), {"variants": found}
+
+
+def publish(name: str, title: str, text: str, figures: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """Write a table into the page and into study.json."""
+    path = RESULTS / "study.json"
+    content = json.loads(path.read_text()) if path.exists() else {"headline": [], "tables": {}, "shift": {}}
+    made_with = {
+        "command": f"make study TABLE={name}",
+        "date": date.today().isoformat(),
+        "machine": machine(),
+    }
+    if name == "headline":
+        content["headline"] = figures["runs"]["default"]
+    if name == "shift":
+        content["shift"] = {**made_with, **figures["variants"]}
+    else:
+        content["tables"][name] = {**made_with, "seeds": list(seeds), **figures}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    origin = (
+        f"`{made_with['command']}`, seeds {', '.join(map(str, seeds))}, {made_with['date']}, {machine()}.\n"
+    )
+    write_table(PAGE, name, f"### {title}\n\n{text}\n{origin}")
+    sys.stdout.write(text)
+
+
+def main() -> None:
+    """Build the tables asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join([*TABLES, 'shift'])}; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    unknown = set(given.tables) - {*TABLES, "shift"}
+    if unknown:
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join([*TABLES, 'shift'])}")
+    draw_sets()
+    for name in given.tables or [*TABLES, "shift"]:
+        title = "Under a shift" if name == "shift" else TABLES[name].title
+        text, figures = build_shift(given.seeds) if name == "shift" else build(name, given.seeds)
+        publish(name, title, text, figures, given.seeds)
+
+
+if __name__ == "__main__":
+    main()
