@@ -120,6 +120,9 @@ class RandomModels:
         """Return the reference model."""
         return self._build(self._shape.spec)
 
+    def rule(self) -> None:
+        """Route no tile."""
+
     def _build(self, spec: ModelSpec) -> VisionLanguageModel:
         model = VisionLanguageModel(spec).to(self._shape.dtype)
         if model.router is not None:

@@ -7,8 +7,8 @@ from vico_pl.config import RunConfig
 from vico_pl.model.flops import count_flops
 from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyConfig
-from vico_pl.stages.cost import forward_parts
-from vico_pl.stages.router import RouterConfig
+from vico_pl.stages.cost import SampleCounts, forward_parts
+from vico_pl.stages.labels import RouterConfig
 from vico_pl.stages.settings import PARTS, ModelConfig, TrainerConfig
 
 FLOPS = count_flops(tiny_spec())
@@ -82,3 +82,17 @@ def test_a_cost_knows_its_vision_tokens():
     assert cost("pretrain").vision_tokens(2) == {"policy": 2 * full}
     assert cost("consistency").vision_tokens(2) == {"policy": full + compressed, "reference": 2 * full}
     assert cost("router").vision_tokens(1) == {"policy": full, "reference": full}
+
+
+@pytest.mark.parametrize("mode", ["tile", "image"])
+def test_labels_of_three_ratios_cost_the_passes_of_each_coarser_one(mode):
+    flops = count_flops(tiny_spec(ratios=[4, 16, 64], vision={**tiny_spec().vision, "patch_size": 4}))
+
+    def compressed(*ratios):
+        model, router = ModelConfig(path="m", ratios=[4, *ratios]), RouterConfig(label_mode=mode)
+        run = RunConfig(stage="router", run_dir="x", model=model, router=router)
+        parts = STAGES["router"].cost_parts(run, flops, SampleCounts({4: 3}, 20, 5))
+        return parts["policy with tiles compressed"]
+
+    assert compressed(16, 64) == pytest.approx(compressed(16) + compressed(64))
+    assert (compressed(64) < compressed(16)) == (mode == "image")

@@ -174,7 +174,9 @@ class ConsistencyStage(Stage):
     def compressed_ratios(self, features: Float[Tensor, "t P C"]) -> dict[str, Int64[Tensor, " t"]]:
         """Compress every tile, by each ratio; or as the router chooses, if it does in training."""
         found = {f"ratio_{ratio}": torch.full((len(features),), ratio) for ratio in self.model.ratios[1:]}
-        return found if self.rule is None else {**found, "routed": self._routed(features, [len(features)])}
+        return (
+            found if self.rule is None else {**found, "routed": self._routed(features, [len(features)]).cpu()}
+        )
 
     def draw_ratios(
         self, batch: Batch, features: Float[Tensor, "T P C"] | None = None
