@@ -28,7 +28,10 @@ def glyphs(
         float, Option(help="Fraction of images that are text pages to transcribe.")
     ] = 0.0,
     read_pairs: Annotated[int, Option(min=1, help="Most pairs of letter and digit on such a page.")] = 16,
-    shift: Annotated[str, Option(help="none, or for tests: fonts, sizes or damage.")] = "none",
+    layout: Annotated[
+        str, Option(help="aligned: a tile for each thing; free: content anywhere.")
+    ] = "aligned",
+    shift: Annotated[str, Option(help="Free layout, for tests: fonts, sizes or damage.")] = "none",
     samples_per_shard: Annotated[int, Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
     """Generate GlyphDocs, the data set of the demo.
@@ -39,6 +42,7 @@ def glyphs(
     from vico_pl.data.shards.build import build_glyphs
 
     config = GlyphsConfig(
+        layout=layout,
         shift=shift,
         max_tiles=max_tiles,
         questions_per_image=questions,

@@ -7,12 +7,14 @@ import pytest
 from PIL import Image
 
 from vico_pl.data.glyphs import GRIDS, GlyphsConfig, draw_records, question_words
-from vico_pl.data.glyphs.pages import CONTRAST, FONTS, LARGE, OTHER_FONTS, OTHER_SIZES, SMALL, draw_page
+from vico_pl.data.glyphs.free import CONTRAST, FONTS, LARGE, OTHER_FONTS, OTHER_SIZES, SMALL, draw_image
 from vico_pl.data.glyphs.scene import COLOURS, READ_QUESTION, SHAPES, TILE, choose_questions
 
 
 def records(count=20, *, seed=3, start=0, **settings):
-    return list(draw_records(GlyphsConfig(**settings), seed=seed, start=start, count=count))
+    return list(
+        draw_records(GlyphsConfig(**{"layout": "free"} | settings), seed=seed, start=start, count=count)
+    )
 
 
 def annotations(*args, **settings):
@@ -28,7 +30,8 @@ def pages(count=120):
     drawn = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        drawn.append((rng, *draw_page(rng, GRIDS[seed % len(GRIDS)])))
+        grids = [GRIDS[seed % len(GRIDS)]]
+        drawn.append((rng, *draw_image(rng, grids, reads=False, max_pairs=16, shift="none")))
     return drawn
 
 
@@ -49,6 +52,9 @@ def answer_from_scene(scene, question):
 def test_a_record_depends_on_settings_seed_and_position_alone():
     assert records(6) == records(3) + records(3, start=3)
     assert records(3) != records(3, seed=4)
+    assert records(6, layout="aligned") == records(3, layout="aligned") + records(
+        3, start=3, layout="aligned"
+    )
 
 
 def test_every_answer_follows_from_the_page_and_no_question_comes_twice():
@@ -167,7 +173,8 @@ def test_the_tokenizers_sentences_hold_every_word_of_the_questions(tokenizer):
         {"questions_per_image": 0},
         {"read_fraction": 1.5},
         {"read_pairs": 0},
-        {"shift": "colours"},
+        {"layout": "loose"},
+        {"shift": "fonts"},
     ],
 )
 def test_settings_that_no_image_meets_are_refused(settings):

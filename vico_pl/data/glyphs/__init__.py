@@ -1,8 +1,9 @@
 """GlyphDocs, the data set of the demo: images generated from a seed, with questions and their answers.
 
-Pixel detail is not meaning: text, symbols, shapes and textures all have edges, and only some are asked about.
+Pixel detail is not meaning: text, shapes and textures all have edges, and only some are asked about. In the
+layout `aligned`, that of the demo, each tile shows one thing; in `free`, pages have their content anywhere.
 Questions come in three skills: *perception* (the colour of a shape), *reasoning* (count the shapes, compare
-two values) and *ocr* (the digit beside a letter, or all text of a page).
+two values) and *ocr* (the digit beside a letter, or all text of an image).
 """
 
 import io
@@ -15,13 +16,14 @@ from itertools import cycle
 import numpy as np
 from PIL import Image
 
-from vico_pl.data.glyphs.pages import draw_page, draw_reading_page
-from vico_pl.data.glyphs.scene import choose_questions, question_words, reading_questions
+from vico_pl.data.glyphs import aligned, free
+from vico_pl.data.glyphs.scene import Grid, choose_questions, question_words, reading_questions
 from vico_pl.errors import check_settings
 
 __all__ = ["GlyphsConfig", "draw_records", "question_words"]
 
-GRIDS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
+GRIDS: tuple[Grid, ...] = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
+LAYOUTS = ("aligned", "free")
 SHIFTS = ("none", "fonts", "sizes", "damage")  # the last three are for tests, never to train on
 NOISE = 14  # standard deviation in grey levels, shift: damage
 DAMAGED_QUALITY = 30  # of JPEG, shift: damage
@@ -31,20 +33,24 @@ DAMAGED_QUALITY = 30  # of JPEG, shift: damage
 class GlyphsConfig:
     """What GlyphDocs images to draw."""
 
-    shift: str = "none"  # away from what is trained on: other fonts, other sizes, or noise and strong JPEG
+    layout: str = "aligned"
+    # Free layout: away from what is trained on, by other fonts, other sizes, or noise and strong JPEG.
+    shift: str = "none"
     max_tiles: int = 6  # without the thumbnail, 1 to 6
     questions_per_image: int = 8
     comparisons_per_image: int = 1  # at most so many of the questions ask which of two values is greater
-    # Curriculum: the fraction of images that are one tile of text with the single request to read it, and
-    # how many pairs of a letter and its digit such a text has at most.
+    # Curriculum: the fraction of images that are one tile of text with the single request to read it, and in
+    # the free layout how many pairs of a letter and its digit such a text has at most.
     read_fraction: float = 0.0
     read_pairs: int = 16
 
     def __post_init__(self) -> None:
+        known_shifts = f"one of {', '.join(SHIFTS)}, all but the first with layout free"
         check_settings(
             "glyphs",
             self,
-            shift=(self.shift in SHIFTS, f"one of {', '.join(SHIFTS)}"),
+            layout=(self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+            shift=(self.shift in SHIFTS[: None if self.layout == "free" else 1], known_shifts),
             max_tiles=(1 <= self.max_tiles <= 6, "1 to 6"),
             questions_per_image=(self.questions_per_image >= 1, "at least 1"),
             comparisons_per_image=(self.comparisons_per_image >= 0, "0 or more"),
@@ -61,11 +67,11 @@ def draw_records(
         rng = np.random.default_rng([seed, position])
         reads = bool(rng.random() < config.read_fraction)
         grids = [grid for grid in GRIDS if math.prod(grid) <= config.max_tiles]
-        grid = grids[rng.integers(len(grids))]
-        if reads:
-            image, scene = draw_reading_page(rng, max_pairs=config.read_pairs)
+        if config.layout == "free":
+            settings = {"max_pairs": config.read_pairs, "shift": config.shift}
+            image, scene = free.draw_image(rng, grids, reads=reads, **settings)
         else:
-            image, scene = draw_page(rng, grid, shift=config.shift)
+            image, scene = aligned.draw_image(rng, grids, reads=reads)
         limits = {"count": config.questions_per_image, "comparisons": config.comparisons_per_image}
         questions = reading_questions(scene) if reads else choose_questions(rng, scene, **limits)
         texts = [text for question in questions for text in (question.text, question.answer)]
@@ -73,11 +79,11 @@ def draw_records(
         turns = [{"from": role, "value": text} for role, text in zip(cycle(("human", "gpt")), texts)]
         skills = [question.skill for question in questions]
         annotation = {"conversations": turns, "skills": skills}
+        if scene.kinds:
+            annotation["tile_kinds"] = scene.kinds
         content = json.dumps(annotation, separators=(",", ":")).encode()
-        yield (
-            f"{position:08d}",
-            {"jpg": _encode(rng, image, is_damaged=config.shift == "damage"), "json": content},
-        )
+        jpeg = _encode(rng, image, is_damaged=config.shift == "damage")
+        yield f"{position:08d}", {"jpg": jpeg, "json": content}
 
 
 def _encode(rng: np.random.Generator, image: Image.Image, *, is_damaged: bool) -> bytes:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ImageDraw
 
-TILE = 64  # px
+TILE, CELL = 64, 16  # px; a cell becomes one vision token at ratio 4
 COLOURS = {
     "red": (205, 30, 35),
     "green": (25, 150, 60),
@@ -21,6 +21,7 @@ READ_QUESTION = "Read the text."
 
 Rng = np.random.Generator
 Rgb = tuple[int, ...]
+Grid = tuple[int, int]  # rows, columns of tiles
 
 
 class Question(NamedTuple):
@@ -35,6 +36,8 @@ class Question(NamedTuple):
 class Scene:
     """What an image shows; questions are made from it alone."""
 
+    grid: Grid = (1, 1)
+    kinds: list[str] = field(default_factory=list)  # of tiles, in the aligned layout
     shapes: dict[str, str] = field(default_factory=dict)  # shape -> colour
     values: dict[str, str] = field(default_factory=dict)  # letter -> digit, in reading order
     letters: set[str] = field(default_factory=set)  # on the page, also those that nobody asks about
@@ -62,6 +65,9 @@ def question_words() -> list[str]:
 
 
 def _perception(scene: Scene) -> list[Question]:
+    """Ask for colours; in the aligned layout only for that of a single shape."""
+    if scene.kinds and len(scene.shapes) > 1:
+        return []
     return [Question("perception", f"What colour is the {s}?", c) for s, c in scene.shapes.items()]
 
 

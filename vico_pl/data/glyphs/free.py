@@ -1,4 +1,4 @@
-"""Draw the pages of GlyphDocs: text, shapes and textures at any pixel offset, on grounds from white to dark.
+"""The free layout of GlyphDocs: pages with their content at any pixel, on grounds from white to dark.
 
     text      lines of letters with their digits, "K3", small or large, half of them on a panel of their own
     shape     small or large
@@ -10,7 +10,7 @@ compression, small ones do not: neither colour nor edges nor contrast say which 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vico_pl.data.glyphs.scene import COLOURS, SHAPES, TILE, Rng, Scene, draw_shape
+from vico_pl.data.glyphs.scene import COLOURS, SHAPES, TILE, Grid, Rng, Scene, draw_shape
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold")
 OTHER_FONTS = ("DejaVuSerif", "STIXGeneralBol", "cmss10", "DejaVuSans-BoldOblique")  # shift: fonts
@@ -62,9 +62,9 @@ class Text(NamedTuple):
 class Page:
     """An image while it is drawn: what is on it, and where there is room."""
 
-    def __init__(self, rng: Rng, grid: tuple[int, int], *, shift: str, is_plain: bool = False) -> None:
+    def __init__(self, rng: Rng, grid: Grid, *, shift: str, is_plain: bool = False) -> None:
         self.rng, self.shift, self.is_plain = rng, shift, is_plain
-        self.scene = Scene()
+        self.scene = Scene(grid=grid)
         self.width, self.height = grid[1] * TILE, grid[0] * TILE
         self.ground, self.image = self._paint_ground()
         self.draw = ImageDraw.Draw(self.image)
@@ -103,20 +103,28 @@ class Page:
         return float(level), Image.fromarray(pixels.astype(np.uint8))
 
 
-def draw_page(rng: Rng, grid: tuple[int, int], *, shift: str = "none") -> tuple[Image.Image, Scene]:
-    """Draw a page of `rows, columns` tiles with something to ask about."""
+def draw_image(
+    rng: Rng, grids: Sequence[Grid], *, reads: bool, max_pairs: int, shift: str
+) -> tuple[Image.Image, Scene]:
+    """Draw a page of one of the grids; one that `reads` has one tile and nothing but text."""
+    grid = grids[rng.integers(len(grids))]
+    return _draw_reading_page(rng, max_pairs=max_pairs) if reads else _draw_page(rng, grid, shift=shift)
+
+
+def _draw_page(rng: Rng, grid: Grid, *, shift: str) -> tuple[Image.Image, Scene]:
+    """Draw a page with something to ask about."""
     names, shares = list(KINDS), list(KINDS.values())
     while True:
         page = Page(rng, grid, shift=shift)
         count = max(1, round(rng.uniform(*PER_TILE) * math.prod(grid)))
         for name in rng.choice(names, count, p=shares):
-            KIND_PAINTERS[str(name)](page)
+            PAINTERS[str(name)](page)
         if page.scene.shapes or page.scene.values:
             return page.image, page.scene
 
 
-def draw_reading_page(rng: Rng, *, max_pairs: int) -> tuple[Image.Image, Scene]:
-    """Draw a page of one tile with nothing but text, of at most so many pairs.
+def _draw_reading_page(rng: Rng, *, max_pairs: int) -> tuple[Image.Image, Scene]:
+    """Draw text of at most so many pairs.
 
     A model learns to read single pairs in small dark letters on a light ground first; then, with half of
     the pages on such a ground, all others.
@@ -262,7 +270,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{mpl.get_data_path()}/fonts/ttf/{name}.ttf", size)
 
 
-KIND_PAINTERS: dict[str, Callable[[Page], None]] = {
+PAINTERS: dict[str, Callable[[Page], None]] = {
     "small_text": lambda page: _paint_text(page, SMALL),
     "large_text": lambda page: _paint_text(page, LARGE),
     "small_shape": lambda page: _paint_shape(page, SMALL_SHAPE),
