@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 FOLDER = Path(__file__).parent
 ALL = "make bench"  # the command behind figures at the usual settings
-SUMMARY = "summary.json"
+SUMMARY, STUDY = "summary.json", "study.json"  # all other results are of one benchmark each
 ONE_THREAD = "one thread used, no GPU"
 
 Figures = dict[str, dict[str, float | None]]  # name -> {"measured", "goal"}; no goal: only reported
@@ -159,7 +159,11 @@ def publish(
 
 def summarise(folder: Path) -> dict[str, Any]:
     """Gather the figures of all benchmarks that have results in a folder."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != SUMMARY]
+    results = [
+        json.loads(path.read_text())
+        for path in sorted(folder.glob("*.json"))
+        if path.name not in (SUMMARY, STUDY)
+    ]
     return {
         "machine": "; ".join(dict.fromkeys(result["machine"] for result in results)),
         "date": max(result["date"] for result in results),

@@ -22,11 +22,16 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from harness import FOLDER, machine, write_table
+from harness import FOLDER, STUDY, machine, write_table
 from matplotlib.figure import Figure
 
 REPOSITORY = FOLDER.parent
 RUNS, SHARDS = REPOSITORY / "runs" / "study", REPOSITORY / "data" / "shards" / "study"
+BASE = REPOSITORY / "data" / "base-free"
+COMMON = ["trainer.validate_every=0", "data.validation=[]", f"data.sources=[{{path: {SHARDS / 'train'}}}]"]
+# The tower has batch norms, whose statistics would be those of a batch if it were trained.
+FIRST = [f"model.path={BASE}", "model.trainable=[connectors, language]"]
+LATER = [f"model.reference={BASE}"]
 PAGE, PICTURES, RESULTS = REPOSITORY / "docs" / "study.md", REPOSITORY / "docs", FOLDER / "results"
 SETS = {  # name -> what `vico shards glyphs` draws; none is that of the demo
     "train": ["--num-samples", "5000", "--seed", "11"],
@@ -50,12 +55,13 @@ class Variant:
     name: str
     consistency: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
-    routed: bool = False  # stage 3 follows, and another calibration
+    routed: tuple[str, ...] = ()  # if there are any, stage 3 follows with them, and another calibration
 
     def folder(self, stage: str, seed: int) -> Path:
         """Return the folder of a stage: the same for all variants that do the same up to it."""
-        settings = [self.consistency, self.router if stage != "consistency" else ()]
-        digest = hashlib.sha256(json.dumps([stage, *settings]).encode()).hexdigest()[:8]
+        parts = {"consistency": self.consistency, "router": self.router, "routed": self.routed}
+        until = list(parts.values())[: list(parts).index(stage) + 1]
+        digest = hashlib.sha256(json.dumps(until).encode()).hexdigest()[:8]
         return RUNS / f"{stage}-{digest}-{seed}"
 
 
@@ -110,7 +116,7 @@ TABLES = {
     ),
     "routed": Table(
         title="Stage 3, training on what the router chooses",
-        variants=[DEFAULT, Variant(name="with stage 3", routed=True)],
+        variants=[DEFAULT, Variant(name="with stage 3", routed=("optim.lr=1.0e-4",))],
     ),
 }
 
@@ -139,19 +145,16 @@ def draw_sets() -> None:
             vico("shards", "glyphs", "--output", SHARDS / name, "--layout", "free", *settings)
 
 
-def train(recipe: str, folder: Path, seed: int, settings: Sequence[str], model: Path | None = None) -> Path:
+def train(recipe: str, folder: Path, seed: int, settings: Sequence[str]) -> Path:
     """Train, unless that is done; return the model folder."""
     if not (folder / "model" / "config.json").exists():
-        given = [f"data.sources=[{{path: {SHARDS / 'train'}}}]", "data.validation=[]", f"seed={seed}"]
-        start = [f"model.path={model}"] if model else []
-        run = [f"run_dir={folder}", "trainer.validate_every=0"]
-        vico("train", f"recipes/demo/{recipe}.yaml", *run, *given, *start, *settings)
+        vico("train", f"recipes/demo/{recipe}.yaml", f"run_dir={folder}", f"seed={seed}", *COMMON, *settings)
     return folder / "model"
 
 
-def evaluate(model: Path, name: str, *options: str, report: str = "") -> Report:
+def evaluate(model: Path, name: str, *options: str) -> Report:
     """Evaluate a model on a set, unless that is done; return its report."""
-    folder = model.parent / f"report-{report or name}"
+    folder = model.parent / f"report-{name}"
     if not (folder / "report.json").exists():
         vico("eval", model, "--data", SHARDS / name, "--output", folder, *options)
     found: Report = json.loads((folder / "report.json").read_text())
@@ -160,14 +163,15 @@ def evaluate(model: Path, name: str, *options: str, report: str = "") -> Report:
 
 def run_variant(variant: Variant, seed: int) -> Path:
     """Return the calibrated model of a variant."""
-    first = train("consistency", variant.folder("consistency", seed), seed, variant.consistency)
-    second = train("router", variant.folder("router", seed), seed, variant.router, first)
-    calibrate(second)
-    if not variant.routed:
-        return second
-    third = train("routed", variant.folder("routed", seed), seed, (), second)
-    calibrate(third)
-    return third
+    folders = {stage: variant.folder(stage, seed) for stage in ("consistency", "router", "routed")}
+    model = train("consistency", folders["consistency"], seed, [*FIRST, *variant.consistency])
+    model = train("router", folders["router"], seed, [f"model.path={model}", *LATER, *variant.router])
+    calibrate(model)
+    if variant.routed:
+        trained = [f"model.path={model}", *LATER, *FIRST[1:], *variant.routed]
+        model = train("routed", folders["routed"], seed, trained)
+        calibrate(model)
+    return model
 
 
 def calibrate(model: Path) -> None:
@@ -329,8 +333,9 @@ def build_shift(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
 
 def publish(name: str, title: str, text: str, figures: Mapping[str, Any], seeds: Sequence[int]) -> None:
     """Write a table into the page and into study.json."""
-    path = RESULTS / "study.json"
-    content = json.loads(path.read_text()) if path.exists() else {"headline": [], "tables": {}, "shift": {}}
+    path = RESULTS / STUDY
+    empty: dict[str, Any] = {"headline": [], "tables": {}, "shift": {}}
+    content = json.loads(path.read_text()) if path.exists() else empty
     made_with = {
         "command": f"make study TABLE={name}",
         "date": date.today().isoformat(),

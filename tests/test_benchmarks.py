@@ -21,7 +21,9 @@ data, pipeline, images, shuffle, models = map(
     load_benchmark, ("data", "data_pipeline", "data_images", "data_shuffle", "models")
 )
 RESULTS, PAGE = BENCHMARKS / "results", BENCHMARKS / "README.md"
-RECORDED = sorted(path.stem for path in RESULTS.glob("*.json") if path.name != harness.SUMMARY)
+RECORDED = sorted(
+    path.stem for path in RESULTS.glob("*.json") if path.name not in (harness.SUMMARY, harness.STUDY)
+)
 TINY_LOSS = {"tokens": 7, "vocab": 512, "width": 32, "chunk": 3}
 TINY_MODEL = {
     "tile_size": 56,  # 4 vision tokens or 1

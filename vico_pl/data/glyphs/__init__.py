@@ -68,8 +68,9 @@ def draw_records(
         reads = bool(rng.random() < config.read_fraction)
         grids = [grid for grid in GRIDS if math.prod(grid) <= config.max_tiles]
         if config.layout == "free":
-            settings = {"max_pairs": config.read_pairs, "shift": config.shift}
-            image, scene = free.draw_image(rng, grids, reads=reads, **settings)
+            image, scene = free.draw_image(
+                rng, grids, reads=reads, max_pairs=config.read_pairs, shift=config.shift
+            )
         else:
             image, scene = aligned.draw_image(rng, grids, reads=reads)
         limits = {"count": config.questions_per_image, "comparisons": config.comparisons_per_image}

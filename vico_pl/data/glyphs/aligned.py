@@ -28,7 +28,7 @@ def draw_image(rng: Rng, grids: Sequence[Grid], *, reads: bool) -> tuple[Image.I
     """Draw an image of one of the grids; one that `reads` is a single tile of dense text."""
     scene = Scene(kinds=["dense_text"])
     if not reads:
-        scene.grid = grids[rng.integers(len(grids))]
+        scene.grid = grids[int(rng.integers(len(grids)))]
         scene.kinds = _choose_kinds(rng, math.prod(scene.grid))
     rows, columns = scene.grid
     image = Image.new("RGB", (columns * TILE, rows * TILE))

@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vico_pl.data.glyphs.scene import COLOURS, SHAPES, TILE, Grid, Rng, Scene, draw_shape
+from vico_pl.data.glyphs.scene import COLOURS, SHAPES, TILE, Grid, Rgb, Rng, Scene, draw_shape
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold")
 OTHER_FONTS = ("DejaVuSerif", "STIXGeneralBol", "cmss10", "DejaVuSans-BoldOblique")  # shift: fonts
@@ -107,7 +107,7 @@ def draw_image(
     rng: Rng, grids: Sequence[Grid], *, reads: bool, max_pairs: int, shift: str
 ) -> tuple[Image.Image, Scene]:
     """Draw a page of one of the grids; one that `reads` has one tile and nothing but text."""
-    grid = grids[rng.integers(len(grids))]
+    grid = grids[int(rng.integers(len(grids)))]
     return _draw_reading_page(rng, max_pairs=max_pairs) if reads else _draw_page(rng, grid, shift=shift)
 
 
@@ -194,7 +194,7 @@ def _write(page: Page, text: Text, box: Box) -> list[tuple[str, Box]]:
     return written
 
 
-def _inks(page: Page) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+def _inks(page: Page) -> tuple[Rgb | None, Rgb]:
     """Choose the colour of a panel, or none, and of ink that stands out from it or from the page."""
     panel, level = None, page.ground
     if page.is_plain:
@@ -218,7 +218,7 @@ def _paint_shape(page: Page, radii: tuple[int, int]) -> None:
     box = page.place(2 * radius + 2, 2 * radius + 2) if len(page.scene.shapes) < MAX_SHAPES else None
     if box is None:
         return
-    ground = page.image.getpixel((box[0] + radius, box[1] + radius))
+    ground: Rgb = page.image.getpixel((box[0] + radius, box[1] + radius))  # type: ignore[assignment]
     visible = [name for name, rgb in COLOURS.items() if np.abs(np.subtract(rgb, ground)).max() >= CONTRAST]
     colour = str(page.rng.choice(visible))
     shape = str(page.rng.choice(unused))
@@ -261,7 +261,7 @@ def _in_one_tile(box: Box) -> bool:
     return box[0] // TILE == (box[2] - 1) // TILE and box[1] // TILE == (box[3] - 1) // TILE
 
 
-def _rgb(values: np.ndarray) -> tuple[int, ...]:
+def _rgb(values: np.ndarray) -> Rgb:
     return tuple(int(value) for value in np.clip(values, 0, 255))
 
 
