@@ -199,36 +199,6 @@ $(BASE_SHARD_SETS): $(BASE_SHARDS)/%/index.json: | $(INSTALLED)
 $(BASE_MODEL): | $(INSTALLED) $(BASE_SHARD_SETS)
 	$(call train,recipes/demo/pretrain.yaml,$(BASE_RUN))
 
-# The base model of the free layout, that of the study: it learns to read, then to answer on ever larger pages.
-FREE_RUN := runs/base-free
-FREE_SHARDS := data/shards/base-free
-FREE_BASE := data/base-free/model.safetensors
-FREE_READ := $(FREE_RUN)/read/model/config.json
-FREE_MODEL := $(FREE_RUN)/answer/model/config.json
-FREE_one := --num-samples 24000 --seed 100 --max-tiles 1 --read-fraction 1 --read-pairs 1
-FREE_read := --num-samples 40000 --seed 101 --max-tiles 1 --read-fraction 1
-FREE_single := --num-samples 40000 --seed 102 --max-tiles 1 --read-fraction 0.3 --questions 8 --comparisons 3
-FREE_few := --num-samples 40000 --seed 103 --max-tiles 3 --read-fraction 0.05 --questions 8 --comparisons 3
-FREE_all := --num-samples 40000 --seed 104 --max-tiles 6 --questions 8 --comparisons 3
-free_sets = $(foreach part,$(1),$(FREE_SHARDS)/$(part)/index.json)
-
-.PHONY: base-free
-base-free: $(FREE_MODEL) ## Rebuild the base model of the study: an hour on 2 cores; resumes if interrupted
-	mkdir -p data/base-free
-	cp $(FREE_RUN)/answer/model/* data/base-free/
-	for part in read answer; do for file in config.yaml metrics.jsonl; do \
-	  cp $(FREE_RUN)/$$part/$$file data/base-free/$$part.$$file; done; done
-	(cd $(FREE_RUN)/answer/model && sha256sum *) >data/base-free/SHA256SUMS
-
-$(call free_sets,one read single few all): $(FREE_SHARDS)/%/index.json: | $(INSTALLED)
-	$(VICO) shards glyphs --layout free --output $(@D) $(FREE_$*)
-
-$(FREE_READ): | $(INSTALLED) $(call free_sets,one read)
-	$(call train,recipes/free/read.yaml,$(FREE_RUN)/read)
-
-$(FREE_MODEL): $(FREE_READ) | $(call free_sets,single few all)
-	$(call train,recipes/free/answer.yaml,$(FREE_RUN)/answer,model.path=$(FREE_RUN)/read/model)
-
 # --- Training curves -------------------------------------------------------------------------------------------
 
 tensorboard: $(INSTALLED) ## Show the training curves of all runs in a browser; PORT=6006
@@ -292,7 +262,7 @@ bench: $(INSTALLED) ## Measure speed and memory against their goals: about 16 mi
 	for name in kl labels step scaling monitoring checkpoints inference data start; do $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: gpu-check structure study
-study: $(INSTALLED) ## Compare the choices of the method, hours per table: TABLE="headline loss", ARGS="--seeds 3 4"
+study: $(INSTALLED) $(BASE) ## Compare the choices of the method, 5 minutes a model: TABLE="headline loss", ARGS="--seeds 3 4"
 	@$(BIN)/python benchmarks/study.py $(TABLE) $(ARGS)
 
 gpu-check: $(INSTALLED) ## Measure all that needs a GPU, on one GPU: under 8 minutes
@@ -309,4 +279,4 @@ clean: ## Remove runs and shards of the demo, and caches; keeps other runs and d
 	find vico_pl tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-all: clean ## Also remove .venv and the shards of the base model
-	rm -rf .venv data/shards/base data/shards/base-free data/shards/study *.egg-info
+	rm -rf .venv data/shards/base data/shards/study *.egg-info

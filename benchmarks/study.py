@@ -1,4 +1,4 @@
-"""What each choice of the method is worth, on GlyphDocs of the free layout.
+"""What each choice of the method is worth, on GlyphDocs.
 
     make study                          all tables, seeds 0, 1 and 2: many hours on 2 cores
     make study TABLE="headline loss"    two of them
@@ -12,13 +12,18 @@ that need them; what was interrupted resumes. docs/study.md and results/study.js
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,22 +32,14 @@ from matplotlib.figure import Figure
 
 REPOSITORY = FOLDER.parent
 RUNS, SHARDS = REPOSITORY / "runs" / "study", REPOSITORY / "data" / "shards" / "study"
-BASE = REPOSITORY / "data" / "base-free"
 COMMON = ["trainer.validate_every=0", "data.validation=[]", f"data.sources=[{{path: {SHARDS / 'train'}}}]"]
-# The tower has batch norms, whose statistics would be those of a batch if it were trained.
-FIRST = [f"model.path={BASE}", "model.trainable=[connectors, language]"]
-LATER = [f"model.reference={BASE}"]
+SEEDS = [0, 1, 2]
 PAGE, PICTURES, RESULTS = REPOSITORY / "docs" / "study.md", REPOSITORY / "docs", FOLDER / "results"
 SETS = {  # name -> what `vico shards glyphs` draws; none is that of the demo
     "train": ["--num-samples", "5000", "--seed", "11"],
     "calibration": ["--num-samples", "300", "--seed", "12"],
     "val": ["--num-samples", "500", "--seed", "13"],
-    **{
-        shift: ["--num-samples", "300", "--seed", "14", "--shift", shift]
-        for shift in ("fonts", "sizes", "damage")
-    },
 }
-SHIFTS = ("fonts", "sizes", "damage")
 LIMITS = (0.30, 0.75)  # of the token fractions over which curves are compared
 BUDGETS = (0.30, 0.40, 0.50, 0.60, 0.75)
 Report = dict[str, Any]
@@ -142,21 +139,27 @@ def draw_sets() -> None:
     """Draw the shards that are not there yet."""
     for name, settings in SETS.items():
         if not (SHARDS / name / "index.json").exists():
-            vico("shards", "glyphs", "--output", SHARDS / name, "--layout", "free", *settings)
+            vico("shards", "glyphs", "--output", SHARDS / name, *settings)
+
+
+LOCKS: defaultdict[Path, Lock] = defaultdict(Lock)  # of folders that several variants share
 
 
 def train(recipe: str, folder: Path, seed: int, settings: Sequence[str]) -> Path:
     """Train, unless that is done; return the model folder."""
-    if not (folder / "model" / "config.json").exists():
-        vico("train", f"recipes/demo/{recipe}.yaml", f"run_dir={folder}", f"seed={seed}", *COMMON, *settings)
+    with LOCKS[folder]:
+        if not (folder / "model" / "config.json").exists():
+            given = [f"run_dir={folder}", f"seed={seed}", *COMMON, *settings]
+            vico("train", f"recipes/demo/{recipe}.yaml", *given)
     return folder / "model"
 
 
 def evaluate(model: Path, name: str, *options: str) -> Report:
     """Evaluate a model on a set, unless that is done; return its report."""
     folder = model.parent / f"report-{name}"
-    if not (folder / "report.json").exists():
-        vico("eval", model, "--data", SHARDS / name, "--output", folder, *options)
+    with LOCKS[folder]:
+        if not (folder / "report.json").exists():
+            vico("eval", model, "--data", SHARDS / name, "--output", folder, *options)
     found: Report = json.loads((folder / "report.json").read_text())
     return found
 
@@ -164,12 +167,11 @@ def evaluate(model: Path, name: str, *options: str) -> Report:
 def run_variant(variant: Variant, seed: int) -> Path:
     """Return the calibrated model of a variant."""
     folders = {stage: variant.folder(stage, seed) for stage in ("consistency", "router", "routed")}
-    model = train("consistency", folders["consistency"], seed, [*FIRST, *variant.consistency])
-    model = train("router", folders["router"], seed, [f"model.path={model}", *LATER, *variant.router])
+    model = train("consistency", folders["consistency"], seed, variant.consistency)
+    model = train("router", folders["router"], seed, [f"model.path={model}", *variant.router])
     calibrate(model)
     if variant.routed:
-        trained = [f"model.path={model}", *LATER, *FIRST[1:], *variant.routed]
-        model = train("routed", folders["routed"], seed, trained)
+        model = train("routed", folders["routed"], seed, [f"model.path={model}", *variant.routed])
         calibrate(model)
     return model
 
@@ -177,9 +179,10 @@ def run_variant(variant: Variant, seed: int) -> Path:
 def calibrate(model: Path) -> None:
     """Calibrate on the set for it, unless that is done."""
     done = model.parent / "calibrated"
-    if not done.exists():
-        vico("calibrate", model, "--data", SHARDS / "calibration")
-        done.touch()
+    with LOCKS[done]:
+        if not done.exists():
+            vico("calibrate", model, "--data", SHARDS / "calibration")
+            done.touch()
 
 
 # --- Figures ------------------------------------------------------------------------------------------------
@@ -217,16 +220,6 @@ def row(report: Report) -> dict[str, float]:
         "oracle_gap_closed": round(gap_closed(report), 4),
         "retention_at_half": at_budgets(report, "router")["0.50"],
         "accuracy_full": report["arms"]["full"]["accuracy"]["mean"],
-    }
-
-
-def shifted(report: Report) -> dict[str, float]:
-    """Return what is kept on a set that nothing was trained or calibrated on."""
-    router, full = report["arms"]["router"], report["arms"]["full"]
-    return {
-        "token_fraction": router["token_fraction"],
-        "accuracy_full": full["accuracy"]["mean"],
-        "retention_mean": router["retention"]["mean"],
     }
 
 
@@ -320,55 +313,43 @@ def build(name: str, seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
     return text, figures
 
 
-def build_shift(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
-    """Return what is kept under each shift."""
-    options = ["--arm", "router", "--arm", "random"]
-    models = [run_variant(DEFAULT, seed) for seed in seeds]
-    found = {
-        shift: summary([shifted(evaluate(model, shift, *options)) for model in models]) for shift in SHIFTS
-    }
-    headings = {name: COLUMNS[name] for name in ("token_fraction", "accuracy_full", "retention_mean")}
-    return markdown(headings, found), {"variants": found}
-
-
-def publish(name: str, title: str, text: str, figures: Mapping[str, Any], seeds: Sequence[int]) -> None:
+def publish(name: str, text: str, figures: Mapping[str, Any], seeds: Sequence[int]) -> None:
     """Write a table into the page and into study.json."""
     path = RESULTS / STUDY
-    empty: dict[str, Any] = {"headline": [], "tables": {}, "shift": {}}
+    empty: dict[str, Any] = {"headline": [], "tables": {}}
     content = json.loads(path.read_text()) if path.exists() else empty
-    made_with = {
-        "command": f"make study TABLE={name}",
-        "date": date.today().isoformat(),
-        "machine": machine(),
-    }
+    other_seeds = "" if seeds == SEEDS else f' ARGS="--seeds {" ".join(map(str, seeds))}"'
+    command = f"make study TABLE={name}{other_seeds}"
+    made_with = {"command": command, "date": date.today().isoformat(), "machine": machine(), "seeds": seeds}
     if name == "headline":
         content["headline"] = figures["runs"]["default"]
-    if name == "shift":
-        content["shift"] = {**made_with, **figures["variants"]}
-    else:
-        content["tables"][name] = {**made_with, "seeds": list(seeds), **figures}
+    content["tables"][name] = {**made_with, **figures}
     path.write_text(json.dumps(content, indent=1) + "\n")
-    origin = (
-        f"`{made_with['command']}`, seeds {', '.join(map(str, seeds))}, {made_with['date']}, {machine()}.\n"
-    )
-    write_table(PAGE, name, f"### {title}\n\n{text}\n{origin}")
+    origin = f"`{command}`, {made_with['date']}, {made_with['machine']}.\n"
+    write_table(PAGE, name, f"## {TABLES[name].title}\n\n{text}\n{origin}")
     sys.stdout.write(text)
 
 
 def main() -> None:
     """Build the tables asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tables", nargs="*", help=f"of {', '.join([*TABLES, 'shift'])}; default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, of one thread each if more")
     given = parser.parse_args()
-    unknown = set(given.tables) - {*TABLES, "shift"}
-    if unknown:
-        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join([*TABLES, 'shift'])}")
+    if unknown := set(given.tables) - TABLES.keys():
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    if given.jobs == 1:
+        os.environ.pop("OMP_NUM_THREADS")  # which harness sets
     draw_sets()
-    for name in given.tables or [*TABLES, "shift"]:
-        title = "Under a shift" if name == "shift" else TABLES[name].title
-        text, figures = build_shift(given.seeds) if name == "shift" else build(name, given.seeds)
-        publish(name, title, text, figures, given.seeds)
+    names = given.tables or [*TABLES]
+    variants = dict.fromkeys(variant for name in names for variant in TABLES[name].variants)
+    runs = list(product(variants, given.seeds))
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for _ in pool.map(lambda run: evaluate(run_variant(*run), "val"), runs):
+            pass
+    for name in names:
+        publish(name, *build(name, given.seeds), given.seeds)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def report(token_fraction=0.5):
         for arm, accuracies in CURVES.items()
         for tokens, accuracy in zip((0.25, 0.6, 1.0), accuracies, strict=True)
     ]
-    full = {"token_fraction": 1.0, "accuracy": {"mean": 0.9}, "retention": {"ocr": 1.0, "mean": 1.0}}
+    whole = {"ocr": 1.0, "reasoning": 1.0, "mean": 1.0, "overall": 1.0}
+    full = {"token_fraction": 1.0, "accuracy": {"mean": 0.9}, "retention": whole}
     kept = {"ocr": 0.94, "reasoning": 0.98, "mean": 0.96, "overall": 0.95}
     router = {"token_fraction": token_fraction, "accuracy": {"mean": 0.864}, "retention": kept}
     return {"arms": {"full": full, "router": router}, "pareto": points[::-1]}
@@ -29,7 +30,7 @@ def report(token_fraction=0.5):
 def folders(tmp_path, monkeypatch):
     """The study in a folder of its own, with commands that only write what they would make."""
     page = tmp_path / "study.md"
-    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in ("loss", "shift")))
+    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in study.TABLES))
     commands = []
 
     def run(*arguments):
@@ -85,7 +86,7 @@ def test_variants_share_the_stages_in_which_they_do_not_differ():
 
 def test_a_table_is_made_once_and_written_to_page_and_results(folders, monkeypatch):
     folder, commands = folders
-    monkeypatch.setattr(sys, "argv", ["study.py", "loss", "--seeds", "0", "1"])
+    monkeypatch.setattr(sys, "argv", ["study.py", "loss", "--seeds", "0", "1", "--jobs", "2"])
     study.main()
     trained = [str(words[1]) for words in commands if words[0] == "train"]
     variants = study.TABLES["loss"].variants
@@ -99,13 +100,23 @@ def test_a_table_is_made_once_and_written_to_page_and_results(folders, monkeypat
     assert [words[0] for words in commands] == []
 
 
-def test_the_table_of_shifts_evaluates_the_default_on_sets_it_never_saw(folders, monkeypatch):
-    folder, commands = folders
-    monkeypatch.setattr(sys, "argv", ["study.py", "shift", "--seeds", "0"])
+def test_the_headline_compares_all_arms(folders, monkeypatch):
+    folder, _ = folders
+    monkeypatch.setattr(sys, "argv", ["study.py", "headline"])
     study.main()
-    sets = [str(words[words.index("--data") + 1]) for words in commands if words[0] == "eval"]
-    assert [name.rpartition("/")[2] for name in sets] == ["fonts", "sizes", "damage"]
-    assert json.loads((folder / "results" / "study.json").read_text())["shift"].keys() >= set(study.SHIFTS)
+    content = json.loads((folder / "results" / "study.json").read_text())
+    assert [run["seed"] for run in content["headline"]] == [0, 1, 2]
+    assert content["headline"][0]["retention_min_skill"] == 0.94
+    assert content["tables"]["headline"]["budgets"]["oracle"]["0.60"]["mean"] == 1
+    text = (folder / "study.md").read_text()
+    assert "| router | 50.0 | 94.0 | 98.0 | 96.0 | 3 |" in text
+    assert (folder / "study.png").exists()
+
+
+def test_every_table_has_its_place_on_the_page():
+    text = (study.REPOSITORY / "docs" / "study.md").read_text()
+    for name in study.TABLES:
+        assert f"<!-- {name}: begin -->" in text
 
 
 def test_an_unknown_table_is_refused_with_the_known_ones(monkeypatch, capsys):

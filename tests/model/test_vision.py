@@ -107,6 +107,23 @@ def test_a_timm_tower_with_a_grid_of_its_own_is_as_wide_as_its_last_stage():
     assert untrained(module) == []
 
 
+def test_a_timm_tower_can_end_at_one_of_its_stages():
+    whole, module = (timm_encoder(timm_model_name="resnet10t", timm_stage=stage).eval() for stage in (-1, 2))
+    assert (whole.num_patches, whole.width) == (4, 512)
+    assert (module.num_patches, module.width) == (64, 128)
+    assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in whole.parameters()) / 10
+    module.load_state_dict(whole.state_dict(), strict=False)
+    pixels = (tiles(2, 64) - module.mean) / module.std
+    expected = whole.tower.trunk.forward_intermediates(pixels, indices=[2], intermediates_only=True)[0]
+    torch.testing.assert_close(module(tiles(2, 64)), expected.flatten(2).mT)
+    assert untrained(module) == []
+
+
+def test_a_stage_that_a_timm_tower_lacks_is_refused():
+    with pytest.raises(ValueError, match="timm_stage is 5; expected 0 to 4, or -1 for all stages"):
+        timm_encoder(timm_model_name="resnet10t", timm_stage=5)
+
+
 def test_weights_are_never_fetched(monkeypatch):
     def offline(*_, **__):
         raise AssertionError("the network was asked for weights")

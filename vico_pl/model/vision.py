@@ -143,6 +143,9 @@ def _open_clip_tower(config: dict[str, Any]) -> Tower:
 def _prepare_timm(module: Any, image_size: int, *, stage: int) -> tuple[int, int]:
     """Drop what pools the grid and what follows the stage, fit the grid; returns width and patch size."""
     trunk = module.trunk
+    if not -1 <= stage < len(trunk.feature_info):
+        last = len(trunk.feature_info) - 1
+        raise ValueError(f"vision tower: timm_stage is {stage}; expected 0 to {last}, or -1 for all stages")
     if stage != -1:
         trunk.prune_intermediate_layers([stage])
     trunk.reset_classifier(0, global_pool="")
