@@ -42,6 +42,12 @@ SETS = {  # name -> what `vico shards glyphs` draws; none is that of the demo
 }
 LIMITS = (0.30, 0.75)  # of the token fractions over which curves are compared
 BUDGETS = (0.30, 0.40, 0.50, 0.60, 0.75)
+STUDENT = {
+    2: 12.71,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+}  # 97.5 % quantile of the t distribution, by number of seeds
 Report = dict[str, Any]
 
 
@@ -228,7 +234,8 @@ def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     found: dict[str, Any] = {"seeds": len(rows)}
     for key in rows[0]:
         values = [one[key] for one in rows]
-        half = 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        times = STUDENT.get(len(values), 1.96)
+        half = times * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
         found[key] = {"mean": round(mean(values), 4), "half_width": None if half is None else round(half, 4)}
     return found
 

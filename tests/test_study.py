@@ -70,9 +70,9 @@ def test_a_row_has_the_lowest_skill_and_what_is_kept_at_half_of_the_tokens():
 
 def test_a_figure_over_seeds_has_an_interval_and_a_single_one_has_none():
     assert study.summary([{"x": 1.0}])["x"] == {"mean": 1.0, "half_width": None}
-    both = study.summary([{"x": 1.0}, {"x": 2.0}])
-    assert both["x"] == {"mean": 1.5, "half_width": pytest.approx(1.96 * 0.5, abs=1e-3)}
-    assert "150.0 ± 98.0" in study.markdown({"x": "figure"}, {"name": both})
+    three = study.summary([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}])
+    assert three["x"] == {"mean": 2.0, "half_width": pytest.approx(4.303 / 3**0.5, abs=1e-3)}
+    assert "200.0 ± 248.4" in study.markdown({"x": "figure"}, {"name": three})
 
 
 def test_variants_share_the_stages_in_which_they_do_not_differ():
