@@ -2,7 +2,6 @@
 
     make study                          all tables, seeds 0, 1 and 2: many hours on 2 cores
     make study TABLE="headline loss"    two of them
-    python benchmarks/study.py loss --seeds 3 4
 
 A table compares variants: settings of the demo's recipes that differ in one thing. Every variant is trained,
 calibrated and evaluated by the commands of the README. Runs are kept in runs/study and shared by all tables
@@ -18,7 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -42,12 +41,8 @@ SETS = {  # name -> what `vico shards glyphs` draws; none is that of the demo
 }
 LIMITS = (0.30, 0.75)  # of the token fractions over which curves are compared
 BUDGETS = (0.30, 0.40, 0.50, 0.60, 0.75)
-STUDENT = {
-    2: 12.71,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-}  # 97.5 % quantile of the t distribution, by number of seeds
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile of the t distribution, by seeds
+LOCKS: defaultdict[Path, Lock] = defaultdict(Lock)  # of folders that several variants share
 Report = dict[str, Any]
 
 
@@ -73,13 +68,13 @@ class Table:
     """Variants to compare, and what the comparison is about."""
 
     title: str
-    variants: Sequence[Variant] = field(default_factory=lambda: [DEFAULT])
+    variants: Sequence[Variant]
 
 
 DEFAULT = Variant(name="default")
 RATIOS = "model.ratios=[4,16,64]"
 TABLES = {
-    "headline": Table(title="The default recipe"),
+    "headline": Table(title="The default recipe", variants=[DEFAULT]),
     "ratio_draw": Table(
         title="How stage 1 draws ratios",
         variants=[
@@ -148,9 +143,6 @@ def draw_sets() -> None:
             vico("shards", "glyphs", "--output", SHARDS / name, *settings)
 
 
-LOCKS: defaultdict[Path, Lock] = defaultdict(Lock)  # of folders that several variants share
-
-
 def train(recipe: str, folder: Path, seed: int, settings: Sequence[str]) -> Path:
     """Train, unless that is done; return the model folder."""
     with LOCKS[folder]:
@@ -160,12 +152,13 @@ def train(recipe: str, folder: Path, seed: int, settings: Sequence[str]) -> Path
     return folder / "model"
 
 
-def evaluate(model: Path, name: str, *options: str) -> Report:
-    """Evaluate a model on a set, unless that is done; return its report."""
-    folder = model.parent / f"report-{name}"
+def evaluate(variant: Variant, seed: int) -> Report:
+    """Train and evaluate a variant, unless that is done; return its report."""
+    model = run_variant(variant, seed)
+    folder = model.parent / "report"
     with LOCKS[folder]:
         if not (folder / "report.json").exists():
-            vico("eval", model, "--data", SHARDS / name, "--output", folder, *options)
+            vico("eval", model, "--data", SHARDS / "val", "--output", folder)
     found: Report = json.loads((folder / "report.json").read_text())
     return found
 
@@ -184,7 +177,7 @@ def run_variant(variant: Variant, seed: int) -> Path:
 
 def calibrate(model: Path) -> None:
     """Calibrate on the set for it, unless that is done."""
-    done = model.parent / "calibrated"
+    done = model.parent / "calibrated"  # calibration.json says less: stage 3 takes that of stage 2 with it
     with LOCKS[done]:
         if not done.exists():
             vico("calibrate", model, "--data", SHARDS / "calibration")
@@ -276,23 +269,18 @@ def draw_curves(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def headline_table(reports: Mapping[int, Path]) -> tuple[str, dict[str, Any]]:
+def headline_table(reports: Sequence[Report]) -> tuple[str, dict[str, Any]]:
     """Return the arms of the default recipe at the router's tokens and at budgets, and their figures."""
-    loaded = {seed: json.loads((path / "report.json").read_text()) for seed, path in reports.items()}
     arms: dict[str, Any] = {}
-    for arm in next(iter(loaded.values()))["arms"]:
-        rows = [
-            {
-                "token_fraction": report["arms"][arm]["token_fraction"],
-                **{f"kept_{skill}": value for skill, value in report["arms"][arm]["retention"].items()},
-            }
-            for report in loaded.values()
-        ]
-        arms[arm] = summary(rows)
+    for arm in reports[0]["arms"]:
+        entries = [report["arms"][arm] for report in reports]
+        kept = [{f"kept_{skill}": value for skill, value in one["retention"].items()} for one in entries]
+        tokens = [{"token_fraction": one["token_fraction"]} for one in entries]
+        arms[arm] = summary([spent | of_skills for spent, of_skills in zip(tokens, kept, strict=True)])
     skills = [key for key in next(iter(arms.values())) if key.startswith("kept_") and key != "kept_overall"]
     headings = {"token_fraction": "tokens", **{key: key.removeprefix("kept_") for key in skills}}
-    swept = list(dict.fromkeys(point["arm"] for point in next(iter(loaded.values()))["pareto"]))
-    budgets = {arm: summary([at_budgets(report, arm) for report in loaded.values()]) for arm in swept}
+    swept = dict.fromkeys(point["arm"] for point in reports[0]["pareto"])
+    budgets = {arm: summary([at_budgets(report, arm) for report in reports]) for arm in swept}
     text = [
         "Accuracy kept (%) at the tokens of the router; `full` and `all_compressed` spend their own:\n",
         markdown(headings, arms),
@@ -300,22 +288,19 @@ def headline_table(reports: Mapping[int, Path]) -> tuple[str, dict[str, Any]]:
         markdown({f"{b:.2f}": f"{100 * b:.0f} % of the tokens" for b in BUDGETS}, budgets),
         "![Accuracy against vision tokens](study.png)\n",
     ]
-    draw_curves(next(iter(loaded.values())), PICTURES / "study.png")
+    draw_curves(reports[0], PICTURES / "study.png")
     return "\n".join(text), {"arms": arms, "budgets": budgets}
 
 
 def build(name: str, seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
     """Run what a table needs; return it as Markdown and as figures."""
-    found, per_seed, rows = {}, {}, []
-    for variant in TABLES[name].variants:
-        reports = {seed: evaluate(run_variant(variant, seed), "val") for seed in seeds}
-        rows = [row(report) for report in reports.values()]
-        found[variant.name] = summary(rows)
-        per_seed[variant.name] = [{"seed": seed, **one} for seed, one in zip(reports, rows, strict=True)]
-    text, figures = markdown(COLUMNS, found), {"variants": found, "runs": per_seed}
+    reports = {v.name: [evaluate(v, seed) for seed in seeds] for v in TABLES[name].variants}
+    rows = {variant: [row(report) for report in of_it] for variant, of_it in reports.items()}
+    found = {variant: summary(of_it) for variant, of_it in rows.items()}
+    runs = {v: [{"seed": s, **one} for s, one in zip(seeds, of_it, strict=True)] for v, of_it in rows.items()}
+    text, figures = markdown(COLUMNS, found), {"variants": found, "runs": runs}
     if name == "headline":
-        folders = {seed: run_variant(DEFAULT, seed).parent / "report-val" for seed in seeds}
-        more, arms = headline_table(folders)
+        more, arms = headline_table(reports[DEFAULT.name])
         text, figures = text + "\n" + more, {**figures, **arms}
     return text, figures
 
@@ -327,13 +312,13 @@ def publish(name: str, text: str, figures: Mapping[str, Any], seeds: Sequence[in
     content = json.loads(path.read_text()) if path.exists() else empty
     other_seeds = "" if seeds == SEEDS else f' ARGS="--seeds {" ".join(map(str, seeds))}"'
     command = f"make study TABLE={name}{other_seeds}"
-    made_with = {"command": command, "date": date.today().isoformat(), "machine": machine(), "seeds": seeds}
+    today, on = date.today().isoformat(), machine("no GPU")
     if name == "headline":
         content["headline"] = figures["runs"]["default"]
+    made_with = {"command": command, "date": today, "machine": on, "seeds": seeds}
     content["tables"][name] = {**made_with, **figures}
     path.write_text(json.dumps(content, indent=1) + "\n")
-    origin = f"`{command}`, {made_with['date']}, {made_with['machine']}.\n"
-    write_table(PAGE, name, f"## {TABLES[name].title}\n\n{text}\n{origin}")
+    write_table(PAGE, name, f"## {TABLES[name].title}\n\n{text}\n`{command}`, {today}, {on}.\n")
     sys.stdout.write(text)
 
 
@@ -353,7 +338,7 @@ def main() -> None:
     variants = dict.fromkeys(variant for name in names for variant in TABLES[name].variants)
     runs = list(product(variants, given.seeds))
     with ThreadPoolExecutor(given.jobs) as pool:
-        for _ in pool.map(lambda run: evaluate(run_variant(*run), "val"), runs):
+        for _ in pool.map(lambda run: evaluate(*run), runs):
             pass
     for name in names:
         publish(name, *build(name, given.seeds), given.seeds)

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vico_pl.data.glyphs.scene import CELL, COLOURS, SHAPES, TILE, Grid, Rng, Scene, draw_shape
+from vico_pl.data.glyphs.scene import COLOURS, SHAPES, TILE, Grid, Rng, Scene, draw_shape
 
+CELL = 16  # px; one vision token at ratio 4
 FONT = ImageFont.load_default(12)
 TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2, "blank": 0.2}  # shares
 MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 2}  # each letter once: 26 do for two tiles

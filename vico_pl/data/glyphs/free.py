@@ -5,8 +5,8 @@
     texture   noise, stripes, checks or blocks, grey or coloured
     symbols   what looks like text and is never asked about
 
-Tile borders cut through all of them, and most of a page is often empty. Large text and large shapes survive
-compression, small ones do not: neither colour nor edges nor contrast say which tiles matter.
+Tile borders cut through all of them, and most of a page is often empty. Small things are meant to need full
+tokens and large ones not, so that colour, edges and contrast do not say which tiles matter.
 """
 
 import math
@@ -138,7 +138,7 @@ def _draw_reading_page(rng: Rng, *, max_pairs: int) -> tuple[Image.Image, Scene]
 
 
 def _paint_text(page: Page, sizes: range, *, max_pairs: int = MAX_PAIRS) -> None:
-    """Draw pairs with unused letters, as many as there is room for."""
+    """Draw lines of pairs, with letters that the page does not have yet."""
     text = _choose_text(page, sizes, limit=min(max_pairs, len(LETTERS) - len(page.scene.letters)))
     box = page.place(*text.size) if text else None
     if text is not None and box is not None:
@@ -218,7 +218,7 @@ def _paint_shape(page: Page, radii: tuple[int, int]) -> None:
     box = page.place(2 * radius + 2, 2 * radius + 2) if len(page.scene.shapes) < MAX_SHAPES else None
     if box is None:
         return
-    ground: Rgb = page.image.getpixel((box[0] + radius, box[1] + radius))  # type: ignore[assignment]
+    ground = _rgb(np.asarray(page.image)[box[1] + radius, box[0] + radius])
     visible = [name for name, rgb in COLOURS.items() if np.abs(np.subtract(rgb, ground)).max() >= CONTRAST]
     colour = str(page.rng.choice(visible))
     shape = str(page.rng.choice(unused))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ImageDraw
 
-TILE, CELL = 64, 16  # px; a cell becomes one vision token at ratio 4
+TILE = 64  # px
 COLOURS = {
     "red": (205, 30, 35),
     "green": (25, 150, 60),
