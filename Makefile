@@ -199,6 +199,33 @@ $(BASE_SHARD_SETS): $(BASE_SHARDS)/%/index.json: | $(INSTALLED)
 $(BASE_MODEL): | $(INSTALLED) $(BASE_SHARD_SETS)
 	$(call train,recipes/demo/pretrain.yaml,$(BASE_RUN))
 
+# The base model of the free layout, that of the study. Each part of its curriculum (recipes/free/pretrain.yaml): aligned
+# text, aligned questions, the same off the cells, then free pages of 1, up to 3 and up to 6 tiles.
+FREE_RUN := runs/base-free
+FREE_SHARDS := data/shards/base-free
+FREE_BASE := data/base-free/model.safetensors
+FREE_MODEL := $(FREE_RUN)/model/config.json
+FREE_PARTS := read one moved single few all
+FREE_read := --num-samples 12000 --seed 100 --max-tiles 1 --read-fraction 1
+FREE_one := --num-samples 24000 --seed 101 --max-tiles 1 --read-fraction 0.3
+FREE_moved := --num-samples 20000 --seed 102 --max-tiles 1 --read-fraction 0.5 --jitter 15
+FREE_single := --num-samples 64000 --seed 103 --max-tiles 1 --read-fraction 0.3 --layout free
+FREE_few := --num-samples 48000 --seed 104 --max-tiles 3 --read-fraction 0.05 --layout free
+FREE_all := --num-samples 64000 --seed 105 --max-tiles 6 --layout free
+FREE_SHARD_SETS := $(foreach part,$(FREE_PARTS),$(FREE_SHARDS)/$(part)/index.json)
+
+.PHONY: base-free
+base-free: $(FREE_MODEL) ## Rebuild the base model of the study: 90 minutes on 2 cores; resumes if interrupted
+	mkdir -p data/base-free
+	cp $(FREE_RUN)/model/* $(FREE_RUN)/config.yaml $(FREE_RUN)/metrics.jsonl data/base-free/
+	(cd $(FREE_RUN)/model && sha256sum *) >data/base-free/SHA256SUMS
+
+$(FREE_SHARD_SETS): $(FREE_SHARDS)/%/index.json: | $(INSTALLED)
+	$(VICO) shards glyphs --output $(@D) --questions 8 --comparisons 3 $(FREE_$*)
+
+$(FREE_MODEL): | $(INSTALLED) $(FREE_SHARD_SETS)
+	$(call train,recipes/free/pretrain.yaml,$(FREE_RUN))
+
 # --- Training curves -------------------------------------------------------------------------------------------
 
 tensorboard: $(INSTALLED) ## Show the training curves of all runs in a browser; PORT=6006
@@ -279,4 +306,4 @@ clean: ## Remove runs and shards of the demo, and caches; keeps other runs and d
 	find vico_pl tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-all: clean ## Also remove .venv and the shards of the base model
-	rm -rf .venv data/shards/base data/shards/study *.egg-info
+	rm -rf .venv data/shards/base data/shards/base-free data/shards/study *.egg-info

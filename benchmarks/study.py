@@ -1,11 +1,11 @@
-"""What each choice of the method is worth, on GlyphDocs.
+"""What each choice of the method is worth, on GlyphDocs of the free layout.
 
     make study                          all tables, seeds 0, 1 and 2: many hours on 2 cores
     make study TABLE="headline loss"    two of them
 
-A table compares variants: settings of the demo's recipes that differ in one thing. Every variant is trained,
-calibrated and evaluated by the commands of the README. Runs are kept in runs/study and shared by all tables
-that need them; what was interrupted resumes. docs/study.md and results/study.json show all that is there.
+A table compares variants: settings of the recipes in recipes/free that differ in one thing. Every variant is
+trained, calibrated and evaluated by the commands of the README. Runs are kept in runs/study and shared by all
+tables that need them; what was interrupted resumes. docs/study.md and results/study.json show all there is.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from itertools import product
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from threading import Lock
@@ -30,15 +30,20 @@ from harness import FOLDER, STUDY, machine, write_table
 from matplotlib.figure import Figure
 
 REPOSITORY = FOLDER.parent
+BASE = "data/base-free"
 RUNS, SHARDS = REPOSITORY / "runs" / "study", REPOSITORY / "data" / "shards" / "study"
-COMMON = ["trainer.validate_every=0", "data.validation=[]", f"data.sources=[{{path: {SHARDS / 'train'}}}]"]
 SEEDS = [0, 1, 2]
 PAGE, PICTURES, RESULTS = REPOSITORY / "docs" / "study.md", REPOSITORY / "docs", FOLDER / "results"
-SETS = {  # name -> what `vico shards glyphs` draws; none is that of the demo
+SHIFTS = ("fonts", "sizes", "damage")  # never trained on
+SETS = {  # name -> what `vico shards glyphs --layout free` draws; none is of a seed of the base model
     "train": ["--num-samples", "5000", "--seed", "11"],
-    "calibration": ["--num-samples", "300", "--seed", "12"],
+    "questions-1": ["--num-samples", "5000", "--seed", "11", "--questions", "1"],
+    "questions-8": ["--num-samples", "5000", "--seed", "11", "--questions", "8", "--comparisons", "3"],
+    "calibration": ["--num-samples", "500", "--seed", "12"],
     "val": ["--num-samples", "500", "--seed", "13"],
+    **{name: ["--num-samples", "300", "--seed", "14", "--shift", name] for name in SHIFTS},
 }
+GENERATED = "generated"  # the images of `train` with the base model's own answers
 LIMITS = (0.30, 0.75)  # of the token fractions over which curves are compared
 BUDGETS = (0.30, 0.40, 0.50, 0.60, 0.75)
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile of the t distribution, by seeds
@@ -48,9 +53,10 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Settings that differ from the demo's recipes, as `key=value`."""
+    """Settings that differ from the recipes, as `key=value`."""
 
     name: str
+    data: str = "train"  # the set that all stages are trained on
     consistency: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
     routed: tuple[str, ...] = ()  # if there are any, stage 3 follows with them, and another calibration
@@ -58,7 +64,7 @@ class Variant:
     def folder(self, stage: str, seed: int) -> Path:
         """Return the folder of a stage: the same for all variants that do the same up to it."""
         parts = {"consistency": self.consistency, "router": self.router, "routed": self.routed}
-        until = list(parts.values())[: list(parts).index(stage) + 1]
+        until = [self.data, *list(parts.values())[: list(parts).index(stage) + 1]]
         digest = hashlib.sha256(json.dumps(until).encode()).hexdigest()[:8]
         return RUNS / f"{stage}-{digest}-{seed}"
 
@@ -68,13 +74,15 @@ class Table:
     """Variants to compare, and what the comparison is about."""
 
     title: str
-    variants: Sequence[Variant]
+    variants: Sequence[Variant] = ()
 
 
 DEFAULT = Variant(name="default")
 RATIOS = "model.ratios=[4,16,64]"
 TABLES = {
     "headline": Table(title="The default recipe", variants=[DEFAULT]),
+    "baselines": Table(title="Other ways to spend fewer tokens"),
+    "shift": Table(title="What was never trained on"),
     "ratio_draw": Table(
         title="How stage 1 draws ratios",
         variants=[
@@ -108,6 +116,15 @@ TABLES = {
             *(Variant(name=f"{k}", router=(f"router.percentile={k}",)) for k in (30, 40, 60, 70)),
         ],
     ),
+    "responses": Table(
+        title="Whose responses, and how many questions per image",
+        variants=[
+            DEFAULT,
+            Variant(name="answers of the base model", data=GENERATED),
+            Variant(name="1 question per image", data="questions-1"),
+            Variant(name="8 questions per image", data="questions-8"),
+        ],
+    ),
     "ratios": Table(
         title="Two ratios or three",
         variants=[DEFAULT, Variant(name="4, 16 and 64", consistency=(RATIOS,), router=(RATIOS,))],
@@ -117,62 +134,116 @@ TABLES = {
         variants=[DEFAULT, Variant(name="with stage 3", routed=("optim.lr=1.0e-4",))],
     ),
 }
+# Trained with cross-entropy, as long as the default, on images of at most so many tiles.
+SMALLER = {
+    tiles: Variant(
+        name=f"smaller images, at most {tiles} {'tile' if tiles == 1 else 'tiles'}",
+        consistency=(
+            "consistency.ratio_draw=full",
+            "consistency.cross_entropy=1.0",
+            f"data.tiling.max_tiles={tiles}",
+        ),
+    )
+    for tiles in (1, 2, 3)
+}
+NESTED = Variant(name="nested pooling (M3)", consistency=("stage=nested",))
+NAMED_ARMS = ("average_pooling", "fastv", "greedy_oracle")  # that a report has on request only
 
 
 # --- Running ------------------------------------------------------------------------------------------------
 
 
 def vico(*arguments: str | Path) -> None:
-    """Run the command line of the project.
+    """Run the command line of the project."""
+    python("-m", "vico_pl", *arguments)
+
+
+def python(*arguments: str | Path) -> None:
+    """Run a module or a script.
 
     Raises:
         SystemExit: it failed, and has said why.
     """
     sys.stdout.flush()
-    done = subprocess.run(
-        [sys.executable, "-m", "vico_pl", *map(str, arguments)], cwd=REPOSITORY, check=False
-    )
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=REPOSITORY, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
 
-def draw_sets() -> None:
-    """Draw the shards that are not there yet."""
-    for name, settings in SETS.items():
-        if not (SHARDS / name / "index.json").exists():
-            vico("shards", "glyphs", "--output", SHARDS / name, *settings)
+def draw_set(name: str) -> Path:
+    """Draw a set of shards, unless that is done."""
+    folder = SHARDS / name
+    with LOCKS[folder]:
+        if (folder / "index.json").exists():
+            pass
+        elif name == GENERATED:
+            vico("generate", BASE, "--data", draw_set("train"), "--output", folder)
+        else:
+            vico("shards", "glyphs", "--layout", "free", "--output", folder, *SETS[name])
+    return folder
 
 
-def train(recipe: str, folder: Path, seed: int, settings: Sequence[str]) -> Path:
-    """Train, unless that is done; return the model folder."""
+def train(
+    variant: Variant, stage: str, seed: int, settings: Sequence[str], *, script: str | None = None
+) -> Path:
+    """Train a stage of a variant, unless that is done; return the model folder."""
+    folder = variant.folder(stage, seed)
     with LOCKS[folder]:
         if not (folder / "model" / "config.json").exists():
-            given = [f"run_dir={folder}", f"seed={seed}", *COMMON, *settings]
-            vico("train", f"recipes/demo/{recipe}.yaml", *given)
+            sources = f"data.sources=[{{path: {draw_set(variant.data)}}}]"
+            recipe = f"recipes/free/{stage}.yaml"
+            command = ["-m", "vico_pl", "train"] if script is None else [script]
+            python(*command, recipe, f"run_dir={folder}", f"seed={seed}", sources, *settings)
     return folder / "model"
-
-
-def evaluate(variant: Variant, seed: int) -> Report:
-    """Train and evaluate a variant, unless that is done; return its report."""
-    model = run_variant(variant, seed)
-    folder = model.parent / "report"
-    with LOCKS[folder]:
-        if not (folder / "report.json").exists():
-            vico("eval", model, "--data", SHARDS / "val", "--output", folder)
-    found: Report = json.loads((folder / "report.json").read_text())
-    return found
 
 
 def run_variant(variant: Variant, seed: int) -> Path:
     """Return the calibrated model of a variant."""
-    folders = {stage: variant.folder(stage, seed) for stage in ("consistency", "router", "routed")}
-    model = train("consistency", folders["consistency"], seed, variant.consistency)
-    model = train("router", folders["router"], seed, [f"model.path={model}", *variant.router])
+    model = train(variant, "consistency", seed, variant.consistency)
+    model = train(variant, "router", seed, [f"model.path={model}", *variant.router])
     calibrate(model)
     if variant.routed:
-        model = train("routed", folders["routed"], seed, [f"model.path={model}", *variant.routed])
+        model = train(variant, "routed", seed, [f"model.path={model}", *variant.routed])
         calibrate(model)
     return model
+
+
+def evaluate(variant: Variant, seed: int, *, data: str = "val", arms: Sequence[str] = ()) -> Report:
+    """Train and evaluate a variant, unless that is done; return its report."""
+    return report_of(run_variant(variant, seed), data=data, arms=arms)
+
+
+def report_of(model: Path, *, data: str = "val", arms: Sequence[str] = ()) -> Report:
+    """Evaluate a model, unless that is done."""
+    folder = model.parent / "-".join(["report", *([data] if data != "val" else []), *arms])
+    with LOCKS[folder]:
+        if not (folder / "report.json").exists():
+            named = [word for arm in arms for word in ("--arm", arm)]
+            vico("eval", model, "--data", draw_set(data), "--output", folder, *named)
+    return read_report(folder / "report.json")
+
+
+def evaluate_smaller(tiles: int, seed: int) -> Report:
+    """Train and evaluate a model on images of at most so many tiles."""
+    variant = SMALLER[tiles]
+    return report_of(train(variant, "consistency", seed, variant.consistency), arms=["full"])
+
+
+def evaluate_nested(seed: int) -> Report:
+    """Train and evaluate nested pooling."""
+    script = str(FOLDER / "nested.py")
+    model = train(NESTED, "consistency", seed, [], script=script)
+    path = model.parent / "report" / "report.json"
+    with LOCKS[path]:
+        if not path.exists():
+            python(script, model, draw_set("val"), path)
+    return read_report(path)
+
+
+def read_report(path: Path) -> Report:
+    """Return the content of a report.json."""
+    found: Report = json.loads(path.read_text())
+    return found
 
 
 def calibrate(model: Path) -> None:
@@ -180,7 +251,7 @@ def calibrate(model: Path) -> None:
     done = model.parent / "calibrated"  # calibration.json says less: stage 3 takes that of stage 2 with it
     with LOCKS[done]:
         if not done.exists():
-            vico("calibrate", model, "--data", SHARDS / "calibration")
+            vico("calibrate", model, "--data", draw_set("calibration"))
             done.touch()
 
 
@@ -292,8 +363,70 @@ def headline_table(reports: Sequence[Report]) -> tuple[str, dict[str, Any]]:
     return "\n".join(text), {"arms": arms, "budgets": budgets}
 
 
+def baselines_table(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Return what other ways keep of the accuracy, and what the router keeps at the same tokens."""
+    rows: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for seed in seeds:
+        default, named = evaluate(DEFAULT, seed), evaluate(DEFAULT, seed, arms=NAMED_ARMS)
+        full = default["arms"]["full"]
+        others = {arm.replace("_", " "): named["arms"][arm] for arm in NAMED_ARMS}
+        others["downsample, untrained"] = default["arms"]["downsample"]
+        others["all compressed"] = default["arms"]["all_compressed"]
+        others[NESTED.name] = evaluate_nested(seed)["arms"]["all_compressed"]
+        others |= {variant.name: evaluate_smaller(n, seed)["arms"]["full"] for n, variant in SMALLER.items()}
+        for name, found in others.items():
+            tokens = found["vision_tokens_per_image"] / full["vision_tokens_per_image"]
+            router = np.interp(tokens, *curve(default, "router")) / full["accuracy"]["mean"]
+            kept = found["accuracy"]["mean"] / full["accuracy"]["mean"]
+            rows[name].append({"token_fraction": tokens, "kept": kept, "router_keeps": float(router)})
+    found = {name: summary(of_it) for name, of_it in rows.items()}
+    headings = {"token_fraction": "tokens", "kept": "kept", "router_keeps": "router keeps at these tokens"}
+    return markdown(headings, found), {"arms": found}
+
+
+def shift_table(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Return what the default model keeps on sets that differ from what it was trained on."""
+    arms = ("router", "oracle", "random")
+    rows: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for seed in seeds:
+        for name in ("none", *SHIFTS):
+            of_it = evaluate(DEFAULT, seed, data="val" if name == "none" else name, arms=arms)["arms"]
+            kept = {f"{arm}_retention": of_it[arm]["retention"]["mean"] for arm in arms}
+            skills = [v for key, v in of_it["router"]["retention"].items() if key not in ("mean", "overall")]
+            rows[name].append(
+                {
+                    "accuracy_full": of_it["full"]["accuracy"]["mean"],
+                    "token_fraction": of_it["router"]["token_fraction"],
+                    **kept,
+                    "retention_min_skill": min(skills),
+                }
+            )
+    found = {name: summary(of_it) for name, of_it in rows.items()}
+    headings = {
+        "accuracy_full": "accuracy at full tokens",
+        "token_fraction": "tokens of the router",
+        "router_retention": "router keeps",
+        "retention_min_skill": "lowest skill",
+        "oracle_retention": "oracle",
+        "random_retention": "random",
+    }
+    return markdown(headings, found), {"shifts": found}
+
+
+def work(name: str, seed: int) -> list[Callable[[], object]]:
+    """Return what a table needs of one seed, each part on its own."""
+    if name == "shift":
+        return [partial(shift_table, [seed])]
+    if name == "baselines":
+        smaller = [partial(evaluate_smaller, tiles, seed) for tiles in SMALLER]
+        return [*smaller, partial(evaluate_nested, seed), partial(evaluate, DEFAULT, seed, arms=NAMED_ARMS)]
+    return [partial(evaluate, variant, seed) for variant in TABLES[name].variants]
+
+
 def build(name: str, seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
-    """Run what a table needs; return it as Markdown and as figures."""
+    """Return a table as Markdown and as figures."""
+    if name in ("baselines", "shift"):
+        return (baselines_table if name == "baselines" else shift_table)(seeds)
     reports = {v.name: [evaluate(v, seed) for seed in seeds] for v in TABLES[name].variants}
     rows = {variant: [row(report) for report in of_it] for variant, of_it in reports.items()}
     found = {variant: summary(of_it) for variant, of_it in rows.items()}
@@ -308,13 +441,15 @@ def build(name: str, seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
 def publish(name: str, text: str, figures: Mapping[str, Any], seeds: Sequence[int]) -> None:
     """Write a table into the page and into study.json."""
     path = RESULTS / STUDY
-    empty: dict[str, Any] = {"headline": [], "tables": {}}
+    empty: dict[str, Any] = {"headline": [], "tables": {}, "shift": {}}
     content = json.loads(path.read_text()) if path.exists() else empty
     other_seeds = "" if seeds == SEEDS else f' ARGS="--seeds {" ".join(map(str, seeds))}"'
     command = f"make study TABLE={name}{other_seeds}"
     today, on = date.today().isoformat(), machine("no GPU")
     if name == "headline":
         content["headline"] = figures["runs"]["default"]
+    if name == "shift":
+        content["shift"] = figures["shifts"]
     made_with = {"command": command, "date": today, "machine": on, "seeds": seeds}
     content["tables"][name] = {**made_with, **figures}
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -333,12 +468,10 @@ def main() -> None:
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     if given.jobs == 1:
         os.environ.pop("OMP_NUM_THREADS")  # which harness sets
-    draw_sets()
     names = given.tables or [*TABLES]
-    variants = dict.fromkeys(variant for name in names for variant in TABLES[name].variants)
-    runs = list(product(variants, given.seeds))
+    parts = [part for name in names for seed in given.seeds for part in work(name, seed)]
     with ThreadPoolExecutor(given.jobs) as pool:
-        for _ in pool.map(lambda run: evaluate(*run), runs):
+        for _ in pool.map(lambda part: part(), parts):
             pass
     for name in names:
         publish(name, *build(name, given.seeds), given.seeds)

@@ -31,6 +31,7 @@ def glyphs(
     layout: Annotated[
         str, Option(help="aligned: a tile for each thing; free: content anywhere.")
     ] = "aligned",
+    jitter: Annotated[int, Option(help="Aligned layout: move text by up to so many px, 0 to 15.")] = 0,
     shift: Annotated[str, Option(help="Free layout, for tests: fonts, sizes or damage.")] = "none",
     samples_per_shard: Annotated[int, Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
@@ -43,6 +44,7 @@ def glyphs(
 
     config = GlyphsConfig(
         layout=layout,
+        jitter=jitter,
         shift=shift,
         max_tiles=max_tiles,
         questions_per_image=questions,

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from vico_pl.data.glyphs import GRIDS, GlyphsConfig, draw_records
 from vico_pl.data.glyphs.aligned import draw_image
@@ -18,7 +19,7 @@ def annotations(*args, **settings):
 def scenes(count=60):
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        yield rng, *draw_image(rng, GRIDS, reads=False)
+        yield rng, *draw_image(rng, GRIDS, reads=False, jitter=0)
 
 
 def test_a_scene_matches_its_picture():
@@ -55,3 +56,26 @@ def test_a_reading_page_asks_for_all_its_text_in_reading_order():
         assert 11 <= len(pairs) <= 14
         assert all(pair[0].isupper() and pair[1].isdigit() for pair in pairs)
         assert len({pair[0] for pair in pairs}) == len(pairs)
+
+
+def ink_of_reading_pages(jitter):
+    drawn = [draw_image(np.random.default_rng(i), [(1, 1)], reads=True, jitter=jitter) for i in range(40)]
+    pixels = np.stack([np.asarray(image.convert("L")).astype(int) for image, _ in drawn])
+    return np.abs(pixels - pixels.max((1, 2), keepdims=True)) > 60, [len(scene.values) for _, scene in drawn]
+
+
+def test_jitter_moves_text_across_the_borders_of_cells_and_never_out_of_the_tile():
+    (upright, many), (moved, few) = ink_of_reading_pages(0), ink_of_reading_pages(15)
+    assert upright[:, :, 15::16].mean() < 0.2 * upright.mean(), "gaps between cells"
+    assert moved[:, :, 15::16].mean() > 0.5 * moved.mean()
+    assert not moved[:, -1].any()
+    assert not moved[:, :, -1].any()
+    assert min(many) == 11
+    assert sum(number <= 8 for number in few) > 20, "there is room for 3 x 3 cells"
+
+
+def test_jitter_is_for_the_aligned_layout_alone():
+    with pytest.raises(ValueError, match=r"jitter is 3; expected 0 to 15, with layout aligned"):
+        GlyphsConfig(layout="free", jitter=3)
+    with pytest.raises(ValueError, match="jitter is 16"):
+        GlyphsConfig(jitter=16)

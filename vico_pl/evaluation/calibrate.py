@@ -1,8 +1,9 @@
 """Choose the router's threshold: as few vision tokens as the required accuracy allows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_thresholds, routing_scores, threshold_for, vision_tokens
 
-# Of tiles; with several coarser ratios, of the steps from each to the next.
-COMPRESSED_FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0)
+# Of tiles; with several coarser ratios, of the steps from each to the next. As a question is asked once at the
+# same ratios, an image of n tiles costs n + 1 passes at most, however fine the steps.
+COMPRESSED_FRACTIONS = tuple(step / 40 for step in range(41))
 GROUP_SLACK = 0.01  # a single group may be this far below the required retention: few questions, noisy
 
 
@@ -97,11 +99,12 @@ def choose_point(
 ) -> CalibrationPoint:
     """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
 
-    The lower end of the interval must keep it. Of points that keep it by their mean alone, the cheapest is
-    often one that these images favour: others would find less.
+    The lower end of the interval must keep it: of points that keep it by their mean alone, the cheapest is
+    often one that these images favour. For the same reason the search goes down from full tokens and ends at
+    the first point that fails (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052).
     """
     if budget is None:
-        return min((p for p in curve if _keeps(p, retention)), key=lambda point: point.token_fraction)
+        return [*takewhile(lambda point: _keeps(point, retention), _from_full_tokens(curve))][-1]
     within = [point for point in curve if point.token_fraction <= budget]
     return max(within, key=lambda point: (point.accuracy[MEAN] or 0.0, -point.token_fraction))
 
@@ -109,25 +112,42 @@ def choose_point(
 def find_promising(
     curve: Sequence[CalibrationPoint], chosen: CalibrationPoint, *, retention: float
 ) -> dict[str, float] | None:
-    """Return the cheapest point that keeps `retention` by its mean, and how many images would show that.
+    """Return the point that would be chosen if means alone counted, and how many images would show that.
 
     The half-width of an interval falls with the root of the number of images. None: no such point is cheaper
     than the chosen one.
     """
-    found = [p for p in curve if (p.retention[MEAN] or 0.0) > retention and _keeps_groups(p, retention)]
-    best = min(found, key=lambda point: point.token_fraction, default=chosen)
-    mean, interval = best.retention[MEAN], best.retention_ci[MEAN]
-    if best.token_fraction >= chosen.token_fraction or mean is None or interval is None:
+    below = [p for p in _from_full_tokens(curve) if p.token_fraction < chosen.token_fraction]
+    found = [*takewhile(lambda point: _keeps_by_mean(point, retention), below)]
+    if not found:
         return None
-    times = (mean - interval[0]) / (mean - retention)
-    needed = math.ceil(best.num_images * times**2)
-    return {"threshold": best.threshold, "token_fraction": best.token_fraction, "images_needed": needed}
+    needed = max(_images_needed(point, retention) for point in found)
+    return {
+        "threshold": found[-1].threshold,
+        "token_fraction": found[-1].token_fraction,
+        "images_needed": needed,
+    }
+
+
+def _from_full_tokens(curve: Iterable[CalibrationPoint]) -> list[CalibrationPoint]:
+    return sorted(curve, key=lambda point: -point.token_fraction)
+
+
+def _images_needed(point: CalibrationPoint, retention: float) -> int:
+    mean, interval = point.retention[MEAN], point.retention_ci[MEAN]
+    if mean is None or interval is None:
+        return point.num_images
+    return math.ceil(point.num_images * max(1.0, (mean - interval[0]) / (mean - retention)) ** 2)
 
 
 def _keeps(point: CalibrationPoint, retention: float) -> bool:
     interval = point.retention_ci[MEAN]
     is_kept = interval is not None and interval[0] >= retention and _keeps_groups(point, retention)
     return point.threshold == NEVER or is_kept
+
+
+def _keeps_by_mean(point: CalibrationPoint, retention: float) -> bool:
+    return (point.retention[MEAN] or 0.0) > retention and _keeps_groups(point, retention)
 
 
 def _keeps_groups(point: CalibrationPoint, retention: float) -> bool:

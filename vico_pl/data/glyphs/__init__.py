@@ -37,6 +37,8 @@ class GlyphsConfig:
     # Free layout: away from what is trained on, by other fonts, other sizes, or noise and strong JPEG.
     shift: str = "none"
     max_tiles: int = 6  # without the thumbnail, 1 to 6
+    # Curriculum: text of the aligned layout is moved off its cells by up to so many px, 0 to 15.
+    jitter: int = 0
     questions_per_image: int = 8
     comparisons_per_image: int = 1  # at most so many of the questions ask which of two values is greater
     # Curriculum: the fraction of images that are one tile of text with the single request to read it, and in
@@ -51,6 +53,10 @@ class GlyphsConfig:
             self,
             layout=(self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
             shift=(self.shift in SHIFTS[: None if self.layout == "free" else 1], known_shifts),
+            jitter=(
+                0 <= self.jitter <= (15 if self.layout == "aligned" else 0),
+                "0 to 15, with layout aligned",
+            ),
             max_tiles=(1 <= self.max_tiles <= 6, "1 to 6"),
             questions_per_image=(self.questions_per_image >= 1, "at least 1"),
             comparisons_per_image=(self.comparisons_per_image >= 0, "0 or more"),
@@ -72,7 +78,7 @@ def draw_records(
                 rng, grids, reads=reads, max_pairs=config.read_pairs, shift=config.shift
             )
         else:
-            image, scene = aligned.draw_image(rng, grids, reads=reads)
+            image, scene = aligned.draw_image(rng, grids, reads=reads, jitter=config.jitter)
         limits = {"count": config.questions_per_image, "comparisons": config.comparisons_per_image}
         questions = reading_questions(scene) if reads else choose_questions(rng, scene, **limits)
         texts = [text for question in questions for text in (question.text, question.answer)]

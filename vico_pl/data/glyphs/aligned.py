@@ -7,7 +7,7 @@
     blank        plain ground or a gradient
 
 A letter and its digit share one 16 px cell, which is one vision token at ratio 4; at ratio 16 four cells
-share one.
+share one. `jitter` moves the text of a tile off these cells: a lesson on the way to the free layout.
 """
 
 import math
@@ -25,8 +25,11 @@ TILE_KINDS = {"dense_text": 0.2, "faint_text": 0.1, "shape": 0.3, "texture": 0.2
 MAX_PER_IMAGE = {"dense_text": 1, "faint_text": 1, "shape": 2}  # each letter once: 26 do for two tiles
 
 
-def draw_image(rng: Rng, grids: Sequence[Grid], *, reads: bool) -> tuple[Image.Image, Scene]:
-    """Draw an image of one of the grids; one that `reads` is a single tile of dense text."""
+def draw_image(rng: Rng, grids: Sequence[Grid], *, reads: bool, jitter: int) -> tuple[Image.Image, Scene]:
+    """Draw an image of one of the grids; one that `reads` is a single tile of dense text.
+
+    The text of a tile is moved by up to `jitter` px, 0 to 15, right and down.
+    """
     scene = Scene(kinds=["dense_text"])
     if not reads:
         scene.grid = grids[int(rng.integers(len(grids)))]
@@ -34,7 +37,7 @@ def draw_image(rng: Rng, grids: Sequence[Grid], *, reads: bool) -> tuple[Image.I
     rows, columns = scene.grid
     image = Image.new("RGB", (columns * TILE, rows * TILE))
     for index, kind in enumerate(scene.kinds):
-        tile = PAINTERS[kind](rng, scene)
+        tile = PAINTERS[kind](rng, scene, jitter)
         image.paste(tile, (index % columns * TILE, index // columns * TILE))
     return image, scene
 
@@ -49,30 +52,43 @@ def _choose_kinds(rng: Rng, num_tiles: int) -> list[str]:
             return kinds
 
 
-def _paint_dense_text(rng: Rng, scene: Scene) -> Image.Image:
+def _paint_dense_text(rng: Rng, scene: Scene, jitter: int) -> Image.Image:
     ground, ink = int(rng.integers(200, 256)), int(rng.integers(0, 70))
-    return _paint_text(rng, scene, cells=int(rng.integers(11, 15)), ground=ground, ink=ink)
+    return _paint_text(rng, scene, cells=int(rng.integers(11, 15)), ground=ground, ink=ink, jitter=jitter)
 
 
-def _paint_faint_text(rng: Rng, scene: Scene) -> Image.Image:
+def _paint_faint_text(rng: Rng, scene: Scene, jitter: int) -> Image.Image:
     ground, cells = int(rng.integers(190, 256)), int(rng.integers(6, 11))
-    return _paint_text(rng, scene, cells=cells, ground=ground, ink=ground - int(rng.integers(60, 90)))
+    return _paint_text(
+        rng, scene, cells=cells, ground=ground, ink=ground - int(rng.integers(60, 90)), jitter=jitter
+    )
 
 
-def _paint_text(rng: Rng, scene: Scene, *, cells: int, ground: int, ink: int) -> Image.Image:
+def _paint_text(rng: Rng, scene: Scene, *, cells: int, ground: int, ink: int, jitter: int) -> Image.Image:
     tile = Image.new("RGB", (TILE, TILE), (ground,) * 3)
     draw, per_row = ImageDraw.Draw(tile), TILE // CELL
+    left, top = _draw_offset(rng, jitter) if jitter else (0, 0)
+    if left or top:  # there is room for one row and one column less
+        per_row -= 1
+        cells = min(cells, per_row**2 - 1)
     unused = [letter for letter in string.ascii_uppercase if letter not in scene.values]
     places = np.sort(rng.choice(per_row**2, cells, replace=False))
     for place, letter in zip(places, rng.permutation(unused)[:cells].tolist(), strict=True):
         digit = scene.values[letter] = str(rng.integers(10))
-        x, y = place % per_row * CELL, place // per_row * CELL + int(rng.integers(-1, 2))
+        x = left + place % per_row * CELL
+        y = top + place // per_row * CELL + int(rng.integers(-1, 2))
         for offset, glyph in ((4, letter), (12, digit)):
             draw.text((x + offset, y + CELL // 2), glyph, fill=(ink,) * 3, font=FONT, anchor="mm")
     return tile
 
 
-def _paint_shape(rng: Rng, scene: Scene) -> Image.Image:
+def _draw_offset(rng: Rng, jitter: int) -> tuple[int, int]:
+    """Draw how far text is moved, in px; small moves are as frequent as large ones."""
+    most = int(rng.integers(jitter + 1))
+    return int(rng.integers(most + 1)), int(rng.integers(most + 1))
+
+
+def _paint_shape(rng: Rng, scene: Scene, _: int) -> Image.Image:
     ground = (int(rng.integers(205, 256)),) * 3
     shape = str(rng.choice([s for s in SHAPES if s not in scene.shapes]))
     colour = scene.shapes[shape] = str(rng.choice(list(COLOURS)))
@@ -84,7 +100,7 @@ def _paint_shape(rng: Rng, scene: Scene) -> Image.Image:
     return tile
 
 
-def _paint_texture(rng: Rng, scene: Scene) -> Image.Image:
+def _paint_texture(rng: Rng, scene: Scene, _: int) -> Image.Image:
     dark, light = rng.integers(0, 110, 3), rng.integers(150, 256, 3)
     rows, columns = np.mgrid[0:TILE, 0:TILE]
     period, style = int(rng.integers(2, 7)), rng.integers(4)
@@ -99,7 +115,7 @@ def _paint_texture(rng: Rng, scene: Scene) -> Image.Image:
     return Image.fromarray(np.where(mask[..., None], dark, light).astype(np.uint8))
 
 
-def _paint_blank(rng: Rng, scene: Scene) -> Image.Image:
+def _paint_blank(rng: Rng, scene: Scene, _: int) -> Image.Image:
     corners = rng.integers(120, 256, (2, 3))
     if rng.random() < 0.5:
         corners[1] = corners[0]
@@ -109,7 +125,7 @@ def _paint_blank(rng: Rng, scene: Scene) -> Image.Image:
     return Image.fromarray((corners[0] * (1 - ramp) + corners[1] * ramp).astype(np.uint8))
 
 
-PAINTERS: dict[str, Callable[[Rng, Scene], Image.Image]] = {
+PAINTERS: dict[str, Callable[[Rng, Scene, int], Image.Image]] = {
     "dense_text": _paint_dense_text,
     "faint_text": _paint_faint_text,
     "shape": _paint_shape,
