@@ -467,7 +467,7 @@ def main() -> None:
     if unknown := set(given.tables) - TABLES.keys():
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     if given.jobs == 1:
-        os.environ.pop("OMP_NUM_THREADS")  # which harness sets
+        os.environ.pop("OMP_NUM_THREADS", None)  # which harness sets
     names = given.tables or [*TABLES]
     parts = [part for name in names for seed in given.seeds for part in work(name, seed)]
     with ThreadPoolExecutor(given.jobs) as pool:

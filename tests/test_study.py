@@ -19,11 +19,20 @@ def report(token_fraction=0.5):
         for arm, accuracies in CURVES.items()
         for tokens, accuracy in zip((0.25, 0.6, 1.0), accuracies, strict=True)
     ]
-    whole = {"ocr": 1.0, "reasoning": 1.0, "mean": 1.0, "overall": 1.0}
-    full = {"token_fraction": 1.0, "accuracy": {"mean": 0.9}, "retention": whole}
-    kept = {"ocr": 0.94, "reasoning": 0.98, "mean": 0.96, "overall": 0.95}
-    router = {"token_fraction": token_fraction, "accuracy": {"mean": 0.864}, "retention": kept}
-    return {"arms": {"full": full, "router": router}, "pareto": points[::-1]}
+
+    def arm(tokens, accuracy, **retention):
+        kept = {**retention, "mean": accuracy / 0.9, "overall": accuracy / 0.9}
+        of_image = {"vision_tokens_per_image": 40 * tokens, "token_fraction": tokens}
+        return {**of_image, "accuracy": {"mean": accuracy}, "retention": kept}
+
+    arms = {
+        "full": arm(1.0, 0.9, ocr=1.0, reasoning=1.0),
+        "router": arm(token_fraction, 0.864, ocr=0.94, reasoning=0.98),
+        **{name: arm(0.5, 0.45, ocr=0.5, reasoning=0.5) for name in (*study.NAMED_ARMS, "downsample")},
+        **{name: arm(0.5, 0.72, ocr=0.8, reasoning=0.8) for name in ("oracle", "random")},
+        "all_compressed": arm(0.25, 0.225, ocr=0.2, reasoning=0.3),
+    }
+    return {"arms": arms, "pareto": points[::-1]}
 
 
 @pytest.fixture
@@ -34,15 +43,18 @@ def folders(tmp_path, monkeypatch):
     commands = []
 
     def run(*arguments):
-        commands.append(arguments)
         words = [str(word) for word in arguments]
-        if words[0] == "train":
-            folder = next(word.removeprefix("run_dir=") for word in words if word.startswith("run_dir="))
-            files = {f"{folder}/model/config.json": {}}
+        words = words[2:] if words[0] == "-m" else ["nested", *words[1:]]
+        commands.append(words)
+        if trains := next((word for word in words if word.startswith("run_dir=")), None):
+            files = {f"{trains.removeprefix('run_dir=')}/model/config.json": {}}
+        elif words[0] == "nested":
+            files = {words[-1]: report()}
         elif words[0] == "eval":
             files = {f"{words[words.index('--output') + 1]}/report.json": report()}
         else:
-            files = {f"{words[words.index('--output') + 1]}/index.json": {}} if words[0] == "shards" else {}
+            sets = words[0] in ("shards", "generate")
+            files = {f"{words[words.index('--output') + 1]}/index.json": {}} if sets else {}
         for name, content in files.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,9 +62,10 @@ def folders(tmp_path, monkeypatch):
 
     for name, path in {"RUNS": "runs", "SHARDS": "shards", "RESULTS": "results", "PICTURES": "."}.items():
         monkeypatch.setattr(study, name, tmp_path / path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which main may unset
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(study, "PAGE", page)
-    monkeypatch.setattr(study, "vico", run)
+    monkeypatch.setattr(study, "python", run)
     return tmp_path, commands
 
 
@@ -88,7 +101,7 @@ def test_a_table_is_made_once_and_written_to_page_and_results(folders, monkeypat
     folder, commands = folders
     monkeypatch.setattr(sys, "argv", ["study.py", "loss", "--seeds", "0", "1", "--jobs", "2"])
     study.main()
-    trained = [str(words[1]) for words in commands if words[0] == "train"]
+    trained = [words[1] for words in commands if words[0] == "train"]
     variants = study.TABLES["loss"].variants
     assert len(trained) == 2 * 2 * len(variants)
     content = json.loads((folder / "results" / "study.json").read_text())
@@ -111,6 +124,40 @@ def test_the_headline_compares_all_arms(folders, monkeypatch):
     text = (folder / "study.md").read_text()
     assert "| router | 50.0 | 94.0 | 98.0 | 96.0 | 3 |" in text
     assert (folder / "study.png").exists()
+
+
+def test_baselines_are_compared_with_the_router_at_their_own_tokens(folders, monkeypatch):
+    folder, commands = folders
+    monkeypatch.setattr(sys, "argv", ["study.py", "baselines", "--seeds", "5"])
+    study.main()
+    arms = json.loads((folder / "results" / "study.json").read_text())["tables"]["baselines"]["arms"]
+    assert arms["fastv"]["kept"]["mean"] == 0.5
+    assert arms["fastv"]["router_keeps"]["mean"] == pytest.approx((0.6 + 0.2 * 0.25 / 0.35) / 0.9, abs=1e-4)
+    assert arms["nested pooling (M3)"]["token_fraction"]["mean"] == 0.25
+    assert arms["nested pooling (M3)"]["router_keeps"]["mean"] == pytest.approx(0.6 / 0.9, abs=1e-4)
+    assert arms["smaller images, at most 1 tile"]["kept"]["mean"] == 1
+    assert ["data.tiling.max_tiles=3" in words for words in commands if "seed=5" in words].count(True) == 1
+
+
+def test_the_shift_table_has_a_row_per_set_and_draws_each(folders, monkeypatch):
+    folder, commands = folders
+    monkeypatch.setattr(sys, "argv", ["study.py", "shift", "--seeds", "0"])
+    study.main()
+    shifts = json.loads((folder / "results" / "study.json").read_text())["shift"]
+    assert [*shifts] == ["none", "fonts", "sizes", "damage"]
+    assert shifts["fonts"]["router_retention"]["mean"] == 0.96
+    drawn = [words[words.index("--shift") + 1] for words in commands if "--shift" in words]
+    assert drawn == ["fonts", "sizes", "damage"]
+
+
+def test_a_variant_can_be_trained_on_the_answers_of_the_base_model(folders):
+    _, commands = folders
+    study.evaluate(study.TABLES["responses"].variants[1], 0)
+    (generated,) = (words for words in commands if words[0] == "generate")
+    assert generated[1] == study.BASE
+    sources = [w for words in commands for w in words if w.startswith("data.sources=")]
+    assert len(sources) == 2
+    assert all("generated" in source for source in sources)
 
 
 def test_every_table_has_its_place_on_the_page():
