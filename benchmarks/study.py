@@ -35,6 +35,7 @@ RUNS, SHARDS = REPOSITORY / "runs" / "study", REPOSITORY / "data" / "shards" / "
 SEEDS = [0, 1, 2]
 PAGE, PICTURES, RESULTS = REPOSITORY / "docs" / "study.md", REPOSITORY / "docs", FOLDER / "results"
 SHIFTS = ("fonts", "sizes", "damage")  # never trained on
+MOVED = {f"moved-{step}": step for step in (0, 16, 4)}  # px: aligned pages, by moved.py
 SETS = {  # name -> what `vico shards glyphs --layout free` draws; none is of a seed of the base model
     "train": ["--num-samples", "5000", "--seed", "11"],
     "questions-1": ["--num-samples", "5000", "--seed", "11", "--questions", "1"],
@@ -178,6 +179,8 @@ def draw_set(name: str) -> Path:
             pass
         elif name == GENERATED:
             vico("generate", BASE, "--data", draw_set("train"), "--output", folder)
+        elif name in MOVED:
+            python(str(FOLDER / "moved.py"), str(MOVED[name]), folder)
         else:
             vico("shards", "glyphs", "--layout", "free", "--output", folder, *SETS[name])
     return folder
@@ -389,8 +392,8 @@ def shift_table(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
     arms = ("router", "oracle", "random")
     rows: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     for seed in seeds:
-        for name in ("none", *SHIFTS):
-            of_it = evaluate(DEFAULT, seed, data="val" if name == "none" else name, arms=arms)["arms"]
+        for name in ("val", *SHIFTS, *MOVED):
+            of_it = evaluate(DEFAULT, seed, data=name, arms=arms)["arms"]
             kept = {f"{arm}_retention": of_it[arm]["retention"]["mean"] for arm in arms}
             skills = [v for key, v in of_it["router"]["retention"].items() if key not in ("mean", "overall")]
             rows[name].append(

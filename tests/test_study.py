@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,12 +45,12 @@ def folders(tmp_path, monkeypatch):
 
     def run(*arguments):
         words = [str(word) for word in arguments]
-        words = words[2:] if words[0] == "-m" else ["nested", *words[1:]]
+        words = words[2:] if words[0] == "-m" else [Path(words[0]).stem, *words[1:]]
         commands.append(words)
         if trains := next((word for word in words if word.startswith("run_dir=")), None):
             files = {f"{trains.removeprefix('run_dir=')}/model/config.json": {}}
-        elif words[0] == "nested":
-            files = {words[-1]: report()}
+        elif words[0] in ("nested", "moved"):
+            files = {words[-1]: report()} if words[0] == "nested" else {f"{words[-1]}/index.json": {}}
         elif words[0] == "eval":
             files = {f"{words[words.index('--output') + 1]}/report.json": report()}
         else:
@@ -144,10 +145,11 @@ def test_the_shift_table_has_a_row_per_set_and_draws_each(folders, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study.py", "shift", "--seeds", "0"])
     study.main()
     shifts = json.loads((folder / "results" / "study.json").read_text())["shift"]
-    assert [*shifts] == ["none", "fonts", "sizes", "damage"]
+    assert [*shifts] == ["val", "fonts", "sizes", "damage", "moved-0", "moved-16", "moved-4"]
     assert shifts["fonts"]["router_retention"]["mean"] == 0.96
     drawn = [words[words.index("--shift") + 1] for words in commands if "--shift" in words]
     assert drawn == ["fonts", "sizes", "damage"]
+    assert [words[1] for words in commands if words[0] == "moved"] == ["0", "16", "4"]
 
 
 def test_a_variant_can_be_trained_on_the_answers_of_the_base_model(folders):
