@@ -199,32 +199,40 @@ $(BASE_SHARD_SETS): $(BASE_SHARDS)/%/index.json: | $(INSTALLED)
 $(BASE_MODEL): | $(INSTALLED) $(BASE_SHARD_SETS)
 	$(call train,recipes/demo/pretrain.yaml,$(BASE_RUN))
 
-# The base model of the free layout, that of the study. Each part of its curriculum (recipes/free/pretrain.yaml): aligned
-# text, aligned questions, the same off the cells, then free pages of 1, up to 3 and up to 6 tiles.
+# The base model of the free layout, that of the study. Parts of its curriculum: aligned text, aligned questions, the same
+# off the cells, then free pages of 1, up to 3 and up to 6 tiles (recipes/free/read.yaml); shapes, and all together
+# (recipes/free/shapes.yaml).
 FREE_RUN := runs/base-free
 FREE_SHARDS := data/shards/base-free
 FREE_BASE := data/base-free/model.safetensors
-FREE_MODEL := $(FREE_RUN)/model/config.json
-FREE_PARTS := read one moved single few all
+FREE_READ := $(FREE_RUN)/read/model/config.json
+FREE_MODEL := $(FREE_RUN)/shapes/model/config.json
 FREE_read := --num-samples 12000 --seed 100 --max-tiles 1 --read-fraction 1
 FREE_one := --num-samples 24000 --seed 101 --max-tiles 1 --read-fraction 0.3
 FREE_moved := --num-samples 20000 --seed 102 --max-tiles 1 --read-fraction 0.5 --jitter 15
 FREE_single := --num-samples 64000 --seed 103 --max-tiles 1 --read-fraction 0.3 --layout free
 FREE_few := --num-samples 48000 --seed 104 --max-tiles 3 --read-fraction 0.05 --layout free
 FREE_all := --num-samples 64000 --seed 105 --max-tiles 6 --layout free
-FREE_SHARD_SETS := $(foreach part,$(FREE_PARTS),$(FREE_SHARDS)/$(part)/index.json)
+FREE_shapes := --num-samples 24000 --seed 106 --max-tiles 3 --layout free --shapes-fraction 1
+FREE_mixed := --num-samples 48000 --seed 107 --max-tiles 6 --layout free --shapes-fraction 0.3
+free_sets = $(foreach part,$(1),$(FREE_SHARDS)/$(part)/index.json)
 
 .PHONY: base-free
-base-free: $(FREE_MODEL) ## Rebuild the base model of the study: 90 minutes on 2 cores; resumes if interrupted
+base-free: $(FREE_MODEL) ## Rebuild the base model of the study: an hour on 2 cores; resumes if interrupted
 	mkdir -p data/base-free
-	cp $(FREE_RUN)/model/* $(FREE_RUN)/config.yaml $(FREE_RUN)/metrics.jsonl data/base-free/
-	(cd $(FREE_RUN)/model && sha256sum *) >data/base-free/SHA256SUMS
+	cp $(FREE_RUN)/shapes/model/* data/base-free/
+	for part in read shapes; do for file in config.yaml metrics.jsonl; do \
+	  cp $(FREE_RUN)/$$part/$$file data/base-free/$$part.$$file; done; done
+	(cd $(FREE_RUN)/shapes/model && sha256sum *) >data/base-free/SHA256SUMS
 
-$(FREE_SHARD_SETS): $(FREE_SHARDS)/%/index.json: | $(INSTALLED)
+$(call free_sets,read one moved single few all shapes mixed): $(FREE_SHARDS)/%/index.json: | $(INSTALLED)
 	$(VICO) shards glyphs --output $(@D) --questions 8 --comparisons 3 $(FREE_$*)
 
-$(FREE_MODEL): | $(INSTALLED) $(FREE_SHARD_SETS)
-	$(call train,recipes/free/pretrain.yaml,$(FREE_RUN))
+$(FREE_READ): | $(INSTALLED) $(call free_sets,read one moved single few all)
+	$(call train,recipes/free/read.yaml,$(FREE_RUN)/read)
+
+$(FREE_MODEL): $(FREE_READ) | $(call free_sets,shapes mixed)
+	$(call train,recipes/free/shapes.yaml,$(FREE_RUN)/shapes)
 
 # --- Training curves -------------------------------------------------------------------------------------------
 

@@ -28,6 +28,9 @@ def glyphs(
         float, Option(help="Fraction of images that are text pages to transcribe.")
     ] = 0.0,
     read_pairs: Annotated[int, Option(min=1, help="Most pairs of letter and digit on such a page.")] = 16,
+    shapes_fraction: Annotated[
+        float, Option(help="Free layout: fraction of images that show shapes alone.")
+    ] = 0.0,
     layout: Annotated[
         str, Option(help="aligned: a tile for each thing; free: content anywhere.")
     ] = "aligned",
@@ -51,6 +54,7 @@ def glyphs(
         comparisons_per_image=comparisons,
         read_fraction=read_fraction,
         read_pairs=read_pairs,
+        shapes_fraction=shapes_fraction,
     )
     size = {"num_samples": num_samples, "samples_per_shard": samples_per_shard}
     _print_totals(output, build_glyphs(output, config, seed=seed, **size))

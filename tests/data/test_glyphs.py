@@ -31,7 +31,7 @@ def pages(count=120):
     for seed in range(count):
         rng = np.random.default_rng(seed)
         grids = [GRIDS[seed % len(GRIDS)]]
-        drawn.append((rng, *draw_image(rng, grids, reads=False, max_pairs=16, shift="none")))
+        drawn.append((rng, *draw_image(rng, grids, only="", max_pairs=16, shift="none")))
     return drawn
 
 
@@ -181,3 +181,16 @@ def test_settings_that_no_image_meets_are_refused(settings):
     (name,) = settings
     with pytest.raises(ValueError, match=f"{name} is '?{settings[name]}'?; expected"):
         GlyphsConfig(**settings)
+
+
+def test_pages_of_shapes_alone_ask_for_the_colour_of_each_of_several():
+    drawn = annotations(30, shapes_fraction=1.0, max_tiles=3)
+    for annotation in drawn:
+        assert 2 <= annotation["skills"].count("perception") <= 3
+        assert set(annotation["skills"]) == {"perception", "reasoning"}
+    some = [a["skills"].count("ocr") == 0 for a in annotations(60, shapes_fraction=0.3, read_fraction=0.3)]
+    assert 0.2 < np.mean(some) < 0.6
+    with pytest.raises(ValueError, match=r"shapes_fraction is 0\.6; expected 0 to what read_fraction leaves"):
+        GlyphsConfig(layout="free", read_fraction=0.5, shapes_fraction=0.6)
+    with pytest.raises(ValueError, match="with layout free"):
+        GlyphsConfig(shapes_fraction=0.1)

@@ -13,8 +13,8 @@ from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_thresholds, routing_scores, threshold_for, vision_tokens
 
-# Of tiles; with several coarser ratios, of the steps from each to the next. As a question is asked once at the
-# same ratios, an image of n tiles costs n + 1 passes at most, however fine the steps.
+# Of tiles; with several coarser ratios, of the steps from each to the next. A question is asked once at the same
+# ratios, so with two an image of n tiles takes n + 1 passes at most, however fine the steps.
 COMPRESSED_FRACTIONS = tuple(step / 40 for step in range(41))
 GROUP_SLACK = 0.01  # a single group may be this far below the required retention: few questions, noisy
 

@@ -42,9 +42,11 @@ class GlyphsConfig:
     questions_per_image: int = 8
     comparisons_per_image: int = 1  # at most so many of the questions ask which of two values is greater
     # Curriculum: the fraction of images that are one tile of text with the single request to read it, and in
-    # the free layout how many pairs of a letter and its digit such a text has at most.
+    # the free layout how many pairs of a letter and its digit such a text has at most; then the fraction of
+    # free pages with shapes alone.
     read_fraction: float = 0.0
     read_pairs: int = 16
+    shapes_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         known_shifts = f"one of {', '.join(SHIFTS)}, all but the first with layout free"
@@ -62,6 +64,10 @@ class GlyphsConfig:
             comparisons_per_image=(self.comparisons_per_image >= 0, "0 or more"),
             read_pairs=(self.read_pairs >= 1, "at least 1"),
             read_fraction=(0 <= self.read_fraction <= 1, "0 to 1"),
+            shapes_fraction=(
+                0 <= self.shapes_fraction <= (1 - self.read_fraction if self.layout == "free" else 0),
+                "0 to what read_fraction leaves of 1, with layout free",
+            ),
         )
 
 
@@ -71,11 +77,17 @@ def draw_records(
     """Yield `count` records from position `start` on; record i depends on (config, seed, i) alone."""
     for position in range(start, start + count):
         rng = np.random.default_rng([seed, position])
-        reads = bool(rng.random() < config.read_fraction)
+        drawn = rng.random()
+        reads = bool(drawn < config.read_fraction)
+        has_shapes_only = not reads and bool(drawn < config.read_fraction + config.shapes_fraction)
         grids = [grid for grid in GRIDS if math.prod(grid) <= config.max_tiles]
         if config.layout == "free":
             image, scene = free.draw_image(
-                rng, grids, reads=reads, max_pairs=config.read_pairs, shift=config.shift
+                rng,
+                grids,
+                only="text" if reads else "shapes" if has_shapes_only else "",
+                max_pairs=config.read_pairs,
+                shift=config.shift,
             )
         else:
             image, scene = aligned.draw_image(rng, grids, reads=reads, jitter=config.jitter)

@@ -104,11 +104,16 @@ class Page:
 
 
 def draw_image(
-    rng: Rng, grids: Sequence[Grid], *, reads: bool, max_pairs: int, shift: str
+    rng: Rng, grids: Sequence[Grid], *, only: str, max_pairs: int, shift: str
 ) -> tuple[Image.Image, Scene]:
-    """Draw a page of one of the grids; one that `reads` has one tile and nothing but text."""
+    """Draw a page of one of the grids.
+
+    For a curriculum it may have `only` text, which is on one tile, or shapes; "" stands for all things.
+    """
     grid = grids[int(rng.integers(len(grids)))]
-    return _draw_reading_page(rng, max_pairs=max_pairs) if reads else _draw_page(rng, grid, shift=shift)
+    if only == "text":
+        return _draw_reading_page(rng, max_pairs=max_pairs)
+    return _draw_shapes_page(rng, grid) if only == "shapes" else _draw_page(rng, grid, shift=shift)
 
 
 def _draw_page(rng: Rng, grid: Grid, *, shift: str) -> tuple[Image.Image, Scene]:
@@ -134,6 +139,16 @@ def _draw_reading_page(rng: Rng, *, max_pairs: int) -> tuple[Image.Image, Scene]
         page = Page(rng, (1, 1), shift="none", is_plain=is_first or bool(rng.random() < 0.5))
         _paint_text(page, SMALL if is_first or page.chance(0.7) else LARGE, max_pairs=max_pairs)
         if page.scene.values:
+            return page.image, page.scene
+
+
+def _draw_shapes_page(rng: Rng, grid: Grid) -> tuple[Image.Image, Scene]:
+    """Draw two shapes or three, so that it takes the shape to find a colour."""
+    while True:
+        page = Page(rng, grid, shift="none")
+        for _ in range(MAX_SHAPES):
+            _paint_shape(page, SMALL_SHAPE if page.chance(0.5) else LARGE_SHAPE)
+        if len(page.scene.shapes) > 1:
             return page.image, page.scene
 
 
