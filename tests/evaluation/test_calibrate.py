@@ -57,6 +57,18 @@ def test_the_lower_end_of_the_interval_must_keep_the_accuracy_and_more_images_ma
     assert choose_point([FULL, promising], retention=0.99) == FULL
 
 
+def test_a_cheaper_point_that_keeps_the_accuracy_does_not_count_below_one_that_fails():
+    lucky = point(0.2, 0.3, mean=1.0)
+    curve = [point(0.9, 0.8), point(0.5, 0.5, mean=0.98), lucky]
+    assert chosen(*curve) == 0.9
+    assert find_promising([FULL, *curve], curve[0], retention=0.99) is None
+    # Neither does the number of images that the lucky one needs: those above it need more.
+    narrow, wide = point(0.3, 0.4, mean=0.996, low=0.992), point(0.5, 0.5, mean=0.994, low=0.986)
+    found = find_promising([FULL, wide, narrow], FULL, retention=0.99)
+    assert found["threshold"] == 0.3
+    assert found["images_needed"] == pytest.approx(400, abs=1)
+
+
 def test_one_skill_may_fall_a_little_below_the_mean_but_not_far_else_full_tokens_are_kept():
     assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 0.9 * GROUP_SLACK)) == 0.5
     assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * GROUP_SLACK)) == NEVER
@@ -191,4 +203,4 @@ def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(pred
         gate.weight.zero_()
         gate.bias.zero_()
     curve = measure_curve(open_questions(predictor, answered))
-    assert [(p.threshold, p.token_fraction) for p in curve] == [(NEVER, 1.0), (0.5, 0.25), (0.0, 0.25)]
+    assert [(p.threshold, p.token_fraction) for p in curve] == [(NEVER, 1.0), (0.0, 0.25)]

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from vico_pl.evaluation.answering import Ratios
 from vico_pl.evaluation.metrics import MEAN, OVERALL, score_tables
 from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_thresholds, routing_scores, threshold_for, vision_tokens
 
-# Of tiles; with several coarser ratios, of the steps from each to the next. A question is asked once at the same
-# ratios, so with two an image of n tiles takes n + 1 passes at most, however fine the steps.
+# Of tiles; with several coarser ratios, of the steps from each to the next. A question is asked once at the
+# same ratios, so with two an image of n tiles takes n + 1 passes at most, however fine the steps.
 COMPRESSED_FRACTIONS = tuple(step / 40 for step in range(41))
 GROUP_SLACK = 0.01  # a single group may be this far below the required retention: few questions, noisy
 
@@ -70,8 +71,12 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
     for group in questions.checked_groups():
         scores += [routing_scores(predictor.router_logits(features)) for features in group.features]
     candidates = (threshold_for(scores, compressed_fraction=f, halfway=True) for f in COMPRESSED_FRACTIONS)
-    thresholds = list(dict.fromkeys(min(NEVER, threshold) for threshold in candidates))
-    choices = [at_thresholds(scores, [threshold], ratios=predictor.model.ratios) for threshold in thresholds]
+    by_tokens: dict[int, tuple[float, Ratios]] = {}  # in a small set several thresholds cost the same
+    for threshold in (min(NEVER, candidate) for candidate in candidates):
+        ratios = at_thresholds(scores, [threshold], ratios=predictor.model.ratios)
+        spent = sum(vision_tokens(ratios, num_patches=predictor.model.vision.num_patches))
+        by_tokens[spent] = threshold, ratios
+    tokens, (thresholds, choices) = [*by_tokens], zip(*by_tokens.values(), strict=True)
     images: list[int] = []
     groups: list[str] = []
     columns: dict[str, list[float]] = {str(number): [] for number in range(len(choices))}
@@ -82,7 +87,6 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
         for column, results in zip(columns.values(), graded, strict=True):
             column += [result.score for result in results]
     tables = score_tables(images, groups, columns, baseline="0", seed=0).values()
-    tokens = [sum(vision_tokens(c, num_patches=predictor.model.vision.num_patches)) for c in choices]
     return [
         CalibrationPoint(
             threshold=threshold,
