@@ -37,11 +37,12 @@ PAGE, PICTURES, RESULTS = REPOSITORY / "docs" / "study.md", REPOSITORY / "docs",
 SHIFTS = ("fonts", "sizes", "damage")  # never trained on
 MOVED = {f"moved-{step}": step for step in (0, 16, 4)}  # px: aligned pages, by moved.py
 SETS = {  # name -> what `vico shards glyphs --layout free` draws; none is of a seed of the base model
-    "train": ["--num-samples", "5000", "--seed", "11"],
-    "questions-1": ["--num-samples", "5000", "--seed", "11", "--questions", "1"],
-    "questions-8": ["--num-samples", "5000", "--seed", "11", "--questions", "8", "--comparisons", "3"],
+    "train": ["--num-samples", "12000", "--seed", "11", "--questions", "8", "--comparisons", "3"],
+    "questions-1": ["--num-samples", "12000", "--seed", "11", "--questions", "1"],
+    "questions-4": ["--num-samples", "12000", "--seed", "11"],
     "calibration": ["--num-samples", "500", "--seed", "12"],
     "val": ["--num-samples", "500", "--seed", "13"],
+    "pool": ["--num-samples", "4000", "--seed", "15"],  # to draw sets for calibration from
     **{name: ["--num-samples", "300", "--seed", "14", "--shift", name] for name in SHIFTS},
 }
 GENERATED = "generated"  # the images of `train` with the base model's own answers
@@ -84,6 +85,7 @@ TABLES = {
     "headline": Table(title="The default recipe", variants=[DEFAULT]),
     "baselines": Table(title="Other ways to spend fewer tokens"),
     "shift": Table(title="What was never trained on"),
+    "calibration": Table(title="How often a calibrated threshold keeps less than it promises"),
     "ratio_draw": Table(
         title="How stage 1 draws ratios",
         variants=[
@@ -114,7 +116,7 @@ TABLES = {
         title="The percentile of loss ratios below which a tile is to be compressed",
         variants=[
             DEFAULT,
-            *(Variant(name=f"{k}", router=(f"router.percentile={k}",)) for k in (30, 40, 60, 70)),
+            *(Variant(name=f"{k}", router=(f"router.percentile={k}",)) for k in (30, 40, 50, 80)),
         ],
     ),
     "responses": Table(
@@ -123,7 +125,7 @@ TABLES = {
             DEFAULT,
             Variant(name="answers of the base model", data=GENERATED),
             Variant(name="1 question per image", data="questions-1"),
-            Variant(name="8 questions per image", data="questions-8"),
+            Variant(name="4 questions per image", data="questions-4"),
         ],
     ),
     "ratios": Table(
@@ -416,20 +418,49 @@ def shift_table(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
     return markdown(headings, found), {"shifts": found}
 
 
+def calibration_table(seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Return how often thresholds chosen on few images keep too little of the accuracy on others."""
+    rows: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for seed in seeds:
+        for name, found in calibrations(seed).items():
+            rows[name].append(found)
+    summaries = {name: summary(of_it) for name, of_it in rows.items()}
+    headings = {
+        "too_little": "draws that keep less than 99.5 %",
+        "kept": "kept",
+        "kept_worst": "kept by the worst draw",
+        "token_fraction": "tokens",
+    }
+    return markdown(headings, summaries), {"rules": summaries}
+
+
+def calibrations(seed: int) -> dict[str, dict[str, float]]:
+    """Compare rules for thresholds with the default model."""
+    model = run_variant(DEFAULT, seed)
+    path = model.parent / "calibrations.json"
+    with LOCKS[path]:
+        if not path.exists():
+            python(str(FOLDER / "calibration.py"), model, draw_set("pool"), path)
+    return read_report(path)
+
+
 def work(name: str, seed: int) -> list[Callable[[], object]]:
     """Return what a table needs of one seed, each part on its own."""
-    if name == "shift":
-        return [partial(shift_table, [seed])]
+    if name in OTHER_TABLES and name != "baselines":
+        return [partial(OTHER_TABLES[name], [seed])]
     if name == "baselines":
         smaller = [partial(evaluate_smaller, tiles, seed) for tiles in SMALLER]
         return [*smaller, partial(evaluate_nested, seed), partial(evaluate, DEFAULT, seed, arms=NAMED_ARMS)]
     return [partial(evaluate, variant, seed) for variant in TABLES[name].variants]
 
 
+OTHER_TABLES = {"baselines": baselines_table, "shift": shift_table, "calibration": calibration_table}
+
+
 def build(name: str, seeds: Sequence[int]) -> tuple[str, dict[str, Any]]:
     """Return a table as Markdown and as figures."""
-    if name in ("baselines", "shift"):
-        return (baselines_table if name == "baselines" else shift_table)(seeds)
+    if name in OTHER_TABLES:
+        return OTHER_TABLES[name](seeds)
     reports = {v.name: [evaluate(v, seed) for seed in seeds] for v in TABLES[name].variants}
     rows = {variant: [row(report) for report in of_it] for variant, of_it in reports.items()}
     found = {variant: summary(of_it) for variant, of_it in rows.items()}

@@ -4,12 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.scripts import load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks read /proc")
-study = load_benchmark("study")
+study, calibration = load_benchmark("study"), load_benchmark("calibration")
 
 CURVES = {"random": (0.5, 0.7, 0.9), "oracle": (0.7, 0.9, 0.9), "router": (0.6, 0.8, 0.9)}
 
@@ -36,6 +37,21 @@ def report(token_fraction=0.5):
     return {"arms": arms, "pareto": points[::-1]}
 
 
+def written_by(words):
+    """Files that a command writes, and their content."""
+    output = words[words.index("--output") + 1] if "--output" in words else words[-1]
+    figures = {"too_little": 0.3, "kept": 0.99, "kept_worst": 0.9, "token_fraction": 0.5}
+    for word in words:
+        if word.startswith("run_dir="):
+            return {f"{word.removeprefix('run_dir=')}/model/config.json": {}}
+    return {
+        "nested": {output: report()},
+        "calibration": {output: {"60 images, by mean": figures}},
+        "eval": {f"{output}/report.json": report()},
+        "calibrate": {},
+    }.get(words[0], {f"{output}/index.json": {}})
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """The study in a folder of its own, with commands that only write what they would make."""
@@ -47,16 +63,7 @@ def folders(tmp_path, monkeypatch):
         words = [str(word) for word in arguments]
         words = words[2:] if words[0] == "-m" else [Path(words[0]).stem, *words[1:]]
         commands.append(words)
-        if trains := next((word for word in words if word.startswith("run_dir=")), None):
-            files = {f"{trains.removeprefix('run_dir=')}/model/config.json": {}}
-        elif words[0] in ("nested", "moved"):
-            files = {words[-1]: report()} if words[0] == "nested" else {f"{words[-1]}/index.json": {}}
-        elif words[0] == "eval":
-            files = {f"{words[words.index('--output') + 1]}/report.json": report()}
-        else:
-            sets = words[0] in ("shards", "generate")
-            files = {f"{words[words.index('--output') + 1]}/index.json": {}} if sets else {}
-        for name, content in files.items():
+        for name, content in written_by(words).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
@@ -150,6 +157,50 @@ def test_the_shift_table_has_a_row_per_set_and_draws_each(folders, monkeypatch):
     drawn = [words[words.index("--shift") + 1] for words in commands if "--shift" in words]
     assert drawn == ["fonts", "sizes", "damage"]
     assert [words[1] for words in commands if words[0] == "moved"] == ["0", "16", "4"]
+
+
+def test_the_calibration_table_has_a_row_per_rule_and_number_of_images(folders, monkeypatch):
+    folder, _ = folders
+    monkeypatch.setattr(sys, "argv", ["study.py", "calibration", "--seeds", "0"])
+    study.main()
+    assert "| 60 images, by mean | 30.0 | 99.0 | 90.0 | 50.0 | 1 |" in (folder / "study.md").read_text()
+
+
+def test_rules_differ_where_a_fortunate_point_lies_below_one_that_fails():
+    """Threshold 1 loses a tenth of the answers, threshold 2 none, on the few images that were drawn."""
+    scores = np.ones((3, 400))
+    scores[1, ::10] = 0
+    scores[2, 200:] = 0
+    images = np.arange(400)
+    tokens = np.repeat([[8], [4], [2]], 400, axis=1)
+    measured = calibration.Measured(
+        thresholds=[1.1, 0.5, 0.0], tokens=tokens, images=images, groups=np.full(400, "ocr"), scores=scores
+    )
+    curve = measured.curve(np.arange(100))
+    chosen = {name: choose(curve).threshold for name, choose in calibration.RULES.items()}
+    assert chosen == {
+        "cheapest by the mean": 0.0,
+        "cheapest by the interval": 0.0,
+        "vico calibrate": 1.1,
+    }
+    assert calibration.retention_of(measured, 2, images[100:]) == pytest.approx(1 / 3)
+
+
+def test_draws_that_keep_too_little_are_counted(monkeypatch):
+    monkeypatch.setattr(calibration, "NUM_IMAGES", (20,))
+    rng = np.random.default_rng(0)
+    scores = np.stack([np.ones(300), rng.random(300) > 0.02])  # keeps 98 %
+    measured = calibration.Measured(
+        thresholds=[1.1, 0.0],
+        tokens=np.repeat([[4], [1]], 300, axis=1),
+        images=np.arange(300),
+        groups=np.full(300, "ocr"),
+        scores=scores,
+    )
+    found = calibration.compare(measured)["20 images, cheapest by the mean"]
+    assert 0.4 < found["too_little"] < 0.95, "about 0.98 ** 20 of the draws see no loss"
+    assert found["token_fraction"] == pytest.approx(1 - 0.75 * found["too_little"])
+    assert found["kept_worst"] < 0.995 < found["kept"] + 0.02
 
 
 def test_a_variant_can_be_trained_on_the_answers_of_the_base_model(folders):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 
 from vico_pl.evaluation.answering import Ratios
@@ -58,11 +59,48 @@ def calibrate(
     return chosen, {"threshold": chosen.threshold, **made_with, **points, "promising": promising}
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What every threshold costs and scores, dearest first, sample by sample and question by question."""
+
+    thresholds: list[float]
+    tokens: np.ndarray  # vision tokens, (thresholds, samples)
+    images: np.ndarray  # the sample of each question, (questions,)
+    groups: np.ndarray
+    scores: np.ndarray  # (thresholds, questions)
+
+    def curve(self, chosen: np.ndarray | slice = slice(None)) -> list[CalibrationPoint]:
+        """Return the point of every threshold, from all samples or from the chosen ones."""
+        kept = np.isin(self.images, np.arange(self.tokens.shape[1])[chosen])
+        columns = {str(number): row[kept].tolist() for number, row in enumerate(self.scores)}
+        images, groups = self.images[kept], self.groups[kept].tolist()
+        tables = score_tables(images.tolist(), groups, columns, baseline="0", seed=0).values()
+        spent = self.tokens[:, chosen].sum(1).tolist()
+        return [
+            CalibrationPoint(
+                threshold=threshold,
+                token_fraction=tokens / spent[0],
+                num_images=len(set(images.tolist())),
+                **{name: table[name] for name in ("accuracy", "retention", "retention_ci")},
+            )
+            for threshold, tokens, table in zip(self.thresholds, spent, tables, strict=True)
+        ]
+
+
 def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
     """Score the questions of a set at thresholds that compress from no tile to all, to the coarsest ratio.
 
-    `COMPRESSED_FRACTIONS` of the scores reach them, of which a tile has one per coarser ratio.
+    Raises:
+        ValueError: the set has no image, or nothing is right at full tokens.
+    """
+    return measure(questions).curve()
+
+
+@torch.no_grad()
+def measure(questions: QuestionSet) -> Measured:
+    """Ask the questions of a set at the thresholds that `COMPRESSED_FRACTIONS` of the scores reach.
+
+    A tile has one score per coarser ratio.
 
     Raises:
         ValueError: the set has no image, or nothing is right at full tokens.
@@ -71,31 +109,28 @@ def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
     for group in questions.checked_groups():
         scores += [routing_scores(predictor.router_logits(features)) for features in group.features]
     candidates = (threshold_for(scores, compressed_fraction=f, halfway=True) for f in COMPRESSED_FRACTIONS)
-    by_tokens: dict[int, tuple[float, Ratios]] = {}  # in a small set several thresholds cost the same
+    by_cost: dict[int, tuple[float, Ratios, list[int]]] = {}  # in a small set several cost the same
     for threshold in (min(NEVER, candidate) for candidate in candidates):
         ratios = at_thresholds(scores, [threshold], ratios=predictor.model.ratios)
-        spent = sum(vision_tokens(ratios, num_patches=predictor.model.vision.num_patches))
-        by_tokens[spent] = threshold, ratios
-    tokens, (thresholds, choices) = [*by_tokens], zip(*by_tokens.values(), strict=True)
+        tokens = vision_tokens(ratios, num_patches=predictor.model.vision.num_patches)
+        by_cost[sum(tokens)] = threshold, ratios, tokens
+    thresholds, choices, spent = zip(*by_cost.values(), strict=True)
     images: list[int] = []
     groups: list[str] = []
-    columns: dict[str, list[float]] = {str(number): [] for number in range(len(choices))}
+    columns: list[list[float]] = [[] for _ in choices]
     for group in questions.groups(title="answering"):
         images += [question.sample for question in group.questions]
         groups += [question.group for question in group.questions]
         graded = questions.grade(group, [ratios[group.positions] for ratios in choices])
-        for column, results in zip(columns.values(), graded, strict=True):
+        for column, results in zip(columns, graded, strict=True):
             column += [result.score for result in results]
-    tables = score_tables(images, groups, columns, baseline="0", seed=0).values()
-    return [
-        CalibrationPoint(
-            threshold=threshold,
-            token_fraction=spent / tokens[0],
-            num_images=len(set(images)),
-            **{name: table[name] for name in ("accuracy", "retention", "retention_ci")},
-        )
-        for threshold, spent, table in zip(thresholds, tokens, tables, strict=True)
-    ]
+    return Measured(
+        thresholds=list(thresholds),
+        tokens=np.array(spent),
+        images=np.array(images),
+        groups=np.array(groups),
+        scores=np.array(columns),
+    )
 
 
 def choose_point(
