@@ -67,6 +67,9 @@ def test_a_cheaper_point_that_keeps_the_accuracy_does_not_count_below_one_that_f
     found = find_promising([FULL, wide, narrow], FULL, retention=0.99)
     assert found["threshold"] == 0.3
     assert found["images_needed"] == pytest.approx(400, abs=1)
+    hopeless = point(0.4, 0.45, mean=0.9901, low=0.986)
+    found = find_promising([FULL, wide, hopeless, narrow], FULL, retention=0.99)
+    assert found["threshold"] == 0.5
 
 
 def test_one_skill_may_fall_a_little_below_the_mean_but_not_far_else_full_tokens_are_kept():

@@ -18,6 +18,7 @@ from vico_pl.model.router import NEVER, at_thresholds, routing_scores, threshold
 # Of tiles; with several coarser ratios, of the steps from each to the next. A question is asked once at the
 # same ratios, so with two an image of n tiles takes n + 1 passes at most, however fine the steps.
 COMPRESSED_FRACTIONS = tuple(step / 40 for step in range(41))
+MOST_IMAGES = 20  # times those of the set: of points that would need more, nothing is said
 GROUP_SLACK = 0.01  # a single group may be this far below the required retention: few questions, noisy
 
 
@@ -154,13 +155,17 @@ def find_promising(
     """Return the point that would be chosen if means alone counted, and how many images would show that.
 
     The half-width of an interval falls with the root of the number of images. None: no such point is cheaper
-    than the chosen one.
+    than the chosen one, or it takes more than `MOST_IMAGES` times the images.
     """
     below = [p for p in _from_full_tokens(curve) if p.token_fraction < chosen.token_fraction]
-    found = [*takewhile(lambda point: _keeps_by_mean(point, retention), below)]
+    found, needed = list[CalibrationPoint](), 0
+    for point in takewhile(lambda point: _keeps_by_mean(point, retention), below):
+        images = max(needed, _images_needed(point, retention))
+        if images > MOST_IMAGES * point.num_images:
+            break
+        found, needed = [*found, point], images
     if not found:
         return None
-    needed = max(_images_needed(point, retention) for point in found)
     return {
         "threshold": found[-1].threshold,
         "token_fraction": found[-1].token_fraction,
