@@ -218,7 +218,7 @@ FREE_mixed := --num-samples 48000 --seed 107 --max-tiles 6 --layout free --shape
 free_sets = $(foreach part,$(1),$(FREE_SHARDS)/$(part)/index.json)
 
 .PHONY: base-free
-base-free: $(FREE_MODEL) ## Rebuild the base model of the study: an hour on 2 cores; resumes if interrupted
+base-free: $(FREE_MODEL) ## Rebuild the base model of the study: 70 minutes on 2 cores; resumes if interrupted
 	mkdir -p data/base-free
 	cp $(FREE_RUN)/shapes/model/* data/base-free/
 	for part in read shapes; do for file in config.yaml metrics.jsonl; do \
@@ -301,7 +301,7 @@ bench: $(INSTALLED) ## Measure speed and memory against their goals: about 16 mi
 	for name in kl labels step scaling monitoring checkpoints inference data start; do $(BIN)/python benchmarks/$$name.py; done
 
 .PHONY: gpu-check structure study
-study: $(INSTALLED) $(FREE_BASE) ## Compare the choices of the method, 10 minutes a model: TABLE="headline loss", ARGS="--seeds 3 4"
+study: $(INSTALLED) $(FREE_BASE) ## Compare the choices of the method, 20 minutes a model: TABLE="headline loss", ARGS="--seeds 3 4"
 	@$(BIN)/python benchmarks/study.py $(TABLE) $(ARGS)
 
 gpu-check: $(INSTALLED) ## Measure all that needs a GPU, on one GPU: under 8 minutes
@@ -317,5 +317,5 @@ clean: ## Remove runs and shards of the demo, and caches; keeps other runs and d
 	rm -rf site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 	find vico_pl tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-clean-all: clean ## Also remove .venv and the shards of the base model
+clean-all: clean ## Also remove .venv and the shards of the base models and the study
 	rm -rf .venv data/shards/base data/shards/base-free data/shards/study *.egg-info

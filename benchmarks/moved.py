@@ -1,6 +1,8 @@
 """Draw aligned GlyphDocs on a larger grey page, moved by a multiple of a step: a set of the study.
 
-python benchmarks/moved.py STEP FOLDER
+    python benchmarks/moved.py STEP FOLDER
+
+The step is in pixels; 0 moves nothing and only adds blank tiles.
 """
 
 import io
@@ -21,7 +23,7 @@ NUM_IMAGES, SEED, GREY = 250, 21, 128
 
 
 def records(positions: Sequence[int], *, step: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield records of at most two tiles of content; step 0 only adds blank tiles."""
+    """Yield records of at most two tiles of content, on a page one tile wider and higher."""
     config = GlyphsConfig(max_tiles=2)
     for key, files in draw_records(config, seed=SEED, start=positions[0], count=len(positions)):
         rng = np.random.default_rng([SEED, int(key)])

@@ -190,7 +190,12 @@ def test_pages_of_shapes_alone_ask_for_the_colour_of_each_of_several():
         assert set(annotation["skills"]) == {"perception", "reasoning"}
     some = [a["skills"].count("ocr") == 0 for a in annotations(60, shapes_fraction=0.3, read_fraction=0.3)]
     assert 0.2 < np.mean(some) < 0.6
-    with pytest.raises(ValueError, match=r"shapes_fraction is 0\.6; expected 0 to what read_fraction leaves"):
+    with pytest.raises(
+        ValueError, match=r"shapes_fraction is 0\.6; .* at most what read_fraction leaves of 1"
+    ):
         GlyphsConfig(layout="free", read_fraction=0.5, shapes_fraction=0.6)
+    with pytest.raises(ValueError, match=r"shapes_fraction is -0\.1"):
+        GlyphsConfig(layout="free", shapes_fraction=-0.1)
     with pytest.raises(ValueError, match="with layout free"):
         GlyphsConfig(shapes_fraction=0.1)
+    assert GlyphsConfig(layout="free", read_fraction=0.9, shapes_fraction=0.1).shapes_fraction == 0.1

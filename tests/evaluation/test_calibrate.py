@@ -12,7 +12,7 @@ from vico_pl.evaluation.calibrate import (
     calibrate,
     choose_point,
     find_promising,
-    measure_curve,
+    measure,
 )
 from vico_pl.evaluation.evaluate import evaluate
 from vico_pl.evaluation.questions import Measure, open_questions
@@ -95,7 +95,7 @@ def test_a_budget_that_cannot_be_met_is_refused(predictor, answered):
 
 @pytest.fixture(scope="module")
 def curve(model_folder, answered):
-    return measure_curve(open_questions(Predictor.load(model_folder), answered))
+    return measure(open_questions(Predictor.load(model_folder), answered)).curve()
 
 
 def test_the_curve_goes_from_full_tokens_to_all_tiles_compressed(curve, model_folder, answered):
@@ -131,7 +131,7 @@ def test_retention_is_relative_to_full_tokens(predictor, answered, tmp_path):
             turns = {"conversations": annotation["conversations"][:2] + wrong, "skills": ["ocr", "ocr"]}
             files = {"png": bytes(original.files["png"]), "json": json.dumps(turns).encode()}
             records.append((original.key, files))
-    curve = measure_curve(open_questions(predictor, write_set(tmp_path / "half", records)))
+    curve = measure(open_questions(predictor, write_set(tmp_path / "half", records))).curve()
     assert curve[0].accuracy["mean"] == 0.5
     assert curve[0].retention == {"ocr": 1.0, "mean": 1.0, "overall": 1.0}
     for p in curve:
@@ -164,7 +164,7 @@ def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, a
     pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
     records = [(f"{i}", {"png": p, **annotated("<image>", answer)}) for i, p in enumerate(pictures)]
     questions = open_questions(predictor, write_set(tmp_path / "set", records))
-    wanted = sorted(point.retention_ci["mean"][0] for point in measure_curve(questions))[-3]
+    wanted = sorted(point.retention_ci["mean"][0] for point in measure(questions).curve())[-3]
     chosen, record = calibrate(questions, retention=wanted)
     assert record["measure"] == measure
     kept = [point["retention_ci"]["mean"][0] for point in record["curve"]]
@@ -205,5 +205,5 @@ def test_tiles_that_the_router_cannot_tell_apart_give_a_curve_of_two_points(pred
     with torch.no_grad():
         gate.weight.zero_()
         gate.bias.zero_()
-    curve = measure_curve(open_questions(predictor, answered))
+    curve = measure(open_questions(predictor, answered)).curve()
     assert [(p.threshold, p.token_fraction) for p in curve] == [(NEVER, 1.0), (0.0, 0.25)]

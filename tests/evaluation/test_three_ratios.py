@@ -8,7 +8,7 @@ import torch
 
 from tests.support.folders import answered_records, write_model_folder, write_set
 from tests.support.tiny import tiny_spec
-from vico_pl.evaluation.calibrate import measure_curve
+from vico_pl.evaluation.calibrate import measure
 from vico_pl.evaluation.evaluate import evaluate
 from vico_pl.evaluation.questions import open_questions
 from vico_pl.evaluation.report import format_table, routing_picture
@@ -29,7 +29,7 @@ def routed(folder, tmp_path_factory):
     """A set, the thresholds tried on it, and a session that routes at the middle one."""
     session = Predictor.load(folder)
     answered = write_set(tmp_path_factory.mktemp("answered") / "val", answered_records(session, count=8))
-    curve = measure_curve(open_questions(session, answered))
+    curve = measure(open_questions(session, answered)).curve()
     rule = RoutingRule(threshold=curve[len(curve) // 2].threshold)
     return answered, curve, replace(session, rule=rule)
 

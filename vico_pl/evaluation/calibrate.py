@@ -46,7 +46,7 @@ def calibrate(
     cheapest = ratios[0] / ratios[-1]
     if budget is not None and budget < cheapest:
         raise ValueError(f"budget {budget} cannot be met: all tiles compressed cost {cheapest}")
-    curve = measure_curve(questions)
+    curve = measure(questions).curve()
     chosen = choose_point(curve, retention=retention, budget=budget)
     made_with = {
         "dtype": name_dtypes(questions.predictor.model.parameters()),
@@ -62,7 +62,7 @@ def calibrate(
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What every threshold costs and scores, dearest first, sample by sample and question by question."""
+    """Tokens per sample and scores per question at every threshold, from full tokens down."""
 
     thresholds: list[float]
     tokens: np.ndarray  # vision tokens, (thresholds, samples)
@@ -88,20 +88,11 @@ class Measured:
         ]
 
 
-def measure_curve(questions: QuestionSet) -> list[CalibrationPoint]:
-    """Score the questions of a set at thresholds that compress from no tile to all, to the coarsest ratio.
-
-    Raises:
-        ValueError: the set has no image, or nothing is right at full tokens.
-    """
-    return measure(questions).curve()
-
-
 @torch.no_grad()
 def measure(questions: QuestionSet) -> Measured:
-    """Ask the questions of a set at the thresholds that `COMPRESSED_FRACTIONS` of the scores reach.
+    """Ask the questions of a set at thresholds that compress from no tile to all, to the coarsest ratio.
 
-    A tile has one score per coarser ratio.
+    `COMPRESSED_FRACTIONS` of the scores reach them, of which a tile has one per coarser ratio.
 
     Raises:
         ValueError: the set has no image, or nothing is right at full tokens.
@@ -158,19 +149,17 @@ def find_promising(
     than the chosen one, or it takes more than `MOST_IMAGES` times the images.
     """
     below = [p for p in _from_full_tokens(curve) if p.token_fraction < chosen.token_fraction]
-    found, needed = list[CalibrationPoint](), 0
+    found, needed = None, 0
     for point in takewhile(lambda point: _keeps_by_mean(point, retention), below):
-        images = max(needed, _images_needed(point, retention))
-        if images > MOST_IMAGES * point.num_images:
+        needed = max(needed, _images_needed(point, retention))
+        if needed > MOST_IMAGES * point.num_images:
             break
-        found, needed = [*found, point], images
-    if not found:
-        return None
-    return {
-        "threshold": found[-1].threshold,
-        "token_fraction": found[-1].token_fraction,
-        "images_needed": needed,
-    }
+        found = {
+            "threshold": point.threshold,
+            "token_fraction": point.token_fraction,
+            "images_needed": needed,
+        }
+    return found
 
 
 def _from_full_tokens(curve: Iterable[CalibrationPoint]) -> list[CalibrationPoint]:

@@ -41,7 +41,7 @@ from vico_pl.model.vlm import VisionLanguageModel
 
 # Arms that choose tiles by a score, besides the router.
 SCORED = ("random", "pixel_detail", "statistics", "oracle")
-PARETO_FRACTIONS = tuple(step / 20 for step in range(21))  # of tiles compressed
+PARETO_FRACTIONS = tuple(step / 10 for step in range(11))  # of tiles compressed
 SPOILT_PER_GROUP, EXAMPLES_PER_GROUP = 4, 2
 EXAMPLE_TILES = 4  # at least, where routing spoils nothing: fewer show little of a choice
 

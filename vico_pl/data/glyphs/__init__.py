@@ -65,8 +65,9 @@ class GlyphsConfig:
             read_pairs=(self.read_pairs >= 1, "at least 1"),
             read_fraction=(0 <= self.read_fraction <= 1, "0 to 1"),
             shapes_fraction=(
-                0 <= self.shapes_fraction <= (1 - self.read_fraction if self.layout == "free" else 0),
-                "0 to what read_fraction leaves of 1, with layout free",
+                0 <= self.shapes_fraction <= (self.layout == "free")
+                and self.read_fraction + self.shapes_fraction <= 1,
+                "0, or with layout free at most what read_fraction leaves of 1",
             ),
         )
 
@@ -77,17 +78,16 @@ def draw_records(
     """Yield `count` records from position `start` on; record i depends on (config, seed, i) alone."""
     for position in range(start, start + count):
         rng = np.random.default_rng([seed, position])
-        drawn = rng.random()
-        reads = bool(drawn < config.read_fraction)
-        has_shapes_only = not reads and bool(drawn < config.read_fraction + config.shapes_fraction)
+        drawn, only = rng.random(), ""
+        if drawn < config.read_fraction:
+            only = "text"
+        elif drawn < config.read_fraction + config.shapes_fraction:
+            only = "shapes"
+        reads = only == "text"
         grids = [grid for grid in GRIDS if math.prod(grid) <= config.max_tiles]
         if config.layout == "free":
             image, scene = free.draw_image(
-                rng,
-                grids,
-                only="text" if reads else "shapes" if has_shapes_only else "",
-                max_pairs=config.read_pairs,
-                shift=config.shift,
+                rng, grids, only=only, max_pairs=config.read_pairs, shift=config.shift
             )
         else:
             image, scene = aligned.draw_image(rng, grids, reads=reads, jitter=config.jitter)

@@ -7,7 +7,7 @@
     blank        plain ground or a gradient
 
 A letter and its digit share one 16 px cell, which is one vision token at ratio 4; at ratio 16 four cells
-share one. `jitter` moves the text of a tile off these cells: a lesson on the way to the free layout.
+share one. `jitter` moves the text of a tile off these cells: a curriculum step towards the free layout.
 """
 
 import math
@@ -83,7 +83,7 @@ def _paint_text(rng: Rng, scene: Scene, *, cells: int, ground: int, ink: int, ji
 
 
 def _draw_offset(rng: Rng, jitter: int) -> tuple[int, int]:
-    """Draw how far text is moved, in px; small moves are as frequent as large ones."""
+    """Draw how far text is moved, in px: first a limit, then both distances up to it."""
     most = int(rng.integers(jitter + 1))
     return int(rng.integers(most + 1)), int(rng.integers(most + 1))
 

@@ -108,7 +108,7 @@ def draw_image(
 ) -> tuple[Image.Image, Scene]:
     """Draw a page of one of the grids.
 
-    For a curriculum it may have `only` text, which is on one tile, or shapes; "" stands for all things.
+    `only` limits its content for a curriculum: "text", always on one tile, or "shapes"; "" does not.
     """
     grid = grids[int(rng.integers(len(grids)))]
     if only == "text":
