@@ -1,6 +1,7 @@
 """Nested pooling trained with cross-entropy, as M3 does (arXiv 2405.17430): a baseline of the study.
 
-    python benchmarks/nested.py recipes/free/consistency.yaml run_dir=RUN
+    python benchmarks/nested.py recipes/free/consistency.yaml stage=nested run_dir=RUN
+        consistency.ratio_draw=image consistency.cross_entropy=1.0
     python benchmarks/nested.py RUN/model SHARDS REPORT.json
 
 Compressed vision tokens are averages of full ones instead of the output of a connector of their own.
@@ -52,8 +53,6 @@ def report(model: Path, data: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1].endswith(".yaml"):
-        recipe, *settings = sys.argv[1:]
-        fixed = ["stage=nested", "consistency.cross_entropy=1.0", "consistency.ratio_draw=image"]
-        train(prepare_run(Path(recipe), [*fixed, *settings]))
+        train(prepare_run(Path(sys.argv[1]), sys.argv[2:]))
     else:
         report(*map(Path, sys.argv[1:]))

@@ -11,6 +11,7 @@ from tests.support.scripts import load_benchmark
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks read /proc")
 study, calibration = load_benchmark("study"), load_benchmark("calibration")
+figures = load_benchmark("study_figures")
 
 CURVES = {"random": (0.5, 0.7, 0.9), "oracle": (0.7, 0.9, 0.9), "router": (0.6, 0.8, 0.9)}
 
@@ -78,31 +79,31 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_the_router_closes_half_of_the_gap_when_its_curve_lies_halfway():
-    assert study.gap_closed(report()) == pytest.approx(0.5)
-    assert study.gap_closed(report(), "oracle") == pytest.approx(1)
-    assert study.gap_closed(report(), "random") == pytest.approx(0)
+    assert figures.gap_closed(report()) == pytest.approx(0.5)
+    assert figures.gap_closed(report(), "oracle") == pytest.approx(1)
+    assert figures.gap_closed(report(), "random") == pytest.approx(0)
 
 
 def test_a_row_has_the_lowest_skill_and_what_is_kept_at_half_of_the_tokens():
-    row = study.row(report())
+    row = figures.row(report())
     assert (row["retention_mean"], row["retention_min_skill"]) == (0.96, 0.94)
     assert row["retention_at_half"] == pytest.approx((0.6 + 0.2 * 0.25 / 0.35) / 0.9, abs=1e-4)
 
 
 def test_a_figure_over_seeds_has_an_interval_and_a_single_one_has_none():
-    assert study.summary([{"x": 1.0}])["x"] == {"mean": 1.0, "half_width": None}
-    three = study.summary([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}])
+    assert figures.summary([{"x": 1.0}])["x"] == {"mean": 1.0, "half_width": None}
+    three = figures.summary([{"x": 1.0}, {"x": 2.0}, {"x": 3.0}])
     assert three["x"] == {"mean": 2.0, "half_width": pytest.approx(4.303 / 3**0.5, abs=1e-3)}
-    assert "200.0 ± 248.4" in study.markdown({"x": "figure"}, {"name": three})
+    assert "200.0 ± 248.4" in figures.markdown({"x": "figure"}, {"name": three})
 
 
 def test_variants_share_the_stages_in_which_they_do_not_differ():
     plain, labels = study.DEFAULT, study.TABLES["labels"].variants[1]
-    assert plain.folder("consistency", 0) == labels.folder("consistency", 0)
-    assert plain.folder("router", 0) != labels.folder("router", 0)
-    assert plain.folder("router", 0) != plain.folder("router", 1)
+    assert plain.folder_name("consistency", 0) == labels.folder_name("consistency", 0)
+    assert plain.folder_name("router", 0) != labels.folder_name("router", 0)
+    assert plain.folder_name("router", 0) != plain.folder_name("router", 1)
     routed = study.TABLES["routed"].variants[1]
-    assert plain.folder("router", 0) == routed.folder("router", 0)
+    assert plain.folder_name("router", 0) == routed.folder_name("router", 0)
 
 
 def test_a_table_is_made_once_and_written_to_page_and_results(folders, monkeypatch):
@@ -138,7 +139,7 @@ def test_baselines_are_compared_with_the_router_at_their_own_tokens(folders, mon
     folder, commands = folders
     monkeypatch.setattr(sys, "argv", ["study.py", "baselines", "--seeds", "5"])
     study.main()
-    arms = json.loads((folder / "results" / "study.json").read_text())["tables"]["baselines"]["arms"]
+    arms = json.loads((folder / "results" / "study.json").read_text())["tables"]["baselines"]["rows"]
     assert arms["fastv"]["kept"]["mean"] == 0.5
     assert arms["fastv"]["router_keeps"]["mean"] == pytest.approx((0.6 + 0.2 * 0.25 / 0.35) / 0.9, abs=1e-4)
     assert arms["nested pooling (M3)"]["token_fraction"]["mean"] == 0.25
@@ -153,7 +154,7 @@ def test_the_shift_table_has_a_row_per_set_and_draws_each(folders, monkeypatch):
     study.main()
     shifts = json.loads((folder / "results" / "study.json").read_text())["shift"]
     assert [*shifts] == ["val", "fonts", "sizes", "damage", "moved-0", "moved-16", "moved-4"]
-    assert shifts["fonts"]["router_retention"]["mean"] == 0.96
+    assert shifts["fonts"]["retention_mean"]["mean"] == 0.96
     drawn = [words[words.index("--shift") + 1] for words in commands if "--shift" in words]
     assert drawn == ["fonts", "sizes", "damage"]
     assert [words[1] for words in commands if words[0] == "moved"] == ["0", "16", "4"]

@@ -1,0 +1,124 @@
+"""What the study compares: sets of shards, variants of the recipes, and tables of these."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SHIFTS = ("fonts", "sizes", "damage")  # never trained on
+MOVED = {f"moved-{step}": step for step in (0, 16, 4)}  # px: aligned pages, by moved.py
+SETS = {  # name -> what `vico shards glyphs --layout free` draws; none is of a seed of the base model
+    "train": ["--num-samples", "12000", "--seed", "11", "--questions", "8", "--comparisons", "3"],
+    "questions-1": ["--num-samples", "12000", "--seed", "11", "--questions", "1"],
+    "questions-4": ["--num-samples", "12000", "--seed", "11"],
+    "calibration": ["--num-samples", "500", "--seed", "12"],
+    "val": ["--num-samples", "500", "--seed", "13"],
+    "pool": ["--num-samples", "4000", "--seed", "15"],  # to draw sets for calibration from
+    **{name: ["--num-samples", "300", "--seed", "14", "--shift", name] for name in SHIFTS},
+}
+GENERATED = "generated"  # the images of `train` with the base model's own answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Settings that differ from the recipes, as `key=value`."""
+
+    name: str
+    data: str = "train"  # the set that all stages are trained on
+    consistency: tuple[str, ...] = ()
+    router: tuple[str, ...] = ()
+    routed: tuple[str, ...] | None = None  # of stage 3 and another calibration, if they follow
+    script: str | None = None  # in this folder, that trains instead of `vico train`
+
+    def folder_name(self, stage: str, seed: int) -> str:
+        """Name the folder of a stage: the same for all variants that do the same up to it."""
+        parts = {"consistency": self.consistency, "router": self.router, "routed": self.routed}
+        until = [self.data, *list(parts.values())[: list(parts).index(stage) + 1]]
+        digest = hashlib.sha256(json.dumps(until).encode()).hexdigest()[:8]
+        return f"{stage}-{digest}-{seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Variants to compare, and what the comparison is about."""
+
+    title: str
+    variants: Sequence[Variant] = ()
+
+
+DEFAULT = Variant(name="default")
+RATIOS = "model.ratios=[4,16,64]"
+TABLES = {
+    "headline": Table(title="The default recipe", variants=[DEFAULT]),
+    "baselines": Table(title="Other ways to spend fewer tokens"),
+    "shift": Table(title="What was never trained on"),
+    "calibration": Table(title="How often a calibrated threshold keeps less than it promises"),
+    "ratio_draw": Table(
+        title="How stage 1 draws ratios",
+        variants=[
+            DEFAULT,
+            *(Variant(name=d, consistency=(f"consistency.ratio_draw={d}",)) for d in ("image", "tile")),
+        ],
+    ),
+    "loss": Table(
+        title="The loss of stage 1",
+        variants=[
+            DEFAULT,
+            Variant(name="reverse KL", consistency=("consistency.reverse_kl=true",)),
+            Variant(name="temperature 2", consistency=("consistency.temperature=2.0",)),
+            Variant(name="cross-entropy", consistency=("consistency.cross_entropy=1.0",)),
+            Variant(name="KL and cross-entropy", consistency=("consistency.cross_entropy=0.5",)),
+        ],
+    ),
+    "labels": Table(
+        title="The labels of stage 2",
+        variants=[
+            DEFAULT,
+            Variant(name="per image", router=("router.label_mode=image",)),
+            Variant(name="tolerance", router=("router.label_rule=tolerance",)),
+            Variant(name="soft targets", router=("router.label_softness=1.0",)),
+        ],
+    ),
+    "percentile": Table(
+        title="The percentile of loss ratios below which a tile is to be compressed",
+        variants=[
+            DEFAULT,
+            *(Variant(name=f"{k}", router=(f"router.percentile={k}",)) for k in (30, 40, 50, 80)),
+        ],
+    ),
+    "responses": Table(
+        title="Whose responses, and how many questions per image",
+        variants=[
+            DEFAULT,
+            Variant(name="answers of the base model", data=GENERATED),
+            Variant(name="1 question per image", data="questions-1"),
+            Variant(name="4 questions per image", data="questions-4"),
+        ],
+    ),
+    "ratios": Table(
+        title="Two ratios or three",
+        variants=[DEFAULT, Variant(name="4, 16 and 64", consistency=(RATIOS,), router=(RATIOS,))],
+    ),
+    "routed": Table(
+        title="Stage 3, training on what the router chooses",
+        variants=[DEFAULT, Variant(name="with stage 3", routed=())],
+    ),
+}
+# Trained with cross-entropy, as long as the default, on images of at most so many tiles.
+SMALLER = {
+    tiles: Variant(
+        name=f"smaller images, at most {tiles} {'tile' if tiles == 1 else 'tiles'}",
+        consistency=(
+            "consistency.ratio_draw=full",
+            "consistency.cross_entropy=1.0",
+            f"data.tiling.max_tiles={tiles}",
+        ),
+    )
+    for tiles in (1, 2, 3)
+}
+NESTED = Variant(
+    name="nested pooling (M3)",
+    consistency=("stage=nested", "consistency.ratio_draw=image", "consistency.cross_entropy=1.0"),
+    script="nested.py",
+)
+NAMED_ARMS = ("average_pooling", "fastv", "greedy_oracle")  # that a report has on request only
