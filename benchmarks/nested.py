@@ -41,9 +41,6 @@ class NestedStage(ConsistencyStage):
         return model
 
 
-STAGES[NestedStage.name] = NestedStage
-
-
 def report(model: Path, data: Path, output: Path) -> None:
     """Evaluate full tokens and all tiles pooled."""
     predictor = Predictor.load(model)
@@ -52,6 +49,7 @@ def report(model: Path, data: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
+    STAGES[NestedStage.name] = NestedStage
     if sys.argv[1].endswith(".yaml"):
         train(prepare_run(Path(sys.argv[1]), sys.argv[2:]))
     else:

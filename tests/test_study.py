@@ -1,17 +1,24 @@
 """The study: what it shares between variants, the figures it derives, and how it writes them."""
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.support.scripts import load_benchmark
+from tests.support.tiny import tiny_model
+from vico_pl.config import load_config
+from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.stages import STAGES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks read /proc")
 study, calibration = load_benchmark("study"), load_benchmark("calibration")
-figures = load_benchmark("study_figures")
+figures, moved = load_benchmark("study_figures"), load_benchmark("moved")
 
 CURVES = {"random": (0.5, 0.7, 0.9), "oracle": (0.7, 0.9, 0.9), "router": (0.6, 0.8, 0.9)}
 
@@ -225,3 +232,40 @@ def test_an_unknown_table_is_refused_with_the_known_ones(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         study.main()
     assert "no table losses; there are headline" in capsys.readouterr().err
+
+
+def test_nested_pooling_trains_the_full_connector_and_no_compressed_one(monkeypatch):
+    monkeypatch.setitem(STAGES, "nested", load_benchmark("nested").NestedStage)
+    run = load_config(Path("recipes/free/consistency.yaml"), ["stage=nested"])
+    model = tiny_model().train()
+    before = {name: value.clone() for name, value in model.connectors.state_dict().items()}
+    STAGES["nested"].prepare(model, run)
+    features = torch.randn(3, model.vision.num_patches, 32)
+    full = model.connectors.by_ratio["4"](features)
+    pooled, counts = model.connectors(features, torch.full((3,), 16))
+    assert torch.allclose(pooled.view(3, -1, full.shape[-1]), full.mean(1, keepdim=True), atol=1e-6)
+    assert counts.tolist() == [1, 1, 1]
+    pooled.sum().backward()
+    trained = {name for name, value in model.connectors.named_parameters() if value.grad is not None}
+    assert trained
+    assert all(name.startswith("by_ratio.4.") for name in trained)
+    assert model.connectors.state_dict().keys() == before.keys(), "model folders keep their layout"
+
+
+@pytest.mark.parametrize("step", [0, 16, 4])
+def test_aligned_pages_are_moved_by_multiples_of_a_step(step):
+    drawn = list(moved.records(range(12), step=step))
+    originals = draw_records(GlyphsConfig(max_tiles=2), seed=moved.SEED, start=0, count=12)
+    offsets = set()
+    for (key, files), (of_original, original) in zip(drawn, originals, strict=True):
+        assert key == of_original
+        image = np.asarray(Image.open(io.BytesIO(original["jpg"])).convert("RGB"))
+        page = np.asarray(Image.open(io.BytesIO(files["png"])))
+        assert page.shape == (image.shape[0] + 64, image.shape[1] + 64, 3)
+        rows, columns = np.nonzero((page != moved.GREY).any(2))
+        top, left = int(rows.min()), int(columns.min())
+        offsets.add((left, top))
+        assert np.array_equal(page[top : top + image.shape[0], left : left + image.shape[1]], image)
+        assert set(json.loads(files["json"])) == {"conversations", "skills"}
+    assert all(offset % step == 0 if step else offset == 0 for pair in offsets for offset in pair)
+    assert len(offsets) == 1 if step == 0 else len(offsets) > 4
