@@ -51,7 +51,7 @@ RATIOS = "model.ratios=[4,16,64]"
 TABLES = {
     "headline": Table(title="The default recipe", variants=[DEFAULT]),
     "baselines": Table(title="Other ways to spend fewer tokens"),
-    "shift": Table(title="What was never trained on"),
+    "shift": Table(title="What stages 1 and 2 were not trained on"),
     "calibration": Table(title="How often a calibrated threshold keeps less than it promises"),
     "ratio_draw": Table(
         title="How stage 1 draws ratios",
