@@ -159,14 +159,14 @@ def annotated(question, answer, *, skill=None):
     return {"json": json.dumps({"conversations": turns, "skills": [skill]}).encode()}
 
 
-@pytest.mark.parametrize(("answer", "measure"), [("me", Measure.ANSWERS), ("", Measure.OWN)])
-def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, answer, measure):
+@pytest.mark.parametrize(("answer", "agreement"), [("me", Measure.ANSWERS), ("", Measure.OWN)])
+def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, answer, agreement):
     pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
     records = [(f"{i}", {"png": p, **annotated("<image>", answer)}) for i, p in enumerate(pictures)]
     questions = open_questions(predictor, write_set(tmp_path / "set", records))
     wanted = sorted(point.retention_ci["mean"][0] for point in measure(questions).curve())[-3]
     chosen, record = calibrate(questions, retention=wanted)
-    assert record["measure"] == measure
+    assert record["measure"] == agreement
     kept = [point["retention_ci"]["mean"][0] for point in record["curve"]]
     assert kept[0] == 1 > wanted > kept[-1] > 0
     fractions = {p["token_fraction"] for p in record["curve"] if p["retention_ci"]["mean"][0] >= wanted}
