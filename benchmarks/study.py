@@ -42,6 +42,7 @@ from study_variants import (
     MOVED,
     NAMED_ARMS,
     NESTED,
+    PAGES,
     SETS,
     SHIFTS,
     SMALLER,
@@ -89,7 +90,7 @@ def draw_set(name: str) -> Path:
         elif name in MOVED:
             python(FOLDER / "moved.py", str(MOVED[name]), folder)
         else:
-            vico("shards", "glyphs", "--layout", "free", "--output", folder, *SETS[name])
+            vico("shards", "glyphs", "--output", folder, *PAGES, *SETS[name])
     return folder
 
 

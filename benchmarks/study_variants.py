@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 SHIFTS = ("fonts", "sizes", "damage")  # never trained on
 MOVED = {f"moved-{step}": step for step in (0, 16, 4)}  # px: aligned pages, by moved.py
-SETS = {  # name -> what `vico shards glyphs --layout free` draws; none is of a seed of the base model
+PAGES = ["--layout", "free", "--lookalikes", "1"]  # as many as it takes that pixel statistics tell little
+SETS = {  # name -> what `vico shards glyphs` draws of them; none is of a seed of the base model
     "train": ["--num-samples", "12000", "--seed", "11", "--questions", "8", "--comparisons", "3"],
     "questions-1": ["--num-samples", "12000", "--seed", "11", "--questions", "1"],
     "questions-4": ["--num-samples", "12000", "--seed", "11"],
-    "calibration": ["--num-samples", "500", "--seed", "12"],
+    "calibration": ["--num-samples", "2000", "--seed", "12"],
     "val": ["--num-samples", "500", "--seed", "13"],
     "pool": ["--num-samples", "4000", "--seed", "15"],  # to draw sets for calibration from
     **{name: ["--num-samples", "300", "--seed", "14", "--shift", name] for name in SHIFTS},

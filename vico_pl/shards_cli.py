@@ -35,6 +35,9 @@ def glyphs(
         str, Option(help="aligned: a tile for each thing; free: content anywhere.")
     ] = "aligned",
     jitter: Annotated[int, Option(help="Aligned layout: move text by up to so many px, 0 to 15.")] = 0,
+    lookalikes: Annotated[
+        float, Option(help="Free layout: most blocks of symbols per tile that look like text, 0 to 10.")
+    ] = 0.0,
     shift: Annotated[str, Option(help="Free layout, for tests: fonts, sizes or damage.")] = "none",
     samples_per_shard: Annotated[int, Option(min=1, help="Images per tar.")] = 500,
 ) -> None:
@@ -48,6 +51,7 @@ def glyphs(
     config = GlyphsConfig(
         layout=layout,
         jitter=jitter,
+        lookalikes=lookalikes,
         shift=shift,
         max_tiles=max_tiles,
         questions_per_image=questions,

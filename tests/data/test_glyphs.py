@@ -26,12 +26,14 @@ def pixels_of(files):
 
 
 @cache
-def pages(count=120):
+def pages(count=120, lookalikes=0.0):
     drawn = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
         grids = [GRIDS[seed % len(GRIDS)]]
-        drawn.append((rng, *draw_image(rng, grids, only="", max_pairs=16, shift="none")))
+        drawn.append(
+            (rng, *draw_image(rng, grids, only="", max_pairs=16, lookalikes=lookalikes, shift="none"))
+        )
     return drawn
 
 
@@ -146,6 +148,18 @@ def test_damage_changes_pixels_but_neither_content_nor_answers():
         assert 4 < difference < 30
 
 
+def test_lookalikes_are_added_to_a_page_and_change_nothing_else_on_it():
+    more = 0
+    for (_, plain, scene), (_, crowded, same) in zip(pages(40), pages(40, lookalikes=2.0), strict=True):
+        assert scene.values == same.values
+        assert scene.shapes == same.shapes
+        changed = (np.asarray(plain) != np.asarray(crowded)).any(2)
+        more += changed.mean() > 0.02
+    assert 20 < more < 40
+    with pytest.raises(ValueError, match=r"lookalikes is 11\.0; expected 0 to 10, with layout free"):
+        GlyphsConfig(layout="free", lookalikes=11.0)
+
+
 def test_other_fonts_and_sizes_are_none_that_is_trained_on():
     assert not set(FONTS) & set(OTHER_FONTS)
     for shift in ("fonts", "sizes"):
@@ -174,6 +188,7 @@ def test_the_tokenizers_sentences_hold_every_word_of_the_questions(tokenizer):
         {"read_fraction": 1.5},
         {"read_pairs": 0},
         {"layout": "loose"},
+        {"lookalikes": 1.0},
         {"shift": "fonts"},
     ],
 )

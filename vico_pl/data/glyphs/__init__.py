@@ -25,6 +25,7 @@ __all__ = ["GlyphsConfig", "draw_records", "question_words"]
 GRIDS: tuple[Grid, ...] = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2))  # rows, columns
 LAYOUTS = ("aligned", "free")
 SHIFTS = ("none", "fonts", "sizes", "damage")  # the last three are for tests, never to train on
+MOST_LOOKALIKES = 10  # blocks per tile; no page has room for more
 NOISE = 14  # standard deviation in grey levels, shift: damage
 DAMAGED_QUALITY = 30  # of JPEG, shift: damage
 
@@ -36,6 +37,8 @@ class GlyphsConfig:
     layout: str = "aligned"
     # Free layout: away from what is trained on, by other fonts, other sizes, or noise and strong JPEG.
     shift: str = "none"
+    # Free layout: at most so many more blocks of symbols per tile, which look like text and say nothing.
+    lookalikes: float = 0.0
     max_tiles: int = 6  # without the thumbnail, 1 to 6
     # Curriculum: text of the aligned layout is moved off its cells by up to so many px, 0 to 15.
     jitter: int = 0
@@ -58,6 +61,10 @@ class GlyphsConfig:
             jitter=(
                 0 <= self.jitter <= (15 if self.layout == "aligned" else 0),
                 "0 to 15, with layout aligned",
+            ),
+            lookalikes=(
+                0 <= self.lookalikes <= (MOST_LOOKALIKES if self.layout == "free" else 0),
+                f"0 to {MOST_LOOKALIKES}, with layout free",
             ),
             max_tiles=(1 <= self.max_tiles <= 6, "1 to 6"),
             questions_per_image=(self.questions_per_image >= 1, "at least 1"),
@@ -87,7 +94,12 @@ def draw_records(
         grids = [grid for grid in GRIDS if math.prod(grid) <= config.max_tiles]
         if config.layout == "free":
             image, scene = free.draw_image(
-                rng, grids, only=only, max_pairs=config.read_pairs, shift=config.shift
+                rng,
+                grids,
+                only=only,
+                max_pairs=config.read_pairs,
+                lookalikes=config.lookalikes,
+                shift=config.shift,
             )
         else:
             image, scene = aligned.draw_image(rng, grids, reads=reads, jitter=config.jitter)

@@ -24,6 +24,7 @@ FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold
 OTHER_FONTS = ("DejaVuSerif", "STIXGeneralBol", "cmss10", "DejaVuSans-BoldOblique")  # shift: fonts
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # I and O are too much like 1 and 0
 SYMBOLS = "#%&*+=<>?/~$@"
+LOOKALIKES = "#%&?$@*+"  # those with as much ink as letters
 SMALL, LARGE = range(11, 15), range(24, 31)  # px, font sizes
 OTHER_SIZES = {SMALL: (9, 10, 16, 17), LARGE: (20, 21, 34, 36)}  # px, shift: sizes
 SMALL_SHAPE, LARGE_SHAPE = (7, 10), (17, 25)  # px, radii
@@ -104,19 +105,22 @@ class Page:
 
 
 def draw_image(
-    rng: Rng, grids: Sequence[Grid], *, only: str, max_pairs: int, shift: str
+    rng: Rng, grids: Sequence[Grid], *, only: str, max_pairs: int, lookalikes: float, shift: str
 ) -> tuple[Image.Image, Scene]:
     """Draw a page of one of the grids.
 
-    `only` limits its content for a curriculum: "text", always on one tile, or "shapes"; "" does not.
+    `only` limits its content for a curriculum: "text", always on one tile, or "shapes"; "" does not. Other
+    pages get up to `lookalikes` more blocks of symbols per tile.
     """
     grid = grids[int(rng.integers(len(grids)))]
     if only == "text":
         return _draw_reading_page(rng, max_pairs=max_pairs)
-    return _draw_shapes_page(rng, grid) if only == "shapes" else _draw_page(rng, grid, shift=shift)
+    if only == "shapes":
+        return _draw_shapes_page(rng, grid)
+    return _draw_page(rng, grid, lookalikes=lookalikes, shift=shift)
 
 
-def _draw_page(rng: Rng, grid: Grid, *, shift: str) -> tuple[Image.Image, Scene]:
+def _draw_page(rng: Rng, grid: Grid, *, lookalikes: float, shift: str) -> tuple[Image.Image, Scene]:
     """Draw a page with something to ask about."""
     names, shares = list(KINDS), list(KINDS.values())
     while True:
@@ -125,6 +129,8 @@ def _draw_page(rng: Rng, grid: Grid, *, shift: str) -> tuple[Image.Image, Scene]
         for name in rng.choice(names, count, p=shares):
             PAINTERS[str(name)](page)
         if page.scene.shapes or page.scene.values:
+            for _ in range(round(rng.uniform(0, lookalikes) * math.prod(grid)) if lookalikes else 0):
+                _paint_symbols(page, LOOKALIKES)
             return page.image, page.scene
 
 
@@ -169,12 +175,12 @@ def _write_pairs(page: Page, text: Text, box: Box) -> None:
             page.scene.values[pair[0]] = pair[1]
 
 
-def _paint_symbols(page: Page) -> None:
+def _paint_symbols(page: Page, symbols: str = SYMBOLS) -> None:
     """Draw what looks like text and says nothing."""
     text = _choose_text(page, SMALL if page.chance(0.7) else LARGE)
     box = page.place(*text.size) if text else None
     if text is not None and box is not None:
-        lines = [["".join(page.rng.choice(list(SYMBOLS), 2)) for _ in line] for line in text.lines]
+        lines = [["".join(page.rng.choice(list(symbols), 2)) for _ in line] for line in text.lines]
         _write(page, text._replace(lines=lines), box)
 
 
