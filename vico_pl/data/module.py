@@ -22,7 +22,7 @@ from vico_pl.data.decode import ImageLimits, bad_record, decode_record, with_cap
 from vico_pl.data.order import EvenOrder, SampleOrder, SourceShape
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index
-from vico_pl.data.shards.shard import ShardIndex
+from vico_pl.data.shards.shard import MAX_OPEN, ShardIndex
 from vico_pl.data.tiling import TilingConfig, estimated_tiles, tile_sample
 from vico_pl.errors import STOP_SIGNALS, RecordError, check_settings
 from vico_pl.types import BadRecord, EncodedSample, RankBatch, TiledSample
@@ -289,7 +289,10 @@ def open_sources(config: DataConfig) -> list[ShardIndex]:
     Raises:
         ValueError: one is absent, damaged or without samples.
     """
-    indexes = [read_index(source.path, streaming=config.streaming) for source in config.sources]
+    max_open = max(1, MAX_OPEN // max(1, len(config.sources)))
+    indexes = [
+        read_index(source.path, streaming=config.streaming, max_open=max_open) for source in config.sources
+    ]
     for index in indexes:
         if index.num_samples == 0:
             raise ValueError(f"{index.folder}: its shards hold no samples")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vico_pl.data.shards import reader as reader_module
 from vico_pl.data.shards import shard as shard_module
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
+from vico_pl.data.shards.shard import MAX_OPEN
 from vico_pl.data.shards.tars import UNKNOWN_SIZE
 
 NUM_SHARDS = 4
@@ -248,13 +250,29 @@ def test_a_reader_travels_to_other_processes_after_it_was_used(folder, server, s
 
 
 def test_no_more_than_so_many_shards_are_open(folder, monkeypatch):
-    monkeypatch.setattr(shard_module, "MAX_OPEN", 2)
     closed = []
     monkeypatch.setattr(shard_module.OpenFile, "__del__", lambda file: closed.append(file))
-    index = read_index(folder)
+    index = read_index(folder, max_open=2)
     closed.clear()
     assert keys(index) == KEYS
     assert len(closed) == 4  # a tar and its sidecar each
+
+
+def test_many_sources_share_the_files_that_a_process_may_open(folder, tokenizer):
+    module = data_module([SourceConfig(path=str(folder), weight=1.0)] * 40, tokenizer)
+    assert [index.max_open for index in module.indexes] == [MAX_OPEN // 40] * 40
+    assert pickle.loads(pickle.dumps(module.indexes[0])).max_open == MAX_OPEN // 40
+
+
+def test_a_process_that_may_open_no_more_files_says_so_and_blames_no_shard(folder):
+    index, limits = read_index(folder), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            index.open(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert keys(index) == KEYS
 
 
 def test_training_reads_the_same_global_batches_from_a_url_on_any_number_of_ranks(

@@ -31,7 +31,7 @@ from vico_pl.data.shards.index import (
     write_sidecar,
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
-from vico_pl.data.shards.shard import Origin, Shard, ShardIndex, is_streamed
+from vico_pl.data.shards.shard import MAX_OPEN, Origin, Shard, ShardIndex, is_streamed
 from vico_pl.data.shards.tars import MAX_RECORD_BYTES, describe_tar, read_members
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
@@ -87,8 +87,12 @@ def _fetch_all(index: ShardIndex, numbers: Sequence[int]) -> None:
             index.fetch(number)
 
 
-def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING) -> ShardIndex:
+def read_index(
+    source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREAMING, max_open: int = MAX_OPEN
+) -> ShardIndex:
     """Open a set of shards. Those that `index.json` lists are checked only when they are read.
+
+    `max_open` of them remain open.
 
     Raises:
         ValueError: it is absent or empty, its index is damaged, or a shard that is not counted cannot be
@@ -105,7 +109,7 @@ def read_index(source: Path | str, *, streaming: StreamingConfig = DEFAULT_STREA
     origin: Origin = "measured"
     if listed and is_streamed(found, names):
         origin = "stored" if has_sizes and not new else "unknown"
-    return ShardIndex(found, cache, [known[name] for name in names], origin)
+    return ShardIndex(found, cache, [known[name] for name in names], origin, max_open)
 
 
 def write_index(

@@ -33,11 +33,12 @@ from vico_pl.data.shards.tars import UNKNOWN_SIZE, SampleSize, describe_tar
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
 
-MAX_OPEN = 64  # shards of a set, with two files each: several sets share the 1,024 that a process may open
+MAX_OPEN = 160  # shards of all sets of a run, with up to three files each: a process may often open 1,024
 FAILURE_S = 60.0  # for which a shard that could not be opened is not tried again
 # Where the sizes of samples come from: measured on the files, stored next to shards to fetch, or unknown. All
 # machines must know the same, or their ranks would assign samples otherwise.
 Origin = Literal["measured", "stored", "unknown"]
+_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)  # no fault of the shard
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -150,6 +151,8 @@ class Shard:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
+            if error.errno in _TOO_MANY_OPEN:
+                raise
             reason = "absent" if isinstance(error, FileNotFoundError) else error.strerror
             raise RecordError(f"{path}: {reason}; {remedy}", kind="shard") from error
         num_bytes = os.fstat(descriptor).st_size
@@ -196,10 +199,20 @@ class ShardIndex:
     """A set of shards. Each shard is opened on first use, and the most recent ones remain open."""
 
     def __init__(
-        self, source: Source, cache: ShardCache, entries: Sequence[ShardEntry], origin: Origin = "measured"
+        self,
+        source: Source,
+        cache: ShardCache,
+        entries: Sequence[ShardEntry],
+        origin: Origin = "measured",
+        max_open: int = MAX_OPEN,
     ) -> None:
-        """Open nothing. `entries` are in the order of the set; `origin` is that of the sizes of samples."""
-        self.source, self.cache, self.entries, self.origin = source, cache, entries, origin
+        """Open nothing.
+
+        `entries` are in the order of the set; `origin` is that of the sizes of samples; `max_open` shards
+        remain open.
+        """
+        self.source, self.cache, self.entries = source, cache, entries
+        self.origin, self.max_open = origin, max_open
         self.folder = source.folder  # or the URL without secrets
         self.names = [entry.name for entry in entries]
         self.shard_sizes = [entry.num_samples for entry in entries]
@@ -207,12 +220,12 @@ class ShardIndex:
         self.num_samples = self.starts[-1]
         self.is_streamed = is_streamed(source, self.names)
         self._failures: dict[int, tuple[float, RecordError]] = {}
-        self._recent = lru_cache(MAX_OPEN)(lambda number: self.shard(number).open())
-        self._sidecars = lru_cache(MAX_OPEN)(self._open_sidecar)
+        self._recent = lru_cache(max_open)(lambda number: self.shard(number).open())
+        self._sidecars = lru_cache(max_open)(self._open_sidecar)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to other processes without open files."""
-        return ShardIndex, (self.source, self.cache, self.entries, self.origin)
+        return ShardIndex, (self.source, self.cache, self.entries, self.origin, self.max_open)
 
     def shard(self, number: int) -> Shard:
         """Return a shard."""
