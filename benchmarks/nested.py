@@ -1,6 +1,6 @@
 """Nested pooling trained with cross-entropy, as M3 does (arXiv 2405.17430): a baseline of the study.
 
-    python benchmarks/nested.py recipes/free/consistency.yaml stage=nested run_dir=RUN
+    python benchmarks/nested.py train recipes/free/consistency.yaml stage=nested run_dir=RUN
         consistency.ratio_draw=image consistency.cross_entropy=1.0
     python benchmarks/nested.py RUN/model SHARDS REPORT.json
 
@@ -11,17 +11,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from vico_pl.cli import main
 from vico_pl.evaluation.baselines import with_pooling
 from vico_pl.evaluation.evaluate import evaluate
 from vico_pl.evaluation.questions import open_questions
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 from vico_pl.model.vlm import VisionLanguageModel
-from vico_pl.prepare import prepare_run
 from vico_pl.stages import STAGES
 from vico_pl.stages.consistency import ConsistencyStage
 from vico_pl.stages.settings import RunSettings
-from vico_pl.trainer import train
 
 
 class NestedStage(ConsistencyStage):
@@ -50,7 +49,7 @@ def report(model: Path, data: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     STAGES[NestedStage.name] = NestedStage
-    if sys.argv[1].endswith(".yaml"):
-        train(prepare_run(Path(sys.argv[1]), sys.argv[2:]))
+    if sys.argv[1] == "train":
+        main()
     else:
         report(*map(Path, sys.argv[1:]))

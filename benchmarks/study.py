@@ -62,9 +62,9 @@ Rows = dict[str, dict[str, float]]
 # --- Running ------------------------------------------------------------------------------------------------
 
 
-def vico(*arguments: str | Path) -> None:
-    """Run the command line of the project."""
-    python("-m", "vico_pl", *arguments)
+def vico(*arguments: str | Path, script: str | None = None) -> None:
+    """Run the command line of the project, or a script of this folder that takes the same arguments."""
+    python(*(["-m", "vico_pl"] if script is None else [FOLDER / script]), *arguments)
 
 
 def python(*arguments: str | Path) -> None:
@@ -100,9 +100,8 @@ def train(variant: Variant, stage: str, seed: int, settings: Sequence[str]) -> P
     with LOCKS[folder]:
         if not (folder / "model" / "config.json").exists():
             sources = f"data.sources=[{{path: {draw_set(variant.data)}}}]"
-            command = ["-m", "vico_pl", "train"] if variant.script is None else [FOLDER / variant.script]
             given = [f"run_dir={folder}", f"seed={seed}", sources, *settings]
-            python(*command, f"recipes/free/{stage}.yaml", *given)
+            vico("train", f"recipes/free/{stage}.yaml", *given, script=variant.script)
     return folder / "model"
 
 
@@ -110,32 +109,33 @@ def run_variant(variant: Variant, seed: int) -> Path:
     """Return the calibrated model of a variant."""
     model = train(variant, "consistency", seed, variant.consistency)
     model = train(variant, "router", seed, [f"model.path={model}", *variant.router])
-    calibrate(model)
+    calibrate(variant, model)
     if variant.routed is not None:
         model = train(variant, "routed", seed, [f"model.path={model}", *variant.routed])
-        calibrate(model)
+        calibrate(variant, model)
     return model
 
 
 def evaluate(variant: Variant, seed: int, *, data: str = "val", arms: Sequence[str] = ()) -> Report:
     """Train and evaluate a variant, unless that is done; return its report."""
-    return report_of(run_variant(variant, seed), data=data, arms=arms)
+    return report_of(variant, run_variant(variant, seed), data=data, arms=arms)
 
 
-def report_of(model: Path, *, data: str = "val", arms: Sequence[str] = ()) -> Report:
+def report_of(variant: Variant, model: Path, *, data: str = "val", arms: Sequence[str] = ()) -> Report:
     """Evaluate a model, unless that is done."""
     folder = model.parent / "-".join(["report", *([data] if data != "val" else []), *arms])
     with LOCKS[folder]:
         if not (folder / "report.json").exists():
             named = [word for arm in arms for word in ("--arm", arm)]
-            vico("eval", model, "--data", draw_set(data), "--output", folder, *named)
+            given = ["--data", draw_set(data), "--output", folder, *named]
+            vico("eval", model, *given, script=variant.script)
     return read_report(folder / "report.json")
 
 
 def evaluate_smaller(tiles: int, seed: int) -> Report:
     """Train and evaluate a model on images of at most so many tiles."""
     variant = SMALLER[tiles]
-    return report_of(train(variant, "consistency", seed, variant.consistency), arms=["full"])
+    return report_of(variant, train(variant, "consistency", seed, variant.consistency), arms=["full"])
 
 
 def evaluate_nested(seed: int) -> Report:
@@ -159,12 +159,12 @@ def read_report(path: Path) -> Report:
     return found
 
 
-def calibrate(model: Path) -> None:
+def calibrate(variant: Variant, model: Path) -> None:
     """Calibrate on the set for it, unless that is done."""
     done = model.parent / "calibrated"  # calibration.json says less: stage 3 takes that of stage 2 with it
     with LOCKS[done]:
         if not done.exists():
-            vico("calibrate", model, "--data", draw_set("calibration"))
+            vico("calibrate", model, "--data", draw_set("calibration"), script=variant.script)
             done.touch()
 
 

@@ -29,12 +29,16 @@ class Variant:
     consistency: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
     routed: tuple[str, ...] | None = None  # of stage 3 and another calibration, if they follow
-    script: str | None = None  # in this folder, that trains instead of `vico train`
+    script: str | None = (
+        None  # in this folder, that takes the place of `vico` where the variant is not shared
+    )
 
     def folder_name(self, stage: str, seed: int) -> str:
         """Name the folder of a stage: the same for all variants that do the same up to it."""
         parts = {"consistency": self.consistency, "router": self.router, "routed": self.routed}
-        until = [self.data, *list(parts.values())[: list(parts).index(stage) + 1]]
+        until: list[object] = [self.data, *list(parts.values())[: list(parts).index(stage) + 1]]
+        if stage != "consistency" and self.script is not None:
+            until.append(self.script)
         digest = hashlib.sha256(json.dumps(until).encode()).hexdigest()[:8]
         return f"{stage}-{digest}-{seed}"
 
@@ -86,6 +90,10 @@ TABLES = {
             DEFAULT,
             *(Variant(name=f"{k}", router=(f"router.percentile={k}",)) for k in (30, 40, 50, 80)),
         ],
+    ),
+    "router_size": Table(
+        title="The size of the router",
+        variants=[DEFAULT, Variant(name="a tenth of the weights", script="small_router.py")],
     ),
     "responses": Table(
         title="Whose responses, and how many questions per image",

@@ -14,6 +14,7 @@ from tests.support.scripts import load_benchmark
 from tests.support.tiny import tiny_model
 from vico_pl.config import load_config
 from vico_pl.data.glyphs import GlyphsConfig, draw_records
+from vico_pl.model.router import ResolutionRouter
 from vico_pl.stages import STAGES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks read /proc")
@@ -71,7 +72,7 @@ def folders(tmp_path, monkeypatch):
         words = [str(word) for word in arguments]
         words = words[2:] if words[0] == "-m" else [Path(words[0]).stem, *words[1:]]
         commands.append(words)
-        for name, content in written_by(words).items():
+        for name, content in written_by(words[1:] if words[0] == "small_router" else words).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
@@ -111,6 +112,39 @@ def test_variants_share_the_stages_in_which_they_do_not_differ():
     assert plain.folder_name("router", 0) != plain.folder_name("router", 1)
     routed = study.TABLES["routed"].variants[1]
     assert plain.folder_name("router", 0) == routed.folder_name("router", 0)
+
+
+def test_a_variant_with_a_router_of_its_own_shares_stage_1_and_runs_the_rest_by_its_script(folders):
+    _, commands = folders
+    variant = study.TABLES["router_size"].variants[1]
+    study.evaluate(variant, 0)
+    study.evaluate(study.DEFAULT, 0)
+    ours = [words[:2] for words in commands if words[0] == "small_router"]
+    assert variant.folder_name("consistency", 0) == study.DEFAULT.folder_name("consistency", 0)
+    assert variant.folder_name("router", 0) != study.DEFAULT.folder_name("router", 0)
+    assert ours == [["small_router", name] for name in ("train", "train", "calibrate", "eval")]
+    assert [words[0] for words in commands if words[0] in ("train", "calibrate", "eval")] == [
+        "train",
+        "calibrate",
+        "eval",
+    ]
+
+
+def test_the_small_router_has_a_tenth_of_the_weights_that_run_and_learns():
+    small = load_benchmark("small_router").SmallRouter(64, num_heads=8)
+    usual = ResolutionRouter(64, num_heads=8)
+    sizes = [sum(p.numel() for p in router.parameters() if p.requires_grad) for router in (small, usual)]
+    assert 0.08 < sizes[0] / sizes[1] < 0.12
+    features = torch.randn(256, 4, 64)
+    wanted = (features[:, :, 0].amax(1) > 1).long()
+    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(small(features), wanted).backward()
+        optimizer.step()
+    assert (small(features).argmax(1) == wanted).float().mean() > 0.9
+    alone = torch.cat([small(one[None]) for one in features[:4]])
+    assert torch.allclose(small(features[:4]), alone, atol=1e-5), "a tile is routed alone"
 
 
 def test_a_table_is_made_once_and_written_to_page_and_results(folders, monkeypatch):
