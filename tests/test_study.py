@@ -18,7 +18,8 @@ from vico_pl.model.router import ResolutionRouter
 from vico_pl.stages import STAGES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks read /proc")
-study, calibration = load_benchmark("study"), load_benchmark("calibration")
+study, runs, variants = (load_benchmark(name) for name in ("study", "study_runs", "study_variants"))
+calibration = load_benchmark("calibration")
 figures, moved = load_benchmark("study_figures"), load_benchmark("moved")
 
 CURVES = {"random": (0.5, 0.7, 0.9), "oracle": (0.7, 0.9, 0.9), "router": (0.6, 0.8, 0.9)}
@@ -32,14 +33,14 @@ def report(token_fraction=0.5):
     ]
 
     def arm(tokens, accuracy, **retention):
-        kept = {**retention, "mean": accuracy / 0.9, "overall": accuracy / 0.9}
+        kept = {"perception": 1.0, **retention, "mean": accuracy / 0.9, "overall": accuracy / 0.9}
         of_image = {"vision_tokens_per_image": 40 * tokens, "token_fraction": tokens}
         return {**of_image, "accuracy": {"mean": accuracy}, "retention": kept}
 
     arms = {
         "full": arm(1.0, 0.9, ocr=1.0, reasoning=1.0),
         "router": arm(token_fraction, 0.864, ocr=0.94, reasoning=0.98),
-        **{name: arm(0.5, 0.45, ocr=0.5, reasoning=0.5) for name in (*study.NAMED_ARMS, "downsample")},
+        **{name: arm(0.5, 0.45, ocr=0.5, reasoning=0.5) for name in (*variants.NAMED_ARMS, "downsample")},
         **{name: arm(0.5, 0.72, ocr=0.8, reasoning=0.8) for name in ("oracle", "random")},
         "all_compressed": arm(0.25, 0.225, ocr=0.2, reasoning=0.3),
     }
@@ -65,7 +66,7 @@ def written_by(words):
 def folders(tmp_path, monkeypatch):
     """The study in a folder of its own, with commands that only write what they would make."""
     page = tmp_path / "study.md"
-    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in study.TABLES))
+    page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in variants.TABLES))
     commands = []
 
     def run(*arguments):
@@ -77,12 +78,14 @@ def folders(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
 
-    for name, path in {"RUNS": "runs", "SHARDS": "shards", "RESULTS": "results", "PICTURES": "."}.items():
+    for name, path in {"RESULTS": "results", "PICTURES": "."}.items():
         monkeypatch.setattr(study, name, tmp_path / path)
+    for name, path in {"RUNS": "runs", "SHARDS": "shards"}.items():
+        monkeypatch.setattr(runs, name, tmp_path / path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which main may unset
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(study, "PAGE", page)
-    monkeypatch.setattr(study, "python", run)
+    monkeypatch.setattr(runs, "python", run)
     return tmp_path, commands
 
 
@@ -106,22 +109,22 @@ def test_a_figure_over_seeds_has_an_interval_and_a_single_one_has_none():
 
 
 def test_variants_share_the_stages_in_which_they_do_not_differ():
-    plain, labels = study.DEFAULT, study.TABLES["labels"].variants[1]
+    plain, labels = variants.DEFAULT, variants.TABLES["labels"].variants[1]
     assert plain.folder_name("consistency", 0) == labels.folder_name("consistency", 0)
     assert plain.folder_name("router", 0) != labels.folder_name("router", 0)
     assert plain.folder_name("router", 0) != plain.folder_name("router", 1)
-    routed = study.TABLES["routed"].variants[1]
+    routed = variants.TABLES["routed"].variants[1]
     assert plain.folder_name("router", 0) == routed.folder_name("router", 0)
 
 
 def test_a_variant_with_a_router_of_its_own_shares_stage_1_and_runs_the_rest_by_its_script(folders):
     _, commands = folders
-    variant = study.TABLES["router_size"].variants[1]
-    study.evaluate(variant, 0)
-    study.evaluate(study.DEFAULT, 0)
+    variant = variants.TABLES["router_size"].variants[1]
+    runs.evaluate(variant, 0)
+    runs.evaluate(variants.DEFAULT, 0)
     ours = [words[:2] for words in commands if words[0] == "small_router"]
-    assert variant.folder_name("consistency", 0) == study.DEFAULT.folder_name("consistency", 0)
-    assert variant.folder_name("router", 0) != study.DEFAULT.folder_name("router", 0)
+    assert variant.folder_name("consistency", 0) == variants.DEFAULT.folder_name("consistency", 0)
+    assert variant.folder_name("router", 0) != variants.DEFAULT.folder_name("router", 0)
     assert ours == [["small_router", name] for name in ("train", "train", "calibrate", "eval")]
     assert [words[0] for words in commands if words[0] in ("train", "calibrate", "eval")] == [
         "train",
@@ -152,15 +155,30 @@ def test_a_table_is_made_once_and_written_to_page_and_results(folders, monkeypat
     monkeypatch.setattr(sys, "argv", ["study.py", "loss", "--seeds", "0", "1", "--jobs", "2"])
     study.main()
     trained = [words[1] for words in commands if words[0] == "train"]
-    variants = study.TABLES["loss"].variants
-    assert len(trained) == 2 * 2 * len(variants)
-    content = json.loads((folder / "results" / "study.json").read_text())
-    assert content["tables"]["loss"]["variants"].keys() == {variant.name for variant in variants}
-    assert [run["seed"] for run in content["tables"]["loss"]["runs"]["default"]] == [0, 1]
+    compared = variants.TABLES["loss"].variants
+    assert len(trained) == 2 * 2 * len(compared)
+    table = json.loads((folder / "results" / "study.json").read_text())["tables"]["loss"]
+    assert table["summary"][0].keys() == {variant.name for variant in compared}
+    assert [*table["runs"]] == ["0", "1"]
     assert "| cross-entropy | 50.0 |" in (folder / "study.md").read_text()
     commands.clear()
     study.main()
     assert [words[0] for words in commands] == []
+
+
+def test_figures_of_other_seeds_stay_unless_what_they_were_made_from_has_changed(folders, monkeypatch):
+    folder, _ = folders
+
+    def seeds_after(*given):
+        monkeypatch.setattr(sys, "argv", ["study.py", "percentile", "--seeds", *given])
+        study.main()
+        content = json.loads((folder / "results" / "study.json").read_text())
+        return content["tables"]["percentile"]["summary"][0]["default"]["seeds"]
+
+    assert [seeds_after("0"), seeds_after("2", "10"), seeds_after("0")] == [1, 3, 3]
+    assert 'TABLE=percentile ARGS="--seeds 0 2 10"`' in (folder / "study.md").read_text()
+    monkeypatch.setitem(variants.SETS, "val", ["--num-samples", "5"])
+    assert seeds_after("1") == 1
 
 
 def test_the_headline_compares_all_arms(folders, monkeypatch):
@@ -170,9 +188,9 @@ def test_the_headline_compares_all_arms(folders, monkeypatch):
     content = json.loads((folder / "results" / "study.json").read_text())
     assert [run["seed"] for run in content["headline"]] == [0, 1, 2]
     assert content["headline"][0]["retention_min_skill"] == 0.94
-    assert content["tables"]["headline"]["budgets"]["oracle"]["0.60"]["mean"] == 1
+    assert content["tables"]["headline"]["summary"][2]["oracle"]["0.60"]["mean"] == 1
     text = (folder / "study.md").read_text()
-    assert "| router | 50.0 | 94.0 | 98.0 | 96.0 | 3 |" in text
+    assert "| router | 50.0 | 94.0 | 100.0 | 98.0 | 96.0 | 3 |" in text
     assert (folder / "study.png").exists()
 
 
@@ -180,7 +198,7 @@ def test_baselines_are_compared_with_the_router_at_their_own_tokens(folders, mon
     folder, commands = folders
     monkeypatch.setattr(sys, "argv", ["study.py", "baselines", "--seeds", "5"])
     study.main()
-    arms = json.loads((folder / "results" / "study.json").read_text())["tables"]["baselines"]["rows"]
+    arms = json.loads((folder / "results" / "study.json").read_text())["tables"]["baselines"]["summary"][0]
     assert arms["fastv"]["kept"]["mean"] == 0.5
     assert arms["fastv"]["router_keeps"]["mean"] == pytest.approx((0.6 + 0.2 * 0.25 / 0.35) / 0.9, abs=1e-4)
     assert arms["nested pooling (M3)"]["token_fraction"]["mean"] == 0.25
@@ -247,17 +265,17 @@ def test_draws_that_keep_too_little_are_counted(monkeypatch):
 
 def test_a_variant_can_be_trained_on_the_answers_of_the_base_model(folders):
     _, commands = folders
-    study.evaluate(study.TABLES["responses"].variants[1], 0)
+    runs.evaluate(variants.TABLES["responses"].variants[1], 0)
     (generated,) = (words for words in commands if words[0] == "generate")
-    assert generated[1] == study.BASE
+    assert generated[1] == runs.BASE
     sources = [w for words in commands for w in words if w.startswith("data.sources=")]
     assert len(sources) == 2
     assert all("generated" in source for source in sources)
 
 
 def test_every_table_has_its_place_on_the_page():
-    text = (study.REPOSITORY / "docs" / "study.md").read_text()
-    for name in study.TABLES:
+    text = (runs.REPOSITORY / "docs" / "study.md").read_text()
+    for name in variants.TABLES:
         assert f"<!-- {name}: begin -->" in text
 
 
