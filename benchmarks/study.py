@@ -183,14 +183,11 @@ def sections(name: str) -> list[Section]:
 
 
 def work(name: str, seed: int) -> list[Callable[[], object]]:
-    """Return what a table needs of one seed, each part on its own."""
-    parts: list[Callable[[], object]] = [partial(evaluate, v, seed) for v in TABLES[name].variants]
-    if name == "baselines":
-        parts += [
-            *(partial(evaluate_smaller, tiles, seed) for tiles in SMALLER),
-            partial(evaluate_nested, seed),
-        ]
-    return [*parts, *(partial(section.rows, seed) for section in sections(name))]
+    """Return the models that a table needs of one seed, trained and evaluated at the same time."""
+    models = [partial(evaluate, variant, seed) for variant in TABLES[name].variants or [DEFAULT]]
+    if name != "baselines":
+        return models
+    return [*models, *(partial(evaluate_smaller, n, seed) for n in SMALLER), partial(evaluate_nested, seed)]
 
 
 def made_from() -> str:
@@ -244,10 +241,13 @@ def main() -> None:
     if given.jobs == 1:
         os.environ.pop("OMP_NUM_THREADS", None)  # which harness sets
     names = given.tables or [*TABLES]
-    parts = [part for name in names for seed in given.seeds for part in work(name, seed)]
     with ThreadPoolExecutor(given.jobs) as pool:
-        for _ in pool.map(lambda part: part(), parts):
-            pass
+        for name in names:
+            of_seeds = [work(name, seed) for seed in given.seeds]
+            # A variant with all seeds first: variants of one seed would wait for the stage that they share.
+            models = [model for same in zip(*of_seeds, strict=True) for model in same]
+            for _ in pool.map(lambda model: model(), models):
+                pass
     for name in names:
         publish(name, given.seeds)
 
