@@ -1,5 +1,6 @@
 """What ends a record, a recipe or a run: errors, checks of settings, and signals."""
 
+import errno
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run after the step, with a checkpoint
@@ -14,6 +15,11 @@ class RecordError(ValueError):
     def __init__(self, reason: str, *, kind: str = "") -> None:
         super().__init__(reason)
         self.kind = kind
+
+
+def is_out_of_files(error: Exception) -> bool:
+    """Say whether process or machine may open no more files: no fault of the file that was to be opened."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def check_settings(section: str, config: object, **rules: tuple[bool, str]) -> None:

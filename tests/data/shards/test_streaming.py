@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -18,7 +19,7 @@ from vico_pl.data.shards import reader as reader_module
 from vico_pl.data.shards import shard as shard_module
 from vico_pl.data.shards.cache import StreamingConfig
 from vico_pl.data.shards.reader import RecordReader, read_index, write_index, write_shard
-from vico_pl.data.shards.shard import MAX_OPEN
+from vico_pl.data.shards.shard import MAX_OPEN, ShardIndex
 from vico_pl.data.shards.tars import UNKNOWN_SIZE
 
 NUM_SHARDS = 4
@@ -264,12 +265,25 @@ def test_many_sources_share_the_files_that_a_process_may_open(folder, tokenizer)
     assert pickle.loads(pickle.dumps(module.indexes[0])).max_open == MAX_OPEN // 40
 
 
-def test_a_process_that_may_open_no_more_files_says_so_and_blames_no_shard(folder):
-    index, limits = read_index(folder), resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+@pytest.mark.parametrize(
+    ("use", "num_free"),
+    [(ShardIndex.open, 0), (ShardIndex.open, 1), (ShardIndex.size_of, 0)],  # 1: for the tar, not its sidecar
+)
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_process_that_may_open_no_more_files_says_so_and_blames_no_shard(
+    folder, server, streaming, use, num_free, is_remote
+):
+    index = read_index(server.url if is_remote else folder, streaming=streaming)
+    if is_remote:
+        assert keys(index) == KEYS  # all are in the cache
+        index = pickle.loads(pickle.dumps(index))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(folder, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + num_free, limits[1]))
     try:
         with pytest.raises(OSError, match="Too many open files"):
-            index.open(0)
+            use(index, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert keys(index) == KEYS

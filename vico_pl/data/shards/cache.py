@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from vico_pl.data.shards.index import ShardEntry
 from vico_pl.data.shards.locations import without_secrets
-from vico_pl.errors import RecordError, check_settings
+from vico_pl.errors import RecordError, check_settings, is_out_of_files
 from vico_pl.files import atomic_path
 
 MAX_INDEX_BYTES = 2**28  # of an index.json: a million shards
@@ -219,6 +219,8 @@ def _retry(location: str, fetch: Callable[[], T]) -> T:
         except (RecordError, TypeError):
             raise
         except Exception as error:  # each fsspec backend has its own exceptions
+            if is_out_of_files(error):
+                raise
             reason = without_secrets(f"{location}: {_reason(error)}")
             last = RecordError(reason, kind="shard" if isinstance(error, _DAMAGED) else "io")
             last.__cause__ = error

@@ -21,6 +21,7 @@ import numpy as np
 from vico_pl.data.decode import parsing
 from vico_pl.data.shards.locations import SHARD_ENDINGS
 from vico_pl.data.shards.tars import UNKNOWN_SIZE, SampleSize
+from vico_pl.errors import is_out_of_files
 from vico_pl.files import atomic_path, write_json
 
 INDEX_NAME = "index.json"
@@ -152,9 +153,12 @@ def write_sidecar(table: np.ndarray, path: Path) -> Sidecar:
 
 def open_sidecar(path: Path) -> Sidecar | None:
     """Open a sidecar; None: it is absent, damaged, of an older version or of another tool."""
-    with suppress(OSError, ValueError):
+    try:
         return Sidecar(os.open(path, os.O_RDONLY))
-    return None
+    except (OSError, ValueError) as error:
+        if is_out_of_files(error):
+            raise
+        return None
 
 
 def is_foreign(path: Path) -> bool:

@@ -30,7 +30,7 @@ from vico_pl.data.shards.index import (
 )
 from vico_pl.data.shards.locations import Source, without_secrets
 from vico_pl.data.shards.tars import UNKNOWN_SIZE, SampleSize, describe_tar
-from vico_pl.errors import RecordError
+from vico_pl.errors import RecordError, is_out_of_files
 from vico_pl.files import atomic_path
 
 MAX_OPEN = 160  # shards of all sets of a run, with up to three files each: a process may often open 1,024
@@ -38,7 +38,6 @@ FAILURE_S = 60.0  # for which a shard that could not be opened is not tried agai
 # Where the sizes of samples come from: measured on the files, stored next to shards to fetch, or unknown. All
 # machines must know the same, or their ranks would assign samples otherwise.
 Origin = Literal["measured", "stored", "unknown"]
-_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)  # no fault of the shard
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -151,7 +150,7 @@ class Shard:
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            if error.errno in _TOO_MANY_OPEN:
+            if is_out_of_files(error):
                 raise
             reason = "absent" if isinstance(error, FileNotFoundError) else error.strerror
             raise RecordError(f"{path}: {reason}; {remedy}", kind="shard") from error
