@@ -10,7 +10,6 @@ also what other seeds gave earlier from the same recipes, sets and base model.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -34,15 +33,15 @@ from study_figures import (
     summary,
 )
 from study_runs import (
-    BASE,
     REPOSITORY,
     evaluate,
     evaluate_nested,
     evaluate_smaller,
+    made_from,
     result_of,
     run_variant,
 )
-from study_variants import DEFAULT, MOVED, NAMED_ARMS, NESTED, PAGES, SETS, SHIFTS, SMALLER, TABLES
+from study_variants import DEFAULT, MOVED, NAMED_ARMS, NESTED, SHIFTS, SMALLER, TABLES
 
 SEEDS = [0, 1, 2]
 PAGE, PICTURES, RESULTS = REPOSITORY / "docs" / "study.md", REPOSITORY / "docs", FOLDER / "results"
@@ -188,13 +187,6 @@ def work(name: str, seed: int) -> list[Callable[[], object]]:
     if name != "baselines":
         return models
     return [*models, *(partial(evaluate_smaller, n, seed) for n in SMALLER), partial(evaluate_nested, seed)]
-
-
-def made_from() -> str:
-    """Return a checksum of what all figures depend on: recipes, sets and base model."""
-    files = [*sorted(REPOSITORY.glob("recipes/free/*.yaml")), REPOSITORY / BASE / "SHA256SUMS"]
-    content = [file.read_text() for file in files]
-    return hashlib.sha256(json.dumps([content, PAGES, SETS, MOVED]).encode()).hexdigest()[:12]
 
 
 def publish(name: str, seeds: Sequence[int]) -> None:

@@ -1,5 +1,6 @@
 """Runs of the study: sets are drawn, variants trained, calibrated and evaluated, each unless that is done."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,8 +15,19 @@ from study_variants import GENERATED, MOVED, NESTED, PAGES, SETS, SMALLER, Varia
 
 REPOSITORY = FOLDER.parent
 BASE = "data/base-free"
-RUNS, SHARDS = REPOSITORY / "runs" / "study", REPOSITORY / "data" / "shards" / "study"
 LOCKS: defaultdict[Path, Lock] = defaultdict(Lock)  # of folders that several variants share
+
+
+def made_from() -> str:
+    """Return a checksum of what all figures depend on: recipes, sets and base model."""
+    files = [*sorted(REPOSITORY.glob("recipes/free/*.yaml")), REPOSITORY / BASE / "SHA256SUMS"]
+    content = [file.read_text() for file in files]
+    return hashlib.sha256(json.dumps([content, PAGES, SETS, MOVED]).encode()).hexdigest()[:12]
+
+
+# A change of these begins anew, beside what was made before.
+RUNS = REPOSITORY / "runs" / "study" / made_from()
+SHARDS = REPOSITORY / "data" / "shards" / "study" / made_from()
 
 
 def vico(*arguments: str | Path, script: str | None = None) -> None:
