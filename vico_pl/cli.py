@@ -176,7 +176,7 @@ def calibrate(
     low, high = chosen.retention_ci["mean"] or (0, 0)
     kept = f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%})"
     if chosen.threshold == NEVER and budget is None:
-        kept = f"no threshold keeps {retention:.2%} of the accuracy, so nothing is compressed"
+        kept = f"no threshold is sure to keep {retention:.2%} of the accuracy, so nothing is compressed"
     echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")
     if record["promising"] is not None:
         fewer, number = record["promising"]["token_fraction"], record["promising"]["images_needed"]

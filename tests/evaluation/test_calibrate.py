@@ -22,13 +22,14 @@ from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.router import NEVER, RoutingRule
 
 
-def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None, low=None):
+def point(threshold, fraction, *, mean=1.0, ocr=None, accuracy=None, low=None, num_questions=10**6):
     kept = {"perception": mean, "reasoning": None, "ocr": mean if ocr is None else ocr, "mean": mean}
     kept["overall"] = 0.0  # does not count
     right = {skill: accuracy if accuracy is not None else value for skill, value in kept.items()}
     intervals = {**dict.fromkeys(kept), "mean": [mean if low is None else low, 1.0]}
     tables = {"accuracy": right, "retention": kept, "retention_ci": intervals}
-    return CalibrationPoint(threshold=threshold, token_fraction=fraction, num_images=100, **tables)
+    counts = {"num_images": 100, "num_questions": num_questions}
+    return CalibrationPoint(threshold=threshold, token_fraction=fraction, **counts, **tables)
 
 
 FULL = point(NEVER, 1.0)
@@ -39,7 +40,7 @@ def chosen(*points, retention=0.99, budget=None):
 
 
 def test_the_cheapest_point_that_keeps_the_accuracy_is_chosen():
-    curve = [point(0.9, 0.8, mean=1.0), point(0.5, 0.5, mean=0.99), point(0.2, 0.3, mean=0.98)]
+    curve = [point(0.9, 0.8, mean=1.0), point(0.5, 0.5, mean=0.991), point(0.2, 0.3, mean=0.981)]
     assert chosen(*curve) == 0.5
     assert chosen(*reversed(curve)) == 0.5
     assert chosen(*curve, retention=0.98) == 0.2
@@ -72,9 +73,33 @@ def test_a_cheaper_point_that_keeps_the_accuracy_does_not_count_below_one_that_f
     assert found["threshold"] == 0.5
 
 
+def test_it_must_be_kept_even_if_one_more_question_were_wrong_so_a_few_right_answers_show_nothing():
+    few, enough = (point(0.5, 0.5, num_questions=number) for number in (98, 100))
+    assert chosen(few) == NEVER
+    assert chosen(enough) == 0.5
+    found = find_promising([FULL, few], FULL, retention=0.99)
+    assert found == {"threshold": 0.5, "token_fraction": 0.5, "images_needed": 102}  # for 99 questions
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "num_questions"), [(0.997, 0.98, 300), (1.0, 1.0, 20), (0.995, 0.985, 99)]
+)
+def test_with_as_many_images_as_are_said_to_be_needed_the_point_is_chosen(mean, low, num_questions):
+    tried = point(0.5, 0.5, mean=mean, low=low, num_questions=num_questions)
+    assert chosen(tried) == NEVER
+    more = find_promising([FULL, tried], FULL, retention=0.99)["images_needed"] / tried.num_images
+    width, expected = (mean - low) / more**0.5, {1.0: 0.5, 0.97: NEVER}
+    for share, threshold in expected.items():
+        number = round(share * more * num_questions)
+        assert (
+            chosen(point(0.5, 0.5, mean=mean, low=mean - width / share**0.5, num_questions=number))
+            == threshold
+        )
+
+
 def test_one_skill_may_fall_a_little_below_the_mean_but_not_far_else_full_tokens_are_kept():
-    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 0.9 * GROUP_SLACK)) == 0.5
-    assert chosen(point(0.5, 0.5, mean=0.99, ocr=0.99 - 1.1 * GROUP_SLACK)) == NEVER
+    assert chosen(point(0.5, 0.5, mean=0.991, ocr=0.99 - 0.9 * GROUP_SLACK)) == 0.5
+    assert chosen(point(0.5, 0.5, mean=0.991, ocr=0.99 - 1.1 * GROUP_SLACK)) == NEVER
     assert chosen(point(0.9, 0.8, mean=0.9), point(0.0, 0.25, mean=0.1)) == NEVER
 
 
@@ -164,12 +189,13 @@ def test_a_set_without_metrics_is_calibrated_by_agreement(predictor, tmp_path, a
     pictures = [encoded_image("PNG", size=(64, 64), seed=i) for i in range(8)]
     records = [(f"{i}", {"png": p, **annotated("<image>", answer)}) for i, p in enumerate(pictures)]
     questions = open_questions(predictor, write_set(tmp_path / "set", records))
-    wanted = sorted(point.retention_ci["mean"][0] for point in measure(questions).curve())[-3]
+    # What is kept even if one sample more agreed in nothing.
+    kept = [point.retention_ci["mean"][0] * 8 / 9 for point in measure(questions).curve()]
+    wanted = sorted(kept)[-3]
     chosen, record = calibrate(questions, retention=wanted)
     assert record["measure"] == agreement
-    kept = [point["retention_ci"]["mean"][0] for point in record["curve"]]
-    assert kept[0] == 1 > wanted > kept[-1] > 0
-    fractions = {p["token_fraction"] for p in record["curve"] if p["retention_ci"]["mean"][0] >= wanted}
+    assert kept[0] == 8 / 9 > wanted > kept[-1] > 0
+    fractions = {p["token_fraction"] for p, low in zip(record["curve"], kept, strict=True) if low >= wanted}
     assert chosen.token_fraction == min(fractions) < 1
     low, high = chosen.retention_ci["mean"]
     assert low < chosen.retention["mean"] < high

@@ -32,6 +32,7 @@ class CalibrationPoint:
     retention: dict[str, float | None]  # accuracy over that of full tokens
     retention_ci: dict[str, list[float] | None]  # 95 % interval over images
     num_images: int  # with questions
+    num_questions: int
 
 
 def calibrate(
@@ -82,6 +83,7 @@ class Measured:
                 threshold=threshold,
                 token_fraction=tokens / spent[0],
                 num_images=len(set(images.tolist())),
+                num_questions=len(images),
                 **{name: table[name] for name in ("accuracy", "retention", "retention_ci")},
             )
             for threshold, tokens, table in zip(self.thresholds, spent, tables, strict=True)
@@ -130,9 +132,11 @@ def choose_point(
 ) -> CalibrationPoint:
     """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
 
-    The lower end of the interval must keep it: of points that keep it by their mean alone, the cheapest is
-    often one that these images favour. For the same reason the search goes down from full tokens and ends at
-    the first point that fails (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052).
+    The lower end of the interval must keep it, even if one more question were answered wrong: of points that
+    keep it by their mean alone, the cheapest is often one that these images favour, and where nothing is
+    wrong the interval has no width, however few they are. For the same reason the search goes down from full
+    tokens and ends at the first point that fails (fixed-sequence testing, as in Learn then Test, arXiv
+    2110.01052).
     """
     if budget is None:
         return [*takewhile(lambda point: _keeps(point, retention), _from_full_tokens(curve))][-1]
@@ -145,8 +149,7 @@ def find_promising(
 ) -> dict[str, float] | None:
     """Return the point that would be chosen if means alone counted, and how many images would show that.
 
-    The half-width of an interval falls with the root of the number of images. None: no such point is cheaper
-    than the chosen one, or it takes more than `MOST_IMAGES` times the images.
+    None: no such point is cheaper than the chosen one, or it takes more than `MOST_IMAGES` times the images.
     """
     below = [p for p in _from_full_tokens(curve) if p.token_fraction < chosen.token_fraction]
     found, needed = None, 0
@@ -167,15 +170,22 @@ def _from_full_tokens(curve: Iterable[CalibrationPoint]) -> list[CalibrationPoin
 
 
 def _images_needed(point: CalibrationPoint, retention: float) -> int:
+    """Solve `_keeps` for the number of images.
+
+    k times the images have k times the questions, and an interval narrower by the root of k.
+    """
     mean, interval = point.retention[MEAN], point.retention_ci[MEAN]
     if mean is None or interval is None:
         return point.num_images
-    return math.ceil(point.num_images * max(1.0, (mean - interval[0]) / (mean - retention)) ** 2)
+    spare, width = mean - retention, mean - interval[0]
+    root = (width + math.sqrt(width**2 + 4 * spare * retention / point.num_questions)) / (2 * spare)
+    return math.ceil(point.num_images * max(1.0, root) ** 2)
 
 
 def _keeps(point: CalibrationPoint, retention: float) -> bool:
     interval = point.retention_ci[MEAN]
-    is_kept = interval is not None and interval[0] >= retention and _keeps_groups(point, retention)
+    needed = retention * (1 + 1 / point.num_questions)  # one more question wrong costs a share of 1 / (n + 1)
+    is_kept = interval is not None and interval[0] >= needed and _keeps_groups(point, retention)
     return point.threshold == NEVER or is_kept
 
 

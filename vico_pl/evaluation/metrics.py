@@ -17,8 +17,8 @@ def mean_scores(groups: Sequence[str], scores: Sequence[float]) -> dict[str, flo
     >>> mean_scores(["ocr", "ocr", "colour"], [1.0, 0.0, 0.25])
     {'colour': 0.25, 'ocr': 0.5, 'mean': 0.375, 'overall': 0.416667}
     """
-    once = np.ones((1, len(groups)), dtype=int)
-    table = _resampled_means(np.arange(len(groups)), groups, scores, once)
+    once, column = np.ones((1, len(groups))), np.array(scores, dtype=float)[:, None]
+    (table,) = _resampled_means(np.arange(len(groups)), groups, column, once)
     return {name: _number(values[0]) for name, values in table.items()}
 
 
@@ -38,11 +38,11 @@ def score_tables(
     """
     names, image = np.unique(images, return_inverse=True)
     uniform = np.full(len(names), 1 / len(names))
-    draws = np.random.default_rng(seed).multinomial(len(names), uniform, NUM_RESAMPLES)
-    once = np.ones((1, len(names)), dtype=int)
+    draws = np.random.default_rng(seed).multinomial(len(names), uniform, NUM_RESAMPLES).astype(float)
+    columns = np.array([*scores.values()], dtype=float).T
     point, drawn = (
-        {arm: _resampled_means(image, groups, of_arm, times) for arm, of_arm in scores.items()}
-        for times in (once, draws)
+        dict(zip(scores, _resampled_means(image, groups, columns, times), strict=True))
+        for times in (np.ones((1, len(names))), draws)
     )
     return {
         arm: {
@@ -56,18 +56,23 @@ def score_tables(
 
 
 def _resampled_means(
-    image: np.ndarray, groups: Sequence[str], scores: Sequence[float], draws: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return mean scores for every resample; `draws` counts images, (resamples, I)."""
-    of_group, score, size = np.array(groups, dtype=str), np.array(scores, dtype=float), draws.shape[1]
-    sums = {}
+    image: np.ndarray, groups: Sequence[str], scores: np.ndarray, draws: np.ndarray
+) -> list[dict[str, np.ndarray]]:
+    """Return mean scores for every arm and resample.
+
+    `scores` has a row per question and a column per arm; `draws` counts images, (resamples, I), as floats,
+    whose products with matrices are fast.
+    """
+    of_group, counts, totals = np.array(groups, dtype=str), dict[str, np.ndarray](), dict[str, np.ndarray]()
     for name in sorted(set(groups)):
-        mine = of_group == name
-        total = draws @ np.bincount(image[mine], weights=score[mine], minlength=size)
-        sums[name] = total, draws @ np.bincount(image[mine], minlength=size)
-    table = {name: _ratio(total, count) for name, (total, count) in sums.items()}
-    overall = _ratio(*(sum(column) for column in zip(*sums.values(), strict=True)))
-    return {**table, MEAN: np.nanmean([*table.values()], axis=0), OVERALL: overall}
+        mine, sums = of_group == name, np.zeros((draws.shape[1], scores.shape[1]))
+        np.add.at(sums, image[mine], scores[mine])
+        counts[name] = draws @ np.bincount(image[mine], minlength=len(sums))[:, None]
+        totals[name] = draws @ sums  # (resamples, arms)
+    means = {name: _ratio(total, counts[name]) for name, total in totals.items()}
+    overall = _ratio(*(np.sum([*table.values()], 0) for table in (totals, counts)))
+    means |= {MEAN: np.nanmean([*means.values()], 0), OVERALL: overall}
+    return [{name: of_arms[:, arm] for name, of_arms in means.items()} for arm in range(scores.shape[1])]
 
 
 def _ratio(values: np.ndarray, full: np.ndarray) -> np.ndarray:
