@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 ROOT = Path(__file__).parents[1]
 SOURCE = re.compile(r"<!-- source: (\S+) ([\w.]+) -->")
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)\)")
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)\s]*)?\)")
 SETTINGS = "<!-- settings -->"
 
 

@@ -7,6 +7,7 @@ All others are run, line by line and in the order of the page, in a folder that 
 """
 
 import ast
+import os
 import re
 import runpy
 import shlex
@@ -110,6 +111,16 @@ def test_the_python_of_a_page_is_a_tested_file_or_marked(page):
     for text in unmarked:
         (path,) = re.findall(r'^--8<-- "(.+)"$', text, re.MULTILINE)
         assert f'load("{path}")' in tested
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # it formats code by ruff
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data/README.md" in (tmp_path / "study.html").read_text()
 
 
 def test_most_commands_are_run():
