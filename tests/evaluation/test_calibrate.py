@@ -90,11 +90,8 @@ def test_with_as_many_images_as_are_said_to_be_needed_the_point_is_chosen(mean, 
     more = find_promising([FULL, tried], FULL, retention=0.99)["images_needed"] / tried.num_images
     width, expected = (mean - low) / more**0.5, {1.0: 0.5, 0.97: NEVER}
     for share, threshold in expected.items():
-        number = round(share * more * num_questions)
-        assert (
-            chosen(point(0.5, 0.5, mean=mean, low=mean - width / share**0.5, num_questions=number))
-            == threshold
-        )
+        number, end = round(share * more * num_questions), mean - width / share**0.5
+        assert chosen(point(0.5, 0.5, mean=mean, low=end, num_questions=number)) == threshold
 
 
 def test_one_skill_may_fall_a_little_below_the_mean_but_not_far_else_full_tokens_are_kept():
