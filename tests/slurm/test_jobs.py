@@ -55,7 +55,7 @@ def test_a_job_out_of_time_saves_and_queues_itself_again(submit, consistency, tm
     saved, taken = newest_step(job.run_dir), steps_taken(job.run_dir)
     assert taken == saved > 0
     assert job.wait() == "COMPLETED", job.said()
-    assert "is requeued" in job.said()
+    assert f"Requeueing job {job.number}." in job.said()
     assert_as_unbroken(job, consistency, tmp_path, *settings)
     record_property("fault", "Slurm, two nodes: SIGUSR1 before the time limit")
     record_property("outcome", "saved, requeued itself, finished with the weights of an uninterrupted run")

@@ -89,13 +89,13 @@ def requeue(run: Callable[..., Any] = subprocess.run) -> None:
         return
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = job if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    # Said first: Slurm may end this process before the command returns.
+    rank_zero_info(f"Requeueing job {name}.")
     try:
         run(["scontrol", "requeue", name], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         rank_zero_warn(f"job {name} could not be requeued ({reason}); submit it again, it resumes")
-    else:
-        rank_zero_info(f"Job {name} is requeued.")
 
 
 class StepSeed(L.Callback):
