@@ -107,6 +107,7 @@ class FolderModels:
                 local_folder(config.path),
                 ratios=config.ratios,
                 router_heads=config.router_heads,
+                connector_start=config.connector_start,
                 dtype=DTYPES[config.frozen_dtype],
             )
         else:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -108,3 +110,27 @@ def test_a_batch_of_text_alone_has_no_vision_tokens(training):
     tokens, counts = connectors().train(training)(features(0), torch.empty(0, dtype=torch.int64))
     assert tokens.shape == (0, LANGUAGE)
     assert counts.shape == (0,)
+
+
+def with_identity_for_gelu(connector):
+    connector.mlp = nn.Sequential(*(nn.Identity() if isinstance(m, nn.GELU) else m for m in connector.mlp))
+    return connector
+
+
+@pytest.mark.parametrize("ratio", [16, 36, 64])
+def test_an_added_connector_starts_as_the_mean_of_the_full_tokens_but_for_gelu_and_norm(ratio):
+    side = ratio // 2  # patches; two tokens of this ratio, or more
+    full, coarse = (Connector(r, vision_width=VISION, language_width=LANGUAGE).eval() for r in (4, ratio))
+    for parameter in full.parameters():
+        nn.init.normal_(parameter)
+    coarse.start_as_mean(full)
+    full, coarse = with_identity_for_gelu(full), with_identity_for_gelu(coarse)
+    patches = torch.randn(2, side * side, VISION)
+    # Patches of each full token with mean 0 and variance 1: one LayerNorm over several does what theirs do.
+    tokens = pixel_unshuffle(patches, 2)
+    folded = nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=0)
+    grid = folded.unflatten(2, (2, 2, VISION)).unflatten(1, (side // 2, side // 2))
+    patches = grid.permute(0, 1, 3, 2, 4, 5).reshape(2, side * side, VISION)
+    blocks, within = side // math.isqrt(ratio), math.isqrt(ratio) // 2
+    expected = full(patches).view(2, blocks, within, blocks, within, LANGUAGE).mean((2, 4)).flatten(1, 2)
+    assert torch.allclose(coarse(patches), expected, atol=1e-4)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from vico_pl.model.dropout import TileDropout, set_keys
 
 FULL_RATIO = 4  # patches per vision token of the reference; the first entry of every list of ratios
+STARTS = ("mean", "random")  # weights of a connector that is added to a model
 
 
 def pixel_unshuffle(features: Float[Tensor, "T P C"], factor: int) -> Float[Tensor, "T N F"]:
@@ -47,6 +49,32 @@ class Connector(nn.Module):
     def forward(self, features: Float[Tensor, "T P C"]) -> Float[Tensor, "T N D"]:
         """Turn the patch features of each tile into its vision tokens."""
         return self.mlp(pixel_unshuffle(features, self.factor))
+
+    @torch.no_grad()
+    def start_as_mean(self, full: "Connector") -> None:
+        """Set the weights so that each token is about the mean of the full tokens that it takes the place of.
+
+        The two halves of the first layer hold the mean, before its GELU, of what the first layer of `full`
+        gives for the upper and for the lower ones of these tokens; the second layer is the identity, the last
+        one averages. It is not exact: a second GELU follows, and one LayerNorm sees the patches of them all.
+        """
+        norm, first, _, last = cast(tuple[nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear], tuple(full.mlp))
+        rows = torch.arange(self.factor // full.factor)  # of full tokens; there are as many columns
+        halves = torch.stack([rows < len(rows) / 2, rows >= len(rows) / 2]).float()  # 2, rows
+        per_token = (first.weight * norm.weight).float().unflatten(1, (full.factor, full.factor, -1))
+        means = halves / halves.sum(1, keepdim=True), torch.ones(len(rows)) / len(rows)
+        by_patch = torch.einsum("hr,s,dijc->hdrisjc", *means, per_token)
+        first_bias, width = first.bias + first.weight @ norm.bias, first.out_features
+        shares = halves.mean(1).repeat_interleave(width)
+        new = [
+            (by_patch.flatten(0, 1).flatten(1), first_bias.repeat(2)),
+            (torch.eye(2 * width), torch.zeros(2 * width)),
+            (last.weight.repeat(1, 2) * shares, last.bias),
+        ]
+        linears = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        for linear, (weight, bias) in zip(linears, new, strict=True):
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
 
 
 class Connectors(nn.Module):

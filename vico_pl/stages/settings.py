@@ -8,6 +8,7 @@ import torch
 from vico_pl.data.module import DataConfig
 from vico_pl.errors import check_settings
 from vico_pl.model.adapters import LoraConfig
+from vico_pl.model.connector import STARTS
 from vico_pl.model.language import PACKED_ATTENTION
 from vico_pl.optim import OptimConfig
 
@@ -27,8 +28,9 @@ class ModelConfig:
     reference: str | None = None  # the same for the frozen reference; default: the model to start from
     dtype: str = "float32"  # of trained weights: float32, bfloat16, or stored (as in the folder)
     frozen_dtype: str = "stored"  # of all other weights, including the reference
-    # Patches per vision token. Connectors that the folder lacks are randomly initialised.
-    ratios: list[int] = field(default_factory=lambda: [4, 16])
+    ratios: list[int] = field(default_factory=lambda: [4, 16])  # patches per vision token
+    # Of connectors that the folder lacks: about the mean of the full tokens in each token's place, or random.
+    connector_start: str = "mean"
     router_heads: int | None = None  # attention heads of the router to add; default: no router is added
     # In training, for hidden layers of the router and of connectors above ratio 4.
     dropout: float = 0.1
@@ -51,6 +53,7 @@ class ModelConfig:
             dtype=(self.dtype in DTYPES, known),
             frozen_dtype=(self.frozen_dtype in DTYPES, known),
             attention=(self.attention in PACKED_ATTENTION, f"one of {', '.join(PACKED_ATTENTION)}"),
+            connector_start=(self.connector_start in STARTS, f"one of {', '.join(STARTS)}"),
             dropout=(0 <= self.dropout < 1, "0 to below 1"),
         )
 

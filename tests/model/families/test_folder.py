@@ -51,6 +51,20 @@ def test_connectors_and_a_router_that_the_folder_lacks_begin_fresh(tmp_path):
         assert torch.equal(grown.state_dict()[name].float(), tensor), name
 
 
+@pytest.mark.parametrize(
+    ("start", "ratio", "same"), [("mean", 16, True), ("random", 16, False), ("mean", 9, False)]
+)
+def test_an_added_connector_starts_from_that_of_full_tokens_if_it_can(tmp_path, start, ratio, same):
+    model = tiny_model(ratios=[4], router_heads=None, vision={**tiny_spec().vision, "image_size": 96})
+    save_model(model, tmp_path)
+    first, second = (
+        load_model(tmp_path, ratios=[4, ratio], connector_start=start).connectors.by_ratio[str(ratio)]
+        for _ in range(2)
+    )
+    weights = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights) == same
+
+
 def test_a_stored_router_keeps_its_number_of_heads(folder):
     # Its tensors fit any number of heads and would give other routes without an error.
     with pytest.raises(ValueError, match="its router has 4 attention heads, not 2"):

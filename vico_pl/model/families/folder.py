@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vico_pl.files import read_json, write_json
-from vico_pl.model.connector import Connector
+from vico_pl.model.connector import FULL_RATIO, Connector
 from vico_pl.model.families import FAMILIES
 from vico_pl.model.families.base import (
     CALIBRATION_NAME,
@@ -116,11 +117,14 @@ def load_model(
     *,
     ratios: list[int] | None = None,
     router_heads: int | None = None,
+    connector_start: str = "mean",
     dtype: torch.dtype | None = torch.float32,
 ) -> VisionLanguageModel:
     """Load a model; `ratios` and `router_heads` add connectors and a router that the folder lacks.
 
-    Weights get the type `dtype`; with None they keep the one they are stored in and remain views of the file.
+    Added connectors start as `connector_start`, one of `STARTS`, says: as about the mean of full tokens, if
+    they are made of whole ones, or random. Weights get the type `dtype`; with None they keep the one they are
+    stored in and remain views of the file.
 
     Raises:
         ValueError: the folder cannot be read, or its tensors do not fit; the message lists them.
@@ -140,7 +144,7 @@ def load_model(
     state = folder.family.to_own(folder.tensors, wanted, dtype=dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.language.tie_weights()  # loading replaced one of the two
-    _initialise_new(model, stored, dtype or model.head.dtype)
+    _initialise_new(model, stored, connector_start, dtype or model.head.dtype)
     return model.eval()
 
 
@@ -278,12 +282,16 @@ def _build(path: Path | str, spec: ModelSpec, *, device: str) -> VisionLanguageM
     return model
 
 
-def _initialise_new(model: VisionLanguageModel, stored: ModelSpec, dtype: torch.dtype) -> None:
+def _initialise_new(model: VisionLanguageModel, stored: ModelSpec, start: str, dtype: torch.dtype) -> None:
     vision_width, language_width = model.vision.width, model.language.config.hidden_size
+    connectors: Any = model.connectors.by_ratio
+    full = connectors[str(FULL_RATIO)]
     for ratio in model.ratios:
         if ratio not in stored.ratios:
             connector = Connector(ratio, vision_width=vision_width, language_width=language_width)
-            model.connectors.by_ratio[str(ratio)] = connector.to(dtype)
+            if start == "mean" and connector.factor % full.factor == 0:
+                connector.start_as_mean(full)
+            connectors[str(ratio)] = connector.to(dtype)
     heads, num_ratios = model.spec.router_heads, len(model.ratios)
     if stored.router_heads is None and heads is not None:
         # Always float32: it is small, and alone in being trained in stage 2.
