@@ -24,19 +24,21 @@ from harness import FOLDER, STUDY, machine, write_table
 from study_figures import (
     BUDGETS,
     COLUMNS,
+    STAGE1_COLUMNS,
     at_budgets,
     at_threshold,
     curve,
     draw_curves,
     markdown,
     row,
+    stage1_row,
     summary,
 )
 from study_runs import (
     REPOSITORY,
     evaluate,
     evaluate_nested,
-    evaluate_smaller,
+    evaluate_stage1,
     made_from,
     result_of,
     run_variant,
@@ -54,6 +56,11 @@ Rows = dict[str, dict[str, float]]
 def variants(name: str, seed: int) -> Rows:
     """Return a row per variant of a table."""
     return {variant.name: row(evaluate(variant, seed)) for variant in TABLES[name].variants}
+
+
+def stage1_variants(name: str, seed: int) -> Rows:
+    """Return a row per variant of a table without routers."""
+    return {variant.name: stage1_row(evaluate_stage1(variant, seed)) for variant in TABLES[name].variants}
 
 
 def arms(seed: int) -> Rows:
@@ -78,7 +85,8 @@ def baselines(seed: int) -> Rows:
     others["downsample, untrained"] = default["arms"]["downsample"]
     others["all compressed"] = default["arms"]["all_compressed"]
     others[NESTED.name] = evaluate_nested(seed)["arms"]["all_compressed"]
-    others |= {variant.name: evaluate_smaller(n, seed)["arms"]["full"] for n, variant in SMALLER.items()}
+    smaller = {variant.name: evaluate_stage1(variant, seed, arms=["full"]) for variant in SMALLER}
+    others |= {name: report["arms"]["full"] for name, report in smaller.items()}
     rows = {}
     for name, found in others.items():
         tokens = found["vision_tokens_per_image"] / full["vision_tokens_per_image"]
@@ -175,7 +183,9 @@ SECTIONS = {
 
 def sections(name: str) -> list[Section]:
     """Return the parts of a table."""
-    return SECTIONS.get(name) or [Section(rows=partial(variants, name), headings=COLUMNS)]
+    if TABLES[name].has_router:
+        return SECTIONS.get(name) or [Section(rows=partial(variants, name), headings=COLUMNS)]
+    return [Section(rows=partial(stage1_variants, name), headings=STAGE1_COLUMNS)]
 
 
 # --- Running and publishing tables --------------------------------------------------------------------------
@@ -183,10 +193,12 @@ def sections(name: str) -> list[Section]:
 
 def work(name: str, seed: int) -> list[Callable[[], object]]:
     """Return the models that a table needs of one seed, trained and evaluated at the same time."""
-    models = [partial(evaluate, variant, seed) for variant in TABLES[name].variants or [DEFAULT]]
+    evaluated = evaluate if TABLES[name].has_router else evaluate_stage1
+    models = [partial(evaluated, variant, seed) for variant in TABLES[name].variants or [DEFAULT]]
     if name != "baselines":
         return models
-    return [*models, *(partial(evaluate_smaller, n, seed) for n in SMALLER), partial(evaluate_nested, seed)]
+    smaller = (partial(evaluate_stage1, variant, seed, arms=["full"]) for variant in SMALLER)
+    return [*models, *smaller, partial(evaluate_nested, seed)]
 
 
 def publish(name: str, seeds: Sequence[int]) -> None:

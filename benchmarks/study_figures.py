@@ -56,6 +56,16 @@ def row(report: Report) -> dict[str, float]:
     }
 
 
+def stage1_row(report: Report) -> dict[str, float]:
+    """Return what a model without a router keeps of its accuracy at full tokens."""
+    arms = report["arms"]
+    return {
+        "all_compressed": arms["all_compressed"]["retention"]["mean"],
+        **{f"{arm}_at_half": at_budgets(report, arm)["0.50"] for arm in ("random", "oracle")},
+        "accuracy_full": arms["full"]["accuracy"]["mean"],
+    }
+
+
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return mean and 95 % interval over seeds of every figure."""
     found: dict[str, Any] = {"seeds": len(rows)}
@@ -73,6 +83,13 @@ COLUMNS = {
     "retention_min_skill": "lowest skill",
     "retention_at_half": "at half of the tokens",
     "oracle_gap_closed": "closes of random to oracle",
+    "accuracy_full": "accuracy at full tokens",
+}
+
+STAGE1_COLUMNS = {
+    "all_compressed": "every tile compressed",
+    "random_at_half": "random tiles, half of the tokens",
+    "oracle_at_half": "oracle, half of the tokens",
     "accuracy_full": "accuracy at full tokens",
 }
 

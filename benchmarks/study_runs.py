@@ -11,7 +11,7 @@ from threading import Lock
 
 from harness import FOLDER
 from study_figures import Report
-from study_variants import GENERATED, MOVED, NESTED, PAGES, SETS, SMALLER, Variant
+from study_variants import GENERATED, MOVED, NESTED, PAGES, SETS, Variant
 
 REPOSITORY = FOLDER.parent
 BASE = "data/base-free"
@@ -100,10 +100,9 @@ def report_of(variant: Variant, model: Path, *, data: str = "val", arms: Sequenc
     return read_report(folder / "report.json")
 
 
-def evaluate_smaller(tiles: int, seed: int) -> Report:
-    """Train and evaluate a model on images of at most so many tiles."""
-    variant = SMALLER[tiles]
-    return report_of(variant, train(variant, "consistency", seed, variant.consistency), arms=["full"])
+def evaluate_stage1(variant: Variant, seed: int, *, arms: Sequence[str] = ()) -> Report:
+    """Train and evaluate a variant without a router."""
+    return report_of(variant, train(variant, "consistency", seed, variant.consistency), arms=arms)
 
 
 def evaluate_nested(seed: int) -> Report:

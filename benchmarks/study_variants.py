@@ -49,6 +49,7 @@ class Table:
 
     title: str
     variants: Sequence[Variant] = ()
+    has_router: bool = True  # otherwise it compares what stage 1 makes, by arms that need no router
 
 
 DEFAULT = Variant(name="default")
@@ -58,8 +59,18 @@ TABLES = {
     "baselines": Table(title="Other ways to spend fewer tokens"),
     "shift": Table(title="What stages 1 and 2 were not trained on"),
     "calibration": Table(title="How often a calibrated threshold keeps less than it promises"),
+    "connectors": Table(
+        title="How compressed connectors start",
+        has_router=False,
+        variants=[
+            DEFAULT,
+            Variant(name="random weights", consistency=("model.connector_start=random",)),
+            Variant(name="a quarter of the steps", consistency=("trainer.max_steps=750",)),
+        ],
+    ),
     "ratio_draw": Table(
         title="How stage 1 draws ratios",
+        has_router=False,
         variants=[
             DEFAULT,
             *(Variant(name=d, consistency=(f"consistency.ratio_draw={d}",)) for d in ("image", "tile")),
@@ -67,6 +78,7 @@ TABLES = {
     ),
     "loss": Table(
         title="The loss of stage 1",
+        has_router=False,
         variants=[
             DEFAULT,
             Variant(name="reverse KL", consistency=("consistency.reverse_kl=true",)),
@@ -114,8 +126,8 @@ TABLES = {
     ),
 }
 # Trained with cross-entropy, as long as the default, on images of at most so many tiles.
-SMALLER = {
-    tiles: Variant(
+SMALLER = [
+    Variant(
         name=f"smaller images, at most {tiles} {'tile' if tiles == 1 else 'tiles'}",
         consistency=(
             "consistency.ratio_draw=full",
@@ -124,7 +136,7 @@ SMALLER = {
         ),
     )
     for tiles in (1, 2, 3)
-}
+]
 NESTED = Variant(
     name="nested pooling (M3)",
     consistency=("stage=nested", "consistency.ratio_draw=image", "consistency.cross_entropy=1.0"),

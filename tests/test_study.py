@@ -152,18 +152,29 @@ def test_the_small_router_has_a_tenth_of_the_weights_that_run_and_learns():
 
 def test_a_table_is_made_once_and_written_to_page_and_results(folders, monkeypatch):
     folder, commands = folders
-    monkeypatch.setattr(sys, "argv", ["study.py", "loss", "--seeds", "0", "1", "--jobs", "2"])
+    monkeypatch.setattr(sys, "argv", ["study.py", "labels", "--seeds", "0", "1", "--jobs", "2"])
     study.main()
     trained = [words[1] for words in commands if words[0] == "train"]
-    compared = variants.TABLES["loss"].variants
-    assert len(trained) == 2 * 2 * len(compared)
-    table = json.loads((folder / "results" / "study.json").read_text())["tables"]["loss"]
+    compared = variants.TABLES["labels"].variants
+    assert len(trained) == 2 * (1 + len(compared)), "they share stage 1"
+    table = json.loads((folder / "results" / "study.json").read_text())["tables"]["labels"]
     assert table["summary"][0].keys() == {variant.name for variant in compared}
     assert [*table["runs"]] == ["0", "1"]
-    assert "| cross-entropy | 50.0 |" in (folder / "study.md").read_text()
+    assert "| per image | 50.0 |" in (folder / "study.md").read_text()
     commands.clear()
     study.main()
     assert [words[0] for words in commands] == []
+
+
+def test_choices_of_stage_1_are_compared_without_routers(folders, monkeypatch):
+    folder, commands = folders
+    monkeypatch.setattr(sys, "argv", ["study.py", "loss", "--seeds", "0"])
+    study.main()
+    assert {words[1] for words in commands if words[0] == "train"} == {"recipes/free/consistency.yaml"}
+    assert not any("--arm" in words for words in commands), "which would leave out the curves"
+    at_half = [100 * np.interp(0.5, (0.25, 0.6, 1.0), CURVES[arm]) / 0.9 for arm in ("random", "oracle")]
+    row = f"| cross-entropy | 25.0 | {at_half[0]:.1f} | {at_half[1]:.1f} | 90.0 | 1 |"
+    assert row in (folder / "study.md").read_text()
 
 
 def test_figures_of_other_seeds_stay_unless_what_they_were_made_from_has_changed(folders, monkeypatch):
