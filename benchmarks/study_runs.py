@@ -32,7 +32,8 @@ SHARDS = REPOSITORY / "data" / "shards" / "study" / made_from()
 
 def vico(*arguments: str | Path, script: str | None = None) -> None:
     """Run the command line of the project, or a script of this folder that takes the same arguments."""
-    python(*(["-m", "vico_pl"] if script is None else [FOLDER / script]), *arguments)
+    program = ["-m", "vico_pl"] if script is None else [f"{FOLDER}/{script.split()[0]}", *script.split()[1:]]
+    python(*program, *arguments)
 
 
 def python(*arguments: str | Path) -> None:

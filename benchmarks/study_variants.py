@@ -29,9 +29,8 @@ class Variant:
     consistency: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
     routed: tuple[str, ...] | None = None  # of stage 3 and another calibration, if they follow
-    script: str | None = (
-        None  # in this folder, that takes the place of `vico` where the variant is not shared
-    )
+    # In this folder, with its first argument: takes the place of `vico` where the variant is not shared.
+    script: str | None = None
 
     def folder_name(self, stage: str, seed: int) -> str:
         """Name the folder of a stage: the same for all variants that do the same up to it."""
@@ -103,9 +102,13 @@ TABLES = {
             *(Variant(name=f"{k}", router=(f"router.percentile={k}",)) for k in (30, 40, 50, 80)),
         ],
     ),
-    "router_size": Table(
-        title="The size of the router",
-        variants=[DEFAULT, Variant(name="a tenth of the weights", script="small_router.py")],
+    "router": Table(
+        title="The router",
+        variants=[
+            DEFAULT,
+            Variant(name="a tenth of the weights", script="routers.py small"),
+            Variant(name="the same with convolutions", script="routers.py convolution"),
+        ],
     ),
     "responses": Table(
         title="Whose responses, and how many questions per image",
