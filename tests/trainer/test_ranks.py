@@ -77,6 +77,7 @@ def alone(runs, tmp_path_factory):
         ("consistency", 2, "fsdp"),
         ("router", 2, "ddp"),
         ("router", 2, "fsdp"),
+        ("routed/consistency", 2, "fsdp"),
     ],
 )
 def test_any_number_of_ranks_gives_the_run_of_one(runs, alone, tmp_path, stage, ranks, strategy):
