@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -80,6 +81,12 @@ def run_variant(variant: Variant, seed: int) -> Path:
     model = train(variant, "router", seed, [f"model.path={model}", *variant.router])
     calibrate(variant, model)
     if variant.routed is not None:
+        if variant.budget is not None:  # in a copy: the model of stage 2 belongs to other variants, too
+            start = RUNS / variant.folder_name("start", seed)
+            if not (start / "calibrated").exists():
+                shutil.copytree(model, start / "model", dirs_exist_ok=True)
+            model = start / "model"
+            calibrate(variant, model, "--budget", str(variant.budget))
         model = train(variant, "routed", seed, [f"model.path={model}", *variant.routed])
         calibrate(variant, model)
     return model
@@ -127,10 +134,10 @@ def read_report(path: Path) -> Report:
     return found
 
 
-def calibrate(variant: Variant, model: Path) -> None:
+def calibrate(variant: Variant, model: Path, *options: str) -> None:
     """Calibrate on the set for it, unless that is done."""
     done = model.parent / "calibrated"  # calibration.json says less: stage 3 takes that of stage 2 with it
     with LOCKS[done]:
         if not done.exists():
-            vico("calibrate", model, "--data", draw_set("calibration"), script=variant.script)
+            vico("calibrate", model, "--data", draw_set("calibration"), *options, script=variant.script)
             done.touch()

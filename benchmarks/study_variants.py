@@ -29,12 +29,14 @@ class Variant:
     consistency: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
     routed: tuple[str, ...] | None = None  # of stage 3 and another calibration, if they follow
+    budget: float | None = None  # tokens at which tiles are routed in stage 3; default: what keeps 99.5 %
     # In this folder, with its first argument: takes the place of `vico` where the variant is not shared.
     script: str | None = None
 
     def folder_name(self, stage: str, seed: int) -> str:
         """Name the folder of a stage: the same for all variants that do the same up to it."""
-        parts = {"consistency": self.consistency, "router": self.router, "routed": self.routed}
+        routed = (self.routed, self.budget)
+        parts = {"consistency": self.consistency, "router": self.router, "start": routed, "routed": routed}
         until: list[object] = [self.data, *list(parts.values())[: list(parts).index(stage) + 1]]
         if stage != "consistency" and self.script is not None:
             until.append(self.script)
@@ -125,7 +127,11 @@ TABLES = {
     ),
     "routed": Table(
         title="Stage 3, training on what the router chooses",
-        variants=[DEFAULT, Variant(name="with stage 3", routed=())],
+        variants=[
+            DEFAULT,
+            Variant(name="with stage 3", routed=()),
+            Variant(name="with stage 3 at half of the tokens", routed=(), budget=0.5),
+        ],
     ),
 }
 # Trained with cross-entropy, as long as the default, on images of at most so many tiles.

@@ -133,6 +133,25 @@ def test_a_variant_with_a_router_of_its_own_shares_stage_1_and_runs_the_rest_by_
     ]
 
 
+def test_stage_3_can_follow_a_calibration_of_its_own_which_others_do_not_see(folders):
+    _, commands = folders
+    plain, at_half = variants.TABLES["routed"].variants[::2]
+    runs.evaluate(plain, 0)
+    commands.clear()
+    runs.evaluate(at_half, 0)
+    start = str(runs.RUNS / at_half.folder_name("start", 0) / "model")
+    assert [words[0] for words in commands] == ["calibrate", "train", "calibrate", "eval"]
+    assert commands[0][1] == start
+    assert commands[0][-2:] == ["--budget", "0.5"]
+    assert f"model.path={start}" in commands[1]
+    assert "--budget" not in commands[2]
+    assert at_half.folder_name("router", 0) == plain.folder_name("router", 0)
+    assert len({variant.folder_name("routed", 0) for variant in variants.TABLES["routed"].variants[1:]}) == 2
+    commands.clear()
+    runs.evaluate(at_half, 0)
+    assert commands == []
+
+
 def test_the_small_router_has_a_tenth_of_the_weights_that_run():
     small, usual = load_benchmark("routers").SmallRouter(64, num_heads=8), ResolutionRouter(64, num_heads=8)
     sizes = [sum(p.numel() for p in router.parameters() if p.requires_grad) for router in (small, usual)]
