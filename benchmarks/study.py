@@ -40,6 +40,7 @@ from study_runs import (
     evaluate_nested,
     evaluate_stage1,
     made_from,
+    read_report,
     result_of,
     run_variant,
 )
@@ -55,7 +56,11 @@ Rows = dict[str, dict[str, float]]
 
 def variants(name: str, seed: int) -> Rows:
     """Return a row per variant of a table."""
-    return {variant.name: row(evaluate(variant, seed)) for variant in TABLES[name].variants}
+    rows = {}
+    for variant in TABLES[name].variants:
+        calibration = read_report(run_variant(variant, seed) / "calibration.json")
+        rows[variant.name] = row(evaluate(variant, seed), calibration)
+    return rows
 
 
 def stage1_variants(name: str, seed: int) -> Rows:

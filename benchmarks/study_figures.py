@@ -46,12 +46,14 @@ def at_threshold(report: Report) -> dict[str, float]:
     }
 
 
-def row(report: Report) -> dict[str, float]:
-    """Return the figures of a run at the calibrated threshold."""
+def row(report: Report, calibration: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a run at the calibrated threshold and at half of the tokens."""
+    points = sorted((p["token_fraction"], p["retention"]["mean"]) for p in calibration["curve"])
     return {
         **at_threshold(report),
-        "oracle_gap_closed": round(gap_closed(report), 4),
         "retention_at_half": at_budgets(report, "router")["0.50"],
+        "calibration_at_half": round(float(np.interp(0.5, *zip(*points, strict=True))), 4),
+        "oracle_gap_closed": round(gap_closed(report), 4),
         "accuracy_full": report["arms"]["full"]["accuracy"]["mean"],
     }
 
@@ -82,6 +84,7 @@ COLUMNS = {
     "retention_mean": "retention",
     "retention_min_skill": "lowest skill",
     "retention_at_half": "at half of the tokens",
+    "calibration_at_half": "the same on 2,000 images",
     "oracle_gap_closed": "closes of random to oracle",
     "accuracy_full": "accuracy at full tokens",
 }

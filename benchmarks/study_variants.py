@@ -55,6 +55,7 @@ class Table:
 
 DEFAULT = Variant(name="default")
 RATIOS = "model.ratios=[4,16,64]"
+QUARTER = ("trainer.max_steps=750",)
 TABLES = {
     "headline": Table(title="The default recipe", variants=[DEFAULT]),
     "baselines": Table(title="Other ways to spend fewer tokens"),
@@ -65,8 +66,11 @@ TABLES = {
         has_router=False,
         variants=[
             DEFAULT,
-            Variant(name="random weights", consistency=("model.connector_start=random",)),
-            Variant(name="a quarter of the steps", consistency=("trainer.max_steps=750",)),
+            Variant(name="a quarter of the steps", consistency=QUARTER),
+            Variant(
+                name="a quarter, random weights",
+                consistency=(*QUARTER, "model.connector_start=random"),
+            ),
         ],
     ),
     "ratio_draw": Table(
@@ -129,7 +133,6 @@ TABLES = {
         title="Stage 3, training on what the router chooses",
         variants=[
             DEFAULT,
-            Variant(name="with stage 3", routed=()),
             Variant(name="with stage 3 at half of the tokens", routed=(), budget=0.5),
         ],
     ),

@@ -23,6 +23,9 @@ calibration = load_benchmark("calibration")
 figures, moved = load_benchmark("study_figures"), load_benchmark("moved")
 
 CURVES = {"random": (0.5, 0.7, 0.9), "oracle": (0.7, 0.9, 0.9), "router": (0.6, 0.8, 0.9)}
+CALIBRATION = {
+    "curve": [{"token_fraction": t, "retention": {"mean": kept}} for t, kept in ((1.0, 1.0), (0.25, 0.7))]
+}
 
 
 def report(token_fraction=0.5):
@@ -58,7 +61,7 @@ def written_by(words):
         "nested": {output: report()},
         "calibration": {output: {"60 images, by mean": figures}},
         "eval": {f"{output}/report.json": report()},
-        "calibrate": {},
+        "calibrate": {f"{words[1]}/calibration.json": CALIBRATION},
     }.get(words[0], {f"{output}/index.json": {}})
 
 
@@ -96,9 +99,10 @@ def test_the_router_closes_half_of_the_gap_when_its_curve_lies_halfway():
 
 
 def test_a_row_has_the_lowest_skill_and_what_is_kept_at_half_of_the_tokens():
-    row = figures.row(report())
+    row = figures.row(report(), CALIBRATION)
     assert (row["retention_mean"], row["retention_min_skill"]) == (0.96, 0.94)
     assert row["retention_at_half"] == pytest.approx((0.6 + 0.2 * 0.25 / 0.35) / 0.9, abs=1e-4)
+    assert row["calibration_at_half"] == pytest.approx(0.8)
 
 
 def test_a_figure_over_seeds_has_an_interval_and_a_single_one_has_none():
@@ -135,7 +139,7 @@ def test_a_variant_with_a_router_of_its_own_shares_stage_1_and_runs_the_rest_by_
 
 def test_stage_3_can_follow_a_calibration_of_its_own_which_others_do_not_see(folders):
     _, commands = folders
-    plain, at_half = variants.TABLES["routed"].variants[::2]
+    plain, at_half = variants.TABLES["routed"].variants
     runs.evaluate(plain, 0)
     commands.clear()
     runs.evaluate(at_half, 0)
@@ -146,7 +150,6 @@ def test_stage_3_can_follow_a_calibration_of_its_own_which_others_do_not_see(fol
     assert f"model.path={start}" in commands[1]
     assert "--budget" not in commands[2]
     assert at_half.folder_name("router", 0) == plain.folder_name("router", 0)
-    assert len({variant.folder_name("routed", 0) for variant in variants.TABLES["routed"].variants[1:]}) == 2
     commands.clear()
     runs.evaluate(at_half, 0)
     assert commands == []
