@@ -1,6 +1,6 @@
 """A stage of its own: only the compressed connectors are trained, to give the mean of the full vision tokens.
 
-python docs/extending/stage.py recipes/demo/consistency.yaml run_dir=runs/warmup trainer.max_steps=100
+python docs/extending/stage.py recipes/demo/consistency.yaml run_dir=runs/warmup model.connector_start=random
 """
 
 import sys

@@ -141,8 +141,8 @@ def test_a_router_of_another_architecture_is_trained_and_used(load, shards, tmp_
 def test_a_stage_fits_the_new_connector_alone_and_refuses_other_parts(load, shards, tmp_path):
     load("docs/extending/stage.py")
     model = write_model_folder(tmp_path / "base", router_heads=None, ratios=[4])
-    sections = {"model": {"path": str(model), "trainable": ["connectors"], "dropout": 0.0}}
-    path = recipe(tmp_path, "consistency", shards, **sections)
+    settings = {"trainable": ["connectors"], "connector_start": "random", "dropout": 0.0}
+    path = recipe(tmp_path, "consistency", shards, model={"path": str(model), **settings})
     run(path, "stage=warmup", "trainer.accelerator=cpu", "trainer.max_steps=30", "optim.lr=0.01")
     losses = [point["warmup/loss"] for point in metrics(tmp_path / "consistency")]
     assert losses[-1] < losses[0] / 2
