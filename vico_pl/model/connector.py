@@ -64,7 +64,7 @@ class Connector(nn.Module):
         per_token = (first.weight * norm.weight).float().unflatten(1, (full.factor, full.factor, -1))
         means = halves / halves.sum(1, keepdim=True), torch.ones(len(rows)) / len(rows)
         by_patch = torch.einsum("hr,s,dijc->hdrisjc", *means, per_token)
-        first_bias, width = first.bias + first.weight @ norm.bias, first.out_features
+        first_bias, width = first.bias.float() + first.weight.float() @ norm.bias.float(), first.out_features
         shares = halves.mean(1).repeat_interleave(width)
         new = [
             (by_patch.flatten(0, 1).flatten(1), first_bias.repeat(2)),
