@@ -26,7 +26,7 @@ endif
 # GlyphDocs shards of the demo: numbers of samples and seeds. All demo runs share them.
 SHARDS ?= data/shards/glyphs
 TRAIN_SAMPLES ?= 5000
-CALIBRATION_SAMPLES ?= 300
+CALIBRATION_SAMPLES ?= 1000
 VALIDATION_SAMPLES ?= 400
 TRAIN_SEED ?= 1
 CALIBRATION_SEED ?= 2

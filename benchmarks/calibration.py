@@ -18,7 +18,7 @@ from vico_pl.evaluation.questions import open_questions
 from vico_pl.files import write_json
 from vico_pl.inference.predictor import Predictor
 
-RETENTION = 0.995
+RETENTION = 0.99
 NUM_IMAGES, DRAWS = (60, 300, 1000), 100
 Curve = Sequence[CalibrationPoint]
 

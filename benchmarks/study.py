@@ -1,6 +1,6 @@
 """What each choice of the method is worth, on GlyphDocs of the free layout.
 
-    make study                          all tables, seeds 0, 1 and 2: a day and a night on 2 cores
+    make study                          all tables, seeds 0, 1 and 2: many hours on 2 cores
     make study TABLE="headline loss"    two of them
 
 A table compares variants: settings of the recipes in recipes/free that differ in one thing. Every variant is
@@ -159,7 +159,7 @@ SECTIONS = {
         Section(
             rows=calibrations,
             headings={
-                "too_little": "draws that keep less than 99.5 %",
+                "too_little": "draws that keep less than 99 %",
                 "kept": "kept",
                 "kept_worst": "kept by the worst draw",
                 "token_fraction": "tokens",

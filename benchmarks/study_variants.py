@@ -29,7 +29,7 @@ class Variant:
     consistency: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
     routed: tuple[str, ...] | None = None  # of stage 3 and another calibration, if they follow
-    budget: float | None = None  # tokens at which tiles are routed in stage 3; default: what keeps 99.5 %
+    budget: float | None = None  # tokens at which tiles are routed in stage 3; default: what keeps 99 %
     # In this folder, with its first argument: takes the place of `vico` where the variant is not shared.
     script: str | None = None
 

@@ -145,7 +145,7 @@ def calibrate(
     retention: Annotated[
         float,
         Option(min=0, max=1, help="Fraction of the full-token accuracy to keep, with 97.5 % certainty."),
-    ] = 0.995,
+    ] = 0.99,
     budget: Annotated[
         float | None, Option(min=0, max=1, help="Largest fraction of vision tokens, instead of --retention.")
     ] = None,
@@ -173,8 +173,8 @@ def calibrate(
     chosen, record = choose(questions, retention=retention, budget=budget)
     written = Path(model) / CALIBRATION_NAME
     write_json(record, written)
-    low, high = chosen.retention_ci["mean"] or (0, 0)
-    kept = f"{chosen.retention['mean']:.2%} of the accuracy (95 % interval {low:.2%} to {high:.2%})"
+    sure = f"at least {chosen.retention_bound or 0:.2%} with 97.5 % certainty"
+    kept = f"{chosen.retention['mean']:.2%} of the accuracy, {sure}"
     if chosen.threshold == NEVER and budget is None:
         kept = f"no threshold is sure to keep {retention:.2%} of the accuracy, so nothing is compressed"
     echo(f"threshold {chosen.threshold:.4f}: {chosen.token_fraction:.1%} of the vision tokens, {kept}")

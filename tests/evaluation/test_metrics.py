@@ -1,9 +1,10 @@
+import math
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from vico_pl.evaluation.metrics import NUM_RESAMPLES, mean_scores, score_tables
+from vico_pl.evaluation.metrics import NUM_RESAMPLES, mean_scores, retention_bounds, score_tables
 
 SKILLS = ("perception", "reasoning", "ocr")
 
@@ -114,3 +115,25 @@ def test_which_numbers_name_the_images_makes_no_difference():
     assert scores.tables(seed=1) != scores.tables(seed=2)
     renamed = scores._replace(images=1000 + 7 * scores.images)
     assert renamed.tables(seed=0) == scores.tables(seed=0)
+
+
+@pytest.mark.parametrize("num_lost", [0, 3, 20])
+@pytest.mark.parametrize("per_image", [1, 4])
+def test_the_bound_of_images_lost_as_a_whole_is_that_of_clopper_and_pearson(num_lost, per_image):
+    """With as much lost on average as the bound says, so few are lost in 2.5 % of all draws."""
+    images = [image for image in range(200) for _ in range(per_image)]
+    scores = {"full": [1.0] * len(images), "arm": [float(image >= num_lost) for image in images]}
+    bound = retention_bounds(images, ["a"] * len(images), scores, baseline="full", seed=0)["arm"]
+    chances = (math.comb(200, k) * (1 - bound) ** k * bound ** (200 - k) for k in range(num_lost + 1))
+    assert sum(chances) == pytest.approx(0.025, abs=0.01)  # of 2,000 draws
+
+
+def test_the_bound_is_wider_where_a_group_has_few_images_and_one_at_the_baseline():
+    images, groups = range(500), ["many"] * 450 + ["few"] * 50
+    scores = {"full": [1.0] * 500, "arm": [1.0] * 500}
+    found = retention_bounds(images, groups, scores, baseline="full", seed=0)
+    assert found["full"] == 1
+    of_one_group = retention_bounds(images, ["all"] * 500, scores, baseline="full", seed=0)
+    assert 0.95 < found["arm"] < of_one_group["arm"] < 0.995
+    nothing = {"full": [0.0] * 500, "arm": [0.0] * 500}
+    assert retention_bounds(images, groups, nothing, baseline="full", seed=0)["arm"] is None

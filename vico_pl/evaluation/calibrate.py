@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vico_pl.evaluation.answering import Ratios
-from vico_pl.evaluation.metrics import MEAN, OVERALL, score_tables
+from vico_pl.evaluation.metrics import MEAN, OVERALL, retention_bounds, score_tables
 from vico_pl.evaluation.questions import QuestionSet
 from vico_pl.model.families.base import name_dtypes
 from vico_pl.model.router import NEVER, at_thresholds, routing_scores, threshold_for, vision_tokens
@@ -31,6 +31,7 @@ class CalibrationPoint:
     accuracy: dict[str, float | None]
     retention: dict[str, float | None]  # accuracy over that of full tokens
     retention_ci: dict[str, list[float] | None]  # 95 % interval over images
+    retention_bound: float | None  # what is kept of the mean at least, with 97.5 % certainty
     num_images: int  # with questions
     num_questions: int
 
@@ -76,7 +77,9 @@ class Measured:
         kept = np.isin(self.images, np.arange(self.tokens.shape[1])[chosen])
         columns = {str(number): row[kept].tolist() for number, row in enumerate(self.scores)}
         images, groups = self.images[kept], self.groups[kept].tolist()
-        tables = score_tables(images.tolist(), groups, columns, baseline="0", seed=0).values()
+        given: Any = {"baseline": "0", "seed": 0}
+        tables = score_tables(images.tolist(), groups, columns, **given)
+        bounds = retention_bounds(images.tolist(), groups, columns, **given)
         spent = self.tokens[:, chosen].sum(1).tolist()
         return [
             CalibrationPoint(
@@ -84,9 +87,10 @@ class Measured:
                 token_fraction=tokens / spent[0],
                 num_images=len(set(images.tolist())),
                 num_questions=len(images),
-                **{name: table[name] for name in ("accuracy", "retention", "retention_ci")},
+                retention_bound=bounds[column],
+                **{name: tables[column][name] for name in ("accuracy", "retention", "retention_ci")},
             )
-            for threshold, tokens, table in zip(self.thresholds, spent, tables, strict=True)
+            for threshold, tokens, column in zip(self.thresholds, spent, columns, strict=True)
         ]
 
 
@@ -132,11 +136,9 @@ def choose_point(
 ) -> CalibrationPoint:
     """Return the cheapest point that keeps `retention`, or the most accurate one within a token `budget`.
 
-    The lower end of the interval must keep it, even if one more question were answered wrong: of points that
-    keep it by their mean alone, the cheapest is often one that these images favour, and where nothing is
-    wrong the interval has no width, however few they are. For the same reason the search goes down from full
-    tokens and ends at the first point that fails (fixed-sequence testing, as in Learn then Test, arXiv
-    2110.01052).
+    Its bound must keep it: of points that keep it by their mean alone, the cheapest is often one that these
+    images favour. For the same reason the search goes down from full tokens and ends at the first point that
+    fails (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052).
     """
     if budget is None:
         return [*takewhile(lambda point: _keeps(point, retention), _from_full_tokens(curve))][-1]
@@ -172,20 +174,19 @@ def _from_full_tokens(curve: Iterable[CalibrationPoint]) -> list[CalibrationPoin
 def _images_needed(point: CalibrationPoint, retention: float) -> int:
     """Solve `_keeps` for the number of images.
 
-    k times the images have k times the questions, and an interval narrower by the root of k.
+    With k times the images the interval is narrower by the root of k, and how far the bound lies below it, as
+    one more image were lost, by k.
     """
-    mean, interval = point.retention[MEAN], point.retention_ci[MEAN]
-    if mean is None or interval is None:
+    mean, interval, bound = point.retention[MEAN], point.retention_ci[MEAN], point.retention_bound
+    if mean is None or interval is None or bound is None:
         return point.num_images
-    spare, width = mean - retention, mean - interval[0]
-    root = (width + math.sqrt(width**2 + 4 * spare * retention / point.num_questions)) / (2 * spare)
+    spare, width, below = mean - retention, mean - interval[0], max(0.0, interval[0] - bound)
+    root = (width + math.sqrt(width**2 + 4 * spare * below)) / (2 * spare)
     return math.ceil(point.num_images * max(1.0, root) ** 2)
 
 
 def _keeps(point: CalibrationPoint, retention: float) -> bool:
-    interval = point.retention_ci[MEAN]
-    needed = retention * (1 + 1 / point.num_questions)  # one more question wrong costs a share of 1 / (n + 1)
-    is_kept = interval is not None and interval[0] >= needed and _keeps_groups(point, retention)
+    is_kept = (point.retention_bound or 0.0) >= retention and _keeps_groups(point, retention)
     return point.threshold == NEVER or is_kept
 
 
