@@ -160,6 +160,7 @@ def test_all_problems_of_a_recipe_are_reported_at_once(recipe, overrides, messag
         ("data.micro_batch.max_tokens=0", "1 or more"),
         ("data.tiling.min_tiles=0", "1 to data.tiling.max_tiles (12)"),
         ("data.tiling.min_tiles=13", "1 to data.tiling.max_tiles (12)"),
+        ("data.tiling.max_tiles=1000000", "at most 1024"),
         ("data.images.max_pixels=0", "1 to 178956970"),
         ("data.images.max_pixels=1073741824", "1 to 178956970"),
         ("data.images.max_bytes=0", "1 or more"),
@@ -187,7 +188,9 @@ def test_sources_that_neither_follow_each_other_nor_mix_are_refused(recipe, sour
     assert expected in problems(recipe(), [f"data.sources=[{sources}]"])
 
 
-@pytest.mark.parametrize("content", ["- a list", "word", "stage", "3", "stage: [unclosed"])
+@pytest.mark.parametrize(
+    "content", ["- a list", "word", "stage", "3", "stage: [unclosed", "a: " + "[" * 5000 + "]" * 5000]
+)
 def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
     path = tmp_path / "broken.yaml"
     assert f"{path}: no such recipe" in problems(path)

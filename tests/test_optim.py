@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from vico_pl.model.router import ResolutionRouter
 from vico_pl.optim import (
     SCHEDULES,
     OptimConfig,
@@ -30,6 +31,15 @@ def test_matrices_decay_vectors_do_not_and_frozen_parameters_are_left_out():
     found = {name: decay.get(id(p)) for name, p in module.named_parameters()}
     vectors = {"0.bias": 0.0, "1.weight": 0.0, "1.bias": None, "2.bias": 0.0}
     assert found == {"0.weight": 0.3, "2.weight": 0.3, **vectors}
+
+
+def test_the_routers_query_and_embeddings_decay_as_in_released_training():
+    module = nn.ModuleDict({"router": ResolutionRouter(8, num_heads=2), "embeddings": nn.Embedding(3, 2)})
+    optimizer, _ = build(module, weight_decay=0.3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    pooling = module["router"].pooling_before_gating
+    assert decay[id(pooling.query_token)] == decay[id(module["embeddings"].weight)] == 0.3
+    assert decay[id(pooling.norm1.weight)] == 0
 
 
 NEEDED = {

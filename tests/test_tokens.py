@@ -13,6 +13,7 @@ from vico_pl.tokens import (
     build_tokenizer,
     extend_tokenizer,
     load_tokenizer,
+    save_tokenizer,
     token_id,
 )
 
@@ -52,6 +53,12 @@ def test_a_tokenizer_comes_back_from_its_folder(tokenizer, tmp_path):
     assert token_id(restored, PLACEHOLDER) == token_id(tokenizer, PLACEHOLDER)
     messages = [{"role": "user", "content": "x"}]
     assert restored.apply_chat_template(messages, tokenize=False) == "<|im_start|>user\nx<|im_end|>\n"
+
+
+def test_a_tokenizer_for_which_there_is_no_room_is_an_error_of_the_system(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"{tmp_path}: the tokenizer cannot be written .*No space left"):
+        save_tokenizer(tokenizer, tmp_path)
 
 
 def test_marks_that_a_tokenizer_lacks_get_the_ids_behind_its_own(tmp_path):

@@ -81,8 +81,17 @@ def read_settings(recipe: Path, overrides: Sequence[str]) -> dict[str, Any]:
             # A section's settings are merged; the description of a tower replaces another one.
             OmegaConf.update(content, key, value, merge=key not in ("model.vision", "model.language"))
         return _renamed(OmegaConf.to_container(content))
-    # OSError: a single word or number; the others: an override such as data.sources.9.path=... or stage.x=...
-    except (OmegaConfBaseException, YAMLError, OSError, TypeError, IndexError, AssertionError) as error:
+    # OSError: a single word or number; RecursionError: thousands of brackets; the last three: an override
+    # such as data.sources.9.path=... or stage.x=...
+    except (
+        OmegaConfBaseException,
+        YAMLError,
+        OSError,
+        RecursionError,
+        TypeError,
+        IndexError,
+        AssertionError,
+    ) as error:
         raise ValueError(f"{recipe}: {' '.join(str(error).split())}") from error
 
 

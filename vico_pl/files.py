@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+ABANDONED_S = 3600.0  # a file that is being written changes more often
 
 
 @contextmanager
@@ -27,8 +30,7 @@ def publish(temporary: Path, path: Path) -> None:
     Only a file can replace a file in one step. A folder is first renamed to `.NAME.replaced`, from which
     `restore_replaced` brings it back if the process is killed in between.
     """
-    for file in (*temporary.glob("*"), temporary):
-        _sync(file)
+    sync_files(temporary)
     replaced = path.with_name(f".{path.name}.replaced")
     if path.is_dir() or (path.exists() and temporary.is_dir()):
         remove(replaced)
@@ -36,6 +38,20 @@ def publish(temporary: Path, path: Path) -> None:
     temporary.replace(path)
     _sync(path.parent)
     remove(replaced)
+
+
+def sync_files(path: Path) -> None:
+    """Bring a file, or a folder and the files in it, to disk."""
+    for file in (*path.glob("*"), path):
+        _sync(file)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder: files that nothing has changed for an hour."""
+    for leftover in folder.glob(".*.partial"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+                remove(leftover)
 
 
 def restore_replaced(folder: Path) -> None:
@@ -66,6 +82,7 @@ def _sync(path: Path) -> None:
 
 def write_json(content: Any, path: Path, *, indent: int = 1) -> None:
     """Write a JSON file atomically."""
+    remove_leftovers(path.parent)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
 

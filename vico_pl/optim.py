@@ -53,7 +53,7 @@ class OptimConfig:
     """AdamW and the learning rate schedule."""
 
     lr: float = 1e-5  # learning rate after the warmup
-    weight_decay: float = 0.05  # on matrices and embeddings; none on norms, biases and other vectors
+    weight_decay: float = 0.05  # on matrices, embeddings and the router's query; none on norms and biases
     beta1: float = 0.9  # of AdamW: decay of the mean of gradients
     beta2: float = 0.95  # and of their squares
     warmup_steps: int = 0  # over which the learning rate rises from 0

@@ -82,6 +82,18 @@ def load_tokenizer(folder: Path | str, *, required: Sequence[str] = MARKS) -> Pr
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer into a model folder.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers package raises no class of its own
+        raise OSError(f"{folder}: the tokenizer cannot be written ({error}); free space") from error
+
+
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of a special token: ids differ between model families, so they are looked up."""
     return tokenizer.get_added_vocab()[token]

@@ -45,6 +45,7 @@ from vico_pl.stages import STAGES, build_stage
 from vico_pl.stages.base import Stage
 from vico_pl.stages.settings import TrainerConfig
 from vico_pl.stages.validation import Validation
+from vico_pl.tokens import save_tokenizer
 
 # What Lightning says at each start that helps nobody; 'vico doctor' lists devices.
 CHATTER = (
@@ -252,7 +253,7 @@ def _write_model(
     *,
     rule: RoutingRule | None,
 ) -> None:
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     processing = {"tiling": asdict(config.data.tiling), "chat": asdict(config.data.chat)}
     with adapters_merged(model):
         save_model(

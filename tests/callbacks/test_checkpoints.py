@@ -18,7 +18,7 @@ def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypa
         "state_dict": {"a": torch.zeros(2**19)},
         "optimizer_states": [{"state": {"a": {"b": torch.zeros(3)}}, "param_groups": []}],
     }
-    expected = r"0\.0 GiB are free and a checkpoint needs 0\.0; make room, or lower trainer\.keep_checkpoints"
+    expected = r"1 MiB are free and a checkpoint needs 3; make room, or lower trainer\.keep_checkpoints"
     with pytest.raises(ValueError, match=expected):
         writer.save_checkpoint(state, tmp_path / "step.ckpt")
     assert list(tmp_path.iterdir()) == []

@@ -153,6 +153,23 @@ def test_calibrate_writes_the_threshold_that_sessions_use(vico, model, answered)
     assert (stored["budget"], stored["data"]) == (0.6, str(answered))
 
 
+def test_calibrate_says_what_is_certain_and_how_many_images_would_show_more(vico, model, answered):
+    def calibrated(retention):
+        code, out, _ = vico("calibrate", model, "--data", answered, "--retention", retention)
+        assert code == 0
+        return out, json.loads((model / CALIBRATION_NAME).read_text())
+
+    out, stored = calibrated("0.1")
+    kept, sure = stored["chosen"]["retention"]["mean"], stored["chosen"]["retention_bound"]
+    assert f"{kept:.2%} of the accuracy, at least {sure:.2%} with 97.5 % certainty" in out
+    assert stored["chosen"]["token_fraction"] < 1
+    out, stored = calibrated("0.9")  # 8 images show 63 % at most
+    assert "no threshold is sure to keep 90.00% of the accuracy, so nothing is compressed" in out
+    fewer, number = stored["promising"]["token_fraction"], stored["promising"]["images_needed"]
+    assert number > 8
+    assert f"{fewer:.1%} may keep it, too: about {number} images, not 8, would show it" in out
+
+
 @torch.no_grad()
 def test_a_threshold_is_chosen_and_exported_in_one_dtype(vico, model, answered, tmp_path):
     assert vico("calibrate", model, "--data", answered, "--budget", "0.6", "--dtype", "bfloat16")[0] == 0

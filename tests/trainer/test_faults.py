@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import random
@@ -13,7 +15,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ from vico_pl.config import load_config
 from vico_pl.data.module import build_order, open_sources
 from vico_pl.data.shards.reader import RecordReader, write_index, write_shard
 from vico_pl.prepare import is_finished
+from vico_pl.tokens import load_tokenizer
 
 SETTINGS = ["trainer.max_steps=12", "trainer.checkpoint_every=2"]
 
@@ -190,8 +193,8 @@ def test_a_rank_that_is_killed_ends_the_others_soon(case, victim):
 # --- Checkpoints --------------------------------------------------------------------------------------------
 
 
-def kill_at_a_checkpoint(case):
-    running = case.start_until(step=4, before=slow_steps)
+def kill_at_a_checkpoint(case, before=slow_steps):
+    running = case.start_until(step=4, before=before)
     running.signal(signal.SIGKILL)
     running.wait(supervised=True)
     return newest_step(case.run_dir)
@@ -240,7 +243,7 @@ def test_a_full_disk_is_reported_before_saving_begins(case, tmp_path):
         case = replace(case, run_dir=disk / "run")
         before, ballast = kill_at_a_checkpoint(case), disk / "ballast"
         ballast.write_bytes(b"\1" * (shutil.disk_usage(disk).free - 2**17))
-        assert "GiB are free and a checkpoint needs" in case.fail()
+        assert "MiB are free and a checkpoint needs" in case.fail()
         assert newest_step(case.run_dir) == before
         ballast.unlink()
         lost = case.finish()
@@ -259,6 +262,69 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(case):
     assert f"step-{newest:08d}.ckpt is skipped: it cannot be read" in running.said()
     case.check_result()
     case.add_row("the newest checkpoint is truncated", "named and skipped; the previous one is used", lost)
+
+
+def log_syncs(log, _):
+    """Note which content is on disk for certain: file, size and last change when it was synced."""
+    sync = os.fsync
+
+    def sync_and_note(descriptor):
+        sync(descriptor)
+        with log.open("a") as file:
+            file.write(content_of(os.fstat(descriptor)))
+
+    os.fsync = sync_and_note
+    slow_steps(_)
+
+
+def content_of(status):
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}\n"
+
+
+def cut_power(folder, log):
+    """Empty the files that were not synced since their last change; of the folder, return if it was."""
+    with log.open() as lines:
+        on_disk = set(lines)
+    for path in folder.rglob("*"):
+        if path.is_file() and content_of(path.stat()) not in on_disk:
+            os.truncate(path, 0)
+    return content_of(folder.stat()) in on_disk
+
+
+def test_a_power_cut_while_training_leaves_the_newest_checkpoint(case, tmp_path):
+    before = kill_at_a_checkpoint(case, before=partial(log_syncs, tmp_path / "synced"))
+    cut_power(case.run_dir / "checkpoints", tmp_path / "synced")
+    assert newest_step(case.run_dir) == before
+    assert (case.run_dir / "config.yaml").stat().st_size > 0
+    outcome = "checkpoints are whole; without the syncs before renaming they would be empty"
+    case.add_row("a power cut while it trains", outcome, case.finish())
+
+
+def test_a_power_cut_after_the_end_leaves_a_whole_model(case, tmp_path):
+    running = case.start(before=partial(log_syncs, tmp_path / "synced"))
+    assert running.wait() == [0], running.said()
+    names = {path.name for path in (case.run_dir / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert cut_power(case.run_dir / "model", tmp_path / "synced"), "a name may not be on disk"
+    assert is_finished(case.run_dir)
+    load_tokenizer(case.run_dir / "model")
+    case.check_result()
+    case.add_row("a power cut when it has ended", "weights, tokenizer and configuration are whole", 0)
+
+
+def without_locks(_):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl.flock = refuse
+
+
+def test_a_file_system_without_locks_is_named_and_used(case):
+    running = case.start(before=without_locks)
+    assert running.wait() == [0], running.said()
+    assert "its file system has no locks" in running.said()
+    case.check_result()
+    case.add_row("the file system has no locks", "said at the start; the run goes on without", 0)
 
 
 # --- Ranks that wait, numbers and data ----------------------------------------------------------------------

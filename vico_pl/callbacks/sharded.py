@@ -178,7 +178,7 @@ def check_room(tensors: Any, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{folder}: {free / 2**30:.1f} GiB are free and a checkpoint needs {needed / 2**30:.1f}; "
+            f"{folder}: {free >> 20:,} MiB are free and a checkpoint needs {-(-needed >> 20):,}; "
             "make room, or lower trainer.keep_checkpoints; the same command resumes from the previous one"
         )
 

@@ -15,6 +15,7 @@ from vico_pl.errors import check_settings
 from vico_pl.types import Image, Sample, TiledSample
 
 Size = tuple[int, int]  # width and height of an image in pixels
+MAX_TILES = 1024  # of a sample; all grids of so many are tried
 _resize = partial(resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
@@ -30,7 +31,8 @@ class TilingConfig:
     def __post_init__(self) -> None:
         is_range = 1 <= self.min_tiles <= self.max_tiles
         expected = f"1 to data.tiling.max_tiles ({self.max_tiles})"
-        check_settings("data.tiling", self, min_tiles=(is_range, expected))
+        most = (self.max_tiles <= MAX_TILES, f"at most {MAX_TILES}")
+        check_settings("data.tiling", self, min_tiles=(is_range, expected), max_tiles=most)
 
     def per_image(self, num_images: int) -> "TilingConfig":
         """Return the settings for each image of a sample with `num_images` of them."""
@@ -124,7 +126,7 @@ def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
         (columns, rows)
         for limit in range(min_tiles, max_tiles + 1)
         for columns in range(1, limit + 1)
-        for rows in range(1, limit + 1)
-        if min_tiles <= columns * rows <= max_tiles
+        for rows in range(1, min(limit, max_tiles // columns) + 1)
+        if min_tiles <= columns * rows
     }
     return sorted(grids, key=lambda grid: grid[0] * grid[1])

@@ -39,8 +39,6 @@ from vico_pl.model.vlm import VisionLanguageModel
 from vico_pl.tokens import PLACEHOLDER, load_tokenizer, token_id
 from vico_pl.types import Batch, EncodedSample, Sample, TiledSample
 
-MAX_TILES = 1024  # per sample; all grids of so many are tried
-
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
@@ -321,8 +319,6 @@ def _processing(folder: Path, contents: FolderContents) -> tuple[TilingConfig, C
         raise ValueError(f"{folder}: no {PROCESSING_NAME}; 'vico train' writes it next to the weights")
     try:
         tiling, chat = TilingConfig(**settings["tiling"]), ChatConfig(**settings["chat"])
-        if tiling.max_tiles > MAX_TILES:
-            raise ValueError(f"max_tiles is {tiling.max_tiles}; expected at most {MAX_TILES}")
         if not isinstance(chat.system, str | None):
             raise ValueError(f"system is {chat.system!r}; expected a text")
         return tiling, chat

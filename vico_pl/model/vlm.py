@@ -51,7 +51,7 @@ class ModelSpec:
             vision=(isinstance(self.vision, dict), "settings of a vision tower"),
             language=(isinstance(self.language, dict), "settings of a language model"),
             ratios=(are_numbers, "a list of whole numbers"),
-            router_heads=(isinstance(self.router_heads, int | None), "a whole number"),
+            router_heads=(type(self.router_heads) in (int, type(None)), "a whole number"),
             placeholder_id=(isinstance(self.placeholder_id, int), "a token id"),
         )
 

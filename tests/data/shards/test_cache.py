@@ -1,5 +1,6 @@
 """Shards that are fetched: what servers may do to them, and what several processes may."""
 
+import errno
 import gzip
 import multiprocessing
 import os
@@ -97,6 +98,16 @@ def test_a_server_that_drips_is_given_up(server, cache, monkeypatch):
     with pytest.raises(RecordError, match=r"a\.tar: only \d+ bytes came in 0 s"):
         cache.open(f"{server.url}/a.tar", cache.folder / "set" / "a.tar", None, check=len_of)
     assert len(server.requests) == 1
+
+
+def test_a_folder_without_locks_is_said_with_a_way_out(server, cache, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    server.answers["a.tar"] = ok(TAR)
+    with pytest.raises(ValueError, match=r"set: its file system has no locks .*set data.streaming.cache_dir"):
+        fetched(cache, f"{server.url}/a.tar")
 
 
 def test_a_length_that_lies_short_makes_no_short_shard(server, cache):

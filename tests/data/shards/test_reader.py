@@ -19,7 +19,7 @@ from tests.support.hostile import keys_or_kinds, member
 from tests.support.tiny import record
 from vico_pl.data.shards import shard as shard_module
 from vico_pl.data.shards.cache import StreamingConfig
-from vico_pl.data.shards.index import INDEX_NAME, side_index_path
+from vico_pl.data.shards.index import INDEX_NAME, ShardEntry, side_index_path, write_entries
 from vico_pl.data.shards.reader import RecordReader, find_faults, read_index, write_index, write_shard
 from vico_pl.data.shards.tars import UNKNOWN_SIZE
 from vico_pl.errors import RecordError
@@ -204,6 +204,19 @@ def test_the_index_describes_each_shard_and_is_renewed(tmp_path):
     write_index(tmp_path)  # what `vico shards index` does
     assert [r.files["json"] for r in read_all(tmp_path)] == [b"new"] * 40
     assert json.loads((tmp_path / INDEX_NAME).read_text())["shards"][0]["sha256"] != checksum
+
+
+def test_a_check_finds_shards_that_lost_their_end_before_they_were_indexed(tmp_path):
+    """As earlier versions indexed them: number of samples and bytes fit what is left."""
+    path = tmp_path / "a.tar"
+    write_shard(path, RECORDS)
+    with path.open("rb+") as file:
+        file.truncate(read_index(tmp_path).open(0).sidecar.end)
+    entry = ShardEntry(name="a.tar", num_samples=3, num_bytes=path.stat().st_size)
+    write_entries([entry], tmp_path / INDEX_NAME)
+    assert len(read_all(tmp_path)) == 3
+    (fault,) = [fault for fault in find_faults(read_index(tmp_path)) if "its end is missing" in fault.reason]
+    assert (fault.id, fault.kind) == ("a.tar", "tar")
 
 
 OLD = Path(__file__).parents[2] / "fixtures" / "shards-2026-11"  # with a.idx of positions alone and a.sizes

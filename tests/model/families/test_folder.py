@@ -1,4 +1,6 @@
 import json
+import os
+import time
 from unittest import mock
 
 import pytest
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.tiny import tiny_model, tiny_spec
 from vico_pl.files import read_json
 from vico_pl.model.families.base import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
-from vico_pl.model.families.folder import load_model, open_folder, save_model
+from vico_pl.model.families.folder import load_model, open_folder, read_shape, save_model
 
 
 @pytest.fixture
@@ -98,7 +100,13 @@ def test_a_run_folder_and_a_checkpoint_say_where_their_model_is(folder, tmp_path
 
 @pytest.mark.parametrize(
     "content",
-    ["{", '{"architectures": []}', '{"format": "vico_pl", "ratios": [4]}', '{"format": "vico_pl", "x": 1}'],
+    [
+        "{",
+        '{"architectures": []}',
+        '{"architectures": 3}',
+        '{"format": "vico_pl", "ratios": [4]}',
+        '{"format": "vico_pl", "x": 1}',
+    ],
 )
 def test_a_configuration_that_is_not_ours_is_named(folder, content):
     (folder / CONFIG_NAME).write_text(content)
@@ -117,6 +125,7 @@ def test_a_configuration_that_is_not_ours_is_named(folder, content):
         (None, {"language": []}, r"(?s)config.json: .*language"),
         (None, {"ratios": "ab"}, r"(?s)config.json: .*ratios"),
         (None, {"router_heads": 3}, "router_heads is 3; expected a divisor"),
+        (None, {"router_heads": True}, "router_heads is True"),
     ],
 )
 def test_sizes_that_no_model_has_are_refused_in_a_sentence(folder, part, changes, said):
@@ -147,3 +156,22 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_no_folder_that_looks_c
         save_model(model, tmp_path)
     with pytest.raises(ValueError, match="no config"):
         load_model(tmp_path)
+
+
+def test_what_killed_processes_were_writing_is_removed_once_nothing_changes_it_for_an_hour(tmp_path, model):
+    names = (".model.safetensors.7-7.partial", ".config.json.8-8.partial")
+    for name, age in zip(names, (4000, 0), strict=True):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    save_model(model, tmp_path)
+    assert not (tmp_path / names[0]).exists()
+    assert (tmp_path / names[1]).exists(), "another process may be writing it"
+    assert load_model(tmp_path)
+
+
+def test_a_configuration_of_odd_types_is_refused_without_weights_too(tmp_path):
+    path = tmp_path / CONFIG_NAME
+    config = {"architectures": ["InternVLForConditionalGeneration"], "vision_config": {"image_size": None}}
+    path.write_text(json.dumps({**config, "text_config": {"model_type": "qwen3"}}))
+    with pytest.raises(ValueError, match=f"{path}: "):
+        read_shape(path)

@@ -12,7 +12,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -87,11 +87,12 @@ class ShardCache:
         Raises:
             RecordError: it cannot be fetched (kind `io`) or is not the right one (kind `shard`).
             TimeoutError: another process fetches it.
+            ValueError: the folder's file system has no locks.
         """
         with suppress(FileNotFoundError):
             return _open_used(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock", timeout=wait_s):
+        with _lock(path, wait_s):
             with suppress(FileNotFoundError):
                 return _open_used(path)
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -133,6 +134,17 @@ class ShardCache:
             if path != newest:
                 path.unlink(missing_ok=True)
                 excess -= size
+
+
+def _lock(path: Path, wait_s: float) -> AbstractContextManager[Any]:
+    """Keep other processes from fetching a shard, after waiting for one that does."""
+    try:
+        return FileLock(f"{path}.lock", timeout=wait_s).acquire()
+    except TimeoutError:
+        raise
+    except OSError as error:  # Lustre without -o flock, some NFS
+        remedy = "set data.streaming.cache_dir to a folder on a disk of the node"
+        raise ValueError(f"{path.parent}: its file system has no locks ({error}); {remedy}") from error
 
 
 def fetch_bytes(location: str) -> bytes | None:

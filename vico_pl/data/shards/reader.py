@@ -7,6 +7,7 @@ fetched into the cache and then read as a local tar (`shard.py`, `cache.py`).
 
 import os
 import signal
+import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from vico_pl.data.shards.index import (
 )
 from vico_pl.data.shards.locations import Source, list_shards, parse_source
 from vico_pl.data.shards.shard import MAX_OPEN, Origin, Shard, ShardIndex, is_streamed
-from vico_pl.data.shards.tars import MAX_RECORD_BYTES, describe_tar, read_members
+from vico_pl.data.shards.tars import MAX_RECORD_BYTES, check_rest, describe_tar, read_members
 from vico_pl.errors import RecordError
 from vico_pl.files import atomic_path
 from vico_pl.types import BadRecord, Record, Sample
@@ -236,13 +237,28 @@ def read_samples(
 
 
 def find_faults(index: ShardIndex, *, caption_prompt: str | None = None) -> Iterator[BadRecord]:
-    """Decode every record and yield the bad ones; a shard that cannot be opened is yielded once."""
+    """Decode every record and yield the bad ones; a shard that cannot be opened or is cut is yielded once."""
     dead: set[str] = set()
     for item in read_all(index, caption_prompt=caption_prompt):
         if isinstance(item, BadRecord) and item.reason not in dead:
             yield item
             if item.kind == "shard":
                 dead.add(item.reason)
+    yield from _cut_shards(index)
+
+
+def _cut_shards(index: ShardIndex) -> Iterator[BadRecord]:
+    """Yield the local tars without their end, which may have lost records; fetched ones came whole."""
+    for number, name in enumerate(index.names):
+        shard = index.shard(number)
+        if shard.in_place:
+            with suppress(RecordError, OSError):  # it cannot be opened, and neither could its records
+                end = index.open(number).sidecar.end
+                try:
+                    with shard.original.open("rb") as file:
+                        check_rest(file, end)
+                except tarfile.ReadError as error:
+                    yield bad_record(name, RecordError(str(error), kind="tar"))
 
 
 def read_all(index: ShardIndex, *, caption_prompt: str | None = None) -> Iterator[Sample | BadRecord]:

@@ -52,7 +52,7 @@ def scan_boundaries(path: Path) -> np.ndarray:
                 if key is not None and key != last_key:
                     starts.append(member.offset)
                     last_key = key
-            _check_rest(file, tar.offset)
+            check_rest(file, tar.offset)
     except TAR_ERRORS as error:
         raise ValueError(f"not a readable tar ({error})") from error
     return np.array([*starts, tar.offset], dtype=np.int64)
@@ -122,10 +122,13 @@ def _check_progress(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         raise tarfile.ReadError(f"member at byte {member.offset} has a negative size")
 
 
-def _check_rest(file: BinaryIO, end: int) -> None:
+def check_rest(file: BinaryIO, end: int) -> None:
     """Refuse a tar without its end, which may have lost records, and anything but zeros in it.
 
     tarfile accepts both silently.
+
+    Raises:
+        tarfile.ReadError: it is refused.
     """
     size = file.seek(0, os.SEEK_END)
     if size < end + tarfile.BLOCKSIZE or size % tarfile.BLOCKSIZE:

@@ -169,7 +169,12 @@ class Family:
 
     def recognises(self, config: Json) -> bool:
         """Say whether a config.json is of this family."""
-        named = config.get("format"), config.get("model_type"), *(config.get("architectures") or [])
+        listed = config.get("architectures")
+        named = [
+            config.get("format"),
+            config.get("model_type"),
+            *(listed if isinstance(listed, list) else []),
+        ]
         return any(mark in named for mark in self.marks)
 
     def stored_shapes(self, own: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vico_pl.files import read_json, write_json
+from vico_pl.files import read_json, remove_leftovers, sync_files, write_json
 from vico_pl.model.connector import FULL_RATIO, Connector
 from vico_pl.model.families import FAMILIES
 from vico_pl.model.families.base import (
@@ -83,13 +83,17 @@ def open_folder(path: Path | str) -> ModelFolder:
     config = read_json(path / CONFIG_NAME)
     family = _family_of(config, path / CONFIG_NAME)
     tensors = StoredTensors(path, family.stored_name)
-    try:
-        contents = family.read(path, config, tensors.names)
-    except (TypeError, KeyError, AttributeError) as error:  # settings of other types than a family has
-        raise ValueError(f"{path / CONFIG_NAME}: {type(error).__name__}: {error}") from error
+    contents = _contents(family, path / CONFIG_NAME, config, tensors.names)
     contents = replace(contents, rule=_calibrated(path / CALIBRATION_NAME) or contents.rule)
     _check_depth(path, contents.spec, len(tensors.names))
     return ModelFolder(path=path, family=family, contents=contents, tensors=tensors)
+
+
+def _contents(family: Family, path: Path, config: Json, names: set[str] | None) -> FolderContents:
+    try:
+        return family.read(path.parent, config, names)
+    except (TypeError, KeyError, AttributeError) as error:  # settings of other types than a family has
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _check_depth(path: Path, spec: ModelSpec, num_tensors: int) -> None:
@@ -108,7 +112,7 @@ def read_shape(path: Path) -> tuple[ModelSpec, torch.dtype]:
         ValueError: the file is damaged or of no known family.
     """
     config = read_json(path)
-    spec = _family_of(config, path).read(path.parent, config, None).spec
+    spec = _contents(_family_of(config, path), path, config, None).spec
     return spec, _stored_type(path.parent, config)
 
 
@@ -157,10 +161,13 @@ def save_model(
 ) -> None:
     """Write a model in our layout, the configuration last: a folder with a configuration is complete."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     write_tensors({name: tensor.detach().cpu() for name, tensor in own_tensors(model).items()}, folder)
     contents = FolderContents(spec=model.spec, processing=processing, rule=rule)
-    write_json(OURS.write(folder, contents, str(model.head.dtype)), folder / CONFIG_NAME, indent=2)
+    config = OURS.write(folder, contents, str(model.head.dtype))
+    sync_files(folder)
+    write_json(config, folder / CONFIG_NAME, indent=2)
 
 
 def export(
@@ -201,6 +208,7 @@ def export(
     # The output layer, or what it is tied to, stands for the whole model.
     heads = (state[name] for name in state if name.endswith(("lm_head.weight", "embed_tokens.weight")))
     config = target.write(output, contents, str(next(heads).dtype).removeprefix("torch."))
+    sync_files(output)
     write_json(config | (code if target.takes_remote_code else {}), output / CONFIG_NAME, indent=2)
 
 
