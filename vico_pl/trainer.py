@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import multiprocessing
+import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ from vico_pl.stages.settings import TrainerConfig
 from vico_pl.stages.validation import Validation
 from vico_pl.tokens import save_tokenizer
 
+MAX_FILES = 65_536  # open at a time, if the system allows as many
 # What Lightning says at each start that helps nobody; 'vico doctor' lists devices.
 CHATTER = (
     "GPU available:",
@@ -76,11 +78,19 @@ def train(config: RunConfig) -> Path | None:
 
     Returns the model folder, or None if the run was asked to stop and has saved its state.
     """
+    _allow_files()
     with guards.StopSignals() as stop:
         trainer, folder = _train(config, stop)
     if folder is None and trainer.is_global_zero and stop.received == guards.REQUEUE_SIGNAL:
         guards.requeue()
     return folder
+
+
+def _allow_files() -> None:
+    """Let this process and its data workers open more files, as systems often begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def _train(config: RunConfig, stop: guards.StopSignals) -> tuple[L.Trainer, Path | None]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 import shutil
 import signal
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.folder import load_model
 from vico_pl.prepare import FolderModels, is_finished, prepare_run
 from vico_pl.tokens import load_tokenizer
-from vico_pl.trainer import _lock
+from vico_pl.trainer import MAX_FILES, _lock
 
 
 def test_each_stage_hands_a_model_folder_to_the_next(runs):
@@ -154,6 +155,16 @@ def test_a_run_tells_what_it_ran_on_and_a_short_one_its_last_step(runs, tmp_path
     assert (line["torch"], line["num_ranks"]) == (version("torch"), 1)
     assert line["device"].startswith("cpu")
     assert [line["step"] for line in metrics(tmp_path) if "router/loss" in line] == [STEPS - 1]
+
+
+def test_a_run_may_open_as_many_files_as_the_system_lets_it(runs, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        run(runs / "pretrain.yaml", f"run_dir={tmp_path}")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, MAX_FILES) > 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ class DataModule(L.LightningDataModule):
 
     def _open(self, entry: ValidationConfig) -> HeldOut:
         """Open a validation set; one sample of it must have an answer that can be read."""
-        index = read_index(entry.path, streaming=self.config.streaming)
+        index = read_index(entry.path, streaming=self.config.streaming, max_open=8)  # read in order
         order = EvenOrder(size=index.num_samples, count=min(entry.max_samples, index.num_samples))
         held_out = HeldOut(indexes=[index], order=order, prompts=[entry.caption_prompt])
         batches = RankBatches(self, rank=0, world=1, held_out=held_out)
