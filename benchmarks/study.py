@@ -98,7 +98,8 @@ def baselines(seed: int) -> Rows:
         router = float(np.interp(tokens, *curve(default, "router")))
         whole = full["accuracy"]["mean"]
         kept = {"kept": found["accuracy"]["mean"] / whole, "router_keeps": router / whole}
-        rows[name] = {"token_fraction": tokens, **kept}
+        prefill = found["prefill_gflops"] / full["prefill_gflops"]  # FastV drops tokens after two layers only
+        rows[name] = {"token_fraction": tokens, "prefill": prefill, **kept}
     return rows
 
 
@@ -137,6 +138,7 @@ SECTIONS = {
             rows=baselines,
             headings={
                 "token_fraction": "tokens",
+                "prefill": "operations of the prefill",
                 "kept": "kept",
                 "router_keeps": "router keeps at these tokens",
             },

@@ -37,7 +37,11 @@ def report(token_fraction=0.5):
 
     def arm(tokens, accuracy, **retention):
         kept = {"perception": 1.0, **retention, "mean": accuracy / 0.9, "overall": accuracy / 0.9}
-        of_image = {"vision_tokens_per_image": 40 * tokens, "token_fraction": tokens}
+        of_image = {
+            "vision_tokens_per_image": 40 * tokens,
+            "token_fraction": tokens,
+            "prefill_gflops": tokens,
+        }
         return {**of_image, "accuracy": {"mean": accuracy}, "retention": kept}
 
     arms = {
@@ -244,7 +248,7 @@ def test_baselines_are_compared_with_the_router_at_their_own_tokens(folders, mon
     monkeypatch.setattr(sys, "argv", ["study.py", "baselines", "--seeds", "5"])
     study.main()
     arms = json.loads((folder / "results" / "study.json").read_text())["tables"]["baselines"]["summary"][0]
-    assert arms["fastv"]["kept"]["mean"] == 0.5
+    assert (arms["fastv"]["kept"]["mean"], arms["fastv"]["prefill"]["mean"]) == (0.5, 0.5)
     assert arms["fastv"]["router_keeps"]["mean"] == pytest.approx((0.6 + 0.2 * 0.25 / 0.35) / 0.9, abs=1e-4)
     assert arms["nested pooling (M3)"]["token_fraction"]["mean"] == 0.25
     assert arms["nested pooling (M3)"]["router_keeps"]["mean"] == pytest.approx(0.6 / 0.9, abs=1e-4)
