@@ -127,12 +127,12 @@ TABLES = {
         ],
     ),
     "router": Table(
-        title="The router",
-        variants=[
-            DEFAULT,
-            Variant(name="a tenth of the weights", script="routers.py small"),
-            Variant(name="the same with convolutions", script="routers.py convolution"),
-        ],
+        title="A router that lets each patch know its neighbours",
+        variants=[DEFAULT, Variant(name="with convolutions", script="routers.py convolution")],
+    ),
+    "router_size": Table(
+        title="A smaller router",
+        variants=[DEFAULT, Variant(name="a tenth of the weights", script="routers.py small")],
     ),
     "responses": Table(
         title="Whose responses, and how many questions per image",
