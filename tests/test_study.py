@@ -133,7 +133,7 @@ def test_a_variant_with_a_router_of_its_own_shares_stage_1_and_runs_the_rest_by_
     ours = [words[:3] for words in commands if words[0] == "routers"]
     assert variant.folder_name("consistency", 0) == variants.DEFAULT.folder_name("consistency", 0)
     assert variant.folder_name("router", 0) != variants.DEFAULT.folder_name("router", 0)
-    assert ours == [["routers", "small", name] for name in ("train", "train", "calibrate", "eval")]
+    assert ours == [["routers", "convolution", name] for name in ("train", "train", "calibrate", "eval")]
     assert [words[0] for words in commands if words[0] in ("train", "calibrate", "eval")] == [
         "train",
         "calibrate",
