@@ -90,7 +90,7 @@ TABLES = {
         ],
     ),
     "ratio_draw": Table(
-        title="How stage 1 draws ratios",
+        title="How stage 1 draws ratios (750 steps)",
         has_router=False,
         variants=[
             after_a_quarter("mixed"),
@@ -99,7 +99,7 @@ TABLES = {
         ],
     ),
     "loss": Table(
-        title="The loss of stage 1",
+        title="The loss of stage 1 (750 steps)",
         has_router=False,
         variants=[
             after_a_quarter("KL"),
@@ -110,7 +110,7 @@ TABLES = {
         ],
     ),
     "labels": Table(
-        title="The labels of stage 2",
+        title="The labels of stage 2 (1,000 steps)",
         variants=[
             of_fewer_steps("per tile, percentile 65"),
             of_fewer_steps("per image", "router.label_mode=image"),
@@ -119,7 +119,7 @@ TABLES = {
         ],
     ),
     "percentile": Table(
-        title="The percentile of loss ratios below which a tile is to be compressed",
+        title="The percentile of loss ratios below which a tile is to be compressed (1,000 steps)",
         variants=[
             *(of_fewer_steps(f"{k}", f"router.percentile={k}") for k in (30, 40, 50)),
             of_fewer_steps("65"),
@@ -135,7 +135,7 @@ TABLES = {
         variants=[DEFAULT, Variant(name="a tenth of the weights", script="routers.py small")],
     ),
     "responses": Table(
-        title="Whose responses, and how many questions per image",
+        title="Whose responses, and how many questions per image (750 and 1,000 steps)",
         variants=[
             short("responses of the data, 8 questions per image"),
             short("answers of the base model", data=GENERATED),
@@ -144,7 +144,7 @@ TABLES = {
         ],
     ),
     "ratios": Table(
-        title="Two ratios or three",
+        title="Two ratios or three (750 and 1,000 steps)",
         variants=[short("4 and 16"), short("4, 16 and 64", RATIOS)],
     ),
     "routed": Table(
