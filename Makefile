@@ -80,7 +80,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # --- The demo: shards -> stage 1 -> stage 2 -> calibration -> report -------------------------------------------
 
-demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded default: about 5 minutes on 2 cores
+demo: $(DEMO_SHARDS) $(REPORT) ## Train, calibrate and evaluate the embedded default: about 8 minutes on 2 cores
 	@echo
 	@echo "$(RUN) is done:"
 	@echo "  report           $(RUN)/report/report.html"
