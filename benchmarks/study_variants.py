@@ -54,7 +54,7 @@ class Table:
 
 
 DEFAULT = Variant(name="default")
-# Most tables compare shorter runs: what a choice is worth shows, and a table takes an hour instead of three.
+# Most tables compare shorter runs, so that a row takes about ten minutes.
 QUARTER = ("trainer.max_steps=750",)  # of stage 1
 FEWER = ("trainer.max_steps=1000",)  # of stage 2
 RATIOS = "model.ratios=[4,16,64]"

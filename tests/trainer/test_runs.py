@@ -1,6 +1,5 @@
 """Whole runs on the CPU: pretrain -> consistency -> router on real shards, records, refusals and resuming."""
 
-import errno
 import json
 import resource
 import shutil
@@ -21,7 +20,7 @@ from vico_pl.model.families.base import CALIBRATION_NAME
 from vico_pl.model.families.folder import load_model
 from vico_pl.prepare import FolderModels, is_finished, prepare_run
 from vico_pl.tokens import load_tokenizer
-from vico_pl.trainer import MAX_FILES, _lock
+from vico_pl.trainer import MAX_FILES
 
 
 def test_each_stage_hands_a_model_folder_to_the_next(runs):
@@ -162,18 +161,10 @@ def test_a_run_may_open_as_many_files_as_the_system_lets_it(runs, tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
         run(runs / "pretrain.yaml", f"run_dir={tmp_path}")
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, MAX_FILES) > 256
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert 256 < allowed <= MAX_FILES
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("vico_pl.trainer.fcntl.flock", refuse)
-    with pytest.warns(UserWarning, match="its file system has no locks"), _lock(tmp_path):
-        pass
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(runs, tmp_path, monkeypatch):
